@@ -1,0 +1,70 @@
+# Helpers that declare a room's targets. Dependencies are listed by target name, so a call into a
+# room that is not listed fails to link.
+set(CMAKE_RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+
+add_library(wintserve_options INTERFACE)
+target_include_directories(wintserve_options INTERFACE ${CMAKE_SOURCE_DIR} ${CMAKE_BINARY_DIR})
+target_compile_options(wintserve_options INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Werror -fno-omit-frame-pointer>)
+target_compile_definitions(wintserve_options INTERFACE
+  SPDLOG_FMT_EXTERNAL BOOST_ASIO_NO_DEPRECATED WINTSERVE_VERSION="${PROJECT_VERSION}")
+target_link_options(wintserve_options INTERFACE -Wl,--exclude-libs,libprotobuf.a)
+if(CMAKE_CXX_COMPILER_ID MATCHES Clang)
+  target_compile_options(wintserve_options INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wthread-safety>)
+endif()
+if(SANITIZE)
+  target_compile_options(wintserve_options INTERFACE
+    $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${SANITIZE} -fno-sanitize-recover=all -O1>)
+  target_link_options(wintserve_options INTERFACE -fsanitize=${SANITIZE})
+  if(SANITIZE MATCHES thread)
+    # TSan does not see Asio's stand-alone fences.
+    target_compile_definitions(wintserve_options INTERFACE BOOST_ASIO_DISABLE_FENCED_BLOCK)
+  endif()
+endif()
+
+# room_library(NAME SRCS a.cc DEPS other_room imported::target)
+function(room_library name)
+  cmake_parse_arguments(ARG "" "" "SRCS;DEPS" ${ARGN})
+  if(ARG_SRCS)
+    add_library(${name} STATIC ${ARG_SRCS})
+    target_link_libraries(${name} PUBLIC wintserve_options ${ARG_DEPS})
+  else()
+    add_library(${name} INTERFACE)
+    target_link_libraries(${name} INTERFACE wintserve_options ${ARG_DEPS})
+  endif()
+endfunction()
+
+# room_binary(wintserve-api-server SRCS main.cc DEPS http): lands in build/<preset>/bin.
+function(room_binary name)
+  cmake_parse_arguments(ARG "" "" "SRCS;DEPS" ${ARGN})
+  add_executable(${name} ${ARG_SRCS})
+  target_link_libraries(${name} PRIVATE wintserve_options ${ARG_DEPS})
+endfunction()
+
+# room_test(NAME SRCS a_test.cc DEPS room LABELS unit [TIMEOUT seconds] [ARGS …])
+# Labels: unit (no process, no port), e2e (real processes), gpu. The working directory is the
+# repository root, so a test names committed data by its path from there.
+function(room_test name)
+  cmake_parse_arguments(ARG "" "TIMEOUT" "SRCS;DEPS;LABELS;ARGS" ${ARGN})
+  add_executable(${name} ${ARG_SRCS})
+  target_link_libraries(${name} PRIVATE wintserve_options ${ARG_DEPS} GTest::gmock GTest::gtest_main)
+  set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/tests)
+  add_test(NAME ${name} COMMAND ${name} ${ARG_ARGS} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 120)
+  endif()
+  set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
+  if(SANITIZE MATCHES thread)
+    set_tests_properties(${name} PROPERTIES ENVIRONMENT
+      "TSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/cmake/tsan.suppressions")
+  endif()
+endfunction()
+
+# room_benchmark(NAME SRCS a_bench.cc DEPS room): Google Benchmark, lands in build/<preset>/bench.
+function(room_benchmark name)
+  cmake_parse_arguments(ARG "" "" "SRCS;DEPS" ${ARGN})
+  add_executable(${name} ${ARG_SRCS})
+  target_link_libraries(${name} PRIVATE wintserve_options ${ARG_DEPS} benchmark::benchmark)
+  set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bench)
+endfunction()

@@ -1,0 +1,151 @@
+#include "common/unix_socket.h"
+
+#include <fmt/format.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstring>
+#include <thread>
+
+#include "common/status_macros.h"
+
+namespace wintserve {
+namespace {
+
+absl::StatusOr<sockaddr_un> Address(const std::string& path) {
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  if (path.size() >= sizeof(address.sun_path)) {
+    return absl::InvalidArgumentError(fmt::format("socket path {} is longer than {} bytes", path,
+                                                  sizeof(address.sun_path) - 1));
+  }
+  std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
+  return address;
+}
+
+bool PeerIsOurUser(int fd) {
+  ucred peer = {};
+  socklen_t length = sizeof(peer);
+  return ::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) == 0 && peer.uid == ::geteuid();
+}
+
+}  // namespace
+
+absl::StatusOr<UniqueFd> ListenUnix(const std::string& path) {
+  ASSIGN_OR_RETURN(const sockaddr_un address, Address(path));
+  UniqueFd fd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+  if (!fd.valid()) return absl::ErrnoToStatus(errno, "socket");
+  if (::bind(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0 ||
+      ::chmod(path.c_str(), 0600) != 0 || ::listen(fd.get(), 64) != 0) {
+    return absl::ErrnoToStatus(errno, fmt::format("cannot listen on {}", path));
+  }
+  return fd;
+}
+
+absl::StatusOr<UniqueFd> AcceptUnix(int listen_fd) {
+  while (true) {
+    UniqueFd fd(::accept4(listen_fd, nullptr, nullptr, SOCK_CLOEXEC));
+    if (fd.valid()) {
+      if (PeerIsOurUser(fd.get())) return fd;
+      continue;
+    }
+    if (errno == EINVAL) return absl::CancelledError("the listening socket was shut down");
+    if (errno != EINTR && errno != ECONNABORTED) return absl::ErrnoToStatus(errno, "accept");
+  }
+}
+
+absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path, int64_t timeout_ms) {
+  ASSIGN_OR_RETURN(const sockaddr_un address, Address(path));
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(timeout_ms);
+  while (true) {
+    UniqueFd fd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+    if (!fd.valid()) return absl::ErrnoToStatus(errno, "socket");
+    if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0) {
+      if (!PeerIsOurUser(fd.get())) {
+        return absl::PermissionDeniedError(fmt::format("{} belongs to another user", path));
+      }
+      return fd;
+    }
+    const bool starting = errno == ENOENT || errno == ECONNREFUSED || errno == EAGAIN;
+    if (!starting || std::chrono::steady_clock::now() >= deadline) {
+      return absl::UnavailableError(
+          fmt::format("cannot connect to {}: {}", path, std::strerror(errno)));
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
+}
+
+absl::Status SendPacket(int socket_fd, const std::string& bytes, int fd) {
+  if (bytes.size() > kMaxPacketBytes) {
+    return absl::InvalidArgumentError(
+        fmt::format("packet of {} bytes, at most {}", bytes.size(), kMaxPacketBytes));
+  }
+  iovec part = {const_cast<char*>(bytes.data()), bytes.size()};
+  msghdr message = {};
+  message.msg_iov = &part;
+  message.msg_iovlen = 1;
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  if (fd >= 0) {
+    message.msg_control = control;
+    message.msg_controllen = sizeof(control);
+    cmsghdr* header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(sizeof(int));
+    std::memcpy(CMSG_DATA(header), &fd, sizeof(int));
+  }
+  ssize_t sent;
+  do {
+    sent = ::sendmsg(socket_fd, &message, MSG_NOSIGNAL);
+  } while (sent < 0 && errno == EINTR);
+  if (sent < 0) return absl::ErrnoToStatus(errno, "sendmsg");
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Packet> ReceivePacket(int socket_fd, int64_t timeout_ms) {
+  pollfd wait = {socket_fd, POLLIN, 0};
+  int ready;
+  do {
+    ready = ::poll(&wait, 1, static_cast<int>(timeout_ms));
+  } while (ready < 0 && errno == EINTR);
+  if (ready < 0) return absl::ErrnoToStatus(errno, "poll");
+  if (ready == 0) {
+    return absl::DeadlineExceededError(fmt::format("no packet within {} ms", timeout_ms));
+  }
+
+  Packet packet;
+  packet.bytes.resize(kMaxPacketBytes);
+  iovec part = {packet.bytes.data(), packet.bytes.size()};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  msghdr message = {};
+  message.msg_iov = &part;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = sizeof(control);
+  ssize_t received;
+  do {
+    received = ::recvmsg(socket_fd, &message, MSG_CMSG_CLOEXEC);
+  } while (received < 0 && errno == EINTR);
+  if (received < 0) return absl::ErrnoToStatus(errno, "recvmsg");
+  for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr;
+       header = CMSG_NXTHDR(&message, header)) {
+    if (header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS) {
+      int fd;
+      std::memcpy(&fd, CMSG_DATA(header), sizeof(int));
+      packet.fd.Reset(fd);
+    }
+  }
+  if (received == 0) return absl::OutOfRangeError("the peer closed the socket");
+  if ((message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0) {
+    return absl::InvalidArgumentError(
+        fmt::format("packet is longer than {} bytes or carries several descriptors", kMaxPacketBytes));
+  }
+  packet.bytes.resize(received);
+  return packet;
+}
+
+}  // namespace wintserve
