@@ -10,6 +10,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "api_server/text/chat_template.h"
 
 namespace wintserve {
 
@@ -58,11 +59,6 @@ struct ReadinessReport {
   std::string reason;                   // "waiting for engine worker 1 of 2"
 };
 
-struct ChatMessage {
-  std::string role;                     // system, user, assistant or tool
-  std::string content;
-};
-
 using RequestHandle = uint64_t;
 
 // Threading: every method may be called from any thread; none blocks on the engine.
@@ -72,8 +68,8 @@ class LLM {
 
   // INVALID_ARGUMENT: the prompt is longer than max_model_len - 1, or holds an unknown id.
   // UNAVAILABLE: not ready, or shutting down.  RESOURCE_EXHAUSTED: too many requests.
-  // `on_update` is called from the engine's thread, in order, until one has finished == true, and
-  // never after Cancel has returned... except for one call that is already under way; it must not block.
+  // `on_update` is called from the engine's thread, in order, until one has finished == true; it must
+  // not block. One call may still be under way when Cancel returns, none starts afterwards.
   virtual absl::StatusOr<RequestHandle> Submit(
       GenerationRequest request, std::function<void(GenerationUpdate)> on_update) = 0;
 
