@@ -1,0 +1,68 @@
+#include "api_server/text/golden_test_util.h"
+
+#include <stdlib.h>
+
+#include <fstream>
+
+#include "api_server/text/read_file.h"
+#include "common/check.h"
+#include "nlohmann/json.hpp"
+
+namespace wintserve {
+namespace {
+
+using nlohmann::json;
+
+Goldens ReadGoldens() {
+  const absl::StatusOr<std::string> content = ReadFile("tests/golden/tokenizer.json");
+  CHECK(content.ok(), "{}", content.status().ToString());
+  const json document = json::parse(*content);
+  Goldens goldens;
+  for (const json& row : document["texts"]) {
+    const std::string text = row["text"];
+    const char* ids = row.contains("ids_with_added_tokens") ? "ids_with_added_tokens" : "ids";
+    goldens.texts.push_back({text, row[ids], row.value("decoded", text)});
+  }
+  for (const json& row : document["decode"])
+    goldens.decodings.push_back({row["text"], row["ids"], ""});
+  for (const json& row : document["chat"]) {
+    GoldenChat chat{row["name"], {}, row["add_generation_prompt"], row["prompt"], row["ids"]};
+    for (const json& message : row["messages"]) {
+      chat.messages.push_back({message["role"], message["content"]});
+    }
+    goldens.chats.push_back(chat);
+  }
+  return goldens;
+}
+
+}  // namespace
+
+const Goldens& PoetGoldens() {
+  static const Goldens goldens = ReadGoldens();
+  return goldens;
+}
+
+const Tokenizer& PoetTokenizer() {
+  static const auto tokenizer = Tokenizer::Load("models/poet");
+  CHECK(tokenizer.ok(), "{}", tokenizer.status().ToString());
+  return **tokenizer;
+}
+
+TokenizerDir::TokenizerDir(std::string_view tokenizer_config) {
+  std::string pattern = (std::filesystem::temp_directory_path() / "tokenizer_XXXXXX").string();
+  CHECK(::mkdtemp(pattern.data()) != nullptr, "{}", pattern);
+  path_ = pattern;
+  std::filesystem::copy("models/poet/tokenizer.model", path_);
+  Write("tokenizer_config.json", tokenizer_config);
+}
+
+TokenizerDir::~TokenizerDir() {
+  std::error_code ignored;
+  std::filesystem::remove_all(path_, ignored);
+}
+
+void TokenizerDir::Write(const char* name, std::string_view content) const {
+  std::ofstream(path_ / name, std::ios::binary) << content;
+}
+
+}  // namespace wintserve
