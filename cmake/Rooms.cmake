@@ -35,11 +35,15 @@ function(room_library name)
   endif()
 endfunction()
 
+# Builds every program, and no test.
+add_custom_target(programs)
+
 # room_binary(wintserve-api-server SRCS main.cc DEPS http): lands in build/<preset>/bin.
 function(room_binary name)
   cmake_parse_arguments(ARG "" "" "SRCS;DEPS" ${ARGN})
   add_executable(${name} ${ARG_SRCS})
   target_link_libraries(${name} PRIVATE wintserve_options ${ARG_DEPS})
+  add_dependencies(programs ${name})
 endfunction()
 
 # room_test(NAME SRCS a_test.cc DEPS room LABELS unit [TIMEOUT seconds] [ARGS …])

@@ -1,0 +1,64 @@
+# Short names for common commands. The presets in CMakePresets.json do the work.
+PRESET ?= cpu
+TEST_JOBS ?= 2
+BUILD := build/$(PRESET)
+
+.DEFAULT_GOAL := help
+.PHONY: help serve setup python-env build test test-asan test-tsan test-poet-bf16 format \
+        format-check tidy bench clean
+
+help:  ## Print this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+serve: setup $(BUILD)/build.ninja  ## Build what is needed and serve the demo model on port 8180
+	@ninja -C $(BUILD) programs
+	@exec $(BUILD)/bin/wintserve serve --model models/poet --port 8180 --metrics-port 8181 \
+	  --engine-worker-queue-port 8182 --cache-queue-port 8183 --tensor-parallel-size 1 \
+	  --max-model-len 32768 --use-cudagraph --enable-prefix-caching --enable-chunked-prefill \
+	  --max-num-seqs 256
+
+setup:  ## Install the Debian packages that are missing
+	@tools/setup/install_packages.sh
+
+python-env: setup
+	@tools/setup/python_env.sh
+
+build: setup $(BUILD)/build.ninja  ## Build everything (PRESET=cpu, cuda, asan or tsan)
+	@ninja -C $(BUILD)
+
+# Ninja configures again by itself when a CMakeLists.txt changes.
+build/%/build.ninja:
+	cmake --preset $*
+
+test: build python-env  ## Build, compile every header alone, run all tests but those that need a GPU
+	@ninja -C $(BUILD) check_headers
+	ctest --preset $(PRESET) -j$(TEST_JOBS) --no-tests=error -LE gpu
+
+test-asan: python-env  ## Unit tests with the address and undefined-behaviour sanitizers
+	$(MAKE) build PRESET=asan
+	ctest --preset asan -j$(TEST_JOBS) --no-tests=error
+
+test-tsan: python-env  ## Unit tests with the thread sanitizer
+	$(MAKE) build PRESET=tsan
+	ctest --preset tsan -j$(TEST_JOBS) --no-tests=error
+
+test-poet-bf16: build  ## Tests on the bfloat16 demo checkpoint in MODEL=DIR, which is not in the repository
+	@test -f '$(MODEL)/config.json' || \
+	  { echo "test-poet-bf16: MODEL='$(MODEL)' has no config.json; give MODEL=DIR" >&2; exit 2; }
+	WINTSERVE_POET_BF16='$(abspath $(MODEL))' ctest --preset $(PRESET) --no-tests=error -L poet-bf16
+
+format: setup  ## Format every C++ file in place
+	@tools/format
+
+format-check: setup  ## Name what `make format` would change
+	@tools/format --check
+
+tidy: build  ## Run clang-tidy over what differs from the main branch (TIDY=--all: over everything)
+	@tools/tidy $(TIDY)
+
+bench: build  ## Run every kernel and component benchmark
+	@for program in $(BUILD)/bench/*; do \
+	  if [ -f "$$program" ] && [ -x "$$program" ]; then "$$program" || exit 1; fi; done
+
+clean:  ## Remove the build directories of all presets, keep the Python environment
+	rm -rf build/cpu build/cuda build/asan build/tsan
