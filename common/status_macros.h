@@ -14,6 +14,7 @@
 #define WINTSERVE_CONCAT_INNER(a, b) a##b
 #define WINTSERVE_CONCAT(a, b) WINTSERVE_CONCAT_INNER(a, b)
 
+// NOLINTBEGIN(bugprone-macro-parentheses): a declaration cannot stand in parentheses.
 // ASSIGN_OR_RETURN(auto value, Compute()); a type with a comma needs an alias.
 #define ASSIGN_OR_RETURN(declaration, expression) \
   WINTSERVE_ASSIGN_OR_RETURN(WINTSERVE_CONCAT(status_or_, __LINE__), declaration, expression)
@@ -21,3 +22,4 @@
   auto status_or = (expression);                                       \
   if (!status_or.ok()) return std::move(status_or).status();           \
   declaration = *std::move(status_or)
+// NOLINTEND(bugprone-macro-parentheses)
