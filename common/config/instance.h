@@ -1,5 +1,5 @@
-// What the launcher hands to each child, as JSON in a sealed memfd named by --instance-fd=N (argv is
-// world-readable, and the token is a secret).
+// What the launcher hands to each child, as JSON in a sealed memfd named by --instance-fd=N (argv
+// is world-readable, and the token is a secret).
 #pragma once
 
 #include <cstdint>
@@ -12,14 +12,19 @@
 namespace wintserve {
 
 struct Instance {
-  ServeOptions options;          // effective: validated, defaults filled in
-  std::string token;             // 32 random bytes; every socket of the instance demands them
-  std::string runtime_dir;       // 0700, holds the Unix sockets below; removed by the launcher
-  int rank = 0;                  // engine worker only
-  int http_fd = -1;              // API server only: bound, listening, inherited
-  int metrics_fd = -1;           // API server only: -1 when /metrics is on the HTTP port
-  std::string mode = "serve";    // API server only: "serve" or "generate"
-  std::string generate_json;     // API server only, mode "generate": the request
+  ServeOptions options;        // effective: validated, defaults filled in
+  std::string token;           // 32 random bytes; every socket of the instance demands them
+  std::string runtime_dir;     // 0700, holds the Unix sockets below; removed by the launcher
+  int rank = 0;                // engine worker only
+  int http_fd = -1;            // API server only: bound, listening, inherited
+  int metrics_fd = -1;         // API server only: -1 when /metrics is on the HTTP port
+  std::string mode = "serve";  // API server only: "serve" or "generate"
+  // API server only, mode "generate": the request, as a JSON object with every one of these keys:
+  //   "prompt" string, "chat" bool (render it as one user message; false: use it as it is),
+  //   "temperature" and "top_p" number or null (the model's default), "top_k" int (0: off),
+  //   "max_tokens" int or null (what the model length leaves), "seed" int or null (a random one),
+  //   "stop" list of strings, "print_ids" bool (print token ids instead of text).
+  std::string generate_json;
 
   std::string work_queue_socket() const { return runtime_dir + "/work_queue.sock"; }
   std::string cache_socket() const { return runtime_dir + "/cache.sock"; }
@@ -32,5 +37,9 @@ absl::StatusOr<UniqueFd> WriteInstance(const Instance& instance);
 
 // Reads what WriteInstance wrote. INVALID_ARGUMENT: not such a file.
 absl::StatusOr<Instance> ReadInstance(int fd);
+
+// How every child's main begins: finds --instance-fd=N, its only argument, reads the instance and
+// closes N. INVALID_ARGUMENT (exit kExitUsage): started by hand, or with another argument.
+absl::StatusOr<Instance> InstanceFromArgv(int argc, const char* const* argv);
 
 }  // namespace wintserve

@@ -11,30 +11,30 @@ namespace wintserve {
 
 struct ServeOptions {
   // Model
-  std::string model = "models/poet";       // directory
-  std::string tokenizer;                   // directory; empty: the model's
+  std::string model = "models/poet";           // directory
+  std::string tokenizer;                       // directory; empty: the model's
   std::vector<std::string> served_model_name;  // first is the public name, the rest aliases
   bool strict_model_name = false;
-  std::string k_order = "auto";            // auto | mma64 | natural: row order of WINT2 tensors
+  std::string k_order = "auto";  // auto | mma64 | natural: row order of WINT2 tensors
 
   // Listening
   std::string host = "0.0.0.0";
   int port = 8000;
-  std::optional<int> metrics_port;         // unset: /metrics on `port`
-  int engine_worker_queue_port = 0;        // 0: pick a free one
+  std::optional<int> metrics_port;   // unset: /metrics on `port`
+  int engine_worker_queue_port = 0;  // 0: pick a free one
   int cache_queue_port = 0;
   std::vector<std::string> api_keys;
 
   // Parallelism and device
-  std::string device = "cpu";              // cpu | cuda
-  int tensor_parallel_size = 1;            // 1, 2 or 4
-  int cpu_threads = 0;                     // of one worker; 0: cores / tensor_parallel_size
+  std::string device = "cpu";    // cpu | cuda
+  int tensor_parallel_size = 1;  // 1, 2 or 4
+  int cpu_threads = 0;           // of one worker; 0: cores / tensor_parallel_size
 
   // Limits
-  int max_model_len = 2048;                // prompt + output tokens
+  int max_model_len = 2048;  // prompt + output tokens
   int max_num_seqs = 16;
   int max_num_batched_tokens = 256;
-  int max_concurrency = 512;               // open generation requests; beyond: 429
+  int max_concurrency = 512;  // open generation requests; beyond: 429
 
   // Features
   bool enable_prefix_caching = true;
