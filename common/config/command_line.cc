@@ -151,9 +151,11 @@ absl::StatusOr<std::vector<std::string>> Canonical(std::vector<std::string> args
       value = value.value_or("true");
     } else if (!value.has_value()) {
       if (i + 1 == args.size() || args[i + 1].starts_with("--")) {
-        return absl::InvalidArgumentError(fmt::format(
-            "--{}: needs a value{}", name,
-            i + 1 == args.size() ? "" : "; write --name=VALUE for one that begins with --"));
+        return absl::InvalidArgumentError(
+            fmt::format("--{}: needs a value{}", name,
+                        i + 1 == args.size()
+                            ? ""
+                            : fmt::format("; write --{}=VALUE for one that begins with --", name)));
       }
       value = args[++i];
     }

@@ -1,0 +1,523 @@
+#include "common/config/command_line.h"
+
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <fstream>
+#include <map>
+
+#include "common/config/flag.h"
+#include "common/exit_code.h"
+
+namespace wintserve {
+namespace {
+
+using ::testing::Contains;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::SizeIs;
+using Args = std::vector<std::string>;
+using Environment = std::map<std::string, std::string>;
+
+CommandLine Parse(const Args& args, const Environment& environment = {}) {
+  return ParseCommandLine(args, [&environment](const char* name) -> const char* {
+    const auto found = environment.find(name);
+    return found == environment.end() ? nullptr : found->second.c_str();
+  });
+}
+
+CommandLine Serve(Args args, const Environment& environment = {}) {
+  args.insert(args.begin(), "serve");
+  return Parse(args, environment);
+}
+
+// A file that lives as long as the object.
+class TempFile {
+ public:
+  explicit TempFile(const std::string& text)
+      : path_(::testing::TempDir() +
+              fmt::format("command_line_test.{}.{}.yaml", ::getpid(), ++num_files_)) {
+    std::ofstream(path_, std::ios::binary) << text;
+  }
+  ~TempFile() { ::unlink(path_.c_str()); }
+  const std::string& path() const { return path_; }
+
+ private:
+  static inline int num_files_ = 0;
+  std::string path_;
+};
+
+TEST(CommandLine, TheDocumentedCommandIsServed) {
+  const CommandLine command =
+      Serve({"--model", "models/poet", "--port", "8180", "--metrics-port", "8181",
+             "--engine-worker-queue-port", "8182", "--cache-queue-port", "8183",
+             "--tensor-parallel-size", "2", "--max-model-len", "32768", "--use-cudagraph",
+             "--enable-prefix-caching", "--enable-chunked-prefill", "--max-num-seqs", "256"});
+  ASSERT_EQ(command.error, "");
+  EXPECT_EQ(command.verb, Verb::kServe);
+  EXPECT_EQ(command.options.port, 8180);
+  EXPECT_EQ(command.options.metrics_port, 8181);
+  EXPECT_EQ(command.options.engine_worker_queue_port, 8182);
+  EXPECT_EQ(command.options.cache_queue_port, 8183);
+  EXPECT_EQ(command.options.tensor_parallel_size, 2);
+  EXPECT_EQ(command.options.max_model_len, 32768);
+  EXPECT_EQ(command.options.max_num_seqs, 256);
+  EXPECT_TRUE(command.options.enable_prefix_caching);
+  EXPECT_TRUE(command.options.enable_chunked_prefill);
+  EXPECT_FALSE(command.options.use_cudagraph);
+  EXPECT_THAT(command.notes, ElementsAre("--use-cudagraph: there are no CUDA graphs on --device "
+                                         "cpu; ignored"));
+}
+
+TEST(CommandLine, WithoutFlagsTheDefaultsOfTheCpuHold) {
+  const CommandLine command = Serve({});
+  ASSERT_EQ(command.error, "");
+  EXPECT_EQ(command.options.model, "models/poet");
+  EXPECT_EQ(command.options.port, 8000);
+  EXPECT_EQ(command.options.max_num_seqs, 16);
+  EXPECT_EQ(command.options.max_num_batched_tokens, 256);
+  EXPECT_EQ(command.options.drain_timeout_ms, 55'000);
+  EXPECT_THAT(command.notes, IsEmpty());
+}
+
+TEST(CommandLine, ReadsEverySpelling) {
+  const Args spellings[] = {
+      {"--max-num-seqs", "7"},
+      {"--max-num-seqs=7"},
+      {"--max_num_seqs=7"},
+      {"--max_num_seqs", "7"},
+      {"--max-num-s", "7"},
+      {"--max-num_s=7"},
+      {"--max-num-seqs=9", "--max-num-seqs=7"},
+  };
+  for (const Args& args : spellings) {
+    SCOPED_TRACE(args[0]);
+    const CommandLine command = Serve(args);
+    EXPECT_EQ(command.error, "");
+    EXPECT_EQ(command.options.max_num_seqs, 7);
+  }
+  EXPECT_EQ(Serve({"-tp", "4"}).options.tensor_parallel_size, 4);
+  EXPECT_EQ(Serve({"-tp=4"}).options.tensor_parallel_size, 4);
+}
+
+TEST(CommandLine, SwitchesGoBothWaysAndTheLastCounts) {
+  struct Case {
+    Args args;
+    bool expected;
+  };
+  const Case cases[] = {
+      {{"--enable-prefix-caching"}, true},
+      {{"--no-enable-prefix-caching"}, false},
+      {{"--no_enable_prefix_caching"}, false},
+      {{"--enable-prefix-caching=false"}, false},
+      {{"--no-enable-prefix-caching", "--enable-prefix-caching"}, true},
+      {{"--enable-prefix-caching", "--no-enable-prefix-caching"}, false},
+  };
+  for (const Case& c : cases) {
+    SCOPED_TRACE(c.args.back());
+    const CommandLine command = Serve(c.args);
+    EXPECT_EQ(command.error, "");
+    EXPECT_EQ(command.options.enable_prefix_caching, c.expected);
+  }
+}
+
+TEST(CommandLine, ApiKeysAddUpAndWinOverTheEnvironment) {
+  const Environment environment = {{"FD_API_KEY", "e1,,e2"}};
+  EXPECT_THAT(
+      Serve({"--api-key", "a", "--api-key=", "--api-key", "b"}, environment).options.api_keys,
+      ElementsAre("a", "b"));
+  EXPECT_THAT(Serve({}, environment).options.api_keys, ElementsAre("e1", "e2"));
+  EXPECT_THAT(Serve({}).options.api_keys, IsEmpty());
+}
+
+TEST(CommandLine, SetsWhatTheFlagSays) {
+  EXPECT_THAT(Serve({"--served-model-name", "a, b,c"}).options.served_model_name,
+              ElementsAre("a", "b", "c"));
+  EXPECT_EQ(Serve({"--host", "localhost"}).options.host, "127.0.0.1");
+  EXPECT_EQ(Serve({"--drain-timeout", "1.5"}).options.drain_timeout_ms, 1500);
+  EXPECT_EQ(Serve({"--timeout-graceful-shutdown", "7"}).options.drain_timeout_ms, 7000);
+  EXPECT_EQ(Serve({"--timeout-graceful-shutdown", "0"}).options.drain_timeout_ms, 55'000);
+  EXPECT_EQ(
+      Serve({"--drain-timeout", "2", "--timeout-graceful-shutdown", "7"}).options.drain_timeout_ms,
+      2000);
+  EXPECT_EQ(Serve({"--num-gpu-blocks-override", "99"}).options.num_gpu_blocks_override, 99);
+  EXPECT_EQ(Serve({"--k-order", "natural"}).options.k_order, "natural");
+  EXPECT_EQ(Serve({"--cpu-threads", "3"}).options.cpu_threads, 3);
+  EXPECT_EQ(Serve({"--quantization", "wint2"}).error, "");
+  EXPECT_EQ(Serve({"--quantization", R"({"quantization":"wint2"})"}).error, "");
+  EXPECT_TRUE(Serve({"--device", "cuda", "--use-cudagraph"}).options.use_cudagraph);
+  EXPECT_TRUE(Serve({"--device=cuda", R"(--graph-optimization-config={"use_cudagraph":true})"})
+                  .options.use_cudagraph);
+}
+
+TEST(CommandLine, MetricsPortEqualToPortMeansOnPort) {
+  EXPECT_FALSE(Serve({"--port=8180", "--metrics-port=8180"}).options.metrics_port.has_value());
+  EXPECT_EQ(Serve({"--metrics-port=0"}).options.metrics_port, 0);
+}
+
+TEST(CommandLine, TheTokenBudgetFollowsWhatAStepNeeds) {
+  EXPECT_EQ(
+      Serve({"--max-model-len=4096", "--no-enable-chunked-prefill"}).options.max_num_batched_tokens,
+      4096);
+  EXPECT_EQ(Serve({"--max-num-batched-tokens=16"}).options.max_num_batched_tokens, 16);
+}
+
+TEST(CommandLine, OneLineSaysWhatIsWrong) {
+  struct Case {
+    Args args;
+    const char* expected;
+  };
+  const Case cases[] = {
+      {{"--port", "99999999"}, "error: --port: must be 0..65535 (got 99999999)"},
+      {{"--port", "99999999999999999999999"}, "error: --port: must be an integer, 0..65535 (got "},
+      {{"--port", "-1"}, "error: --port: must be 0..65535 (got -1)"},
+      {{"--port", "80x"}, "error: --port: must be an integer, 0..65535 (got 80x)"},
+      {{"--port="}, "error: --port: must be an integer, 0..65535 (got nothing)"},
+      {{"--port"}, "error: --port: needs a value"},
+      {{"--port", "--host", "x"}, "error: --port: needs a value; write --port=VALUE"},
+      {{"--prot", "1"}, "error: --prot: unknown flag (did you mean --port?)"},
+      {{"--max-mdoel-len", "1"}, "unknown flag (did you mean --max-model-len?)"},
+      {{"--xyzzyplugh"}, "error: --xyzzyplugh: unknown flag"},
+      {{"--max-num"}, "error: --max-num: could be --max-num-seqs, --max-num-batched-tokens"},
+      {{"-p", "1"}, "error: unexpected argument -p; flags begin with --"},
+      {{"models/poet"}, "error: unexpected argument models/poet"},
+      {{"--"}, "error: unexpected argument --"},
+      {{""}, "error: unexpected argument nothing"},
+      {{"--help=x"}, "error: --help: takes no value"},
+      {{"--no-enable-prefix-caching=true"}, "error: --no-enable-prefix-caching: takes no value"},
+      {{"--enable-prefix-caching=maybe"}, "must be true or false (got maybe)"},
+      {{"--prompt", "x"}, "error: --prompt: is a flag of `wintserve generate`"},
+      {{"--max-model-len", "15"}, "error: --max-model-len: must be 16..1048576 (got 15)"},
+      {{"--max-num-seqs", "257"}, "must be 1..256 (got 257)"},
+      {{"--max-num-seqs", "0"}, "must be 1..256 (got 0)"},
+      {{"--max-num-seqs=8", "--max-num-batched-tokens=7"},
+       "error: --max-num-batched-tokens: must be at least --max-num-seqs, 8 (got 7)"},
+      {{"--no-enable-chunked-prefill", "--max-num-batched-tokens=64"},
+       "must be at least --max-model-len, 2048, without chunked prefill (got 64)"},
+      {{"--tensor-parallel-size", "3"}, "error: --tensor-parallel-size: must be 1, 2 or 4 (got 3)"},
+      {{"--device", "tpu"}, "error: --device: must be one of cpu, cuda (got tpu)"},
+      {{"--block-size", "32"}, "error: --block-size: must be 64 (got 32)"},
+      {{"--gpu-memory-utilization", "1.5"}, "must be 0..1 (got 1.5)"},
+      {{"--gpu-memory-utilization", "nan"}, "must be 0..1 (got nan)"},
+      {{"--swap-space", "x"}, "error: --swap-space: must be a number, 0..1048576 (got x)"},
+      {{"--drain-timeout", "-1"}, "error: --drain-timeout: must be 0..86400 (got -1)"},
+      {{"--host", "::1"}, "error: --host: must be an IPv4 address or localhost (got ::1)"},
+      {{"--served-model-name", "a,"}, "must be a name, or names separated by commas (got a,)"},
+      {{"--quantization", "wint4"}, "error: --quantization: the checkpoint decides; must be wint2"},
+      {{"--graph-optimization-config", "{"}, "must be a JSON object (got {)"},
+      {{"--graph-optimization-config", R"({"use_cudagraph":1})"}, "must be true or false"},
+      {{"--splitwise-role", "prefill"}, "must be mixed (got prefill)"},
+      {{"--splitwise-role", "x"}, "must be one of mixed, prefill, decode (got x)"},
+      {{"--enable-expert-parallel"}, "error: --enable-expert-parallel: expert parallelism"},
+      {{"--data-parallel-size", "2"}, "must be 1 (got 2)"},
+      {{"--chat-template", "x"}, "error: --chat-template: templates of your own"},
+      {{"--ips", "10.0.0.1,10.0.0.2"}, "error: --ips: an instance runs on one host"},
+      {{"--model", "a\nb\xff"}, "error: --model: must be UTF-8"},
+      {{"--log-level", "a\nb"}, "(got a b)"},
+      {{"--log-level", std::string(5000, 'x')}, "xxx...)"},
+      {{"--metrics-port=7000", "--cache-queue-port=7000"},
+       "error: --cache-queue-port: must differ from --metrics-port (both 7000)"},
+      {{"--engine-worker-queue-port=8000"},
+       "error: --engine-worker-queue-port: must differ from --port (both 8000)"},
+  };
+  for (const Case& c : cases) {
+    const CommandLine command = Serve(c.args);
+    SCOPED_TRACE(command.error);
+    EXPECT_EQ(command.exit_code, kExitUsage);
+    EXPECT_FALSE(command.verb.has_value());
+    EXPECT_THAT(command.error, HasSubstr(c.expected));
+    EXPECT_EQ(command.error.find('\n'), std::string::npos);
+    EXPECT_LT(command.error.size(), 400u);
+  }
+}
+
+// Sections 1.1 to 1.3 of what FastDeploy documents, each with a value that asks for nothing
+// unusual.
+TEST(CommandLine, KnowsEveryDocumentedFlag) {
+  const Args flags[] = {
+      {"--model=m"},
+      {"--port=1"},
+      {"--metrics-port=2"},
+      {"--engine-worker-queue-port=3"},
+      {"--cache-queue-port=4"},
+      {"--tensor-parallel-size=1"},
+      {"-tp", "1"},
+      {"--max-model-len=99"},
+      {"--use-cudagraph"},
+      {"--enable-prefix-caching"},
+      {"--no-enable-prefix-caching"},
+      {"--enable-chunked-prefill"},
+      {"--max-num-seqs=1"},
+      {"--host=0.0.0.0"},
+      {"--workers=1"},
+      {"--api-key=k"},
+      {"--served-model-name=n"},
+      {"--max-concurrency=1"},
+      {"--max-waiting-time=-1"},
+      {"--timeout-graceful-shutdown=0"},
+      {"--timeout=0"},
+      {"--config=/dev/null"},
+      {"--revision=master"},
+      {"--tokenizer=t"},
+      {"--gpu-memory-utilization=0.9"},
+      {"--num-gpu-blocks-override=1"},
+      {"--block-size=64"},
+      {"--kv-cache-ratio=0.75"},
+      {"--swap-space=1"},
+      {"--max-num-batched-tokens=512"},
+      {"--max-num-partial-prefills=1"},
+      {"--max-long-partial-prefills=1"},
+      {"--long-prefill-token-threshold=0"},
+      {"--static-decode-blocks=2"},
+      {"--prealloc-dec-block-slot-num-threshold=12"},
+      {"--quantization=wint2"},
+      {"--graph-optimization-config={}"},
+      {"--guided-decoding-backend=off"},
+      {"--guided-decoding-disable-any-whitespace=False"},
+      {"--reasoning-parser=ernie-x1"},
+      {"--tool-call-parser=ernie-x1"},
+      {"--chat-template="},
+      {"--enable-logprob"},
+      {"--max-logprobs=-1"},
+      {"--logprobs-mode=raw_logprobs"},
+      {"--seed=1"},
+      {"--load-choices=default"},
+      {"--use-warmup=1"},
+      {"--disable-custom-all-reduce"},
+      {"--enable-early-stop"},
+      {"--early-stop-config={}"},
+      {"--logits-processors=A"},
+      {"--lm_head-fp32"},
+      {"--speculative-config={}"},
+      {"--scheduler-name=local"},
+      {"--scheduler-max-size=-1"},
+      {"--scheduler-ttl=900"},
+      {"--controller-port=-1"},
+      {"--ips=10.0.0.1"},
+      {"--data-parallel-size=1"},
+      {"--local-data-parallel-id=0"},
+      {"--enable-mm"},
+      {"--enable-mm-output=false"},
+      {"--limit-mm-per-prompt={}"},
+      {"--mm-processor-kwargs={}"},
+      {"--max-encoder-cache=-1"},
+      {"--max-processor-cache=-1"},
+      {"--disable-chunked-mm-input"},
+      {"--tokenizer-base-url=u"},
+      {"--tool-parser-plugin=p"},
+      {"--model-config-name=config.json"},
+      {"--task=generate"},
+      {"--runner=auto"},
+      {"--convert=auto"},
+      {"--dynamic-load-weight"},
+      {"--load-strategy=normal"},
+      {"--enable-expert-parallel=false"},
+      {"--enable-eplb"},
+      {"--eplb-config={}"},
+      {"--use-internode-ll-two-stage"},
+      {"--disable-sequence-parallel-moe"},
+      {"--splitwise-role=mixed"},
+      {"--cache-transfer-protocol=ipc"},
+      {"--pd-comm-port=1"},
+      {"--rdma-comm-ports=1,2"},
+      {"--router=r"},
+      {"--scheduler-host=127.0.0.1"},
+      {"--scheduler-port=6379"},
+      {"--scheduler-db=0"},
+      {"--scheduler-password=p"},
+      {"--scheduler-topic=default"},
+      {"--scheduler-min-load-score=3"},
+      {"--scheduler-load-shards-num=1"},
+      {"--scheduler-sync-period=5"},
+      {"--scheduler-expire-period=3000"},
+      {"--scheduler-release-load-expire-period=600"},
+      {"--scheduler-reader-parallel=4"},
+      {"--scheduler-writer-parallel=4"},
+      {"--scheduler-reader-batch-size=200"},
+      {"--scheduler-writer-batch-size=200"},
+      {"--enable-output-caching"},
+  };
+  for (const Args& args : flags) {
+    SCOPED_TRACE(args[0]);
+    EXPECT_EQ(Serve(args).error, "");
+  }
+  // Known too, though there is no harmless value.
+  EXPECT_THAT(Serve({"--override-pooler-config={}"}).error, HasSubstr("generate text only"));
+  EXPECT_THAT(Serve({"--plas-attention-config={}"}).error, HasSubstr("attention is exact"));
+}
+
+TEST(CommandLine, AFeatureThatIsNotBuiltSaysSoOnce) {
+  EXPECT_THAT(Serve({"--swap-space=4"}).notes,
+              ElementsAre("--swap-space: the host cache tier is not in this version; ignored"));
+  EXPECT_THAT(Serve({"--swap-space=4", "--swap-space", "5"}).notes, SizeIs(1));
+  for (const char* harmless : {"--swap-space=0.0", "--kv-cache-ratio=0.750",
+                               "--max-waiting-time=-1", "--enable-mm=false", "--revision=master"}) {
+    EXPECT_THAT(Serve({harmless}).notes, IsEmpty()) << harmless;
+  }
+  EXPECT_THAT(Serve({}, {{"FD_LOG_DIR", "/log"}}).notes,
+              ElementsAre("FD_LOG_DIR: logs go to stderr; ignored"));
+}
+
+TEST(CommandLine, DefaultsInTheTableAreValid) {
+  for (const Flag& flag : FlagTable()) {
+    if (flag.default_text.empty()) continue;
+    EXPECT_TRUE(ParseFlagValue(flag, flag.default_text).ok()) << flag.name;
+  }
+}
+
+TEST(CommandLine, EveryVerbKnowsANameOnce) {
+  std::set<std::string> serve;
+  std::set<std::string> generate;
+  for (const Flag& flag : FlagTable()) {
+    EXPECT_TRUE(flag.generate_only || serve.insert(flag.name).second) << flag.name;
+    EXPECT_TRUE(flag.serve_only || generate.insert(flag.name).second) << flag.name;
+    EXPECT_EQ(flag.name.find('_'), std::string::npos) << flag.name;
+    EXPECT_NE(flag.help, "") << flag.name;
+  }
+}
+
+TEST(CommandLine, HelpShowsEveryFlagInGroups) {
+  for (const char* verb : {"serve", "generate"}) {
+    const CommandLine command = Parse({verb, "--port-is-not-looked-at", "--help"});
+    EXPECT_NE(command.error, "") << "a wrong flag is not hidden by --help";
+    const CommandLine help = Parse({verb, "--help"});
+    EXPECT_EQ(help.exit_code, 0);
+    std::set<std::string> expected;
+    for (const Flag& flag : FlagTable()) {
+      const bool shown = std::string_view(verb) == "serve" ? !flag.generate_only : !flag.serve_only;
+      if (shown) expected.insert(flag.name);
+    }
+    for (const Flag& flag : FlagTable()) {
+      const std::string line = "\n  --" + flag.name + (flag.type == FlagType::kSwitch ? "=" : " ");
+      EXPECT_EQ(help.print.find(line) != std::string::npos, expected.contains(flag.name))
+          << verb << " " << flag.name;
+    }
+    EXPECT_THAT(help.print, HasSubstr("Limits:\n"));
+    EXPECT_THAT(help.print, HasSubstr("--config FILE"));
+  }
+  EXPECT_THAT(Parse({"serve", "-h"}).print, HasSubstr("Listening:\n"));
+}
+
+TEST(CommandLine, VerbsAreExplained) {
+  EXPECT_THAT(Parse({}).print, HasSubstr("wintserve generate --prompt TEXT"));
+  EXPECT_EQ(Parse({}).exit_code, kExitUsage);
+  EXPECT_EQ(Parse({"--help"}).exit_code, kExitOk);
+  EXPECT_THAT(Parse({"--version"}).print, ::testing::StartsWith("wintserve "));
+  EXPECT_THAT(Parse({"serv"}).error, HasSubstr("serv: unknown verb (did you mean serve?)"));
+  EXPECT_THAT(Parse({"--port", "1"}).error, HasSubstr("a verb comes first: wintserve serve"));
+}
+
+TEST(CommandLine, GenerateTakesTheEngineFlagsAndItsOwn) {
+  const CommandLine command =
+      Parse({"generate", "--model", "m", "--prompt=--写一首诗", "--temperature", "0.7", "--top-p",
+             "0", "--top-k=-1", "--max-tokens", "128", "--seed=-5", "--stop", "a", "--stop=b",
+             "--raw", "--print-ids", "-tp", "2"});
+  ASSERT_EQ(command.error, "");
+  EXPECT_EQ(command.verb, Verb::kGenerate);
+  EXPECT_EQ(command.options.tensor_parallel_size, 2);
+  EXPECT_EQ(command.options.log_level, "warning");
+  EXPECT_EQ(command.generate.ToJson(),
+            "{\"chat\":false,\"max_tokens\":128,\"print_ids\":true,\"prompt\":\"--写一首诗\","
+            "\"seed\":-5,\"stop\":[\"a\",\"b\"],\"temperature\":0.7,\"top_k\":0,\"top_p\":0.0}");
+  EXPECT_EQ(Parse({"generate", "--prompt", "x"}).generate.ToJson(),
+            "{\"chat\":true,\"max_tokens\":null,\"print_ids\":false,\"prompt\":\"x\","
+            "\"seed\":null,\"stop\":[],\"temperature\":null,\"top_k\":0,\"top_p\":null}");
+  EXPECT_EQ(Parse({"generate", "--prompt=x", "--log-level=debug"}).options.log_level, "debug");
+  EXPECT_THAT(Parse({"generate"}).error, HasSubstr("--prompt: needs a text"));
+  EXPECT_THAT(Parse({"generate", "--prompt=x", "--port=1"}).error,
+              HasSubstr("--port: is a flag of `wintserve serve`"));
+  EXPECT_THAT(Parse({"generate", "--prompt=x", "--temperature=2.1"}).error,
+              HasSubstr("--temperature: must be 0..2 (got 2.1)"));
+  EXPECT_THAT(Parse({"generate", "--prompt=x", "--max-tokens=0"}).error,
+              HasSubstr("--max-tokens: must be 1..1048576 (got 0)"));
+}
+
+TEST(ConfigFile, SetsWhatTheFlagsLeaveOpen) {
+  const TempFile file(
+      "# comment\n"
+      "max_num_seqs: 5\n"
+      "max-model-len: 512   # dashes too\n"
+      "port: 9000\n"
+      "enable_prefix_caching: no\n"
+      "api_key: [k1, k2]\n"
+      "served_model_name:\n"
+      "  - a\n"
+      "  - b\n"
+      "metrics_port: null\n"
+      "graph_optimization_config:\n"
+      "  use_cudagraph: true\n"
+      "device: cuda\n");
+  const CommandLine command =
+      Serve({"--port", "9001", "--config", file.path()}, {{"FD_API_KEY", "e"}});
+  ASSERT_EQ(command.error, "");
+  EXPECT_EQ(command.options.port, 9001) << "the flag wins";
+  EXPECT_EQ(command.options.max_num_seqs, 5);
+  EXPECT_EQ(command.options.max_model_len, 512);
+  EXPECT_FALSE(command.options.enable_prefix_caching);
+  EXPECT_THAT(command.options.api_keys, ElementsAre("k1", "k2"));
+  EXPECT_THAT(command.options.served_model_name, ElementsAre("a", "b"));
+  EXPECT_FALSE(command.options.metrics_port.has_value());
+  EXPECT_TRUE(command.options.use_cudagraph);
+}
+
+TEST(ConfigFile, AnEmptyFileSetsNothing) {
+  const TempFile file("# nothing\n");
+  EXPECT_EQ(Serve({"--config", file.path()}).error, "");
+}
+
+TEST(ConfigFile, OneFileServesBothVerbs) {
+  const TempFile file("port: 9000\nmax_model_len: 512\n");
+  const CommandLine command = Parse({"generate", "--prompt=x", "--config", file.path()});
+  ASSERT_EQ(command.error, "");
+  EXPECT_EQ(command.options.max_model_len, 512);
+}
+
+TEST(ConfigFile, OneLineSaysWhatIsWrongAndWhere) {
+  struct Case {
+    const char* text;
+    const char* expected;  // after the file's name
+  };
+  const Case cases[] = {
+      {"model: m\nprot: 1\n", ":2: prot: unknown key (did you mean port?)"},
+      {"model: m\n\nport: 99999999\n", ":3: port: must be 0..65535 (got 99999999)"},
+      {"max_num_seqs: many\n", ":1: max_num_seqs: must be an integer, 1..256 (got many)"},
+      {"port: [1, 2]\n", ":1: port: must be one value, not a list"},
+      {"port: 1\nport: 2\n", ":2: port: given twice, first on line 1"},
+      {"max_num_seqs: 1\nmax-num-seqs: 2\n", ":2: max-num-seqs: given twice, first on line 1"},
+      {"config: x\n", ":1: config: unknown key"},
+      {"prompt: x\n", ":1: prompt: unknown key"},
+      {"- a\n- b\n", ":1: must be a mapping"},
+      {"just text\n", ":1: must be a mapping"},
+      {"port: [1\n", ":2: "},
+      {"port: {a: 1}\n", ":1: port: must be an integer, 0..65535 (got {\"a\":1})"},
+      {"api_key: [[1]]\n", ":1: api_key: a list may hold plain values only"},
+      {"[1, 2]: 3\n", ":1: a key must be the name of a setting"},
+      {"model: \xff\xfe\n", "must be UTF-8"},
+      {"max_num_seqs: 9\nmax_num_batched_tokens: 8\n",
+       ":2: max_num_batched_tokens: must be at least --max-num-seqs, 9 (got 8)"},
+      {"cache_queue_port: 8000\n", ":1: cache_queue_port: must differ from --port (both 8000)"},
+  };
+  for (const Case& c : cases) {
+    SCOPED_TRACE(c.text);
+    const TempFile file(c.text);
+    const CommandLine command = Serve({"--config", file.path()});
+    EXPECT_EQ(command.exit_code, kExitConfigFile);
+    EXPECT_THAT(command.error, ::testing::StartsWith("error: " + file.path() + ":"));
+    EXPECT_THAT(command.error, HasSubstr(c.expected));
+    EXPECT_EQ(command.error.find('\n'), std::string::npos);
+  }
+}
+
+TEST(ConfigFile, AFileThatCannotBeReadIsNamed) {
+  const CommandLine missing = Serve({"--config", "no/such.yaml"});
+  EXPECT_EQ(missing.exit_code, kExitConfigFile);
+  EXPECT_EQ(missing.error, "error: no/such.yaml: No such file or directory");
+  EXPECT_THAT(Serve({"--config", "/"}).error, HasSubstr("is a directory"));
+  EXPECT_THAT(Serve({"--config", "/dev/zero"}).error, HasSubstr("is longer than"));
+}
+
+}  // namespace
+}  // namespace wintserve
