@@ -261,7 +261,8 @@ std::optional<Failure> CheckTogether(const Draft& draft, const Sources& sources)
                             options.max_model_len, options.max_num_batched_tokens));
   }
 
-  if (options.metrics_port == options.port) options.metrics_port.reset();
+  // Two zeros are two free ports.
+  if (options.port != 0 && options.metrics_port == options.port) options.metrics_port.reset();
   const Port ports[] = {{"port", options.port},
                         {"metrics-port", options.metrics_port.value_or(0)},
                         {"engine-worker-queue-port", options.engine_worker_queue_port},
@@ -367,7 +368,10 @@ CommandLine ParseVerb(Verb verb, const std::vector<std::string>& args,
 
   CommandLine command;
   command.verb = verb;
-  if (verb == Verb::kGenerate) command.options.log_level = "warning";
+  if (verb == Verb::kGenerate) {
+    command.options.log_level = "warning";
+    command.options.drain_timeout_ms = 0;  // Ctrl-C means now
+  }
   Draft draft{&command, {}};
   for (const Flag& flag : FlagTable()) {  // the table's order, not the user's
     const auto source = sources.find(flag.name);

@@ -156,6 +156,7 @@ TEST(CommandLine, SetsWhatTheFlagSays) {
 TEST(CommandLine, MetricsPortEqualToPortMeansOnPort) {
   EXPECT_FALSE(Serve({"--port=8180", "--metrics-port=8180"}).options.metrics_port.has_value());
   EXPECT_EQ(Serve({"--metrics-port=0"}).options.metrics_port, 0);
+  EXPECT_EQ(Serve({"--port=0", "--metrics-port=0"}).options.metrics_port, 0);
 }
 
 TEST(CommandLine, TheTokenBudgetFollowsWhatAStepNeeds) {

@@ -1,0 +1,67 @@
+// Stands in for a child of the launcher: checks what it was started with, writes a line about
+// itself to $LAUNCHER_TEST_DIR/<name>, then behaves as $<NAME>_BEHAVIOUR says: "run" (end on
+// SIGTERM with code 0), "ignore" SIGTERM, "exit:CODE", "exit_on_term:CODE", "abort".
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <signal.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <string>
+
+#include "common/config/instance.h"
+
+namespace {
+
+bool IsListening(int fd) {
+  int listening = 0;
+  socklen_t length = sizeof(listening);
+  return ::getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &length) == 0 && listening == 1;
+}
+
+int NumOpenFds() {
+  int count = 0;
+  for ([[maybe_unused]] const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+    ++count;
+  }
+  return count - 1;  // the directory's own
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  sigset_t signals;
+  ::sigemptyset(&signals);
+  ::sigaddset(&signals, SIGTERM);
+  ::sigprocmask(SIG_BLOCK, &signals, nullptr);
+  const int num_fds = NumOpenFds();
+  const auto instance = wintserve::InstanceFromArgv(argc, argv);
+  if (!instance.ok()) return 99;
+  std::string name = std::filesystem::path(argv[0]).filename();
+  if (name == "wintserve-engine-worker") name += fmt::format("-{}", instance->rank);
+
+  const std::string path = fmt::format("{}/{}", std::getenv("LAUNCHER_TEST_DIR"), name);
+  const std::string line = fmt::format(
+      "pid={} pgid={} fds={} http={} metrics={} runtime_dir={} token={} port={} mode={} json={}\n",
+      ::getpid(), ::getpgrp(), num_fds, IsListening(instance->http_fd),
+      IsListening(instance->metrics_fd), instance->runtime_dir, instance->token.size(),
+      instance->options.port, instance->mode, instance->generate_json);
+  const int fd = ::open((path + ".new").c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+  if (::write(fd, line.data(), line.size()) != static_cast<ssize_t>(line.size())) return 98;
+  ::close(fd);
+  std::filesystem::rename(path + ".new", path);
+
+  std::string variable = name + "_BEHAVIOUR";
+  for (char& c : variable) c = c == '-' ? '_' : c;
+  const char* set = std::getenv(variable.c_str());
+  const std::string behaviour = set == nullptr ? "run" : set;
+  if (behaviour == "abort") std::abort();
+  if (behaviour.starts_with("exit:")) return std::atoi(behaviour.c_str() + 5);
+  int received = 0;
+  do {
+    ::sigwait(&signals, &received);
+  } while (behaviour == "ignore");
+  return behaviour.starts_with("exit_on_term:") ? std::atoi(behaviour.c_str() + 13) : 0;
+}

@@ -1,0 +1,73 @@
+// The `wintserve` command.
+#include <fmt/format.h>
+#include <sys/random.h>
+
+#include <cstdio>
+#include <cstdlib>
+
+#include "common/check.h"
+#include "common/config/command_line.h"
+#include "common/config/serve_options_json.h"
+#include "common/exit_code.h"
+#include "common/log.h"
+#include "launcher/preflight.h"
+#include "launcher/runtime_dir.h"
+#include "launcher/supervisor.h"
+
+namespace wintserve {
+namespace {
+
+constexpr size_t kTokenBytes = 32;
+
+std::string RandomToken() {
+  std::string token(kTokenBytes, '\0');
+  CHECK(::getrandom(token.data(), token.size(), 0) == static_cast<ssize_t>(token.size()));
+  return token;
+}
+
+int Fail(int exit_code, const std::string& text) {
+  fmt::print(stderr, "error: {}\n", text);
+  return exit_code;
+}
+
+int RunInstance(CommandLine command) {
+  InitLog("launcher", command.options.log_level);
+  for (const std::string& note : command.notes) LOG_WARNING("{}", note);
+
+  PreflightError error = CheckModelAndDevice(command.options);
+  if (!error.ok()) return Fail(error.exit_code, error.text);
+  Instance instance;
+  instance.options = std::move(command.options);
+  ReservedPorts ports;
+  error = ReservePorts(command.verb == Verb::kServe, &instance.options, &ports);
+  if (!error.ok()) return Fail(error.exit_code, error.text);
+  LOG_INFO("effective config: {}", EffectiveConfig(instance.options));
+
+  const auto runtime_dir = RuntimeDir::Create();
+  if (!runtime_dir.ok()) {
+    return Fail(kExitInternal, std::string(runtime_dir.status().message()));
+  }
+  instance.runtime_dir = runtime_dir->path();
+  instance.token = RandomToken();
+  if (command.verb == Verb::kGenerate) {
+    instance.mode = "generate";
+    instance.generate_json = command.generate.ToJson();
+  }
+  auto server = SupervisorServer::Listen(instance.supervisor_socket(), instance.token);
+  if (!server.ok()) return Fail(kExitInternal, std::string(server.status().message()));
+  return Supervisor(std::move(instance), std::move(ports), *std::move(server)).Run();
+}
+
+int Main(int argc, char** argv) {
+  BlockSupervisedSignals();
+  CommandLine command = ParseCommandLine({argv + 1, argv + argc}, ::getenv);
+  if (!command.error.empty()) fmt::print(stderr, "{}\n", command.error);
+  if (!command.print.empty()) fmt::print("{}", command.print);
+  if (!command.verb.has_value()) return command.exit_code;
+  return RunInstance(std::move(command));
+}
+
+}  // namespace
+}  // namespace wintserve
+
+int main(int argc, char** argv) { return wintserve::Main(argc, argv); }

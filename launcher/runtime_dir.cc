@@ -1,0 +1,109 @@
+#include "launcher/runtime_dir.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <stdlib.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <memory>
+#include <vector>
+
+#include "common/log.h"
+
+namespace wintserve {
+namespace {
+
+constexpr char kPrefix[] = "wintserve-";
+constexpr char kLock[] = "lock";
+constexpr char kNewLock[] = "lock.new";
+constexpr time_t kUnlockedAgeSeconds = 60;
+
+std::vector<std::string> Entries(int dir_fd) {
+  std::vector<std::string> names;
+  // fdopendir owns what it gets.
+  const std::unique_ptr<DIR, int (*)(DIR*)> dir(
+      ::fdopendir(::openat(dir_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC)), ::closedir);
+  if (dir == nullptr) return names;
+  while (const dirent* entry = ::readdir(dir.get())) {
+    const std::string name = entry->d_name;
+    if (name != "." && name != "..") names.push_back(name);
+  }
+  return names;
+}
+
+// The lock goes last: while it is there, what is left can still be swept.
+void Remove(int parent_fd, const std::string& name) {
+  const UniqueFd dir(
+      ::openat(parent_fd, name.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+  if (!dir.valid()) return;
+  for (const std::string& entry : Entries(dir.get())) {
+    if (entry != kLock) ::unlinkat(dir.get(), entry.c_str(), 0);
+  }
+  ::unlinkat(dir.get(), kLock, 0);
+  ::unlinkat(parent_fd, name.c_str(), AT_REMOVEDIR);
+}
+
+// Whether no launcher holds the directory `name`. The descriptor in *lock keeps it ours meanwhile.
+bool IsStale(int parent_fd, const std::string& name, UniqueFd* lock) {
+  const UniqueFd dir(
+      ::openat(parent_fd, name.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+  struct stat info = {};
+  if (!dir.valid() || ::fstat(dir.get(), &info) != 0 || info.st_uid != ::geteuid()) return false;
+  lock->Reset(::openat(dir.get(), kLock, O_RDWR | O_NOFOLLOW | O_CLOEXEC));
+  if (lock->valid()) return ::flock(lock->get(), LOCK_EX | LOCK_NB) == 0;
+  // Its launcher is just starting, or was killed in the middle of that.
+  return errno == ENOENT && ::time(nullptr) - info.st_mtime > kUnlockedAgeSeconds;
+}
+
+void Sweep(const std::string& parent) {
+  const UniqueFd parent_fd(::open(parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!parent_fd.valid()) return;
+  for (const std::string& name : Entries(parent_fd.get())) {
+    if (!name.starts_with(kPrefix)) continue;
+    if (UniqueFd lock; IsStale(parent_fd.get(), name, &lock)) {
+      LOG_INFO("removing {}/{}, left by a launcher that was killed", parent, name);
+      Remove(parent_fd.get(), name);
+    }
+  }
+}
+
+std::string Parent() {
+  const char* xdg = ::getenv("XDG_RUNTIME_DIR");
+  struct stat info = {};
+  const bool usable = xdg != nullptr && xdg[0] == '/' && ::stat(xdg, &info) == 0 &&
+                      S_ISDIR(info.st_mode) && info.st_uid == ::geteuid() &&
+                      ::access(xdg, W_OK | X_OK) == 0;
+  return usable ? xdg : "/tmp";
+}
+
+}  // namespace
+
+absl::StatusOr<RuntimeDir> RuntimeDir::Create() { return CreateUnder(Parent()); }
+
+absl::StatusOr<RuntimeDir> RuntimeDir::CreateUnder(const std::string& parent) {
+  Sweep(parent);
+  std::string path = fmt::format("{}/{}XXXXXX", parent, kPrefix);
+  if (::mkdtemp(path.data()) == nullptr) {
+    return absl::ErrnoToStatus(errno, fmt::format("cannot make a directory in {}", parent));
+  }
+  RuntimeDir dir(path);
+  // Locked before it has its name, so that a sweep never meets it unlocked.
+  const std::string new_lock = fmt::format("{}/{}", path, kNewLock);
+  const std::string lock = fmt::format("{}/{}", path, kLock);
+  dir.lock_.Reset(::open(new_lock.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
+  if (!dir.lock_.valid() || ::flock(dir.lock_.get(), LOCK_EX | LOCK_NB) != 0 ||
+      ::rename(new_lock.c_str(), lock.c_str()) != 0) {
+    return absl::ErrnoToStatus(errno, fmt::format("cannot lock {}", path));
+  }
+  return dir;
+}
+
+RuntimeDir::~RuntimeDir() {
+  if (!path_.empty()) Remove(AT_FDCWD, path_);
+}
+
+}  // namespace wintserve

@@ -1,0 +1,259 @@
+#include "launcher/supervisor.h"
+
+#include <fmt/format.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+
+#include "common/check.h"
+#include "common/exit_code.h"
+#include "common/log.h"
+#include "common/status_macros.h"
+
+namespace wintserve {
+namespace {
+
+using std::chrono::milliseconds;
+
+// Beyond its own drain timeout; and for everybody who has nothing to drain.
+constexpr milliseconds kStopGrace(5000);
+
+// Numbers of the descriptors in a child.
+constexpr int kInstanceFd = 3;
+constexpr int kHttpFd = 4;
+constexpr int kMetricsFd = 5;
+
+sigset_t SupervisedSignals() {
+  sigset_t signals;
+  ::sigemptyset(&signals);
+  for (const int number : {SIGINT, SIGTERM, SIGHUP}) ::sigaddset(&signals, number);
+  return signals;
+}
+
+// Codes by which a child says what it found at start-up; they become ours.
+bool IsStartUpCode(int code) {
+  return code == kExitUsage || code == kExitCheckpoint || code == kExitUnavailable ||
+         code == kExitConfigFile;
+}
+
+// The lowest is the likeliest cause when several children end at once.
+int CauseRank(const ChildExit& ended) {
+  if (!ended.by_signal && IsStartUpCode(ended.code)) return 0;
+  return ended.by_signal ? 1 : 2;
+}
+
+}  // namespace
+
+void BlockSupervisedSignals() {
+  const sigset_t signals = SupervisedSignals();
+  ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  // Who reads our stderr may go away before us.
+  ::signal(SIGPIPE, SIG_IGN);
+}
+
+Supervisor::Supervisor(Instance instance, ReservedPorts ports, SupervisorServer server)
+    : instance_(std::move(instance)),
+      ports_(std::move(ports)),
+      server_(std::move(server)),
+      started_(Clock::now()) {
+  const sigset_t signals = SupervisedSignals();
+  signal_fd_.Reset(::signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK));
+  CHECK(signal_fd_.valid(), "signalfd: errno={}", errno);
+}
+
+int Supervisor::Run() {
+  if (const absl::Status status = StartAll(); !status.ok()) {
+    LOG_ERROR("{}", std::string(status.message()));
+    BeginStopping(kExitInternal);
+  }
+  while (AnyRunning(std::nullopt)) {
+    WaitForNews();
+    ReadSignals();
+    ReapEnded();
+    AdvanceStop();
+  }
+  return exit_code_;
+}
+
+absl::Status Supervisor::StartAll() {
+  Instance api_server = instance_;
+  api_server.http_fd = ports_.http.valid() ? kHttpFd : -1;
+  api_server.metrics_fd = ports_.metrics.valid() ? kMetricsFd : -1;
+  RETURN_IF_ERROR(
+      Start("cache manager", "wintserve-cache-manager", Role::kCacheManager, instance_));
+  RETURN_IF_ERROR(
+      Start("api server", "wintserve-api-server", Role::kApiServer, std::move(api_server)));
+  for (int rank = 0; rank < instance_.options.tensor_parallel_size; ++rank) {
+    Instance worker = instance_;
+    worker.rank = rank;
+    RETURN_IF_ERROR(Start(fmt::format("engine worker {}", rank), "wintserve-engine-worker",
+                          Role::kEngineWorker, std::move(worker)));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Supervisor::Start(const std::string& name, const std::string& program, Role role,
+                               Instance instance) {
+  ASSIGN_OR_RETURN(const UniqueFd instance_fd, WriteInstance(instance));
+  std::error_code error;
+  const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
+  if (error) return absl::InternalError("cannot read /proc/self/exe: " + error.message());
+  ChildOptions options;
+  options.argv = {(self.parent_path() / program).string(),
+                  fmt::format("--instance-fd={}", kInstanceFd)};
+  options.descriptors.push_back({instance_fd.get(), kInstanceFd});
+  if (instance.http_fd >= 0) options.descriptors.push_back({ports_.http.get(), kHttpFd});
+  if (instance.metrics_fd >= 0) options.descriptors.push_back({ports_.metrics.get(), kMetricsFd});
+  ASSIGN_OR_RETURN(ChildProcess process, ChildProcess::Spawn(options));
+  LOG_DEBUG("{} is process {}", name, process.pid());
+  children_.push_back({name, role, std::move(process)});
+  return absl::OkStatus();
+}
+
+void Supervisor::WaitForNews() {
+  std::vector<pollfd> fds = {{signal_fd_.get(), POLLIN, 0}};
+  for (const Child& child : children_) {
+    if (child.process.running()) fds.push_back({child.process.pidfd(), POLLIN, 0});
+  }
+  server_.AddPollFds(&fds);
+  int timeout_ms = -1;
+  if (stopping_) {
+    const auto left = std::chrono::ceil<milliseconds>(kill_time_ - Clock::now());
+    timeout_ms = static_cast<int>(std::max<int64_t>(0, left.count()));
+  }
+  if (::poll(fds.data(), fds.size(), timeout_ms) > 0) server_.Serve(fds);
+}
+
+void Supervisor::ReadSignals() {
+  signalfd_siginfo info;
+  while (::read(signal_fd_.get(), &info, sizeof(info)) == sizeof(info)) {
+    if (stopping_) {
+      LOG_WARNING("{} again: stopping at once", ::strsignal(static_cast<int>(info.ssi_signo)));
+      KillAll();
+    } else {
+      LOG_INFO("{}: finishing open requests, at most {} s; once more stops at once",
+               ::strsignal(static_cast<int>(info.ssi_signo)),
+               instance_.options.drain_timeout_ms / 1000.0);
+      BeginDraining();
+    }
+  }
+}
+
+void Supervisor::ReapEnded() {
+  std::vector<std::pair<Child*, ChildExit>> unexpected;
+  for (Child& child : children_) {
+    if (!child.process.running()) continue;
+    const std::optional<ChildExit> ended = child.process.Wait(0);
+    if (!ended.has_value()) continue;
+    if (!stopping_) {
+      unexpected.emplace_back(&child, *ended);
+    } else if (draining_) {
+      JudgeDrained(child, *ended);
+    } else {
+      LOG_DEBUG("{} ended: {}", child.name, ended->ToString());
+    }
+  }
+  if (!unexpected.empty()) JudgeUnexpected(unexpected);
+}
+
+void Supervisor::JudgeUnexpected(const std::vector<std::pair<Child*, ChildExit>>& ended) {
+  const auto& [child, how] = *std::min_element(
+      ended.begin(), ended.end(),
+      [](const auto& a, const auto& b) { return CauseRank(a.second) < CauseRank(b.second); });
+  const bool succeeded = !how.by_signal && how.code == kExitOk;
+  if (instance_.mode == "generate" && child->role == Role::kApiServer && succeeded) {
+    BeginStopping(kExitOk);
+    return;
+  }
+  const bool start_up = !how.by_signal && IsStartUpCode(how.code);
+  const double seconds = std::chrono::duration<double>(Clock::now() - started_).count();
+  LOG_ERROR("{} died of {}, {}{:.1f} s after the start; the instance ends", child->name,
+            how.ToString(), start_up ? "while starting, " : "", seconds);
+  BeginStopping(start_up ? how.code : kExitInternal);
+}
+
+void Supervisor::JudgeDrained(const Child& child, const ChildExit& ended) {
+  const bool api_server = child.role == Role::kApiServer;
+  if (api_server && !ended.by_signal && ended.code == kExitDrainTimeout) {
+    exit_code_ = kExitDrainTimeout;
+    return;
+  }
+  // SIGTERM may come before a child has its handler. Once the API server has gone, the others may
+  // end of themselves, for they have lost their peer.
+  const bool crashed = ended.by_signal && ended.code != SIGTERM;
+  const bool failed = !ended.by_signal && ended.code != kExitOk;
+  const bool early = !child.stopped && AnyRunning(Role::kApiServer);
+  if (!crashed && !early && !(api_server && failed)) {
+    LOG_DEBUG("{} ended: {}", child.name, ended.ToString());
+    return;
+  }
+  LOG_ERROR("{} died of {} while the instance was stopping", child.name, ended.ToString());
+  draining_ = false;  // nobody is left to finish the requests
+  BeginStopping(kExitInternal);
+}
+
+void Supervisor::BeginDraining() {
+  stopping_ = true;
+  draining_ = true;
+  stopping_role_ = Role::kApiServer;
+  kill_time_ = Clock::now() + milliseconds(instance_.options.drain_timeout_ms) + kStopGrace;
+  for (Child& child : children_) {
+    if (child.role == stopping_role_) {
+      child.stopped = true;
+      child.process.Signal(SIGTERM);
+    }
+  }
+}
+
+void Supervisor::BeginStopping(int exit_code) {
+  stopping_ = true;
+  exit_code_ = exit_code;
+  kill_time_ = Clock::now() + kStopGrace;
+  for (Child& child : children_) {
+    child.stopped = true;
+    child.process.Signal(SIGTERM);
+  }
+}
+
+void Supervisor::AdvanceStop() {
+  if (!stopping_) return;
+  if (Clock::now() >= kill_time_) {
+    for (Child& child : children_) {
+      if (!child.process.running() || !child.stopped) continue;
+      LOG_WARNING("{} did not stop in time: killed", child.name);
+      child.process.Signal(SIGKILL);
+      child.process.Wait(-1);
+      if (draining_ && child.role == Role::kApiServer) exit_code_ = kExitDrainTimeout;
+    }
+  }
+  // The next role's turn, and past roles that have no process.
+  while (draining_ && !AnyRunning(stopping_role_) && stopping_role_ != Role::kCacheManager) {
+    stopping_role_ = stopping_role_ == Role::kApiServer ? Role::kEngineWorker : Role::kCacheManager;
+    kill_time_ = Clock::now() + kStopGrace;
+    for (Child& child : children_) {
+      if (child.role != stopping_role_) continue;
+      child.stopped = true;
+      child.process.Signal(SIGTERM);
+    }
+  }
+}
+
+void Supervisor::KillAll() {
+  for (Child& child : children_) {
+    child.stopped = true;
+    child.process.Signal(SIGKILL);
+  }
+  for (Child& child : children_) child.process.Wait(-1);
+}
+
+bool Supervisor::AnyRunning(std::optional<Role> role) const {
+  return std::any_of(children_.begin(), children_.end(), [&](const Child& child) {
+    return child.process.running() && (!role.has_value() || child.role == *role);
+  });
+}
+
+}  // namespace wintserve

@@ -1,0 +1,119 @@
+#include "launcher/supervisor_server.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "common/log.h"
+#include "common/status_macros.h"
+#include "common/unix_socket.h"
+#include "proto/supervisor.pb.h"
+
+namespace wintserve {
+namespace {
+
+constexpr size_t kMaxConnections = 64;
+constexpr size_t kMaxEndedEpochs = 64;
+constexpr uint64_t kMaxGroupMemoryBytes = uint64_t{1} << 30;
+
+// Takes equally long wherever the first difference is.
+bool EqualInConstantTime(const std::string& a, const std::string& b) {
+  if (a.size() != b.size()) return false;
+  volatile unsigned char difference = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    difference = difference | static_cast<unsigned char>(a[i] ^ b[i]);
+  }
+  return difference == 0;
+}
+
+absl::Status SetNonBlocking(int fd) {
+  const int flags = ::fcntl(fd, F_GETFL);
+  if (flags < 0 || ::fcntl(fd, F_SETFL, flags | O_NONBLOCK) != 0) {
+    return absl::ErrnoToStatus(errno, "fcntl");
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<SupervisorServer> SupervisorServer::Listen(const std::string& path,
+                                                          std::string token) {
+  ASSIGN_OR_RETURN(UniqueFd listener, ListenUnix(path));
+  RETURN_IF_ERROR(SetNonBlocking(listener.get()));
+  return SupervisorServer(std::move(listener), std::move(token));
+}
+
+void SupervisorServer::AddPollFds(std::vector<pollfd>* fds) const {
+  // Beyond the limit peers wait in the backlog.
+  if (connections_.size() < kMaxConnections) fds->push_back({listener_.get(), POLLIN, 0});
+  for (const UniqueFd& connection : connections_) fds->push_back({connection.get(), POLLIN, 0});
+}
+
+void SupervisorServer::Serve(const std::vector<pollfd>& fds) {
+  for (const pollfd& ready : fds) {
+    if (ready.revents == 0) continue;
+    const auto connection = std::find_if(connections_.begin(), connections_.end(),
+                                         [&](const UniqueFd& fd) { return fd.get() == ready.fd; });
+    if (connection != connections_.end() && !ServeConnection(ready.fd)) {
+      connections_.erase(connection);
+    }
+  }
+  // Last, so that a number just closed is not taken for the new peer's.
+  for (const pollfd& ready : fds) {
+    if (ready.revents != 0 && ready.fd == listener_.get()) Accept();
+  }
+}
+
+void SupervisorServer::Accept() {
+  absl::StatusOr<UniqueFd> connection = AcceptUnix(listener_.get());
+  if (connection.ok() && SetNonBlocking(connection->get()).ok()) {
+    connections_.push_back(*std::move(connection));
+  }
+}
+
+bool SupervisorServer::ServeConnection(int connection_fd) {
+  const absl::StatusOr<Packet> packet = ReceivePacket(connection_fd, 0);
+  if (!packet.ok()) return absl::IsDeadlineExceeded(packet.status());
+  proto::SupervisorRequest request;
+  if (!request.ParseFromString(packet->bytes) || !EqualInConstantTime(request.token(), token_)) {
+    LOG_WARNING("supervisor.sock: dropped a peer without the instance's token");
+    return false;
+  }
+  absl::StatusOr<int> fd = absl::InvalidArgumentError("unknown request");
+  if (request.has_group_memory()) {
+    fd = GroupMemoryFd(request.group_memory().group_epoch(), request.group_memory().size_bytes());
+  }
+  proto::SupervisorReply reply;
+  reply.set_status_code(static_cast<uint32_t>(fd.status().code()));
+  // Never empty: a packet without bytes would read as the end of the connection.
+  reply.set_text(fd.ok() ? "ok" : std::string(fd.status().message()));
+  return SendPacket(connection_fd, reply.SerializeAsString(), fd.ok() ? *fd : -1).ok();
+}
+
+absl::StatusOr<int> SupervisorServer::GroupMemoryFd(uint64_t group_epoch, uint64_t size_bytes) {
+  if (size_bytes == 0 || size_bytes > kMaxGroupMemoryBytes) {
+    return absl::InvalidArgumentError(
+        fmt::format("size_bytes: must be 1..{} (got {})", kMaxGroupMemoryBytes, size_bytes));
+  }
+  if (group_epoch_ == group_epoch) {
+    if (static_cast<uint64_t>(group_memory_.size_bytes()) != size_bytes) {
+      return absl::InvalidArgumentError(
+          fmt::format("size_bytes: another rank of epoch {:#x} asked for {} (got {})", group_epoch,
+                      group_memory_.size_bytes(), size_bytes));
+    }
+    return group_memory_.fd();
+  }
+  if (std::find(ended_epochs_.begin(), ended_epochs_.end(), group_epoch) != ended_epochs_.end()) {
+    return absl::FailedPreconditionError(fmt::format("epoch {:#x} has ended", group_epoch));
+  }
+  ASSIGN_OR_RETURN(MappedMemory memory,
+                   MappedMemory::Create("wintserve-group", static_cast<int64_t>(size_bytes)));
+  if (group_epoch_.has_value()) ended_epochs_.push_back(*group_epoch_);
+  if (ended_epochs_.size() > kMaxEndedEpochs) ended_epochs_.pop_front();
+  group_memory_ = std::move(memory);
+  group_epoch_ = group_epoch;
+  return group_memory_.fd();
+}
+
+}  // namespace wintserve

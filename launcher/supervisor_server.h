@@ -1,0 +1,48 @@
+// The launcher's end of supervisor.sock: hands workers the memory that their rank group reduces in.
+#pragma once
+
+#include <poll.h>
+
+#include <cstdint>
+#include <deque>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "common/mapped_memory.h"
+#include "common/unique_fd.h"
+
+namespace wintserve {
+
+// Never blocks: the owner polls. A peer that sends rubbish or does not read is dropped; it costs
+// one packet of work a round. Threading: one thread, the launcher's poll loop.
+class SupervisorServer {
+ public:
+  // Listens at `path`. Every request must carry `token`.
+  static absl::StatusOr<SupervisorServer> Listen(const std::string& path, std::string token);
+
+  // Appends what the server waits for.
+  void AddPollFds(std::vector<pollfd>* fds) const;
+
+  // Serves whatever is ready among `fds`; entries of others are skipped.
+  void Serve(const std::vector<pollfd>& fds);
+
+ private:
+  SupervisorServer(UniqueFd listener, std::string token)
+      : listener_(std::move(listener)), token_(std::move(token)) {}
+
+  void Accept();
+  bool ServeConnection(int connection_fd);  // false: drop it
+  absl::StatusOr<int> GroupMemoryFd(uint64_t group_epoch, uint64_t size_bytes);
+
+  UniqueFd listener_;
+  std::string token_;
+  std::vector<UniqueFd> connections_;
+  // A new epoch ends the one before; workers keep their own mapping of it.
+  std::optional<uint64_t> group_epoch_;
+  MappedMemory group_memory_;
+  std::deque<uint64_t> ended_epochs_;
+};
+
+}  // namespace wintserve

@@ -1,0 +1,151 @@
+#include "launcher/supervisor_server.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <thread>
+
+#include "common/unix_socket.h"
+#include "proto/supervisor.pb.h"
+
+namespace wintserve {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr int64_t kTimeoutMs = 10'000;
+const char* const kToken = "0123456789abcdef0123456789abcdef";
+
+// Runs the server's poll loop in a thread, as the launcher does in its main one.
+class SupervisorServerTest : public ::testing::Test {
+ protected:
+  SupervisorServerTest() {
+    path_ = ::testing::TempDir() + "supervisor_server_test." + std::to_string(::getpid());
+    ::unlink(path_.c_str());
+    auto server = SupervisorServer::Listen(path_, kToken);
+    EXPECT_TRUE(server.ok()) << server.status();
+    loop_ = std::thread([this, server = *std::move(server)]() mutable {
+      while (!done_) {
+        std::vector<pollfd> fds;
+        server.AddPollFds(&fds);
+        if (::poll(fds.data(), fds.size(), 10) > 0) server.Serve(fds);
+      }
+    });
+  }
+  ~SupervisorServerTest() override {
+    done_ = true;
+    loop_.join();
+    ::unlink(path_.c_str());
+  }
+
+  UniqueFd Connect() {
+    auto fd = ConnectUnix(path_, kTimeoutMs);
+    EXPECT_TRUE(fd.ok()) << fd.status();
+    return fd.ok() ? *std::move(fd) : UniqueFd();
+  }
+
+  static std::string GroupMemoryRequest(uint64_t epoch, uint64_t size_bytes,
+                                        const std::string& token = kToken) {
+    proto::SupervisorRequest request;
+    request.set_token(token);
+    request.mutable_group_memory()->set_group_epoch(epoch);
+    request.mutable_group_memory()->set_size_bytes(size_bytes);
+    return request.SerializeAsString();
+  }
+
+  // The memory, or the error that the server replied.
+  static absl::StatusOr<MappedMemory> Ask(const UniqueFd& fd, uint64_t epoch, uint64_t size_bytes) {
+    EXPECT_TRUE(SendPacket(fd.get(), GroupMemoryRequest(epoch, size_bytes)).ok());
+    auto packet = ReceivePacket(fd.get(), kTimeoutMs);
+    if (!packet.ok()) return packet.status();
+    proto::SupervisorReply reply;
+    EXPECT_TRUE(reply.ParseFromString(packet->bytes));
+    EXPECT_EQ(reply.status_code() == 0, packet->fd.valid());
+    if (reply.status_code() != 0) {
+      return absl::Status(static_cast<absl::StatusCode>(reply.status_code()), reply.text());
+    }
+    return MappedMemory::FromFd(std::move(packet->fd), static_cast<int64_t>(size_bytes));
+  }
+
+  std::string path_;
+
+ private:
+  std::atomic<bool> done_ = false;
+  std::thread loop_;
+};
+
+TEST_F(SupervisorServerTest, EveryRankOfAnEpochGetsTheSameMemory) {
+  const UniqueFd rank0 = Connect();
+  const UniqueFd rank1 = Connect();
+  const auto memory0 = Ask(rank0, 7, 4096);
+  const auto memory1 = Ask(rank1, 7, 4096);
+  ASSERT_TRUE(memory0.ok() && memory1.ok()) << memory0.status() << memory1.status();
+  static_cast<char*>(memory0->data())[100] = 'x';
+  EXPECT_EQ(static_cast<char*>(memory1->data())[100], 'x');
+}
+
+TEST_F(SupervisorServerTest, ANewEpochHasFreshMemoryAndEndsTheOld) {
+  const UniqueFd fd = Connect();
+  const auto old = Ask(fd, 7, 4096);
+  ASSERT_TRUE(old.ok()) << old.status();
+  static_cast<char*>(old->data())[0] = 'x';
+  const auto fresh = Ask(fd, 8, 8192);
+  ASSERT_TRUE(fresh.ok()) << fresh.status();
+  EXPECT_EQ(static_cast<char*>(fresh->data())[0], 0);
+  EXPECT_EQ(static_cast<char*>(old->data())[0], 'x') << "a rank keeps what it has mapped";
+  const auto late = Ask(fd, 7, 4096);
+  EXPECT_EQ(late.status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(late.status().ToString(), HasSubstr("epoch 0x7 has ended"));
+}
+
+TEST_F(SupervisorServerTest, RefusesSizesThatCannotBe) {
+  const UniqueFd fd = Connect();
+  ASSERT_TRUE(Ask(fd, 7, 4096).ok());
+  EXPECT_THAT(Ask(fd, 7, 8192).status().ToString(), HasSubstr("asked for 4096 (got 8192)"));
+  EXPECT_EQ(Ask(fd, 9, 0).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(Ask(fd, 9, uint64_t{1} << 62).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(Ask(fd, 7, 4096).ok()) << "a refused request ended the epoch";
+}
+
+TEST_F(SupervisorServerTest, AnswersARequestThatItDoesNotKnow) {
+  const UniqueFd fd = Connect();
+  proto::SupervisorRequest request;
+  request.set_token(kToken);
+  ASSERT_TRUE(SendPacket(fd.get(), request.SerializeAsString()).ok());
+  const auto packet = ReceivePacket(fd.get(), kTimeoutMs);
+  ASSERT_TRUE(packet.ok()) << packet.status();
+  proto::SupervisorReply reply;
+  ASSERT_TRUE(reply.ParseFromString(packet->bytes));
+  EXPECT_EQ(reply.status_code(), static_cast<uint32_t>(absl::StatusCode::kInvalidArgument));
+}
+
+TEST_F(SupervisorServerTest, DropsHostilePeersAndGoesOnServing) {
+  const std::string packets[] = {
+      "\xff\xff\xff\xff",
+      std::string(kMaxPacketBytes, 'x'),
+      "",
+      GroupMemoryRequest(7, 4096, ""),
+      GroupMemoryRequest(7, 4096, std::string(32, 'x')),
+      GroupMemoryRequest(7, 4096, std::string(kToken) + "0"),
+  };
+  for (const std::string& bytes : packets) {
+    const UniqueFd hostile = Connect();
+    ASSERT_TRUE(SendPacket(hostile.get(), bytes, STDERR_FILENO).ok());
+    EXPECT_FALSE(ReceivePacket(hostile.get(), kTimeoutMs).ok());
+  }
+  EXPECT_TRUE(Ask(Connect(), 7, 4096).ok());
+}
+
+TEST_F(SupervisorServerTest, APeerThatDoesNotReadStopsNobody) {
+  const UniqueFd deaf = Connect();
+  // Far more replies than a socket holds; sending may fail once the server has dropped the peer.
+  for (int i = 0; i < 5000; ++i) {
+    if (!SendPacket(deaf.get(), GroupMemoryRequest(7, 4096)).ok()) break;
+  }
+  EXPECT_TRUE(Ask(Connect(), 7, 4096).ok());
+}
+
+}  // namespace
+}  // namespace wintserve
