@@ -8,14 +8,9 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "cache_manager/core/pool_block.h"
 
 namespace wintserve {
-
-// A block of the KV pool at one generation: a stale generation is refused by the cache manager.
-struct PoolBlock {
-  int32_t id = 0;
-  uint32_t generation = 0;
-};
 
 struct PoolSpec {
   uint32_t num_blocks = 0;
@@ -48,7 +43,8 @@ class CacheClient {
   virtual void Close() = 0;
 };
 
-// target: a gRPC target such as "unix:/run/…/cache.sock". Waits up to timeout_ms for the connection.
+// target: a gRPC target such as "unix:/run/…/cache.sock". Waits up to timeout_ms for the
+// connection.
 absl::StatusOr<std::unique_ptr<CacheClient>> ConnectCacheClient(const std::string& target,
                                                                 const std::string& token,
                                                                 uint64_t api_epoch,
