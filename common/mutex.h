@@ -6,6 +6,8 @@
 #include <condition_variable>
 #include <mutex>
 
+#include "absl/base/thread_annotations.h"  // GUARDED_BY and NO_THREAD_SAFETY_ANALYSIS
+
 #if defined(__clang__)
 #define WINTSERVE_THREAD_ANNOTATION(x) __attribute__((x))
 #else
@@ -13,12 +15,10 @@
 #endif
 #define CAPABILITY(x) WINTSERVE_THREAD_ANNOTATION(capability(x))
 #define SCOPED_CAPABILITY WINTSERVE_THREAD_ANNOTATION(scoped_lockable)
-#define GUARDED_BY(x) WINTSERVE_THREAD_ANNOTATION(guarded_by(x))
 #define REQUIRES(...) WINTSERVE_THREAD_ANNOTATION(requires_capability(__VA_ARGS__))
 #define EXCLUDES(...) WINTSERVE_THREAD_ANNOTATION(locks_excluded(__VA_ARGS__))
 #define ACQUIRE(...) WINTSERVE_THREAD_ANNOTATION(acquire_capability(__VA_ARGS__))
 #define RELEASE(...) WINTSERVE_THREAD_ANNOTATION(release_capability(__VA_ARGS__))
-#define NO_THREAD_SAFETY_ANALYSIS WINTSERVE_THREAD_ANNOTATION(no_thread_safety_analysis)
 
 namespace wintserve {
 

@@ -131,16 +131,21 @@ absl::StatusOr<Packet> ReceivePacket(int socket_fd, int64_t timeout_ms) {
     received = ::recvmsg(socket_fd, &message, MSG_CMSG_CLOEXEC);
   } while (received < 0 && errno == EINTR);
   if (received < 0) return absl::ErrnoToStatus(errno, "recvmsg");
+  bool several_fds = false;
   for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr;
        header = CMSG_NXTHDR(&message, header)) {
-    if (header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS) {
+    if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
+    // The alignment of the control buffer leaves room for more than the one that is allowed.
+    const size_t num_fds = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    for (size_t i = 0; i < num_fds; ++i) {
       int fd;
-      std::memcpy(&fd, CMSG_DATA(header), sizeof(int));
+      std::memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int));
+      several_fds = several_fds || packet.fd.valid();
       packet.fd.Reset(fd);
     }
   }
   if (received == 0) return absl::OutOfRangeError("the peer closed the socket");
-  if ((message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0) {
+  if (several_fds || (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0) {
     return absl::InvalidArgumentError(
         fmt::format("packet is longer than {} bytes or carries several descriptors", kMaxPacketBytes));
   }
