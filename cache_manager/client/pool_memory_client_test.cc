@@ -1,0 +1,230 @@
+// Both ends of the memory socket: MemoryServer and FetchPoolMemory.
+#include "cache_manager/client/pool_memory_client.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstring>
+#include <filesystem>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cache_manager/memory/memory_server.h"
+#include "common/unix_socket.h"
+#include "proto/cache.pb.h"
+
+namespace wintserve {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+
+constexpr uint64_t kEpoch = 0xfeedface12345678;
+constexpr uint32_t kNumBlocks = 4;
+constexpr int64_t kTimeoutMs = 5000;
+// A real token is random bytes, zeros among them.
+const std::string kToken = std::string("\0\xff\x80 token of exactly 32 bytes..", 32);
+constexpr char kUnauthenticated[] = "the memory socket demands the instance token";
+
+int CountOpenFds() {
+  int count = 0;
+  for ([[maybe_unused]] const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+    ++count;
+  }
+  return count;
+}
+
+class PoolMemorySocket : public testing::Test {
+ protected:
+  void SetUp() override {
+    auto server = MemoryServer::Start(path_, kToken);
+    ASSERT_TRUE(server.ok()) << server.status();
+    server_ = *std::move(server);
+    auto memory = PoolMemory::Create(kNumBlocks, {4096, 8192}, /*available_bytes=*/1 << 20);
+    ASSERT_TRUE(memory.ok()) << memory.status();
+    owner_bytes_[0] = static_cast<char*>(memory->rank(0).data());
+    owner_bytes_[1] = static_cast<char*>(memory->rank(1).data());
+    server_->Publish(kEpoch, *std::move(memory));
+  }
+
+  absl::StatusOr<MappedMemory> Fetch(int rank) {
+    return FetchPoolMemory(path_, kToken, kEpoch, rank, kTimeoutMs);
+  }
+
+  // The text of the reply to a packet that FetchPoolMemory would not send.
+  std::string ReplyTo(const std::string& bytes) {
+    auto socket = ConnectUnix(path_, kTimeoutMs);
+    if (!socket.ok()) return socket.status().ToString();
+    if (const auto sent = SendPacket(socket->get(), bytes); !sent.ok()) return sent.ToString();
+    return ReceiveText(socket->get());
+  }
+
+  static std::string ReceiveText(int socket_fd) {
+    const auto packet = ReceivePacket(socket_fd, kTimeoutMs);
+    proto::MemoryReply reply;
+    if (!packet.ok()) return packet.status().ToString();
+    EXPECT_FALSE(packet->fd.valid());
+    EXPECT_TRUE(reply.ParseFromString(packet->bytes));
+    EXPECT_EQ(reply.size_bytes(), 0u);
+    return reply.text();
+  }
+
+  const std::string path_ = testing::TempDir() + "/memory_" + std::to_string(::getpid()) + ".sock";
+  std::unique_ptr<MemoryServer> server_;
+  char* owner_bytes_[2] = {};
+};
+
+TEST_F(PoolMemorySocket, SharesEachRanksBytesWithTheOwner) {
+  auto rank0 = Fetch(0);
+  auto rank1 = Fetch(1);
+  ASSERT_TRUE(rank0.ok()) << rank0.status();
+  ASSERT_TRUE(rank1.ok()) << rank1.status();
+  EXPECT_EQ(rank0->size_bytes(), int64_t{kNumBlocks} * 4096);
+  EXPECT_EQ(rank1->size_bytes(), int64_t{kNumBlocks} * 8192);
+  std::strcpy(static_cast<char*>(rank0->data()), "written by a worker");
+  std::strcpy(owner_bytes_[1], "written by the owner");
+  EXPECT_STREQ(owner_bytes_[0], "written by a worker");
+  EXPECT_STREQ(static_cast<char*>(rank1->data()), "written by the owner");
+}
+
+TEST_F(PoolMemorySocket, LeavesAWorkersMappingAloneWhenThePoolIsWithdrawn) {
+  auto memory = Fetch(0);
+  ASSERT_TRUE(memory.ok()) << memory.status();
+  server_->Withdraw();
+  static_cast<char*>(memory->data())[memory->size_bytes() - 1] = 1;
+  EXPECT_EQ(Fetch(0).status().code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_F(PoolMemorySocket, RefusesAnotherPoolEpoch) {
+  const auto status = FetchPoolMemory(path_, kToken, kEpoch + 1, 0, kTimeoutMs).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(status.message(), "no KV pool memory from " + path_ +
+                                  ": pool_epoch 0xfeedface12345679 is not the pool that is open");
+}
+
+TEST_F(PoolMemorySocket, RefusesARankThatThePoolDoesNotHave) {
+  for (const int rank : {2, -1}) {
+    const auto status = Fetch(rank).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << rank;
+    EXPECT_THAT(std::string(status.message()), HasSubstr("is not in the pool, which has 0 to 1"));
+  }
+}
+
+TEST_F(PoolMemorySocket, TellsAPeerWithoutTheTokenTheSameWhateverItSends) {
+  std::string nearly = kToken;
+  nearly.back() ^= 1;
+  for (const std::string& token : {nearly, kToken + "x", std::string()}) {
+    // Wrong in every other way too, which must not show.
+    const auto status = FetchPoolMemory(path_, token, kEpoch + 1, 7, kTimeoutMs).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kUnauthenticated);
+    EXPECT_THAT(std::string(status.message()), HasSubstr(kUnauthenticated));
+  }
+  EXPECT_EQ(ReplyTo("garbage \xff\xff\xff"), kUnauthenticated);
+  EXPECT_EQ(ReplyTo(std::string(kMaxPacketBytes, '\x0a')), kUnauthenticated);
+}
+
+// Sends what SendPacket refuses to: any size, several descriptors.
+void SendRaw(int socket_fd, const std::string& bytes, const std::vector<int>& fds) {
+  iovec part = {const_cast<char*>(bytes.data()), bytes.size()};
+  alignas(cmsghdr) char control[CMSG_SPACE(8 * sizeof(int))] = {};
+  msghdr message = {};
+  message.msg_iov = &part;
+  message.msg_iovlen = 1;
+  if (!fds.empty()) {
+    message.msg_control = control;
+    message.msg_controllen = CMSG_SPACE(fds.size() * sizeof(int));
+    cmsghdr* header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(fds.size() * sizeof(int));
+    std::memcpy(CMSG_DATA(header), fds.data(), fds.size() * sizeof(int));
+  }
+  ASSERT_EQ(::sendmsg(socket_fd, &message, MSG_NOSIGNAL), static_cast<ssize_t>(bytes.size()));
+}
+
+TEST_F(PoolMemorySocket, SurvivesOversizedPacketsAndUnwantedDescriptors) {
+  const int before = CountOpenFds();
+  for (const size_t num_fds : {0, 2, 3, 8}) {
+    auto socket = ConnectUnix(path_, kTimeoutMs);
+    ASSERT_TRUE(socket.ok());
+    const size_t size = num_fds == 0 ? kMaxPacketBytes + 1 : 8;
+    SendRaw(socket->get(), std::string(size, 'x'), std::vector<int>(num_fds, STDERR_FILENO));
+    EXPECT_EQ(ReceiveText(socket->get()), kUnauthenticated) << num_fds << " descriptors";
+  }
+  EXPECT_TRUE(Fetch(0).ok());  // and the server has closed all of the above by then
+  EXPECT_EQ(CountOpenFds(), before);
+}
+
+TEST_F(PoolMemorySocket, ServesOthersWhilePeersSayNothingAndDropsThose) {
+  std::vector<UniqueFd> silent;
+  for (int i = 0; i < 100; ++i) {  // more than the server keeps waiting
+    auto socket = ConnectUnix(path_, kTimeoutMs);
+    ASSERT_TRUE(socket.ok()) << socket.status();
+    silent.push_back(*std::move(socket));
+  }
+  const auto start = std::chrono::steady_clock::now();
+  EXPECT_TRUE(Fetch(0).ok());
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(1));
+  for (const UniqueFd& socket : silent) {
+    EXPECT_EQ(ReceivePacket(socket.get(), kTimeoutMs).status().code(),
+              absl::StatusCode::kOutOfRange);
+  }
+}
+
+TEST_F(PoolMemorySocket, LeaksNoDescriptorInAHundredFetches) {
+  ASSERT_TRUE(Fetch(0).ok());
+  const int before = CountOpenFds();
+  for (int i = 0; i < 100; ++i) {
+    ASSERT_TRUE(Fetch(i % 2).ok());
+    ASSERT_FALSE(Fetch(2).ok());
+    ASSERT_TRUE(ConnectUnix(path_, kTimeoutMs).ok());
+  }
+  ASSERT_TRUE(Fetch(0).ok());
+  // The server closes its end of the last exchange after we have read the reply.
+  for (int i = 0; i < 100 && CountOpenFds() != before; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  EXPECT_EQ(CountOpenFds(), before);
+}
+
+TEST_F(PoolMemorySocket, UnlinksItsPathAndIsUnavailableAfterwards) {
+  server_.reset();
+  EXPECT_FALSE(std::filesystem::exists(path_));
+  const auto status = FetchPoolMemory(path_, kToken, kEpoch, 0, /*timeout_ms=*/20).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(status.message()), StartsWith("no KV pool memory from " + path_));
+}
+
+TEST_F(PoolMemorySocket, ReplacesTheSocketOfADeadServer) {
+  server_.reset();
+  ASSERT_TRUE(ListenUnix(path_).ok());  // closed at once, but the path stays
+  ASSERT_TRUE(std::filesystem::exists(path_));
+  SetUp();
+  EXPECT_TRUE(Fetch(0).ok());
+}
+
+TEST(PoolMemory, ThatDoesNotFitIsRefusedWithItsSizes) {
+  const auto one = PoolMemory::Create(1024, {1 << 20}, int64_t{1} << 29).status();
+  EXPECT_EQ(one.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(
+      one.message(),
+      "KV pool of 1.00 GiB does not fit into the 0.50 GiB of memory that is available (1024 "
+      "blocks of 1048576 bytes on 1 rank); lower --num-gpu-blocks-override, --max-num-seqs or "
+      "--max-model-len");
+  const auto uneven = PoolMemory::Create(1024, {1 << 19, 1 << 20}, int64_t{1} << 29).status();
+  EXPECT_THAT(std::string(uneven.message()),
+              HasSubstr("(1024 blocks of 524288+1048576 bytes on 2 ranks)"));
+}
+
+TEST(PoolMemory, SizeThatOverflowsIsRefusedAndNotWrapped) {
+  // 2^31 * 2^33 wraps to 0 in 64 bits.
+  const auto status = PoolMemory::Create(1u << 31, {uint64_t{1} << 33}, 1 << 20).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+}
+
+}  // namespace
+}  // namespace wintserve

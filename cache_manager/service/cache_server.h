@@ -1,0 +1,42 @@
+// The gRPC server of the cache manager (service Cache of proto/cache.proto).
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "cache_manager/service/pool_owner.h"
+
+namespace wintserve {
+
+struct CacheServerOptions {
+  std::string host = "127.0.0.1";
+  int port = 0;           // 0: a free one, see CacheServer::port()
+  std::string unix_path;  // a socket that a dead cache manager has left there is replaced
+  std::string token;      // of the instance; a stream without it is refused
+};
+
+// Carries the messages between streams and a PoolOwner; a stream that ends ends its session.
+// Each stream reads its next request once the reply to the one before is written, so a peer that
+// sends without reading costs one message.
+class CacheServer {
+ public:
+  // UNAVAILABLE: cannot listen on the port (the text names --cache-queue-port) or the Unix socket.
+  // REQUIRES: owner outlives the server.
+  static absl::StatusOr<std::unique_ptr<CacheServer>> Start(const CacheServerOptions& options,
+                                                            PoolOwner* owner);
+  // Ends every stream, then unlinks the socket.
+  ~CacheServer();
+  CacheServer(const CacheServer&) = delete;
+  CacheServer& operator=(const CacheServer&) = delete;
+
+  int port() const;
+
+ private:
+  class Impl;
+  explicit CacheServer(std::unique_ptr<Impl> impl);
+
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace wintserve
