@@ -10,6 +10,8 @@ namespace wintserve::formats {
 
 enum class WeightFormat { kFloat32, kBfloat16, kWint8, kWint4, kWint2 };
 
+inline constexpr int kWint2GroupSize = 64;
+
 // Order of the K rows inside each 64-row group of a WINT2 tensor.
 enum class KOrder { kNatural, kMma64 };
 
@@ -40,5 +42,23 @@ struct HostMatrix {
   std::vector<float> code_zp;
   KOrder k_order = KOrder::kMma64;
 };
+
+// A matrix of zeros, every array of `format` sized.
+// REQUIRES: k, n > 0; kWint2: k is a multiple of kWint2GroupSize.
+HostMatrix MakeHostMatrix(WeightFormat format, int64_t k, int64_t n);
+
+// A rectangle of a stored matrix: rows [k_begin, k_end), columns [n_begin, n_end).
+struct MatrixSlice {
+  int64_t k_begin = 0;
+  int64_t k_end = 0;
+  int64_t n_begin = 0;
+  int64_t n_end = 0;
+
+  int64_t num_rows() const { return k_end - k_begin; }
+  int64_t num_columns() const { return n_end - n_begin; }
+};
+
+// The decoded weights [k, n], rows in true K order: the scalar reference of every backend.
+std::vector<float> DecodeToFloat(const HostMatrix& matrix);
 
 }  // namespace wintserve::formats
