@@ -13,14 +13,14 @@ enum class ExpertQuantization { kNone, kWint8, kWint4, kW4W2 };
 
 // Names follow config.json. Source: the published ERNIE-4.5 configurations.
 struct ModelConfig {
-  std::string architecture;            // "Ernie4_5_MoeForCausalLM" or "Ernie4_5ForCausalLM"
+  std::string architecture;  // "Ernie4_5_MoeForCausalLM" or "Ernie4_5ForCausalLM"
   int vocab_size = 0;
   int hidden_size = 0;
   int num_layers = 0;
   int num_heads = 0;
   int num_kv_heads = 0;
-  int head_dim = 0;                    // may differ from hidden_size / num_heads
-  int intermediate_size = 0;           // of the dense MLP
+  int head_dim = 0;           // may differ from hidden_size / num_heads
+  int intermediate_size = 0;  // of the dense MLP
   int max_position_embeddings = 0;
   float rms_norm_eps = 1e-5f;
   float rope_theta = 0;
@@ -28,19 +28,19 @@ struct ModelConfig {
   bool tie_word_embeddings = false;
   bool tie_word_embeddings_is_set = false;  // absent: decided by whether lm_head.weight exists
 
-  int num_experts = 0;                 // 0: a dense model
-  int num_experts_per_token = 0;       // moe_k
+  int num_experts = 0;            // 0: a dense model
+  int num_experts_per_token = 0;  // moe_k
   int moe_intermediate_size = 0;
-  int num_shared_experts = 0;          // one SwiGLU of this many times moe_intermediate_size
+  int num_shared_experts = 0;  // one SwiGLU of this many times moe_intermediate_size
   int moe_layer_start = 0;
-  int moe_layer_end = -1;              // inclusive
+  int moe_layer_end = -1;  // inclusive
   int moe_layer_interval = 1;
-  bool has_router_bias = false;        // moe_use_aux_free
+  bool has_router_bias = false;  // moe_use_aux_free
   float moe_norm_min = 1e-12f;
 
-  bool dense_is_wint8 = false;         // attention, dense MLP, shared experts
+  bool dense_is_wint8 = false;  // attention, dense MLP, shared experts
   ExpertQuantization expert_quantization = ExpertQuantization::kNone;
-  int last_wint4_layer = -1;           // kW4W2: MoE layers up to and including it are wint4
+  int last_wint4_layer = -1;  // kW4W2: MoE layers up to and including it are wint4
 
   bool IsMoeLayer(int layer) const {
     return num_experts > 0 && layer >= moe_layer_start && layer <= moe_layer_end &&
