@@ -1,5 +1,5 @@
-// A checkpoint directory, opened and verified as a whole; hands out one rank's slice of one tensor at
-// a time in canonical form.
+// A checkpoint directory, opened and verified as a whole; hands out one rank's slice of one tensor
+// at a time in canonical form.
 #pragma once
 
 #include <cstdint>
@@ -40,8 +40,8 @@ enum class KOrderChoice { kAuto, kMma64, kNatural };
 // Threading: thread-safe after Open. The files stay mapped for the object's life.
 class Checkpoint {
  public:
-  // Finds the files, maps them and checks every tensor: none missing, unknown, misshapen, of a wrong
-  // type or beyond its file's end. One error names file, tensor, found and expected.
+  // Finds the files, maps them and checks every tensor: none missing, unknown, misshapen, of a
+  // wrong type or beyond its file's end. One error names file, tensor, found and expected.
   static absl::StatusOr<std::unique_ptr<Checkpoint>> Open(const std::filesystem::path& dir,
                                                           const ModelConfig& config,
                                                           KOrderChoice k_order);
@@ -53,7 +53,7 @@ class Checkpoint {
   virtual absl::StatusOr<std::vector<float>> LoadVector(VectorRole role, int layer) const = 0;
 
   virtual bool head_is_tied() const = 0;
-  virtual formats::KOrder k_order() const = 0;   // what kAuto decided
+  virtual formats::KOrder k_order() const = 0;  // what kAuto decided
   // XXH3-64 over every file's header and size: tells checkpoints apart, does not verify the bytes.
   virtual uint64_t digest() const = 0;
   virtual int64_t total_bytes() const = 0;

@@ -1,0 +1,244 @@
+#include "engine_worker/weights/layout.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <string_view>
+
+#include "common/check.h"
+
+namespace wintserve {
+namespace {
+
+constexpr char kHeadTensor[] = "lm_head.weight";
+
+bool IsQuantized(const ModelConfig& config) {
+  return config.dense_is_wint8 || config.expert_quantization != ExpertQuantization::kNone;
+}
+
+// Whether a tensor is there with this shape; false for a square one, which tells nothing.
+bool HasShape(const TensorSet& set, const std::string& name, int64_t rows, int64_t columns) {
+  const TensorSet::Entry* entry = set.Find(name);
+  return entry != nullptr && rows != columns &&
+         entry->view->shape == std::vector<int64_t>{rows, columns};
+}
+
+StoredFormat DenseFormat(const ModelConfig& config) {
+  return config.dense_is_wint8 ? StoredFormat::kWint8 : StoredFormat::kPlain;
+}
+
+StoredFormat MlpFormat(const ModelConfig& config, const MatrixRef& ref) {
+  if (ref.expert < 0) return DenseFormat(config);
+  switch (config.expert_quantization) {
+    case ExpertQuantization::kNone:
+      return StoredFormat::kPlain;
+    case ExpertQuantization::kWint8:
+      return StoredFormat::kWint8;
+    case ExpertQuantization::kWint4:
+      return StoredFormat::kWint4;
+    case ExpertQuantization::kW4W2:
+      return ref.layer <= config.last_wint4_layer ? StoredFormat::kWint4 : StoredFormat::kWint2;
+  }
+  return StoredFormat::kPlain;
+}
+
+int64_t MlpWidth(const ModelConfig& config, const MatrixRef& ref) {
+  if (ref.expert == kDenseMlp) return config.intermediate_size;
+  const int64_t expert_width = config.moe_intermediate_size;
+  return ref.expert == kSharedExperts ? config.num_shared_experts * expert_width : expert_width;
+}
+
+std::string LayerName(const Layout& layout, int layer) {
+  return fmt::format("{}.layers.{}", layout.prefix, layer);
+}
+
+std::string MlpName(const Layout& layout, const MatrixRef& ref) {
+  const std::string mlp = LayerName(layout, ref.layer) + ".mlp";
+  if (ref.expert == kDenseMlp) return mlp;
+  if (ref.expert == kSharedExperts) return mlp + ".shared_experts";
+  return fmt::format("{}.experts.{}", mlp, ref.expert);
+}
+
+// A column block: `num_units` blocks of `unit_columns`, under the name it has alone.
+struct Block {
+  const char* name;
+  int64_t num_units;
+  int64_t unit_columns;
+};
+
+// The blocks as parts of one fused matrix, or each as a matrix of its own.
+LogicalMatrix FromBlocks(const StoredMatrix& pattern, const std::string& parent,
+                         const char* fused_name, bool is_fused, const std::vector<Block>& blocks) {
+  LogicalMatrix matrix;
+  matrix.split = Split::kColumns;
+  int64_t num_columns = 0;
+  for (const Block& block : blocks) {
+    MatrixPart part{pattern, is_fused ? num_columns : 0, block.num_units, block.unit_columns};
+    part.stored.name = parent + "." + (is_fused ? fused_name : block.name);
+    part.stored.n = block.num_units * block.unit_columns;
+    num_columns += part.stored.n;
+    matrix.parts.push_back(std::move(part));
+  }
+  if (is_fused) {
+    for (MatrixPart& part : matrix.parts) part.stored.n = num_columns;
+  }
+  return matrix;
+}
+
+LogicalMatrix Single(StoredMatrix stored, Split split) {
+  const int64_t n = stored.n;
+  return {{MatrixPart{std::move(stored), 0, n, 1}}, split};
+}
+
+}  // namespace
+
+absl::StatusOr<Layout> DetectLayout(const TensorSet& set, const ModelConfig& config) {
+  const auto any = [&](std::string_view prefix, std::string_view part) {
+    return std::any_of(set.tensors().begin(), set.tensors().end(), [&](const auto& entry) {
+      return entry.first.starts_with(prefix) && entry.first.find(part) != std::string::npos;
+    });
+  };
+  Layout layout;
+  if (any("ernie.", "")) {
+    layout.prefix = "ernie";
+  } else if (any("model.", "")) {
+    layout.prefix = "model";
+    layout.has_fused_qkv = !any("model.", ".self_attn.q_proj.");
+    layout.has_fused_gate_up = !any("model.", ".gate_proj.");
+    // Fused matrices under "model." are Paddle's own layout or an early PT release: the shape
+    // tells, (qkv_proj and o_proj are never both square), and quantised ones exist in Paddle's
+    // only.
+    const std::string layer = "model.layers.0.";
+    const int64_t hidden = config.hidden_size;
+    const int64_t qkv = int64_t{config.num_heads + 2 * config.num_kv_heads} * config.head_dim;
+    const bool is_in_out = HasShape(set, layer + "self_attn.qkv_proj.weight", hidden, qkv) ||
+                           HasShape(set, layer + "self_attn.o_proj.weight",
+                                    int64_t{config.num_heads} * config.head_dim, hidden);
+    layout.is_out_in = !is_in_out && !IsQuantized(config);
+  } else {
+    return absl::DataLossError(fmt::format("{}: found {} tensors but none named ernie.* or model.*",
+                                           set.dir().string(), set.tensors().size()));
+  }
+  if (IsQuantized(config) && !(layout.has_fused_qkv && layout.has_fused_gate_up)) {
+    return absl::DataLossError(
+        fmt::format("{}: found separate q_proj or gate_proj tensors, expected the fused qkv_proj "
+                    "and up_gate_proj of a quantised checkpoint",
+                    set.dir().string()));
+  }
+  const bool has_head = set.Find(kHeadTensor) != nullptr;
+  layout.head_is_tied = config.tie_word_embeddings_is_set ? config.tie_word_embeddings : !has_head;
+  layout.head_is_out_in =
+      HasShape(set, kHeadTensor, config.vocab_size, config.hidden_size) ||
+      (layout.is_out_in && !HasShape(set, kHeadTensor, config.hidden_size, config.vocab_size));
+  return layout;
+}
+
+ModelConfig ConfigOfShard(const ModelConfig& config, int num_shards) {
+  ModelConfig shard = config;
+  shard.vocab_size /= num_shards;
+  shard.num_heads /= num_shards;
+  shard.num_kv_heads = std::max(1, config.num_kv_heads / num_shards);
+  shard.intermediate_size /= num_shards;
+  shard.moe_intermediate_size /= num_shards;
+  return shard;
+}
+
+LogicalMatrix DescribeMatrix(const Layout& layout, const ModelConfig& config,
+                             const MatrixRef& ref) {
+  const int64_t hidden = config.hidden_size;
+  const int64_t vocab = config.vocab_size;
+  const std::string attention = LayerName(layout, ref.layer) + ".self_attn";
+  StoredMatrix pattern;
+  pattern.k = hidden;
+  pattern.n = hidden;
+  pattern.is_out_in = layout.is_out_in;
+  switch (ref.role) {
+    case MatrixRole::kEmbedding:
+      return Single({layout.prefix + ".embed_tokens", StoredFormat::kPlain, vocab, hidden, false},
+                    Split::kNone);
+    case MatrixRole::kHead:
+      if (layout.head_is_tied) {
+        return Single({layout.prefix + ".embed_tokens", StoredFormat::kPlain, hidden, vocab, true},
+                      Split::kColumns);
+      }
+      return Single({"lm_head", StoredFormat::kPlain, hidden, vocab, layout.head_is_out_in},
+                    Split::kColumns);
+    case MatrixRole::kQkv:
+      pattern.format = DenseFormat(config);
+      return FromBlocks(pattern, attention, "qkv_proj", layout.has_fused_qkv,
+                        {{"q_proj", config.num_heads, config.head_dim},
+                         {"k_proj", config.num_kv_heads, config.head_dim},
+                         {"v_proj", config.num_kv_heads, config.head_dim}});
+    case MatrixRole::kOutput:
+      pattern.name = attention + ".o_proj";
+      pattern.format = DenseFormat(config);
+      pattern.k = int64_t{config.num_heads} * config.head_dim;
+      return Single(std::move(pattern), Split::kRows);
+    case MatrixRole::kGateUp: {
+      pattern.format = MlpFormat(config, ref);
+      const int64_t width = MlpWidth(config, ref);
+      return FromBlocks(pattern, MlpName(layout, ref), "up_gate_proj", layout.has_fused_gate_up,
+                        {{"gate_proj", width, 1}, {"up_proj", width, 1}});
+    }
+    case MatrixRole::kDown:
+      pattern.name = MlpName(layout, ref) + ".down_proj";
+      pattern.format = MlpFormat(config, ref);
+      pattern.k = MlpWidth(config, ref);
+      return Single(std::move(pattern), Split::kRows);
+    case MatrixRole::kRouter:
+      pattern.name = LayerName(layout, ref.layer) + ".mlp.gate";
+      pattern.n = config.num_experts;
+      return Single(std::move(pattern), Split::kNone);
+  }
+  CHECK(false, "role={}", static_cast<int>(ref.role));
+}
+
+std::vector<MatrixRef> AllMatrices(const Layout& layout, const ModelConfig& config) {
+  std::vector<MatrixRef> refs = {{MatrixRole::kEmbedding}};
+  const auto add_mlp = [&](int layer, int expert) {
+    refs.push_back({MatrixRole::kGateUp, layer, expert});
+    refs.push_back({MatrixRole::kDown, layer, expert});
+  };
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    refs.push_back({MatrixRole::kQkv, layer});
+    refs.push_back({MatrixRole::kOutput, layer});
+    if (!config.IsMoeLayer(layer)) {
+      add_mlp(layer, kDenseMlp);
+      continue;
+    }
+    refs.push_back({MatrixRole::kRouter, layer});
+    for (int expert = 0; expert < config.num_experts; ++expert) add_mlp(layer, expert);
+    if (config.num_shared_experts > 0) add_mlp(layer, kSharedExperts);
+  }
+  if (!layout.head_is_tied) refs.push_back({MatrixRole::kHead});
+  return refs;
+}
+
+std::string VectorTensorName(const Layout& layout, VectorRole role, int layer) {
+  const std::string parent = LayerName(layout, layer);
+  switch (role) {
+    case VectorRole::kInputNorm:
+      return parent + ".input_layernorm.weight";
+    case VectorRole::kPostAttentionNorm:
+      return parent + ".post_attention_layernorm.weight";
+    case VectorRole::kFinalNorm:
+      return layout.prefix + ".norm.weight";
+    case VectorRole::kRouterBias:
+      return parent + ".mlp.moe_statics.e_score_correction_bias";
+  }
+  CHECK(false, "role={}", static_cast<int>(role));
+}
+
+bool IsSkippedTensor(const Layout& layout, std::string_view name) {
+  if (name == kHeadTensor) return layout.head_is_tied;
+  for (std::string_view part : {".mtp_", "cachek_matmul.", "cachev_matmul."}) {
+    if (name.find(part) != std::string_view::npos) return true;
+  }
+  for (std::string_view suffix :
+       {".activation_scale", ".shift_bias", ".smooth_weight", ".out_scale"}) {
+    if (name.ends_with(suffix)) return true;
+  }
+  return false;
+}
+
+}  // namespace wintserve

@@ -1,0 +1,75 @@
+// What the tensors of a checkpoint are called and how they lie: the one place that knows names.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine_worker/config/model_config.h"
+#include "engine_worker/weights/checkpoint.h"
+#include "engine_worker/weights/tensor_set.h"
+
+namespace wintserve {
+
+// Told by the names of the tensors, never by how config.json spells its dtype key.
+//   Paddle         ernie.* (or model.*), fused matrices, [in, out]
+//   Hugging Face   model.*, separate matrices, [out, in]
+//   early PT       model.*, fused matrices, [out, in]
+struct Layout {
+  std::string prefix;  // "ernie" or "model"
+  bool has_fused_qkv = true;
+  bool has_fused_gate_up = true;
+  bool is_out_in = false;
+  bool head_is_out_in = false;
+  bool head_is_tied = false;
+};
+
+// DATA_LOSS: the names fit none of the layouts.
+absl::StatusOr<Layout> DetectLayout(const TensorSet& set, const ModelConfig& config);
+
+// The sizes that one of `num_shards` pre-sharded directories holds.
+// REQUIRES: CheckTensorParallel(config, num_shards) is OK.
+ModelConfig ConfigOfShard(const ModelConfig& config, int num_shards);
+
+enum class StoredFormat { kPlain, kWint8, kWint4, kWint2 };  // kPlain: any float type
+
+// A matrix [k, n] as one or several tensors named `name` + "." + suffix.
+struct StoredMatrix {
+  std::string name;
+  StoredFormat format = StoredFormat::kPlain;
+  int64_t k = 0;
+  int64_t n = 0;
+  bool is_out_in = false;  // kPlain: the tensor is [n, k]
+};
+
+// Columns of a stored matrix that a MatrixRef is made of, and how they split over ranks: in whole
+// units. Fewer units than ranks: neighbouring ranks share a unit.
+struct MatrixPart {
+  StoredMatrix stored;
+  int64_t n_begin = 0;
+  int64_t num_units = 0;
+  int64_t unit_columns = 1;
+};
+
+enum class Split { kNone, kColumns, kRows };
+
+struct LogicalMatrix {
+  std::vector<MatrixPart> parts;  // side by side along n, all of the same k
+  Split split = Split::kNone;
+};
+
+// REQUIRES: `ref` names a matrix that a model of `config` has.
+LogicalMatrix DescribeMatrix(const Layout& layout, const ModelConfig& config, const MatrixRef& ref);
+
+// Every matrix with tensors of its own (not the head of a tied model).
+std::vector<MatrixRef> AllMatrices(const Layout& layout, const ModelConfig& config);
+
+// "ernie.layers.3.input_layernorm.weight". `layer` is ignored for kFinalNorm.
+std::string VectorTensorName(const Layout& layout, VectorRole role, int layer);
+
+// Tensors that other programs use and this one skips: multi-token prediction, KV-cache scales,
+// statistics of other quantisation schemes, the unused head of a tied model.
+bool IsSkippedTensor(const Layout& layout, std::string_view name);
+
+}  // namespace wintserve

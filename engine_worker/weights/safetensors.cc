@@ -1,0 +1,227 @@
+#include "engine_worker/weights/safetensors.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <set>
+#include <utility>
+
+#include "common/status_macros.h"
+#include "common/unique_fd.h"
+
+namespace wintserve {
+namespace {
+
+constexpr size_t kLengthBytes = 8;
+constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the limit of the format's own library
+
+struct TypeInfo {
+  TensorType type;
+  std::string_view name;
+  int64_t bytes;
+};
+constexpr TypeInfo kTypes[] = {
+    {TensorType::kBool, "BOOL", 1}, {TensorType::kU8, "U8", 1},   {TensorType::kI8, "I8", 1},
+    {TensorType::kU16, "U16", 2},   {TensorType::kI16, "I16", 2}, {TensorType::kF16, "F16", 2},
+    {TensorType::kBF16, "BF16", 2}, {TensorType::kU32, "U32", 4}, {TensorType::kI32, "I32", 4},
+    {TensorType::kF32, "F32", 4},   {TensorType::kU64, "U64", 8}, {TensorType::kI64, "I64", 8},
+    {TensorType::kF64, "F64", 8},
+};
+
+const TypeInfo& InfoOf(TensorType type) { return kTypes[static_cast<size_t>(type)]; }
+
+// JSON object with unique keys, or an error text.
+struct ParsedHeader {
+  nlohmann::json json;
+  std::string error;
+};
+
+ParsedHeader ParseJson(std::string_view text) {
+  ParsedHeader parsed;
+  std::set<std::string> names;
+  const auto on_event = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
+    if (depth == 1 && event == nlohmann::json::parse_event_t::key) {
+      if (!names.insert(value.get<std::string>()).second) {
+        parsed.error = fmt::format("tensor {} is listed twice", value.get<std::string>());
+      }
+    }
+    return true;
+  };
+  parsed.json =
+      nlohmann::json::parse(text.begin(), text.end(), on_event, /*allow_exceptions=*/false);
+  if (parsed.json.is_discarded()) {
+    parsed.error = "the header is not valid JSON";
+  } else if (!parsed.json.is_object()) {
+    parsed.error = "the header is not a JSON object";
+  }
+  return parsed;
+}
+
+// A list of whole numbers in 0 … 2^63-1.
+std::optional<std::vector<int64_t>> ToSizes(const nlohmann::json& value) {
+  if (!value.is_array()) return std::nullopt;
+  std::vector<int64_t> sizes;
+  for (const nlohmann::json& element : value) {
+    if (!element.is_number_unsigned() || element.get<uint64_t>() > INT64_MAX) return std::nullopt;
+    sizes.push_back(element.get<int64_t>());
+  }
+  return sizes;
+}
+
+// Number of bytes of a tensor; none if it does not fit 64 bits.
+std::optional<int64_t> BytesOf(const TypeInfo& type, const std::vector<int64_t>& shape) {
+  int64_t bytes = type.bytes;
+  for (int64_t size : shape) {
+    if (__builtin_mul_overflow(bytes, size, &bytes)) return std::nullopt;
+  }
+  return bytes;
+}
+
+struct ParsedTensor {
+  TensorView view;
+  std::string error;
+};
+
+ParsedTensor ParseTensor(const nlohmann::json& entry, std::span<const uint8_t> data) {
+  const auto error = [](std::string text) { return ParsedTensor{{}, std::move(text)}; };
+  if (!entry.is_object()) return error("its header entry is not an object");
+  for (const char* key : {"dtype", "shape", "data_offsets"}) {
+    if (!entry.contains(key)) return error(fmt::format("{} is missing", key));
+  }
+  const nlohmann::json& dtype = entry["dtype"];
+  const auto* type = std::find_if(std::begin(kTypes), std::end(kTypes), [&](const TypeInfo& info) {
+    return dtype.is_string() && dtype.get<std::string>() == info.name;
+  });
+  if (type == std::end(kTypes)) {
+    return error(fmt::format("found dtype {}, expected one of the known types", dtype.dump()));
+  }
+  const auto shape = ToSizes(entry["shape"]);
+  if (!shape) {
+    return error(fmt::format("found shape {}, expected a list of whole numbers from 0",
+                             entry["shape"].dump()));
+  }
+  const auto offsets = ToSizes(entry["data_offsets"]);
+  if (!offsets || offsets->size() != 2 || (*offsets)[0] > (*offsets)[1]) {
+    return error(
+        fmt::format("found data_offsets {}, expected [begin, end]", entry["data_offsets"].dump()));
+  }
+  const auto [begin, end] = std::pair((*offsets)[0], (*offsets)[1]);
+  if (end > static_cast<int64_t>(data.size())) {
+    return error(
+        fmt::format("found data_offsets [{}, {}] beyond the end of the file, expected "
+                    "at most {} (is the file truncated?)",
+                    begin, end, data.size()));
+  }
+  const auto bytes = BytesOf(*type, *shape);
+  if (!bytes || *bytes != end - begin) {
+    return error(fmt::format("found {} bytes, expected {} for {} [{}]", end - begin,
+                             bytes ? std::to_string(*bytes) : "more than 2^63", type->name,
+                             fmt::join(*shape, ", ")));
+  }
+  return {{type->type, *shape, data.subspan(begin, end - begin)}, ""};
+}
+
+}  // namespace
+
+std::string_view TensorTypeName(TensorType type) { return InfoOf(type).name; }
+int64_t TensorTypeBytes(TensorType type) { return InfoOf(type).bytes; }
+
+SafetensorsFile::SafetensorsFile(SafetensorsFile&& other) noexcept
+    : path_(std::move(other.path_)),
+      bytes_(std::exchange(other.bytes_, {})),
+      header_bytes_(other.header_bytes_),
+      tensors_(std::move(other.tensors_)) {}
+
+SafetensorsFile::~SafetensorsFile() {
+  if (!bytes_.empty()) ::munmap(const_cast<uint8_t*>(bytes_.data()), bytes_.size());
+}
+
+absl::Status SafetensorsFile::Corrupt(std::string_view message) const {
+  return absl::DataLossError(fmt::format("{}: {}", path_.string(), message));
+}
+
+absl::StatusOr<SafetensorsFile> SafetensorsFile::Open(const std::filesystem::path& path) {
+  SafetensorsFile file;
+  file.path_ = path;
+  RETURN_IF_ERROR(file.Map());
+  RETURN_IF_ERROR(file.ParseHeader());
+  return file;
+}
+
+absl::Status SafetensorsFile::Map() {
+  const UniqueFd fd(::open(path_.c_str(), O_RDONLY | O_CLOEXEC));
+  struct stat info = {};
+  if (!fd.valid() || ::fstat(fd.get(), &info) != 0) {
+    const int error = errno;
+    return error == ENOENT ? absl::NotFoundError(fmt::format("{}: no such file", path_.string()))
+                           : Corrupt(fmt::format("cannot be opened: {}", std::strerror(error)));
+  }
+  if (!S_ISREG(info.st_mode)) return Corrupt("not a regular file");
+  if (info.st_size < static_cast<int64_t>(kLengthBytes)) {
+    return Corrupt(
+        fmt::format("found {} bytes, expected a header (is the file truncated?)", info.st_size));
+  }
+  void* mapping = ::mmap(nullptr, info.st_size, PROT_READ, MAP_PRIVATE, fd.get(), 0);
+  if (mapping == MAP_FAILED) {
+    return Corrupt(fmt::format("cannot be mapped: {}", std::strerror(errno)));
+  }
+  bytes_ = {static_cast<const uint8_t*>(mapping), static_cast<size_t>(info.st_size)};
+  return absl::OkStatus();
+}
+
+absl::Status SafetensorsFile::ParseHeader() {
+  uint64_t json_bytes = 0;
+  std::memcpy(&json_bytes, bytes_.data(), kLengthBytes);
+  const uint64_t available = bytes_.size() - kLengthBytes;
+  if (json_bytes > std::min(available, kMaxHeaderBytes)) {
+    return Corrupt(
+        fmt::format("found a header length of {}, expected at most {} (is the file "
+                    "truncated, or no safetensors file?)",
+                    json_bytes, std::min(available, kMaxHeaderBytes)));
+  }
+  header_bytes_ = kLengthBytes + json_bytes;
+  const ParsedHeader parsed =
+      ParseJson({reinterpret_cast<const char*>(bytes_.data()) + kLengthBytes, json_bytes});
+  if (!parsed.error.empty()) return Corrupt(parsed.error);
+  for (const auto& [name, entry] : parsed.json.items()) {
+    if (name == "__metadata__") continue;
+    ParsedTensor tensor = ParseTensor(entry, data());
+    if (!tensor.error.empty()) return Corrupt(fmt::format("tensor {}: {}", name, tensor.error));
+    tensors_.emplace(name, std::move(tensor.view));
+  }
+
+  // Together the tensors cover the data exactly, so no two share a byte and none is cut off.
+  std::vector<std::pair<int64_t, std::map<std::string, TensorView, std::less<>>::const_iterator>>
+      by_offset;
+  for (auto it = tensors_.cbegin(); it != tensors_.cend(); ++it) {
+    by_offset.emplace_back(it->second.data.data() - data().data(), it);
+  }
+  std::sort(by_offset.begin(), by_offset.end(), [](const auto& a, const auto& b) {
+    return std::pair(a.first, a.second->second.data.size()) <
+           std::pair(b.first, b.second->second.data.size());
+  });
+  int64_t expected = 0;
+  for (const auto& [offset, it] : by_offset) {
+    if (offset != expected) {
+      return Corrupt(
+          fmt::format("tensor {}: found data at offset {}, expected {} where the tensor "
+                      "before it ends",
+                      it->first, offset, expected));
+    }
+    expected += static_cast<int64_t>(it->second.data.size());
+  }
+  if (expected != static_cast<int64_t>(data().size())) {
+    return Corrupt(fmt::format("found {} bytes of data, expected {} as its tensors have",
+                               data().size(), expected));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace wintserve

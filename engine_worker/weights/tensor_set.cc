@@ -1,0 +1,117 @@
+#include "engine_worker/weights/tensor_set.h"
+
+#include <fmt/format.h>
+
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <utility>
+
+#include "common/status_macros.h"
+
+namespace wintserve {
+namespace {
+
+constexpr char kSingleFile[] = "model.safetensors";
+constexpr char kIndexFile[] = "model.safetensors.index.json";
+
+bool Exists(const std::filesystem::path& path) {
+  std::error_code error;
+  return std::filesystem::exists(path, error);
+}
+
+bool HasPaddleParameters(const std::filesystem::path& dir) {
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(dir, error)) {
+    if (entry.path().extension() == ".pdparams") return true;
+  }
+  return false;
+}
+
+// Tensor name -> file name, both as the index has them.
+absl::StatusOr<std::map<std::string, std::string>> ReadIndex(const std::filesystem::path& path) {
+  std::ifstream stream(path, std::ios::binary);
+  const nlohmann::json root = nlohmann::json::parse(stream, nullptr, /*allow_exceptions=*/false);
+  const auto corrupt = [&](std::string_view message) {
+    return absl::DataLossError(fmt::format("{}: {}", path.string(), message));
+  };
+  if (!root.is_object()) return corrupt("not valid JSON, or not an object");
+  if (!root.contains("weight_map") || !root["weight_map"].is_object()) {
+    return corrupt("weight_map is missing or not an object");
+  }
+  std::map<std::string, std::string> file_of_tensor;
+  for (const auto& [tensor, file] : root["weight_map"].items()) {
+    // A shard lies beside its index: nothing in a checkpoint may name a file elsewhere.
+    const bool is_plain =
+        file.is_string() && !file.get<std::string>().empty() && file.get<std::string>() != "." &&
+        file.get<std::string>() != ".." &&
+        file.get<std::string>().find_first_of(std::string_view("/\\\0", 3)) == std::string::npos;
+    if (!is_plain) {
+      return corrupt(fmt::format("tensor {}: found file {}, expected a file name in this directory",
+                                 tensor, file.dump()));
+    }
+    file_of_tensor[tensor] = file.get<std::string>();
+  }
+  return file_of_tensor;
+}
+
+}  // namespace
+
+const TensorSet::Entry* TensorSet::Find(std::string_view name) const {
+  const auto it = tensors_.find(name);
+  return it == tensors_.end() ? nullptr : &it->second;
+}
+
+absl::StatusOr<TensorSet> TensorSet::Open(const std::filesystem::path& dir) {
+  TensorSet set;
+  set.dir_ = dir;
+  if (Exists(dir / kSingleFile)) {
+    ASSIGN_OR_RETURN(SafetensorsFile file, SafetensorsFile::Open(dir / kSingleFile));
+    set.files_.push_back(std::move(file));
+    for (const auto& [name, view] : set.files_.front().tensors()) {
+      set.tensors_[name] = {&view, &set.files_.front()};
+    }
+    return set;
+  }
+  if (Exists(dir / kIndexFile)) {
+    RETURN_IF_ERROR(set.OpenSharded(dir / kIndexFile));
+    return set;
+  }
+  return absl::NotFoundError(
+      fmt::format("{}: neither {} nor {} is there{}", dir.string(), kSingleFile, kIndexFile,
+                  HasPaddleParameters(dir) ? "; *.pdparams files are not supported" : ""));
+}
+
+absl::Status TensorSet::OpenSharded(const std::filesystem::path& index_path) {
+  using FileOfTensor = std::map<std::string, std::string>;
+  ASSIGN_OR_RETURN(const FileOfTensor file_of_tensor, ReadIndex(index_path));
+  std::map<std::string, size_t> index_of_file;
+  for (const auto& [tensor, file] : file_of_tensor) index_of_file[file] = 0;
+  files_.reserve(index_of_file.size());  // entries point into it
+  for (auto& [file, index] : index_of_file) {
+    ASSIGN_OR_RETURN(SafetensorsFile shard, SafetensorsFile::Open(dir_ / file));
+    index = files_.size();
+    files_.push_back(std::move(shard));
+  }
+  for (const auto& [tensor, file] : file_of_tensor) {
+    const SafetensorsFile& shard = files_[index_of_file[file]];
+    const auto it = shard.tensors().find(tensor);
+    if (it == shard.tensors().end()) {
+      return absl::DataLossError(fmt::format("{}: tensor {}: found none, expected it here by {}",
+                                             shard.path().string(), tensor, index_path.string()));
+    }
+    tensors_[tensor] = {&it->second, &shard};
+  }
+  for (const SafetensorsFile& shard : files_) {
+    for (const auto& [tensor, view] : shard.tensors()) {
+      const auto it = file_of_tensor.find(tensor);
+      if (it == file_of_tensor.end() || it->second != shard.path().filename()) {
+        return absl::DataLossError(fmt::format(
+            "{}: tensor {}: found here, expected {} by {}", shard.path().string(), tensor,
+            it == file_of_tensor.end() ? "none" : "it in " + it->second, index_path.string()));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace wintserve
