@@ -1,0 +1,246 @@
+#include "kernels/cpu/cpu_backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "common/check.h"
+#include "common/status_macros.h"
+#include "fmt/format.h"
+#include "hwy/aligned_allocator.h"
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/matmul.h"
+#include "kernels/cpu/mlp.h"
+#include "kernels/cpu/packed_matrix.h"
+#include "kernels/cpu/row_ops.h"
+#include "kernels/cpu/scratch.h"
+#include "kernels/cpu/thread_pool.h"
+#include "kernels/cpu/work_split.h"
+
+namespace wintserve::kernels::cpu {
+namespace {
+
+class HostBuffer final : public Buffer {
+ public:
+  explicit HostBuffer(int64_t size_bytes)
+      : size_bytes_(size_bytes), bytes_(hwy::AllocateAligned<uint8_t>(size_bytes)) {
+    CHECK(bytes_ != nullptr, "no memory for {} bytes", size_bytes);
+    std::memset(bytes_.get(), 0, size_bytes);
+  }
+  void* data() const override { return bytes_.get(); }
+  int64_t size_bytes() const override { return size_bytes_; }
+
+ private:
+  const int64_t size_bytes_;
+  hwy::AlignedFreeUniquePtr<uint8_t[]> bytes_;
+};
+
+const PackedMatrix& Packed(const WeightMatrix& w) { return static_cast<const PackedMatrix&>(w); }
+
+class CpuBackend final : public Backend {
+ public:
+  explicit CpuBackend(const CpuBackendOptions& options)
+      : rounding_(options.rounding), pool_(options.num_threads) {
+    scratch_.threads.resize(options.num_threads);
+  }
+
+  std::string name() const override {
+    return fmt::format("cpu {}, {} threads", SimdTargetName(), pool_.num_threads());
+  }
+  std::string kv_layout() const override { return kKvLayoutName; }
+
+  std::unique_ptr<Buffer> Allocate(int64_t size_bytes) override {
+    return std::make_unique<HostBuffer>(size_bytes);
+  }
+  void CopyFromHost(void* device, const void* host, int64_t size_bytes) override {
+    std::memcpy(device, host, size_bytes);
+  }
+  void CopyToHost(void* host, const void* device, int64_t size_bytes) override {
+    std::memcpy(host, device, size_bytes);
+  }
+
+  absl::StatusOr<std::unique_ptr<WeightMatrix>> Pack(const formats::HostMatrix& matrix,
+                                                     MatrixUse use) override {
+    if (use == MatrixUse::kEmbedding) return EmbeddingTable::Create(matrix);
+    return PackedMatrix::Create(matrix, use, rounding_);
+  }
+
+  void Embed(const WeightMatrix& table, std::span<const int32_t> tokens, Rows x) override {
+    const auto& rows = static_cast<const EmbeddingTable&>(table);
+    for (size_t t = 0; t < tokens.size(); ++t) {
+      rows.CopyRow(tokens[t], x.row(static_cast<int64_t>(t)));
+    }
+  }
+
+  void AddRmsNorm(Rows x, ConstRows delta, std::span<const int32_t> row_ids, int64_t num_rows,
+                  int64_t columns, const float* gain, float epsilon, Rows out) override {
+    ForRows(num_rows, num_rows * columns, [&](int64_t i) {
+      const int64_t r = row_ids.empty() ? i : row_ids[i];
+      AddRmsNormRow(x.row(r), delta.data == nullptr ? nullptr : delta.row(r), columns, gain,
+                    epsilon, out.row(i));
+    });
+  }
+
+  void Linear(ConstRows x, int64_t num_rows, const WeightMatrix& w, Rows y) override {
+    const PackedMatrix& packed = Packed(w);
+    const int64_t num_tiles = packed.num_tiles();
+    const int64_t item_rows =
+        PickItemRows(num_tiles, num_rows, pool_.num_threads(), kMaxItemRows);
+    pool_.Run(num_tiles * CeilDiv(num_rows, item_rows), num_rows * w.k() * w.n(),
+              [&](int64_t item, int thread) {
+                const int64_t first = item / num_tiles * item_rows;
+                LinearItem(x, first, std::min(item_rows, num_rows - first), packed,
+                           item % num_tiles, y, &scratch_.threads[thread]);
+              });
+  }
+
+  void RopeAngles(std::span<const int32_t> positions, int head_dim, float theta,
+                  float compression_ratio, Rows cos_sin) override {
+    frequencies_.resize(head_dim / 2);
+    for (int j = 0; j < head_dim / 2; ++j) {
+      frequencies_[j] = static_cast<float>(std::pow(double{theta}, -2.0 * j / head_dim));
+    }
+    // A sine costs about as much as 64 multiply-adds.
+    const auto num_rows = static_cast<int64_t>(positions.size());
+    ForRows(num_rows, num_rows * head_dim * 64, [&](int64_t t) {
+      RopeAnglesRow(positions[t], head_dim, frequencies_.data(), compression_ratio,
+                    cos_sin.row(t));
+    });
+  }
+
+  void RopeAndAppendKv(const AttentionShape& shape, std::span<const SequenceChunk> chunks,
+                       ConstRows cos_sin, Rows qkv, const KvLayer& kv) override {
+    for (const SequenceChunk& chunk : chunks) {
+      ForRows(chunk.length, chunk.length * shape.qkv_columns() * 4, [&](int64_t t) {
+        const int64_t row = chunk.first_token + t;
+        RopeAndAppendToken(shape, cos_sin.row(row), kv, chunk,
+                           chunk.position + static_cast<int32_t>(t), qkv.row(row));
+      });
+    }
+  }
+
+  void Attention(const AttentionShape& shape, std::span<const SequenceChunk> chunks, ConstRows qkv,
+                 const KvLayer& kv, Rows out) override {
+    const int group = shape.num_heads / shape.num_kv_heads;
+    CHECK(shape.head_dim % kTileColumns == 0 && group <= kMaxQueryRows, "head_dim={} group={}",
+          shape.head_dim, group);
+    const int tokens_per_item = kMaxQueryRows / group;
+    attention_items_.clear();
+    int64_t num_keys = 0;
+    for (const SequenceChunk& chunk : chunks) {
+      // The last tokens attend to most and start first, for an even finish.
+      for (int32_t end = chunk.length; end > 0; end -= tokens_per_item) {
+        const int32_t first = std::max(0, end - tokens_per_item);
+        num_keys += int64_t{end - first} * (chunk.position + end);
+        for (int kv_head = 0; kv_head < shape.num_kv_heads; ++kv_head) {
+          attention_items_.push_back({&chunk, first, end - first, kv_head});
+        }
+      }
+    }
+    const int64_t multiply_adds = num_keys * shape.num_heads * shape.head_dim * 2;
+    pool_.Run(static_cast<int64_t>(attention_items_.size()), multiply_adds,
+              [&](int64_t i, int thread) {
+                const AttentionItem& item = attention_items_[i];
+                float* scratch = scratch_.threads[thread].attention.Reserve(
+                    AttendScratchFloats(shape.head_dim));
+                AttendTokens(shape, *item.chunk, item.first, item.count, item.kv_head, qkv, kv,
+                             scratch, out);
+              });
+  }
+
+  void SwiGluMlp(ConstRows x, int64_t num_rows, const ExpertWeights& mlp, Rows y) override {
+    const MlpRun run = {&Packed(*mlp.gate_up), &Packed(*mlp.down), AllTokens(num_rows), nullptr};
+    RunMlps(x, num_rows, {&run, 1}, y, &pool_, &scratch_);
+  }
+
+  void Route(ConstRows x, int64_t num_rows, const WeightMatrix& router, const float* bias,
+             const RouterShape& shape, int32_t* expert_ids, float* expert_weights) override {
+    CHECK(router.n() == shape.num_experts && shape.top_k <= shape.num_experts,
+          "n={} num_experts={} top_k={}", router.n(), shape.num_experts, shape.top_k);
+    const int64_t stride = shape.num_experts;
+    float* logits = scratch_.logits.Reserve(num_rows * stride * 2);
+    Linear(x, num_rows, router, {logits, stride});
+    for (int64_t r = 0; r < num_rows; ++r) {
+      RouteRow(logits + r * stride, bias, shape, logits + (num_rows + r) * stride,
+               expert_ids + r * shape.top_k, expert_weights + r * shape.top_k);
+    }
+  }
+
+  void MoeMlp(ConstRows x, int64_t num_rows, std::span<const ExpertWeights> experts, int top_k,
+              const int32_t* expert_ids, const float* expert_weights, const ExpertWeights* shared,
+              Rows y) override {
+    const auto sorted = sorter_.Sort(num_rows, top_k, static_cast<int>(experts.size()),
+                                     expert_ids, expert_weights);
+    runs_.clear();
+    for (size_t e = 0; e < experts.size(); ++e) {
+      if (sorted[e].tokens.empty()) continue;
+      runs_.push_back({&Packed(*experts[e].gate_up), &Packed(*experts[e].down), sorted[e].tokens,
+                       sorted[e].weights.data()});
+    }
+    if (shared != nullptr) {
+      runs_.push_back(
+          {&Packed(*shared->gate_up), &Packed(*shared->down), AllTokens(num_rows), nullptr});
+    }
+    RunMlps(x, num_rows, runs_, y, &pool_, &scratch_);
+  }
+
+ private:
+  struct AttentionItem {
+    const SequenceChunk* chunk;
+    int32_t first;
+    int32_t count;
+    int kv_head;
+  };
+
+  // fn(row) for every row, a few rows an item.
+  template <typename Fn>
+  void ForRows(int64_t num_rows, int64_t multiply_adds, const Fn& fn) {
+    constexpr int64_t kRowsPerItem = 8;
+    pool_.Run(CeilDiv(num_rows, kRowsPerItem), multiply_adds, [&](int64_t item, int /*thread*/) {
+      const int64_t end = std::min((item + 1) * kRowsPerItem, num_rows);
+      for (int64_t r = item * kRowsPerItem; r < end; ++r) fn(r);
+    });
+  }
+
+  static void LinearItem(ConstRows x, int64_t first, int64_t rows, const PackedMatrix& w,
+                         int64_t tile, Rows y, ThreadScratch* scratch) {
+    for (int64_t r = 0; r < rows; ++r) scratch->x_rows[r] = x.row(first + r);
+    const int64_t column = tile * kTileColumns;
+    float* y_tile = y.row(first) + column;
+    if (column + kTileColumns <= w.n()) {
+      MatmulTile(w, tile, scratch->x_rows, rows, scratch->panel_data(), y_tile, y.stride);
+      return;
+    }
+    float* out = scratch->tile_data(0);
+    MatmulTile(w, tile, scratch->x_rows, rows, scratch->panel_data(), out, kTileColumns);
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memcpy(y_tile + r * y.stride, out + r * kTileColumns, (w.n() - column) * sizeof(float));
+    }
+  }
+
+  // 0 … num_rows - 1
+  std::span<const int32_t> AllTokens(int64_t num_rows) {
+    for (auto t = static_cast<int32_t>(all_tokens_.size()); t < num_rows; ++t) {
+      all_tokens_.push_back(t);
+    }
+    return std::span(all_tokens_).first(num_rows);
+  }
+
+  const WeightRounding rounding_;
+  ThreadPool pool_;
+  Scratch scratch_;
+  ExpertSorter sorter_;
+  std::vector<MlpRun> runs_;
+  std::vector<AttentionItem> attention_items_;
+  std::vector<int32_t> all_tokens_;
+  std::vector<float> frequencies_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> CreateCpuBackend(const CpuBackendOptions& options) {
+  return std::make_unique<CpuBackend>(options);
+}
+
+}  // namespace wintserve::kernels::cpu
