@@ -117,6 +117,7 @@ class Backend {
   virtual std::string name() const = 0;
   // Names the order of a KV block's bytes; part of the KV layout digest.
   virtual std::string kv_layout() const = 0;
+  virtual WeightRounding rounding() const = 0;
 
   virtual std::unique_ptr<Buffer> Allocate(int64_t size_bytes) = 0;  // zeroed
   virtual void CopyFromHost(void* device, const void* host, int64_t size_bytes) = 0;

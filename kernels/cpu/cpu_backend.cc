@@ -49,6 +49,7 @@ class CpuBackend final : public Backend {
     return fmt::format("cpu {}, {} threads", SimdTargetName(), pool_.num_threads());
   }
   std::string kv_layout() const override { return kKvLayoutName; }
+  WeightRounding rounding() const override { return rounding_; }
 
   std::unique_ptr<Buffer> Allocate(int64_t size_bytes) override {
     return std::make_unique<HostBuffer>(size_bytes);

@@ -1,0 +1,29 @@
+// ERNIE-4.5 text models: dense and mixture-of-experts decoders.
+#pragma once
+
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "engine_worker/collectives/collective.h"
+#include "engine_worker/config/model_config.h"
+#include "engine_worker/model/model.h"
+#include "engine_worker/weights/checkpoint.h"
+#include "kernels/backend.h"
+
+namespace wintserve {
+
+struct Ernie45Options {
+  int max_batch_tokens = 256;  // of one Forward call; activations are allocated for this many
+};
+
+// Loads this rank's slice of every weight, one tensor at a time, into the backend's layout.
+// collective: null for a single rank. It and the backend outlive the model; the checkpoint may go.
+// Errors: INVALID_ARGUMENT for shapes that the model cannot run over world_size ranks, and whatever
+// the checkpoint or the backend reports, with the tensor's place in front.
+absl::StatusOr<std::unique_ptr<Model>> LoadErnie45(const ModelConfig& config,
+                                                   const Checkpoint& checkpoint,
+                                                   kernels::Backend* backend,
+                                                   Collective* collective,
+                                                   const Ernie45Options& options);
+
+}  // namespace wintserve
