@@ -85,9 +85,9 @@ struct SequenceChunk {
 // float32; how a backend orders the last part (K may be transposed) is its own matter, so blocks
 // move between backends only as opaque bytes of the same kv_layout.
 struct KvLayer {
-  float* pool = nullptr;         // device memory
-  int64_t block_stride = 0;      // floats from one block to the next
-  int64_t layer_offset = 0;      // floats from a block's start to this layer's K
+  float* pool = nullptr;     // device memory
+  int64_t block_stride = 0;  // floats from one block to the next
+  int64_t layer_offset = 0;  // floats from a block's start to this layer's K
 };
 
 struct RouterShape {
@@ -103,7 +103,8 @@ struct ExpertWeights {
 
 // Threading:   one thread calls; operators may run on more inside.
 // Memory:      pointers in Rows, KvLayer and Route's outputs are device memory (host memory on a
-//              CPU); tokens, positions, row lists, SequenceChunks and ExpertWeights are host memory.
+//              CPU); tokens, positions, row lists, SequenceChunks and ExpertWeights are host
+//              memory.
 // Order:       operators run in call order; CopyToHost and CopyFromHost wait for what was called
 //              before. Outputs must not overlap inputs unless an operator says so.
 // Determinism: on one device type and SIMD target a row's result has the same bits in any batch and
@@ -145,8 +146,8 @@ class Backend {
   virtual void RopeAngles(std::span<const int32_t> positions, int head_dim, float theta,
                           float compression_ratio, Rows cos_sin) = 0;
 
-  // qkv [tokens, qkv_columns]: rotates adjacent pairs of q in place, writes rotated k and plain v to
-  // the tokens' places in the sequences' blocks.
+  // qkv [tokens, qkv_columns]: rotates adjacent pairs of q in place, writes rotated k and plain v
+  // to the tokens' places in the sequences' blocks.
   virtual void RopeAndAppendKv(const AttentionShape& shape, std::span<const SequenceChunk> chunks,
                                ConstRows cos_sin, Rows qkv, const KvLayer& kv) = 0;
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -59,7 +60,7 @@ const float* Floats(const std::unique_ptr<Buffer>& buffer) {
 }
 
 absl::Status InFrontOf(const absl::Status& status, std::string_view place) {
-  return absl::Status(status.code(), fmt::format("{}: {}", place, status.message()));
+  return absl::Status(status.code(), fmt::format("{}: {}", place, std::string(status.message())));
 }
 
 // Reads one rank's tensors and packs each at once, so that one at a time exists unpacked.
@@ -182,8 +183,7 @@ class Ernie45 final : public Model {
         delta_(backend->Allocate(max_batch_tokens_ * delta_stride_ *
                                  static_cast<int64_t>(sizeof(float)))),
         qkv_(backend, max_batch_tokens_, attention_.qkv_columns()),
-        attended_(backend, max_batch_tokens_,
-                  int64_t{attention_.num_heads} * attention_.head_dim),
+        attended_(backend, max_batch_tokens_, int64_t{attention_.num_heads} * attention_.head_dim),
         cos_sin_(backend, max_batch_tokens_, config.head_dim),
         expert_ids_(backend->Allocate(ExpertSlots() * static_cast<int64_t>(sizeof(int32_t)))),
         expert_weights_(backend->Allocate(ExpertSlots() * static_cast<int64_t>(sizeof(float)))) {}
@@ -371,10 +371,10 @@ absl::StatusOr<std::unique_ptr<Model>> LoadErnie45(const ModelConfig& config,
   RETURN_IF_ERROR(CheckTensorParallel(config, world_size));
   ASSIGN_OR_RETURN(Weights weights,
                    Loader(config, checkpoint, backend, rank, world_size).LoadAll());
-  const std::string identity = fmt::format(
-      "checkpoint={:016x} k_order={} unrounded={}", checkpoint.digest(),
-      static_cast<int>(checkpoint.k_order()),
-      backend->rounding() == kernels::WeightRounding::kUnrounded);
+  const std::string identity =
+      fmt::format("checkpoint={:016x} k_order={} unrounded={}", checkpoint.digest(),
+                  static_cast<int>(checkpoint.k_order()),
+                  backend->rounding() == kernels::WeightRounding::kUnrounded);
   return std::make_unique<Ernie45>(config, std::move(weights),
                                    XXH3_64bits(identity.data(), identity.size()), backend,
                                    collective, options);

@@ -13,14 +13,14 @@ namespace wintserve {
 // A run of consecutive tokens of one sequence. Its keys and values are written to the sequence's
 // blocks before they are attended to; positions 0 … position-1 are in the blocks already.
 struct BatchRow {
-  int32_t position = 0;                   // of the row's first token
-  int32_t length = 0;                     // tokens; >= 1
-  std::span<const int32_t> block_table;   // covers position + length tokens
-  bool want_logits = false;               // after the row's last token
+  int32_t position = 0;                  // of the row's first token
+  int32_t length = 0;                    // tokens; >= 1
+  std::span<const int32_t> block_table;  // covers position + length tokens
+  bool want_logits = false;              // after the row's last token
 };
 
 struct Batch {
-  std::vector<int32_t> tokens;            // of all rows, concatenated
+  std::vector<int32_t> tokens;  // of all rows, concatenated
   std::vector<BatchRow> rows;
 };
 

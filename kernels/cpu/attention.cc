@@ -65,8 +65,8 @@ void AttendTokensImpl(const AttentionShape& shape, const SequenceChunk& chunk, i
   const int group = shape.num_heads / shape.num_kv_heads;
   const int num_rows = count * group;
   const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-  float* scores = scratch;                                   // [num_rows, kKvBlockTokens]
-  float* sums = scratch + kMaxQueryRows * kKvBlockTokens;    // [num_rows, head_dim]
+  float* scores = scratch;                                 // [num_rows, kKvBlockTokens]
+  float* sums = scratch + kMaxQueryRows * kKvBlockTokens;  // [num_rows, head_dim]
   std::memset(sums, 0, sizeof(float) * num_rows * head_dim);
 
   // Row r is query head r % group of token first + r / group.

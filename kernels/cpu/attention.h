@@ -10,7 +10,8 @@ namespace wintserve::kernels::cpu {
 
 // In a block, one KV head of one layer holds K transposed, [head_dim][kKvBlockTokens], so that the
 // scores of a block are a matrix product with keys as columns, and V as [kKvBlockTokens][head_dim].
-inline constexpr char kKvLayoutName[] = "float32 [layer][K,V][kv_head] K:[head_dim][64] V:[64][head_dim]";
+inline constexpr char kKvLayoutName[] =
+    "float32 [layer][K,V][kv_head] K:[head_dim][64] V:[64][head_dim]";
 
 constexpr int64_t KeyOffset(const AttentionShape& shape, int kv_head) {
   return int64_t{kv_head} * kKvBlockTokens * shape.head_dim;

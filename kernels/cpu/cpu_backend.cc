@@ -86,8 +86,7 @@ class CpuBackend final : public Backend {
   void Linear(ConstRows x, int64_t num_rows, const WeightMatrix& w, Rows y) override {
     const PackedMatrix& packed = Packed(w);
     const int64_t num_tiles = packed.num_tiles();
-    const int64_t item_rows =
-        PickItemRows(num_tiles, num_rows, pool_.num_threads(), kMaxItemRows);
+    const int64_t item_rows = PickItemRows(num_tiles, num_rows, pool_.num_threads(), kMaxItemRows);
     pool_.Run(num_tiles * CeilDiv(num_rows, item_rows), num_rows * w.k() * w.n(),
               [&](int64_t item, int thread) {
                 const int64_t first = item / num_tiles * item_rows;
@@ -105,8 +104,7 @@ class CpuBackend final : public Backend {
     // A sine costs about as much as 64 multiply-adds.
     const auto num_rows = static_cast<int64_t>(positions.size());
     ForRows(num_rows, num_rows * head_dim * 64, [&](int64_t t) {
-      RopeAnglesRow(positions[t], head_dim, frequencies_.data(), compression_ratio,
-                    cos_sin.row(t));
+      RopeAnglesRow(positions[t], head_dim, frequencies_.data(), compression_ratio, cos_sin.row(t));
     });
   }
 
@@ -143,8 +141,8 @@ class CpuBackend final : public Backend {
     pool_.Run(static_cast<int64_t>(attention_items_.size()), multiply_adds,
               [&](int64_t i, int thread) {
                 const AttentionItem& item = attention_items_[i];
-                float* scratch = scratch_.threads[thread].attention.Reserve(
-                    AttendScratchFloats(shape.head_dim));
+                float* scratch =
+                    scratch_.threads[thread].attention.Reserve(AttendScratchFloats(shape.head_dim));
                 AttendTokens(shape, *item.chunk, item.first, item.count, item.kv_head, qkv, kv,
                              scratch, out);
               });
@@ -171,8 +169,8 @@ class CpuBackend final : public Backend {
   void MoeMlp(ConstRows x, int64_t num_rows, std::span<const ExpertWeights> experts, int top_k,
               const int32_t* expert_ids, const float* expert_weights, const ExpertWeights* shared,
               Rows y) override {
-    const auto sorted = sorter_.Sort(num_rows, top_k, static_cast<int>(experts.size()),
-                                     expert_ids, expert_weights);
+    const auto sorted =
+        sorter_.Sort(num_rows, top_k, static_cast<int>(experts.size()), expert_ids, expert_weights);
     runs_.clear();
     for (size_t e = 0; e < experts.size(); ++e) {
       if (sorted[e].tokens.empty()) continue;

@@ -92,14 +92,30 @@ inline void MultiplyPanel(const float* const* x_rows, int64_t num_rows, const Pa
     const int rows = static_cast<int>(std::min<int64_t>(kMaxBlockRows, num_rows - r));
     float* out_r = out + r * out_stride;
     switch (rows) {
-      case 1: MultiplyRows<1>(x_rows + r, panel, accumulate, out_r, out_stride); break;
-      case 2: MultiplyRows<2>(x_rows + r, panel, accumulate, out_r, out_stride); break;
-      case 3: MultiplyRows<3>(x_rows + r, panel, accumulate, out_r, out_stride); break;
-      case 4: MultiplyRows<4>(x_rows + r, panel, accumulate, out_r, out_stride); break;
-      case 5: MultiplyRows<5>(x_rows + r, panel, accumulate, out_r, out_stride); break;
-      case 6: MultiplyRows<6>(x_rows + r, panel, accumulate, out_r, out_stride); break;
-      case 7: MultiplyRows<7>(x_rows + r, panel, accumulate, out_r, out_stride); break;
-      default: MultiplyRows<8>(x_rows + r, panel, accumulate, out_r, out_stride); break;
+      case 1:
+        MultiplyRows<1>(x_rows + r, panel, accumulate, out_r, out_stride);
+        break;
+      case 2:
+        MultiplyRows<2>(x_rows + r, panel, accumulate, out_r, out_stride);
+        break;
+      case 3:
+        MultiplyRows<3>(x_rows + r, panel, accumulate, out_r, out_stride);
+        break;
+      case 4:
+        MultiplyRows<4>(x_rows + r, panel, accumulate, out_r, out_stride);
+        break;
+      case 5:
+        MultiplyRows<5>(x_rows + r, panel, accumulate, out_r, out_stride);
+        break;
+      case 6:
+        MultiplyRows<6>(x_rows + r, panel, accumulate, out_r, out_stride);
+        break;
+      case 7:
+        MultiplyRows<7>(x_rows + r, panel, accumulate, out_r, out_stride);
+        break;
+      default:
+        MultiplyRows<8>(x_rows + r, panel, accumulate, out_r, out_stride);
+        break;
     }
     r += rows;
   }

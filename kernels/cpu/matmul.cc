@@ -95,12 +95,18 @@ template <template <int> class Codec>
 void MatmulWith(const PackedMatrix& w, const uint8_t* tile, const float* const* x_rows,
                 int64_t num_rows, float* panel, float* out, int64_t out_stride) {
   switch (num_rows) {
-    case 0: return;
-    case 1: return MatmulFused<Codec, 1>(w, tile, x_rows, out, out_stride);
-    case 2: return MatmulFused<Codec, 2>(w, tile, x_rows, out, out_stride);
-    case 3: return MatmulFused<Codec, 3>(w, tile, x_rows, out, out_stride);
-    case kMaxFusedRows: return MatmulFused<Codec, 4>(w, tile, x_rows, out, out_stride);
-    default: break;
+    case 0:
+      return;
+    case 1:
+      return MatmulFused<Codec, 1>(w, tile, x_rows, out, out_stride);
+    case 2:
+      return MatmulFused<Codec, 2>(w, tile, x_rows, out, out_stride);
+    case 3:
+      return MatmulFused<Codec, 3>(w, tile, x_rows, out, out_stride);
+    case kMaxFusedRows:
+      return MatmulFused<Codec, 4>(w, tile, x_rows, out, out_stride);
+    default:
+      break;
   }
   for (int64_t k_begin = 0; k_begin < w.k(); k_begin += kPanelRows) {
     const int64_t num_k = std::min(kPanelRows, w.k() - k_begin);

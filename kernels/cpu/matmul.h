@@ -12,7 +12,8 @@ namespace wintserve::kernels::cpu {
 inline constexpr int64_t kPanelRows = 128;
 inline constexpr int64_t kPanelFloats = kPanelRows * kTileColumns;
 
-// out [num_rows, kTileColumns] = x [num_rows, k] * tile `tile` of w. x_rows holds one pointer a row.
+// out [num_rows, kTileColumns] = x [num_rows, k] * tile `tile` of w. x_rows holds one pointer a
+// row.
 //   panel [kPanelFloats]   scratch
 // Every output sums its k terms in storage order with one accumulator, for any num_rows.
 void MatmulTile(const PackedMatrix& w, int64_t tile, const float* const* x_rows, int64_t num_rows,

@@ -50,8 +50,7 @@ void GateUpItem(ConstRows x, const MlpRun& run, const RunPlan& plan, int64_t ite
                 ThreadScratch* scratch) {
   const int64_t pair = item / plan.num_chunks;
   const int64_t first = item % plan.num_chunks * kMaxItemRows;
-  const int64_t rows =
-      std::min(kMaxItemRows, static_cast<int64_t>(run.tokens.size()) - first);
+  const int64_t rows = std::min(kMaxItemRows, static_cast<int64_t>(run.tokens.size()) - first);
   for (int64_t r = 0; r < rows; ++r) scratch->x_rows[r] = x.row(run.tokens[first + r]);
   float* gate = scratch->tile_data(0);
   float* up = scratch->tile_data(1);
@@ -90,8 +89,7 @@ void AddDownTile(const MlpRun& run, const RunPlan& plan, int64_t tile, int32_t t
 }  // namespace
 
 std::span<const ExpertSorter::Expert> ExpertSorter::Sort(int64_t num_rows, int top_k,
-                                                         int num_experts,
-                                                         const int32_t* expert_ids,
+                                                         int num_experts, const int32_t* expert_ids,
                                                          const float* expert_weights) {
   const int64_t num_pairs = num_rows * top_k;
   begin_.assign(num_experts + 1, 0);
@@ -118,19 +116,17 @@ void RunMlps(ConstRows x, int64_t num_tokens, std::span<const MlpRun> runs, Rows
              ThreadPool* pool, Scratch* scratch) {
   const Plan plan = MakePlan(runs, &scratch->activations);
   const auto gate_up_item = [&](int64_t item, int thread) {
-    const auto next = std::upper_bound(
-        plan.runs.begin(), plan.runs.end(), item,
-        [](int64_t value, const RunPlan& run) { return value < run.first_item; });
+    const auto next =
+        std::upper_bound(plan.runs.begin(), plan.runs.end(), item,
+                         [](int64_t value, const RunPlan& run) { return value < run.first_item; });
     const size_t i = next - plan.runs.begin() - 1;
-    GateUpItem(x, runs[i], plan.runs[i], item - plan.runs[i].first_item,
-               &scratch->threads[thread]);
+    GateUpItem(x, runs[i], plan.runs[i], item - plan.runs[i].first_item, &scratch->threads[thread]);
   };
   pool->Run(plan.num_items, plan.multiply_adds, gate_up_item);
 
   const int64_t num_columns = runs.front().down->n();
   const int64_t num_tiles = runs.front().down->num_tiles();
-  const int64_t item_tokens =
-      PickItemRows(num_tiles, num_tokens, pool->num_threads(), num_tokens);
+  const int64_t item_tokens = PickItemRows(num_tiles, num_tokens, pool->num_threads(), num_tokens);
   const auto down_item = [&](int64_t item, int thread) {
     const int64_t tile = item % num_tiles;
     const auto begin = static_cast<int32_t>(item / num_tiles * item_tokens);

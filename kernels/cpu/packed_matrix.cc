@@ -20,11 +20,16 @@ using formats::WeightFormat;
 
 std::string_view FormatName(WeightFormat format) {
   switch (format) {
-    case WeightFormat::kFloat32: return "float32";
-    case WeightFormat::kBfloat16: return "bfloat16";
-    case WeightFormat::kWint8: return "wint8";
-    case WeightFormat::kWint4: return "wint4";
-    case WeightFormat::kWint2: return "wint2";
+    case WeightFormat::kFloat32:
+      return "float32";
+    case WeightFormat::kBfloat16:
+      return "bfloat16";
+    case WeightFormat::kWint8:
+      return "wint8";
+    case WeightFormat::kWint4:
+      return "wint4";
+    case WeightFormat::kWint2:
+      return "wint2";
   }
   CHECK(false, "format={}", static_cast<int>(format));
 }
@@ -32,10 +37,14 @@ std::string_view FormatName(WeightFormat format) {
 int64_t TileBytes(WeightFormat format, int64_t k) {
   constexpr int64_t kFloats = kTileColumns * sizeof(float);
   switch (format) {
-    case WeightFormat::kFloat32: return k * kFloats;
-    case WeightFormat::kBfloat16: return k / 2 * kFloats;
-    case WeightFormat::kWint8: return kFloats + k * kTileColumns;
-    case WeightFormat::kWint4: return kFloats + k / 2 * kTileColumns;
+    case WeightFormat::kFloat32:
+      return k * kFloats;
+    case WeightFormat::kBfloat16:
+      return k / 2 * kFloats;
+    case WeightFormat::kWint8:
+      return kFloats + k * kTileColumns;
+    case WeightFormat::kWint4:
+      return kFloats + k / 2 * kTileColumns;
     case WeightFormat::kWint2:
       return 3 * kFloats + k / kGroupRows * (kTileColumns / 2 + kGroupRows / 4 * kTileColumns);
   }
@@ -71,9 +80,8 @@ absl::Status CheckCodes(const HostMatrix& matrix) {
     const float scale = matrix.code_scale[column];
     const float zp = matrix.code_zp[column];
     if (!(255 * std::fabs(scale) + std::fabs(zp) <= kLargest)) {
-      return absl::InvalidArgumentError(
-          fmt::format("wint2 codes of column {} (code_scale {}, code_zp {}) exceed 2^30", column,
-                      scale, zp));
+      return absl::InvalidArgumentError(fmt::format(
+          "wint2 codes of column {} (code_scale {}, code_zp {}) exceed 2^30", column, scale, zp));
     }
   }
   return absl::OkStatus();
@@ -82,8 +90,9 @@ absl::Status CheckCodes(const HostMatrix& matrix) {
 absl::Status CheckShape(const HostMatrix& matrix, MatrixUse use) {
   const int64_t multiple = matrix.format == WeightFormat::kWint2 ? kGroupRows : 4;
   if (matrix.k <= 0 || matrix.k % multiple != 0) {
-    return absl::InvalidArgumentError(fmt::format("a {} matrix has k = {}; it must be a multiple of {}",
-                                                  FormatName(matrix.format), matrix.k, multiple));
+    return absl::InvalidArgumentError(
+        fmt::format("a {} matrix has k = {}; it must be a multiple of {}",
+                    FormatName(matrix.format), matrix.k, multiple));
   }
   if (matrix.n <= 0 || (use == MatrixUse::kGateUp && matrix.n % 2 != 0)) {
     return absl::InvalidArgumentError(
@@ -130,7 +139,9 @@ class TileWriter {
           }
         }
         return;
-      case WeightFormat::kWint2: CopyWint2Columns(first, count); return;
+      case WeightFormat::kWint2:
+        CopyWint2Columns(first, count);
+        return;
     }
   }
 
@@ -205,8 +216,8 @@ absl::StatusOr<std::unique_ptr<PackedMatrix>> PackedMatrix::Create(const HostMat
 
 absl::StatusOr<std::unique_ptr<EmbeddingTable>> EmbeddingTable::Create(const HostMatrix& matrix) {
   if (matrix.format != WeightFormat::kBfloat16 && matrix.format != WeightFormat::kFloat32) {
-    return absl::InvalidArgumentError(
-        fmt::format("the embedding is {}; allowed are bfloat16 and float32", FormatName(matrix.format)));
+    return absl::InvalidArgumentError(fmt::format(
+        "the embedding is {}; allowed are bfloat16 and float32", FormatName(matrix.format)));
   }
   auto table = std::unique_ptr<EmbeddingTable>(new EmbeddingTable);
   table->k_ = matrix.k;

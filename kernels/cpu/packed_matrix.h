@@ -31,9 +31,9 @@ namespace wintserve::kernels::cpu {
 inline constexpr int kTileColumns = 32;
 inline constexpr int kGroupRows = 64;  // k rows that share a WINT2 local scale
 
-// Veltkamp's constant for keeping 8 of 24 bits: with c = w * 65537, c - (c - w) is w rounded to bf16
-// whenever w has at most 16 significant bits, as every code * scale has. With 0 in its place the
-// same three operations leave w as it is.
+// Veltkamp's constant for keeping 8 of 24 bits: with c = w * 65537, c - (c - w) is w rounded to
+// bf16 whenever w has at most 16 significant bits, as every code * scale has. With 0 in its place
+// the same three operations leave w as it is.
 inline constexpr float kRoundToBf16 = 65537.0f;
 inline constexpr float kRoundNothing = 0.0f;
 

@@ -31,9 +31,9 @@ class FloatArena {
 };
 
 struct ThreadScratch {
-  FloatArena panel;                            // [kPanelFloats]
-  FloatArena tiles;                            // two of [kMaxItemRows, kTileColumns]
-  FloatArena attention;                        // [AttendScratchFloats(head_dim)]
+  FloatArena panel;      // [kPanelFloats]
+  FloatArena tiles;      // two of [kMaxItemRows, kTileColumns]
+  FloatArena attention;  // [AttendScratchFloats(head_dim)]
   const float* x_rows[kMaxItemRows] = {};
 
   float* panel_data() { return panel.Reserve(kPanelFloats); }

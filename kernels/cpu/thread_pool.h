@@ -27,7 +27,8 @@ class ThreadPool {
 
   // Calls fn(item, thread) once for every item in 0 … num_items-1; thread is in
   // 0 … num_threads()-1 and no two items run on one thread at once. Returns when all are done.
-  // multiply_adds is the whole loop's work: below kMinParallelMultiplyAdds the caller does it alone.
+  // multiply_adds is the whole loop's work: below kMinParallelMultiplyAdds the caller does it
+  // alone.
   void Run(int64_t num_items, int64_t multiply_adds,
            absl::FunctionRef<void(int64_t item, int thread)> fn);
 

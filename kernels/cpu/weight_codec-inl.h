@@ -21,7 +21,8 @@ using DI32 = hn::Rebind<int32_t, D>;
 using DU32 = hn::Rebind<uint32_t, D>;
 using VI32 = hn::Vec<DI32>;
 
-// q * scale, rounded as kRoundToBf16 says; scale_rounder = scale * 65537 or 0. The product is exact.
+// q * scale, rounded as kRoundToBf16 says; scale_rounder = scale * 65537 or 0. The product is
+// exact.
 HWY_INLINE V ScaleAndRound(V q, V scale, V scale_rounder) {
   const V c = hn::Mul(q, scale_rounder);
   return hn::Sub(c, hn::NegMulAdd(q, scale, c));
@@ -34,8 +35,8 @@ HWY_INLINE VI32 LoadBytes(const uint8_t* from) {
 }
 
 HWY_INLINE VI32 LoadSignedBytes(const uint8_t* from) {
-  return hn::PromoteTo(DI32(), hn::LoadU(hn::Rebind<int8_t, D>(),
-                                         reinterpret_cast<const int8_t*>(from)));
+  return hn::PromoteTo(DI32(),
+                       hn::LoadU(hn::Rebind<int8_t, D>(), reinterpret_cast<const int8_t*>(from)));
 }
 
 template <int kVecs>
