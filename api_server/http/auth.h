@@ -1,0 +1,28 @@
+// API keys.
+#pragma once
+
+#include <array>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace wintserve {
+
+// Immutable; thread-safe. Keeps hashes, not keys.
+class ApiKeys {
+ public:
+  // Empty strings are no keys.
+  explicit ApiKeys(const std::vector<std::string>& keys);
+  // True: no key is configured, everyone may come in.
+  bool empty() const { return hashes_.empty(); }
+  // `authorization`: the header's value, "Bearer KEY"; the word in any case. Takes the same time
+  // whichever key it is, and however much of it is right.
+  bool Accepts(std::string_view authorization) const;
+
+ private:
+  using Hash = std::array<unsigned char, 32>;
+  static Hash HashOf(std::string_view key);
+  std::vector<Hash> hashes_;
+};
+
+}  // namespace wintserve

@@ -1,0 +1,294 @@
+#include "api_server/http/generation.h"
+
+#include <fmt/core.h>
+
+#include <boost/asio/as_tuple.hpp>
+#include <boost/asio/co_spawn.hpp>
+#include <boost/asio/experimental/awaitable_operators.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <boost/asio/this_coro.hpp>
+#include <boost/asio/use_awaitable.hpp>
+#include <optional>
+#include <vector>
+
+#include "api_server/http/endpoints.h"
+#include "api_server/http/update_channel.h"
+#include "api_server/openai/responses.h"
+#include "common/log.h"
+#include "common/status_macros.h"
+
+namespace wintserve {
+namespace {
+
+namespace net = boost::asio;
+using net::awaitable;
+using net::use_awaitable;
+
+struct PreparedRequest {
+  ApiRequest request;
+  ResponseIdentity identity;
+  std::vector<GenerationRequest> generations;  // one a prompt
+};
+
+// Parses, renders and encodes: up to a second for a long prompt, so on a pool thread.
+absl::StatusOr<PreparedRequest> Prepare(const ServerContext& context, Endpoint endpoint,
+                                        const std::string& body) {
+  PreparedRequest prepared;
+  ASSIGN_OR_RETURN(prepared.request, ParseRequest(endpoint, body));
+  RETURN_IF_ERROR(
+      CheckModelName(prepared.request.model, *context.llm, context.options.model_names));
+  prepared.identity = NewResponseIdentity(endpoint, context.llm->model_name());
+  ASSIGN_OR_RETURN(prepared.generations,
+                   MakeGenerationRequests(prepared.request, *context.llm, prepared.identity.id));
+  return prepared;
+}
+
+awaitable<absl::StatusOr<PreparedRequest>> PrepareOnPool(ServerContext& context, Endpoint endpoint,
+                                                         const std::string& body) {
+  auto work = [&]() -> awaitable<absl::StatusOr<PreparedRequest>> {
+    co_return Prepare(context, endpoint, body);
+  };
+  absl::StatusOr<PreparedRequest> prepared =
+      co_await net::co_spawn(context.text_pool, std::move(work), use_awaitable);
+  co_return prepared;
+}
+
+// What went wrong inside stays inside; what the client did, or can do about it, is told.
+ApiError PublicError(const absl::Status& status, const RequestHead& head) {
+  ApiError error = ToApiError(status);
+  if (error.http_status < 500) return error;
+  LOG_ERROR("request {} failed: {}", head.request_id, status.ToString());
+  if (error.http_status == 500) {
+    error.message = fmt::format("The server failed to answer; request id {}", head.request_id);
+  }
+  return error;
+}
+
+// The generations of one HTTP request, from Submit to the last update. Cancels them when destroyed.
+class Generations {
+ public:
+  Generations(LLM* llm, net::any_io_executor executor, int64_t max_pending_bytes,
+              Connection* connection)
+      : llm_(llm),
+        news_(executor),
+        channel_(std::make_shared<UpdateChannel>(executor, max_pending_bytes,
+                                                 [this, connection] { OnNews(connection); })) {}
+  Generations(const Generations&) = delete;
+  Generations& operator=(const Generations&) = delete;
+  ~Generations() {
+    channel_->Close();
+    for (const RequestHandle handle : handles_) llm_->Cancel(handle);  // ignored where it finished
+  }
+
+  absl::Status Submit(std::vector<GenerationRequest> generations) {
+    for (size_t i = 0; i < generations.size(); ++i) {
+      ASSIGN_OR_RETURN(
+          const RequestHandle handle,
+          llm_->Submit(std::move(generations[i]), [channel = channel_, i](GenerationUpdate update) {
+            channel->Push(i, std::move(update));
+          }));
+      handles_.push_back(handle);
+    }
+    return absl::OkStatus();
+  }
+
+  // All updates that have come; waits for the first of them, at most `timeout`. Empty: nothing
+  // came.
+  awaitable<std::vector<PromptUpdate>> Next(std::chrono::milliseconds timeout) {
+    std::vector<PromptUpdate> updates = channel_->Take();
+    const auto deadline = std::chrono::steady_clock::now() + timeout;
+    while (updates.empty() && std::chrono::steady_clock::now() < deadline) {
+      news_.expires_at(deadline);
+      // Ends at the deadline or by OnNews; when this coroutine is cancelled, the next co_await
+      // throws.
+      co_await news_.async_wait(net::as_tuple(use_awaitable));
+      updates = channel_->Take();
+      const net::cancellation_state cancellation = co_await net::this_coro::cancellation_state;
+      if (cancellation.cancelled() != net::cancellation_type::none) break;
+    }
+    co_return updates;
+  }
+
+ private:
+  void OnNews(Connection* connection) {
+    // A write to the slow reader may be all that the coroutine waits for: closing ends it.
+    if (channel_->overflowed()) connection->Close();
+    news_.cancel();
+  }
+
+  LLM* const llm_;
+  net::steady_timer news_;
+  const std::shared_ptr<UpdateChannel> channel_;
+  std::vector<RequestHandle> handles_;
+};
+
+// First error among the updates, or OK.
+absl::Status ErrorIn(const std::vector<PromptUpdate>& updates) {
+  for (const PromptUpdate& update : updates) RETURN_IF_ERROR(update.update.error);
+  return absl::OkStatus();
+}
+
+// One answer to one request: what both ways of answering need.
+struct Exchange {
+  ServerContext& context;
+  Connection& connection;
+  const RequestHead& head;
+  const bool keep_alive;
+  Generations& generations;
+};
+
+awaitable<Outcome> SendReply(Connection& connection, const RequestHead& head, Reply reply,
+                             bool keep_alive) {
+  const bool sent = co_await connection.Send(head, reply, keep_alive);
+  co_return Outcome{sent ? reply.status : kStatusClientClosed, sent && keep_alive};
+}
+
+awaitable<Outcome> SendWholeAnswer(const Exchange& exchange, const PreparedRequest& prepared) {
+  ResponseAssembler assembler(prepared.identity, prepared.request);
+  Reply reply;
+  while (!assembler.finished()) {
+    const std::vector<PromptUpdate> updates =
+        co_await exchange.generations.Next(exchange.context.options.keep_alive_interval);
+    if (const absl::Status error = ErrorIn(updates); !error.ok()) {
+      reply = ErrorReply(PublicError(error, exchange.head));
+      break;
+    }
+    for (const PromptUpdate& update : updates) assembler.Add(update.prompt_index, update.update);
+  }
+  if (reply.status == 200) reply.body = assembler.Body();
+  const Outcome outcome =
+      co_await SendReply(exchange.connection, exchange.head, std::move(reply), exchange.keep_alive);
+  co_return outcome;
+}
+
+std::string Event(std::string_view data) { return fmt::format("data: {}\n\n", data); }
+
+// The events of one round of updates; the last of them is [DONE] when the stream is over.
+struct StreamRound {
+  std::string events;
+  int error_status = 0;  // not 0: the stream ends with an error object
+  bool is_last = false;
+};
+
+StreamRound NextRound(const std::vector<PromptUpdate>& updates, const RequestHead& head,
+                      StreamAssembler* assembler) {
+  StreamRound round;
+  std::vector<std::string> payloads;
+  for (const PromptUpdate& update : updates) {
+    assembler->Add(update.prompt_index, update.update, &payloads);
+  }
+  if (const absl::Status error = ErrorIn(updates); !error.ok()) {
+    const ApiError public_error = PublicError(error, head);
+    round.error_status = public_error.http_status;
+    payloads.push_back(ErrorBody(public_error));
+  }
+  round.is_last = round.error_status != 0 || assembler->finished();
+  if (round.is_last) payloads.push_back("[DONE]");
+  for (const std::string& payload : payloads) round.events += Event(payload);
+  if (updates.empty()) round.events = ": keep-alive\n\n";
+  return round;
+}
+
+Reply StreamHead() {
+  Reply reply;
+  reply.content_type = "text/event-stream; charset=utf-8";
+  reply.headers = {{"Cache-Control", "no-cache"}, {"X-Accel-Buffering", "no"}};
+  return reply;
+}
+
+awaitable<Outcome> SendStream(const Exchange& exchange, const PreparedRequest& prepared) {
+  const std::chrono::milliseconds interval = exchange.context.options.keep_alive_interval;
+  const bool keep_alive = exchange.keep_alive && exchange.head.version >= 11;
+  StreamAssembler assembler(prepared.identity, prepared.request);
+
+  // The head waits for the first news, so that an early failure still gets a status of its own.
+  std::vector<PromptUpdate> updates = co_await exchange.generations.Next(interval);
+  if (const absl::Status error = ErrorIn(updates); !error.ok()) {
+    const Outcome outcome =
+        co_await SendReply(exchange.connection, exchange.head,
+                           ErrorReply(PublicError(error, exchange.head)), exchange.keep_alive);
+    co_return outcome;
+  }
+  std::string bytes = SerializeHead(exchange.head, StreamHead(), keep_alive,
+                                    /*content_length=*/-1);
+  for (;;) {
+    const StreamRound round = NextRound(updates, exchange.head, &assembler);
+    // An update that says nothing yet (its text is held back) makes no event.
+    if (!round.events.empty()) bytes += Chunk(exchange.head, round.events);
+    if (round.is_last) bytes += LastChunk(exchange.head);
+    const bool sent = bytes.empty() || co_await exchange.connection.Write(std::move(bytes));
+    if (!sent) co_return Outcome{kStatusClientClosed, false};
+    if (round.error_status != 0) {
+      exchange.context.metrics.CountFailure(round.error_status);
+      co_return Outcome{200, keep_alive};
+    }
+    if (round.is_last) co_return Outcome{200, keep_alive};
+    bytes.clear();
+    updates = co_await exchange.generations.Next(interval);
+  }
+}
+
+// Submits and answers, unless the client goes first.
+awaitable<Outcome> GenerateAndSend(ServerContext& context, Connection& connection,
+                                   const RequestHead& head, PreparedRequest& prepared,
+                                   bool keep_alive) {
+  using net::experimental::awaitable_operators::operator||;
+  const net::any_io_executor executor = co_await net::this_coro::executor;
+  Generations generations(context.llm, executor, context.options.max_pending_stream_bytes,
+                          &connection);
+  const absl::Status submitted = generations.Submit(std::move(prepared.generations));
+  if (!submitted.ok()) {
+    const Outcome outcome =
+        co_await SendReply(connection, head, ErrorReply(PublicError(submitted, head)), keep_alive);
+    co_return outcome;
+  }
+  const Exchange exchange{context, connection, head, keep_alive, generations};
+  awaitable<Outcome> answer = prepared.request.stream ? SendStream(exchange, prepared)
+                                                      : SendWholeAnswer(exchange, prepared);
+  const std::variant<std::monostate, Outcome> first =
+      co_await (connection.UntilPeerCloses() || std::move(answer));
+  co_return first.index() == 1 ? std::get<1>(first) : Outcome{kStatusClientClosed, false};
+}
+
+awaitable<Outcome> Answer(ServerContext& context, Connection& connection, const RequestHead& head,
+                          Endpoint endpoint, const std::string& body, bool keep_alive) {
+  const ReadinessReport readiness = context.llm->Readiness();
+  if (!readiness.ready) {
+    const Outcome outcome =
+        co_await SendReply(connection, head, NotReadyReply(readiness), keep_alive);
+    co_return outcome;
+  }
+  const Admission::Permit permit = context.admission.TryEnter();
+  if (!permit) {
+    const absl::Status too_many = absl::ResourceExhaustedError(
+        fmt::format("Too many requests: at most {} may be open", context.admission.max_open()));
+    const Outcome outcome =
+        co_await SendReply(connection, head, ErrorReply(ToApiError(too_many)), keep_alive);
+    co_return outcome;
+  }
+  absl::StatusOr<PreparedRequest> prepared = co_await PrepareOnPool(context, endpoint, body);
+  if (!prepared.ok()) {
+    const Outcome outcome = co_await SendReply(
+        connection, head, ErrorReply(PublicError(prepared.status(), head)), keep_alive);
+    co_return outcome;
+  }
+  const Outcome outcome =
+      co_await GenerateAndSend(context, connection, head, *prepared, keep_alive);
+  co_return outcome;
+}
+
+}  // namespace
+
+awaitable<Outcome> ServeGeneration(ServerContext& context, Connection& connection,
+                                   const RequestHead& head, Endpoint endpoint, std::string body,
+                                   bool keep_alive) {
+  const Outcome outcome = co_await Answer(context, connection, head, endpoint, body, keep_alive);
+  if (outcome.status == kStatusClientClosed) {
+    context.metrics.CountAborted();
+  } else if (outcome.status >= 400) {
+    context.metrics.CountFailure(outcome.status);
+  }
+  co_return outcome;
+}
+
+}  // namespace wintserve

@@ -1,0 +1,46 @@
+// What every connection of one server shares.
+#pragma once
+
+#include <atomic>
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/thread_pool.hpp>
+#include <cstdint>
+#include <memory>
+#include <set>
+
+#include "api_server/http/admission.h"
+#include "api_server/http/auth.h"
+#include "api_server/http/http_metrics.h"
+#include "api_server/http/http_server.h"
+#include "api_server/http/routes.h"
+
+namespace wintserve {
+
+class Connection;
+
+struct ServerContext {
+  ServerContext(HttpOptions options_in, LLM* llm_in,
+                std::shared_ptr<prometheus::Registry> registry);
+
+  const HttpOptions options;
+  LLM* const llm;
+  const ApiKeys keys;
+  const int64_t started_seconds;  // Unix time; "created" of the models
+  HttpMetrics metrics;
+  Admission admission;
+  boost::asio::thread_pool text_pool;
+  std::atomic<bool> draining{false};  // connections close with their present answer
+};
+
+// One event loop and the connections that live on it. `connections` is touched by its thread alone.
+struct IoThread {
+  boost::asio::io_context io{/*concurrency_hint=*/1};
+  std::set<Connection*> connections;
+};
+
+// Serves the requests of one socket until either side closes. The socket belongs to io_thread.io.
+void StartSession(ServerContext& context, IoThread& io_thread, boost::asio::ip::tcp::socket socket,
+                  Port port);
+
+}  // namespace wintserve

@@ -1,0 +1,208 @@
+#include <fmt/core.h>
+
+#include <boost/asio/co_spawn.hpp>
+#include <boost/asio/this_coro.hpp>
+#include <boost/beast/http/error.hpp>
+#include <chrono>
+#include <exception>
+#include <utility>  // before Asio's coroutine header, which needs it
+
+#include "api_server/http/connection.h"
+#include "api_server/http/endpoints.h"
+#include "api_server/http/generation.h"
+#include "api_server/http/server_context.h"
+#include "common/log.h"
+
+namespace wintserve {
+namespace {
+
+namespace net = boost::asio;
+namespace http = boost::beast::http;
+using boost::system::error_code;
+using net::awaitable;
+
+// Keeps a connection in its thread's list, so that the server can close it.
+class Registration {
+ public:
+  Registration(std::set<Connection*>* connections, Connection* connection)
+      : connections_(connections), connection_(connection) {
+    connections_->insert(connection_);
+  }
+  ~Registration() { connections_->erase(connection_); }
+  Registration(const Registration&) = delete;
+  Registration& operator=(const Registration&) = delete;
+
+ private:
+  std::set<Connection*>* const connections_;
+  Connection* const connection_;
+};
+
+template <typename Field>
+std::string HeaderValue(const Connection::Parser& parser, Field field) {
+  const auto value = parser.get()[field];
+  return std::string(value.data(), value.size());
+}
+
+RequestHead HeadOf(const Connection::Parser& parser) {
+  const auto& message = parser.get();
+  RequestHead head;
+  head.method = std::string(message.method_string());
+  head.target = std::string(message.target());
+  head.version = static_cast<int>(message.version());
+  head.keep_alive = message.keep_alive();
+  head.has_body = !parser.is_done();
+  head.has_host = message.find(http::field::host) != message.end();
+  head.expect = HeaderValue(parser, http::field::expect);
+  head.expects_continue = boost::beast::iequals(head.expect, "100-continue");
+  head.content_type = HeaderValue(parser, http::field::content_type);
+  head.content_encoding = HeaderValue(parser, http::field::content_encoding);
+  head.authorization = HeaderValue(parser, http::field::authorization);
+  head.request_id = SaneRequestId(HeaderValue(parser, "x-request-id"));
+  return head;
+}
+
+// The peer is gone or said nothing: there is nobody to answer.
+bool IsHangUp(error_code error) {
+  if (!error) return false;
+  return error == http::error::end_of_stream || error == http::error::partial_message ||
+         error == boost::beast::error::timeout ||
+         error.category() == net::error::get_system_category() ||
+         error.category() == net::error::get_misc_category();
+}
+
+Reply MalformedReply(error_code error, const HttpOptions& options) {
+  if (error == http::error::body_limit) {
+    return ErrorReply(413, "body_too_large",
+                      fmt::format("the body is larger than {} bytes", options.max_body_bytes));
+  }
+  if (error == http::error::header_limit || error == http::error::buffer_overflow) {
+    return ErrorReply(431, "header_too_large",
+                      fmt::format("the header is larger than {} bytes", options.max_header_bytes));
+  }
+  return ErrorReply(400, "invalid_http",
+                    fmt::format("the request is not valid HTTP: {}", error.message()));
+}
+
+class Session {
+ public:
+  Session(ServerContext& context, Connection& connection, Port port)
+      : context_(context), connection_(connection), port_(port) {}
+
+  awaitable<void> Run() {
+    for (;;) {
+      const bool has_request = co_await connection_.WaitForRequest();
+      if (!has_request) break;
+      const bool keep_alive = co_await ServeOneRequest();
+      if (!keep_alive) break;
+    }
+    co_await connection_.LingeringClose();
+  }
+
+ private:
+  // False: close the connection.
+  awaitable<bool> ServeOneRequest() {
+    Connection::Parser parser;
+    parser.header_limit(static_cast<std::uint32_t>(context_.options.max_header_bytes));
+    parser.body_limit(static_cast<std::uint64_t>(context_.options.max_body_bytes));
+    error_code error = co_await connection_.ReadHead(parser);
+    const auto start = std::chrono::steady_clock::now();
+    if (IsHangUp(error)) co_return false;
+    const RequestHead head = HeadOf(parser);
+    const RouteMatch match = FindRoute(head.target, port_);
+
+    std::optional<Reply> refusal;
+    if (error) {
+      refusal = MalformedReply(error, context_.options);
+    } else {
+      refusal = CheckHead(head, match, context_.keys);
+    }
+    if (!refusal.has_value() && head.has_body) {
+      error = co_await ReadBody(head, parser);
+      if (IsHangUp(error)) co_return false;
+      if (error) refusal = MalformedReply(error, context_.options);
+    }
+    Outcome outcome;
+    if (refusal.has_value()) {
+      // A body that nobody will read must not be taken for the next request.
+      const bool keep_alive = !error && !head.has_body && MayKeepAlive(head);
+      outcome = co_await SendPlain(head, *std::move(refusal), keep_alive);
+      if (IsGeneration(match)) context_.metrics.CountFailure(outcome.status);
+    } else {
+      outcome = co_await Dispatch(head, match, std::move(parser.get().body()));
+    }
+    Record(head, match, outcome.status, std::chrono::steady_clock::now() - start);
+    co_return outcome.keep_alive;
+  }
+
+  awaitable<error_code> ReadBody(const RequestHead& head, Connection::Parser& parser) {
+    if (head.expects_continue && head.version >= 11) {
+      const bool sent = co_await connection_.Write("HTTP/1.1 100 Continue\r\n\r\n");
+      if (!sent) co_return http::error::end_of_stream;
+    }
+    const error_code error = co_await connection_.ReadBody(parser);
+    co_return error;
+  }
+
+  awaitable<Outcome> Dispatch(const RequestHead& head, const RouteMatch& match, std::string body) {
+    const bool keep_alive = MayKeepAlive(head);
+    Outcome outcome;
+    if (IsGeneration(match)) {
+      const Endpoint endpoint =
+          match.route->action == Action::kChat ? Endpoint::kChat : Endpoint::kCompletions;
+      outcome = co_await ServeGeneration(context_, connection_, head, endpoint, std::move(body),
+                                         keep_alive);
+    } else {
+      outcome = co_await SendPlain(head, AnswerWithoutGeneration(context_, match), keep_alive);
+    }
+    co_return outcome;
+  }
+
+  awaitable<Outcome> SendPlain(const RequestHead& head, Reply reply, bool keep_alive) {
+    const bool sent = co_await connection_.Send(head, reply, keep_alive);
+    co_return Outcome{reply.status, sent && keep_alive};
+  }
+
+  bool MayKeepAlive(const RequestHead& head) const { return head.keep_alive && !context_.draining; }
+
+  void Record(const RequestHead& head, const RouteMatch& match, int status,
+              std::chrono::steady_clock::duration duration) {
+    const double seconds = std::chrono::duration<double>(duration).count();
+    context_.metrics.CountRequest(head.method, match.label(), status, seconds);
+    if (IsGeneration(match)) {
+      LOG_INFO("{} {} {} {} {:.3f}s", head.request_id, head.method, match.label(), status, seconds);
+    } else {
+      LOG_DEBUG("{} {} {} {:.3f}s", head.request_id, match.label(), status, seconds);
+    }
+  }
+
+  ServerContext& context_;
+  Connection& connection_;
+  const Port port_;
+};
+
+awaitable<void> RunSession(ServerContext& context, IoThread& io_thread, net::ip::tcp::socket socket,
+                           Port port) {
+  Connection connection(std::move(socket), context.options);
+  const Registration registration(&io_thread.connections, &connection);
+  Session session(context, connection, port);
+  co_await session.Run();
+}
+
+void LogUnexpected(std::exception_ptr exception) {
+  if (exception == nullptr) return;
+  try {
+    std::rethrow_exception(exception);
+  } catch (const std::exception& error) {
+    LOG_ERROR("a connection ended unexpectedly: {}", error.what());
+  }
+}
+
+}  // namespace
+
+void StartSession(ServerContext& context, IoThread& io_thread, net::ip::tcp::socket socket,
+                  Port port) {
+  net::co_spawn(io_thread.io, RunSession(context, io_thread, std::move(socket), port),
+                LogUnexpected);
+}
+
+}  // namespace wintserve

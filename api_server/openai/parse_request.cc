@@ -1,0 +1,252 @@
+#include <fmt/format.h>
+
+#include <array>
+#include <limits>
+#include <nlohmann/json.hpp>
+
+
+#include "api_server/openai/api_error.h"
+#include "api_server/openai/json_fields.h"
+#include "api_server/openai/request.h"
+#include "api_server/openai/unsupported_fields.h"
+#include "common/status_macros.h"
+
+namespace wintserve {
+namespace {
+
+using nlohmann::json;
+
+constexpr int64_t kMinInt64 = std::numeric_limits<int64_t>::min();
+constexpr int64_t kMaxInt64 = std::numeric_limits<int64_t>::max();
+constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
+
+constexpr std::array<std::string_view, 5> kRoles = {"system", "developer", "user", "assistant",
+                                                    "tool"};
+
+absl::StatusOr<std::string> ParseTextPart(const json& part, const std::string& param) {
+  if (!part.is_object()) {
+    return InvalidField(param, fmt::format("must be an object, got {}", Quoted(part)));
+  }
+  const json* type = FindField(part, "type");
+  if (type == nullptr) return MissingField(param + ".type");
+  if (*type != "text") {
+    return InvalidField(param + ".type", fmt::format("must be \"text\", got {}", Quoted(*type)));
+  }
+  const json* text = FindField(part, "text");
+  if (text == nullptr) return MissingField(param + ".text");
+  if (!text->is_string()) {
+    return InvalidField(param + ".text", fmt::format("must be a string, got {}", Quoted(*text)));
+  }
+  return text->get<std::string>();
+}
+
+absl::StatusOr<std::string> ParseContent(const json& message, const std::string& message_param) {
+  const std::string param = message_param + ".content";
+  const json* content = FindField(message, "content");
+  if (content == nullptr) {
+    if (FindField(message, "tool_calls") != nullptr) return std::string();
+    if (!message.contains("content")) return MissingField(param);
+    return InvalidField(param,
+                        "must be a string or a list of text parts; null is allowed only beside "
+                        "tool_calls");
+  }
+  if (content->is_string()) return content->get<std::string>();
+  if (!content->is_array()) {
+    return InvalidField(
+        param, fmt::format("must be a string or a list of text parts, got {}", Quoted(*content)));
+  }
+  std::string text;
+  for (size_t i = 0; i < content->size(); ++i) {
+    ASSIGN_OR_RETURN(const std::string part,
+                     ParseTextPart((*content)[i], fmt::format("{}[{}]", param, i)));
+    text += part;
+  }
+  return text;
+}
+
+absl::StatusOr<std::string> ParseRole(const json& message, const std::string& message_param) {
+  const std::string param = message_param + ".role";
+  const json* role = FindField(message, "role");
+  if (role == nullptr) return MissingField(param);
+  for (const std::string_view known : kRoles) {
+    if (*role == known) return std::string(known == "developer" ? "system" : known);
+  }
+  return InvalidField(
+      param, fmt::format("must be one of {}, got {}", fmt::join(kRoles, ", "), Quoted(*role)));
+}
+
+absl::StatusOr<ChatMessages> ParseMessages(const json& body) {
+  const json* messages = FindField(body, "messages");
+  if (messages == nullptr) return MissingField("messages");
+  if (!messages->is_array() || messages->empty()) {
+    return InvalidField("messages",
+                        fmt::format("must be a non-empty list, got {}", Quoted(*messages)));
+  }
+  ChatMessages parsed;
+  for (size_t i = 0; i < messages->size(); ++i) {
+    const json& message = (*messages)[i];
+    const std::string param = fmt::format("messages[{}]", i);
+    if (!message.is_object()) {
+      return InvalidField(param, fmt::format("must be an object, got {}", Quoted(message)));
+    }
+    ChatMessage& chat_message = parsed.emplace_back();
+    ASSIGN_OR_RETURN(chat_message.role, ParseRole(message, param));
+    ASSIGN_OR_RETURN(chat_message.content, ParseContent(message, param));
+  }
+  return parsed;
+}
+
+absl::StatusOr<TokenIds> ParseTokenIds(const json& list, const std::string& param) {
+  TokenIds ids;
+  ids.reserve(list.size());
+  for (size_t i = 0; i < list.size(); ++i) {
+    const std::optional<int64_t> id = AsInteger(list[i]);
+    if (!id.has_value() || *id < 0 || *id > kMaxInt32) {
+      return InvalidField(
+          fmt::format("{}[{}]", param, i),
+          fmt::format("must be a token id (all elements of one type), got {}", Quoted(list[i])));
+    }
+    ids.push_back(static_cast<int32_t>(*id));
+  }
+  return ids;
+}
+
+absl::StatusOr<PromptSource> ParseBatchElement(const json& element, bool expect_text,
+                                               const std::string& param) {
+  if (expect_text && element.is_string()) return element.get<std::string>();
+  if (!expect_text && element.is_array()) return ParseTokenIds(element, param);
+  return InvalidField(
+      param, fmt::format("must be {} like the first element, got {}",
+                         expect_text ? "a string" : "a list of token ids", Quoted(element)));
+}
+
+// A string, a list of strings, a list of token ids, or a list of lists of token ids.
+absl::StatusOr<std::vector<PromptSource>> ParsePrompts(const json& body) {
+  const json* prompt = FindField(body, "prompt");
+  if (prompt == nullptr) return MissingField("prompt");
+  std::vector<PromptSource> prompts;
+  if (prompt->is_string()) {
+    prompts.emplace_back(prompt->get<std::string>());
+    return prompts;
+  }
+  if (!prompt->is_array() || prompt->empty()) {
+    return InvalidField("prompt", fmt::format("must be a string or a non-empty list of strings, of "
+                                              "token ids or of lists of token ids, got {}",
+                                              Quoted(*prompt)));
+  }
+  const json& first = prompt->front();
+  if (!first.is_string() && !first.is_array()) {
+    ASSIGN_OR_RETURN(TokenIds ids, ParseTokenIds(*prompt, "prompt"));
+    prompts.emplace_back(std::move(ids));
+    return prompts;
+  }
+  for (size_t i = 0; i < prompt->size(); ++i) {
+    ASSIGN_OR_RETURN(PromptSource source, ParseBatchElement((*prompt)[i], first.is_string(),
+                                                            fmt::format("prompt[{}]", i)));
+    prompts.push_back(std::move(source));
+  }
+  return prompts;
+}
+
+absl::StatusOr<std::vector<std::string>> ParseStop(const json& body) {
+  std::vector<std::string> stops;
+  const json* stop = FindField(body, "stop");
+  if (stop == nullptr) return stops;
+  const json list = stop->is_array() ? *stop : json::array({*stop});
+  if (list.size() > kMaxStopStrings) {
+    return InvalidField(
+        "stop", fmt::format("must hold at most {} strings, got {}", kMaxStopStrings, list.size()));
+  }
+  for (size_t i = 0; i < list.size(); ++i) {
+    const std::string param = stop->is_array() ? fmt::format("stop[{}]", i) : "stop";
+    const bool is_valid = list[i].is_string() && !list[i].get_ref<const std::string&>().empty() &&
+                          list[i].get_ref<const std::string&>().size() <= kMaxStopStringBytes;
+    if (!is_valid) {
+      return InvalidField(param, fmt::format("must be a string of 1 to {} bytes, got {}",
+                                             kMaxStopStringBytes, Quoted(list[i])));
+    }
+    stops.push_back(list[i].get<std::string>());
+  }
+  return stops;
+}
+
+absl::StatusOr<StreamOptions> ParseStreamOptions(const json& body, bool stream) {
+  StreamOptions options;
+  const json* field = FindField(body, "stream_options");
+  if (field == nullptr) return options;
+  if (!field->is_object()) {
+    return InvalidField("stream_options", fmt::format("must be an object, got {}", Quoted(*field)));
+  }
+  if (!stream) {
+    return InvalidField("stream_options", "is allowed only together with \"stream\": true");
+  }
+  ASSIGN_OR_RETURN(options.include_usage, ReadBool(*field, "include_usage", "stream_options."));
+  ASSIGN_OR_RETURN(options.continuous_usage_stats,
+                   ReadBool(*field, "continuous_usage_stats", "stream_options."));
+  if (options.continuous_usage_stats && !options.include_usage) {
+    return InvalidField("stream_options.continuous_usage_stats",
+                        "true is allowed only together with \"include_usage\": true");
+  }
+  return options;
+}
+
+absl::StatusOr<std::optional<int64_t>> ParseMaxTokens(const json& body, Endpoint endpoint) {
+  ASSIGN_OR_RETURN(const std::optional<int64_t> max_tokens,
+                   ReadInteger(body, "max_tokens", 1, kMaxInt64));
+  if (endpoint == Endpoint::kCompletions) return max_tokens;
+  ASSIGN_OR_RETURN(const std::optional<int64_t> max_completion_tokens,
+                   ReadInteger(body, "max_completion_tokens", 1, kMaxInt64));
+  return max_completion_tokens.has_value() ? max_completion_tokens : max_tokens;
+}
+
+absl::Status ParseSampling(const json& body, ApiRequest* request) {
+  ASSIGN_OR_RETURN(request->temperature, ReadNumber(body, "temperature", 0, 2));
+  ASSIGN_OR_RETURN(request->top_p, ReadNumber(body, "top_p", 0, 1));
+  ASSIGN_OR_RETURN(request->top_k, ReadInteger(body, "top_k", -1, kMaxInt32));
+  ASSIGN_OR_RETURN(request->seed, ReadInteger(body, "seed", kMinInt64, kMaxInt64));
+  ASSIGN_OR_RETURN(request->max_tokens, ParseMaxTokens(body, request->endpoint));
+  ASSIGN_OR_RETURN(request->stop, ParseStop(body));
+  ASSIGN_OR_RETURN(request->include_stop_in_output, ReadBool(body, "include_stop_str_in_output"));
+  return absl::OkStatus();
+}
+
+absl::Status ParseChoiceCount(const json& body, ApiRequest* request) {
+  ASSIGN_OR_RETURN(const std::optional<int64_t> n, ReadInteger(body, "n", 1, kMaxChoicesPerPrompt));
+  request->num_choices_per_prompt = static_cast<int>(n.value_or(1));
+  const auto num_choices =
+      static_cast<int64_t>(request->prompts.size()) * request->num_choices_per_prompt;
+  if (num_choices <= kMaxChoicesPerRequest) return absl::OkStatus();
+  return InvalidField(
+      "prompt", fmt::format("{} prompts times n={} are {} choices; at most {} are allowed",
+                            request->prompts.size(), request->num_choices_per_prompt, num_choices,
+                            kMaxChoicesPerRequest));
+}
+
+absl::Status ParsePrompt(const json& body, ApiRequest* request) {
+  if (request->endpoint == Endpoint::kChat) {
+    ASSIGN_OR_RETURN(ChatMessages messages, ParseMessages(body));
+    request->prompts.emplace_back(std::move(messages));
+    return absl::OkStatus();
+  }
+  ASSIGN_OR_RETURN(request->prompts, ParsePrompts(body));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<ApiRequest> ParseRequest(Endpoint endpoint, std::string_view body_text) {
+  ASSIGN_OR_RETURN(const json body, ParseJsonObject(body_text));
+  ApiRequest request;
+  request.endpoint = endpoint;
+  ASSIGN_OR_RETURN(request.model, ReadString(body, "model"));
+  RETURN_IF_ERROR(ParsePrompt(body, &request));
+  RETURN_IF_ERROR(ParseSampling(body, &request));
+  RETURN_IF_ERROR(ParseChoiceCount(body, &request));
+  ASSIGN_OR_RETURN(request.stream, ReadBool(body, "stream"));
+  ASSIGN_OR_RETURN(request.stream_options, ParseStreamOptions(body, request.stream));
+  ASSIGN_OR_RETURN(request.user, ReadString(body, "user"));
+  RETURN_IF_ERROR(RefuseUnsupportedFields(body, endpoint));
+  return request;
+}
+
+}  // namespace wintserve

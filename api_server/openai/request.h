@@ -1,0 +1,56 @@
+// A validated request of /v1/chat/completions or /v1/completions. Both are the same struct: they
+// differ in where the prompt comes from and in the shape of the answer.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "api_server/llm/llm.h"
+
+namespace wintserve {
+
+enum class Endpoint { kChat, kCompletions };
+
+using TokenIds = std::vector<int32_t>;
+using ChatMessages = std::vector<ChatMessage>;
+// What one prompt is made of: messages to render, text to encode, or ids to take as they are.
+using PromptSource = std::variant<ChatMessages, std::string, TokenIds>;
+
+inline constexpr int kMaxChoicesPerPrompt = 128;    // n
+inline constexpr int kMaxChoicesPerRequest = 1024;  // prompts * n
+inline constexpr int kMaxStopStrings = 16;
+inline constexpr int kMaxStopStringBytes = 256;
+
+struct StreamOptions {
+  bool include_usage = false;
+  bool continuous_usage_stats = false;
+};
+
+struct ApiRequest {
+  Endpoint endpoint = Endpoint::kChat;
+  std::string model;                  // as sent; empty when absent
+  std::vector<PromptSource> prompts;  // chat: exactly one
+  std::optional<int64_t> max_tokens;  // >= 1; max_completion_tokens when both were sent
+  std::optional<double> temperature;  // absent: the model's default
+  std::optional<double> top_p;
+  std::optional<int64_t> top_k;
+  std::optional<int64_t> seed;
+  std::vector<std::string> stop;
+  bool include_stop_in_output = false;
+  int num_choices_per_prompt = 1;  // n
+  bool stream = false;
+  StreamOptions stream_options;
+  std::string user;
+};
+
+// INVALID_ARGUMENT with param and code (api_error.h): see the table in parse_request_test.cc. Token
+// ids are checked to be integers of 32 bits here and against the vocabulary in
+// MakeGenerationRequests.
+absl::StatusOr<ApiRequest> ParseRequest(Endpoint endpoint, std::string_view body);
+
+}  // namespace wintserve

@@ -1,0 +1,201 @@
+#include "tests/fakes/fake_llm.h"
+
+#include <fmt/core.h>
+
+#include "absl/strings/str_replace.h"
+
+namespace wintserve {
+namespace {
+
+constexpr std::chrono::seconds kPatience(10);
+
+}  // namespace
+
+GenerationUpdate TextUpdate(int index, std::string text,
+                            std::optional<FinishReason> finish_reason) {
+  GenerationUpdate update;
+  update.choices.push_back({index, std::move(text), {}, finish_reason});
+  update.finished = finish_reason.has_value();
+  return update;
+}
+
+FakeLlm::FakeLlm() : thread_([this] { DeliverLoop(); }) {}
+
+FakeLlm::~FakeLlm() {
+  {
+    MutexLock lock(&mutex_);
+    stopping_ = true;
+    changed_.NotifyAll();
+  }
+  thread_.join();
+}
+
+void FakeLlm::SetPieces(std::vector<std::string> pieces) {
+  MutexLock lock(&mutex_);
+  pieces_ = std::move(pieces);
+}
+
+void FakeLlm::SetDelayBetweenUpdates(std::chrono::milliseconds delay) {
+  MutexLock lock(&mutex_);
+  delay_ = delay;
+}
+
+void FakeLlm::SetSubmitError(absl::Status status) {
+  MutexLock lock(&mutex_);
+  submit_error_ = std::move(status);
+}
+
+void FakeLlm::SetFinalError(absl::Status status) {
+  MutexLock lock(&mutex_);
+  final_error_ = std::move(status);
+}
+
+void FakeLlm::SetReadiness(ReadinessReport report) {
+  MutexLock lock(&mutex_);
+  readiness_ = std::move(report);
+}
+
+void FakeLlm::SetMaxModelLen(int max_model_len) {
+  MutexLock lock(&mutex_);
+  max_model_len_ = max_model_len;
+}
+
+void FakeLlm::HoldUpdates() {
+  MutexLock lock(&mutex_);
+  hold_updates_ = true;
+}
+
+void FakeLlm::Send(RequestHandle handle, GenerationUpdate update) {
+  MutexLock lock(&mutex_);
+  deliveries_.emplace(Clock::now(), Delivery{handle, std::move(update)});
+  changed_.NotifyAll();
+}
+
+std::vector<GenerationRequest> FakeLlm::submitted() const {
+  MutexLock lock(&mutex_);
+  return submitted_;
+}
+
+std::vector<RequestHandle> FakeLlm::cancelled() const {
+  MutexLock lock(&mutex_);
+  return cancelled_;
+}
+
+size_t FakeLlm::num_updates() const {
+  MutexLock lock(&mutex_);
+  return num_updates_;
+}
+
+bool FakeLlm::WaitForSubmitted(size_t count) const {
+  MutexLock lock(&mutex_);
+  return changed_.WaitFor(&mutex_, kPatience,
+                          [&]() REQUIRES(mutex_) { return submitted_.size() >= count; });
+}
+
+bool FakeLlm::WaitForCancelled(size_t count) const {
+  MutexLock lock(&mutex_);
+  return changed_.WaitFor(&mutex_, kPatience,
+                          [&]() REQUIRES(mutex_) { return cancelled_.size() >= count; });
+}
+
+absl::StatusOr<RequestHandle> FakeLlm::Submit(GenerationRequest request,
+                                              std::function<void(GenerationUpdate)> on_update) {
+  MutexLock lock(&mutex_);
+  if (!submit_error_.ok()) return submit_error_;
+  submitted_.push_back(request);
+  const RequestHandle handle = submitted_.size();
+  running_[handle] = {std::move(on_update)};
+  if (!hold_updates_) ScheduleScript(handle, request);
+  changed_.NotifyAll();
+  return handle;
+}
+
+void FakeLlm::ScheduleScript(RequestHandle handle, const GenerationRequest& request) {
+  Clock::time_point when = Clock::now() + delay_;
+  const int num_prompt_tokens = static_cast<int>(request.prompt_ids.size());
+  for (size_t i = 0; i < pieces_.size(); ++i) {
+    GenerationUpdate update;
+    update.num_prompt_tokens = num_prompt_tokens;
+    update.num_completion_tokens = static_cast<int>(i + 1) * request.num_choices;
+    update.finished = i + 1 == pieces_.size();
+    if (update.finished) update.error = final_error_;
+    for (int choice = 0; choice < request.num_choices; ++choice) {
+      ChoiceDelta& delta = update.choices.emplace_back();
+      delta.index = choice;
+      delta.text = absl::StrReplaceAll(pieces_[i], {{"{choice}", std::to_string(choice)}});
+      if (update.finished && final_error_.ok()) delta.finish_reason = FinishReason::kStop;
+    }
+    deliveries_.emplace(when, Delivery{handle, std::move(update)});
+    when += delay_;
+  }
+}
+
+void FakeLlm::Cancel(RequestHandle handle) {
+  MutexLock lock(&mutex_);
+  if (running_.erase(handle) == 0) return;
+  cancelled_.push_back(handle);
+  changed_.NotifyAll();
+}
+
+void FakeLlm::DeliverLoop() {
+  for (;;) {
+    std::function<void(GenerationUpdate)> on_update;
+    GenerationUpdate update;
+    {
+      MutexLock lock(&mutex_);
+      const auto is_due = [&]() REQUIRES(mutex_) {
+        return stopping_ || (!deliveries_.empty() && deliveries_.begin()->first <= Clock::now());
+      };
+      const auto until_due = deliveries_.empty() ? Clock::duration(std::chrono::hours(1))
+                                                 : deliveries_.begin()->first - Clock::now();
+      const size_t known = deliveries_.size();
+      changed_.WaitFor(&mutex_, until_due,
+                       [&]() REQUIRES(mutex_) { return is_due() || deliveries_.size() != known; });
+      if (stopping_) return;
+      if (!is_due()) continue;
+      Delivery delivery = std::move(deliveries_.extract(deliveries_.begin()).mapped());
+      const auto it = running_.find(delivery.handle);
+      if (it == running_.end()) continue;
+      on_update = it->second.on_update;
+      update = std::move(delivery.update);
+      if (update.finished) running_.erase(it);
+      ++num_updates_;
+    }
+    on_update(std::move(update));
+  }
+}
+
+ReadinessReport FakeLlm::Readiness() const {
+  MutexLock lock(&mutex_);
+  return readiness_;
+}
+
+std::vector<int32_t> FakeLlm::Encode(const std::string& text) const {
+  std::vector<int32_t> ids;
+  for (const char c : text) ids.push_back(static_cast<unsigned char>(c));
+  return ids;
+}
+
+std::string FakeLlm::Decode(const std::vector<int32_t>& ids) const {
+  return std::string(ids.begin(), ids.end());
+}
+
+absl::StatusOr<std::string> FakeLlm::RenderChat(const std::vector<ChatMessage>& messages,
+                                                bool add_generation_prompt) const {
+  std::string text;
+  for (const ChatMessage& message : messages) {
+    if (message.role == "tool") {
+      return absl::InvalidArgumentError("the template has no words for the role tool");
+    }
+    text += fmt::format("{}:{}\n", message.role, message.content);
+  }
+  if (add_generation_prompt) text += "assistant:";
+  return text;
+}
+
+int FakeLlm::max_model_len() const {
+  MutexLock lock(&mutex_);
+  return max_model_len_;
+}
+
+}  // namespace wintserve

@@ -1,0 +1,109 @@
+// A scripted LLM: what it says and when is decided by the test; what it was asked is recorded.
+#pragma once
+
+#include <chrono>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "api_server/llm/llm.h"
+#include "common/mutex.h"
+
+namespace wintserve {
+
+// Tokens are bytes: Encode("ab") is {97, 98}; the vocabulary has 256 ids. RenderChat is
+// "role:content\n" a message.
+//
+// By default each choice of a request says `pieces`, one an update, and finishes with kStop. A test
+// that wants the clock itself calls HoldUpdates() first and then Send().
+//
+// Threading: as LLM says. Updates come from a thread of the fake's own ("the engine's thread").
+class FakeLlm : public LLM {
+ public:
+  FakeLlm();
+  ~FakeLlm() override;
+
+  // --- The script, set before requests come.
+  // What every choice says, update by update; the placeholder {choice} becomes its index.
+  void SetPieces(std::vector<std::string> pieces);
+  void SetDelayBetweenUpdates(std::chrono::milliseconds delay);
+  // Submit fails with this instead of accepting.
+  void SetSubmitError(absl::Status status);
+  // After all pieces the request ends with this error instead of a finish reason.
+  void SetFinalError(absl::Status status);
+  void SetReadiness(ReadinessReport report);
+  void SetMaxModelLen(int max_model_len);
+
+  // --- By hand. No request gets an update but those sent here.
+  void HoldUpdates();
+  // Delivered on the fake's thread, in order. Ignored once the request was cancelled or has
+  // finished.
+  void Send(RequestHandle handle, GenerationUpdate update);
+
+  // --- What happened.
+  std::vector<GenerationRequest> submitted() const;
+  std::vector<RequestHandle> cancelled() const;
+  // False when it did not come to that within ten seconds.
+  bool WaitForSubmitted(size_t count) const;
+  bool WaitForCancelled(size_t count) const;
+  // Updates delivered to any request so far.
+  size_t num_updates() const;
+
+  // --- LLM
+  absl::StatusOr<RequestHandle> Submit(GenerationRequest request,
+                                       std::function<void(GenerationUpdate)> on_update) override;
+  void Cancel(RequestHandle handle) override;
+  ReadinessReport Readiness() const override;
+  std::vector<int32_t> Encode(const std::string& text) const override;
+  std::string Decode(const std::vector<int32_t>& ids) const override;
+  absl::StatusOr<std::string> RenderChat(const std::vector<ChatMessage>& messages,
+                                         bool add_generation_prompt) const override;
+  const GenerationDefaults& defaults() const override { return defaults_; }
+  int max_model_len() const override;
+  int vocab_size() const override { return 256; }
+  const std::string& model_name() const override { return model_name_; }
+  const std::string& model_path() const override { return model_path_; }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  struct Running {
+    std::function<void(GenerationUpdate)> on_update;
+  };
+  struct Delivery {
+    RequestHandle handle;
+    GenerationUpdate update;
+  };
+
+  void DeliverLoop();
+  void ScheduleScript(RequestHandle handle, const GenerationRequest& request) REQUIRES(mutex_);
+
+  const GenerationDefaults defaults_;
+  const std::string model_name_ = "fake";
+  const std::string model_path_ = "models/fake";
+
+  mutable Mutex mutex_;
+  mutable CondVar changed_;
+  std::vector<std::string> pieces_ GUARDED_BY(mutex_) = {"Hello", " world"};
+  std::chrono::milliseconds delay_ GUARDED_BY(mutex_){0};
+  absl::Status submit_error_ GUARDED_BY(mutex_);
+  absl::Status final_error_ GUARDED_BY(mutex_);
+  ReadinessReport readiness_ GUARDED_BY(mutex_) = {true, ""};
+  int max_model_len_ GUARDED_BY(mutex_) = 2048;
+  bool hold_updates_ GUARDED_BY(mutex_) = false;
+  std::vector<GenerationRequest> submitted_ GUARDED_BY(mutex_);
+  std::vector<RequestHandle> cancelled_ GUARDED_BY(mutex_);
+  std::map<RequestHandle, Running> running_ GUARDED_BY(mutex_);
+  std::multimap<Clock::time_point, Delivery> deliveries_ GUARDED_BY(mutex_);
+  size_t num_updates_ GUARDED_BY(mutex_) = 0;
+  bool stopping_ GUARDED_BY(mutex_) = false;
+  std::thread thread_;
+};
+
+// An update of one choice: text, and if given how it ended (which finishes the request).
+GenerationUpdate TextUpdate(int index, std::string text,
+                            std::optional<FinishReason> finish_reason = std::nullopt);
+
+}  // namespace wintserve
