@@ -1,1 +1,127 @@
+#include "api_server/openai/prompts.h"
+
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
+
+#include "api_server/openai/api_error.h"
+#include "tests/fakes/fake_llm.h"
+
+namespace wintserve {
+namespace {
+
+using testing::HasSubstr;
+
+ApiRequest CompletionOf(PromptSource prompt) {
+  ApiRequest request;
+  request.endpoint = Endpoint::kCompletions;
+  request.prompts = {std::move(prompt)};
+  return request;
+}
+
+TEST(CheckModelName, KnowsEveryNameOfTheModel) {
+  const FakeLlm llm;
+  const ModelNames names{{"alias"}, /*strict=*/true};
+  for (const char* name : {"fake", "models/fake", "alias", "", "default", "null"}) {
+    EXPECT_TRUE(CheckModelName(name, llm, names).ok()) << name;
+  }
+}
+
+TEST(CheckModelName, RefusesOthersOnlyWhenStrict) {
+  const FakeLlm llm;
+  EXPECT_TRUE(CheckModelName("gpt-4o", llm, {{}, /*strict=*/false}).ok());
+  const ApiError error = ToApiError(CheckModelName("gpt-4o", llm, {{}, /*strict=*/true}));
+  EXPECT_EQ(error.http_status, 404);
+  EXPECT_EQ(error.code, "model_not_found");
+  EXPECT_EQ(error.param, "model");
+  EXPECT_EQ(error.message, "model: \"gpt-4o\" does not exist; this server serves \"fake\"");
+}
+
+TEST(MakeGenerationRequests, RendersAndEncodesMessages) {
+  const FakeLlm llm;
+  ApiRequest request;
+  request.prompts = {ChatMessages{{"user", "hi"}}};
+  const auto generations = MakeGenerationRequests(request, llm, "id");
+  ASSERT_TRUE(generations.ok()) << generations.status();
+  ASSERT_EQ(generations->size(), 1u);
+  EXPECT_EQ(llm.Decode(generations->front().prompt_ids), "user:hi\nassistant:");
+  EXPECT_EQ(generations->front().id, "id");
+}
+
+TEST(MakeGenerationRequests, TakesDefaultsFromTheModelAndClampsHugeLimits) {
+  const FakeLlm llm;
+  ApiRequest request = CompletionOf("a");
+  request.max_tokens = int64_t{1} << 40;
+  const auto generations = MakeGenerationRequests(request, llm, "id");
+  ASSERT_TRUE(generations.ok());
+  EXPECT_EQ(generations->front().temperature, llm.defaults().temperature);
+  EXPECT_EQ(generations->front().top_p, llm.defaults().top_p);
+  EXPECT_EQ(generations->front().max_tokens, std::numeric_limits<int>::max());
+}
+
+TEST(MakeGenerationRequests, MakesOneOfEachPrompt) {
+  const FakeLlm llm;
+  ApiRequest request = CompletionOf("a");
+  request.prompts.push_back(TokenIds{98});
+  const auto generations = MakeGenerationRequests(request, llm, "id");
+  ASSERT_TRUE(generations.ok());
+  ASSERT_EQ(generations->size(), 2u);
+  EXPECT_EQ((*generations)[1].prompt_ids, TokenIds{98});
+  EXPECT_EQ((*generations)[1].id, "id-1");
+}
+
+struct BadPrompt {
+  const char* name;
+  ApiRequest request;
+  const char* param;
+  const char* code;
+  const char* message;
+};
+
+class BadPrompts : public testing::TestWithParam<BadPrompt> {};
+
+TEST_P(BadPrompts, AreRefused) {
+  FakeLlm llm;
+  llm.SetMaxModelLen(8);
+  const auto generations = MakeGenerationRequests(GetParam().request, llm, "id");
+  ASSERT_FALSE(generations.ok());
+  const ApiError error = ToApiError(generations.status());
+  EXPECT_EQ(error.http_status, 400);
+  EXPECT_EQ(error.param, GetParam().param);
+  EXPECT_EQ(error.code, GetParam().code);
+  EXPECT_THAT(error.message, HasSubstr(GetParam().message));
+}
+
+ApiRequest ToolMessage() {
+  ApiRequest request;
+  request.prompts = {ChatMessages{{"tool", "7"}}};
+  return request;
+}
+
+ApiRequest TwoPromptsTheSecondEmpty() {
+  ApiRequest request = CompletionOf("a");
+  request.prompts.push_back("");
+  return request;
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, BadPrompts,
+    testing::Values(
+        BadPrompt{"TooLong", CompletionOf("12345678"), "prompt", "context_length_exceeded",
+                  "Input text is too long: 8 tokens, but at most 7 are allowed"},
+        BadPrompt{"Empty", CompletionOf(""), "prompt", "invalid_value", "at least one token"},
+        BadPrompt{"SecondEmpty", TwoPromptsTheSecondEmpty(), "prompt[1]", "invalid_value",
+                  "at least one token"},
+        BadPrompt{"IdOutsideVocabulary", CompletionOf(TokenIds{1, 256}), "prompt", "invalid_value",
+                  "token id 256 is outside the vocabulary, 0 to 255"},
+        BadPrompt{"RoleWithoutWords", ToolMessage(), "messages", "invalid_value",
+                  "no words for the role tool"}),
+    [](const auto& info) { return info.param.name; });
+
+TEST(MakeGenerationRequests, AcceptsAPromptThatLeavesOneToken) {
+  FakeLlm llm;
+  llm.SetMaxModelLen(8);
+  EXPECT_TRUE(MakeGenerationRequests(CompletionOf("1234567"), llm, "id").ok());
+}
+
+}  // namespace
+}  // namespace wintserve

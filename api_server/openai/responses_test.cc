@@ -1,1 +1,150 @@
+#include "api_server/openai/responses.h"
+
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "api_server/openai/ids.h"
+
+namespace wintserve {
+namespace {
+
+using testing::ElementsAre;
+using testing::MatchesRegex;
+
+ResponseIdentity Identity(Endpoint endpoint) { return {endpoint, "the-id", 1700000000, "m"}; }
+
+ApiRequest Request(Endpoint endpoint, size_t num_prompts, int n) {
+  ApiRequest request;
+  request.endpoint = endpoint;
+  request.prompts.assign(num_prompts, PromptSource("p"));
+  request.num_choices_per_prompt = n;
+  return request;
+}
+
+GenerationUpdate Update(std::vector<ChoiceDelta> choices, int num_completion_tokens,
+                        bool finished) {
+  GenerationUpdate update;
+  update.choices = std::move(choices);
+  update.num_prompt_tokens = 5;
+  update.num_completion_tokens = num_completion_tokens;
+  update.num_cached_tokens = 2;
+  update.finished = finished;
+  return update;
+}
+
+TEST(NewResponseIdentity, IdsAreUuidsWithTheEndpointsPrefix) {
+  constexpr char kUuid[] = "[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}";
+  EXPECT_THAT(NewResponseIdentity(Endpoint::kChat, "m").id,
+              MatchesRegex(std::string("chatcmpl-") + kUuid));
+  EXPECT_THAT(NewResponseIdentity(Endpoint::kCompletions, "m").id,
+              MatchesRegex(std::string("cmpl-") + kUuid));
+  EXPECT_NE(NewUuid(), NewUuid());
+}
+
+TEST(ResponseAssembler, ChatBodyHasSortedChoicesAndUsage) {
+  ResponseAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 2));
+  assembler.Add(0, Update({{1, "春", {}, {}}, {0, "a", {}, {}}}, 2, false));
+  EXPECT_FALSE(assembler.finished());
+  assembler.Add(0, Update({{0, "b", {}, FinishReason::kStop}, {1, "眠", {}, FinishReason::kLength}},
+                          4, true));
+  EXPECT_TRUE(assembler.finished());
+  EXPECT_EQ(
+      assembler.Body(),
+      R"({"id":"the-id","object":"chat.completion","created":1700000000,"model":"m","choices":[)"
+      R"({"index":0,"message":{"role":"assistant","content":"ab"},"logprobs":null,)"
+      R"("finish_reason":"stop"},)"
+      R"({"index":1,"message":{"role":"assistant","content":"春眠"},"logprobs":null,)"
+      R"("finish_reason":"length"}],)"
+      R"("usage":{"prompt_tokens":5,"completion_tokens":4,"total_tokens":9,)"
+      R"("prompt_tokens_details":{"cached_tokens":2}}})");
+}
+
+TEST(ResponseAssembler, CompletionChoicesArePromptMajorAndUsageIsTheSum) {
+  ResponseAssembler assembler(Identity(Endpoint::kCompletions),
+                              Request(Endpoint::kCompletions, 2, 2));
+  const auto finish = FinishReason::kStop;
+  assembler.Add(1, Update({{0, "c", {}, finish}, {1, "d", {}, finish}}, 2, true));
+  EXPECT_FALSE(assembler.finished());
+  assembler.Add(0, Update({{0, "a", {}, finish}, {1, "b", {}, finish}}, 3, true));
+  ASSERT_TRUE(assembler.finished());
+  const auto body = nlohmann::json::parse(assembler.Body());
+  EXPECT_EQ(body["object"], "text_completion");
+  ASSERT_EQ(body["choices"].size(), 4u);
+  const std::string texts[] = {"a", "b", "c", "d"};
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_EQ(body["choices"][i]["index"], i);
+    EXPECT_EQ(body["choices"][i]["text"], texts[i]);
+  }
+  EXPECT_EQ(body["usage"]["prompt_tokens"], 10);
+  EXPECT_EQ(body["usage"]["completion_tokens"], 5);
+}
+
+std::string Chunk(const std::string& choice, const std::string& after = "") {
+  return R"({"id":"the-id","object":"chat.completion.chunk","created":1700000000,"model":"m",)"
+         R"("choices":[)" +
+         choice + "]" + after + "}";
+}
+
+TEST(StreamAssembler, FollowsOpenAisOrder) {
+  ApiRequest request = Request(Endpoint::kChat, 1, 1);
+  request.stream_options.include_usage = true;
+  StreamAssembler assembler(Identity(Endpoint::kChat), request);
+  std::vector<std::string> payloads;
+  assembler.Add(0, Update({{0, "", {7}, {}}}, 1, false), &payloads);
+  assembler.Add(0, Update({{0, "春", {8}, {}}}, 2, false), &payloads);
+  assembler.Add(0, Update({{0, "眠", {9}, FinishReason::kStop}}, 3, true), &payloads);
+  EXPECT_TRUE(assembler.finished());
+  const std::string null_usage = R"(,"usage":null)";
+  const auto delta = [](const std::string& content, const std::string& finish) {
+    return R"({"index":0,"delta":)" + content + R"(,"logprobs":null,"finish_reason":)" + finish +
+           "}";
+  };
+  EXPECT_THAT(
+      payloads,
+      ElementsAre(Chunk(delta(R"({"role":"assistant","content":""})", "null"), null_usage),
+                  Chunk(delta(R"({"content":"春"})", "null"), null_usage),
+                  Chunk(delta(R"({"content":"眠"})", "null"), null_usage),
+                  Chunk(delta("{}", R"("stop")"), null_usage),
+                  Chunk("", R"(,"usage":{"prompt_tokens":5,"completion_tokens":3,)"
+                            R"("total_tokens":8,"prompt_tokens_details":{"cached_tokens":2}})")));
+}
+
+TEST(StreamAssembler, HasNoUsageKeyUnlessAsked) {
+  StreamAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 1));
+  std::vector<std::string> payloads;
+  assembler.Add(0, Update({{0, "a", {}, FinishReason::kStop}}, 1, true), &payloads);
+  ASSERT_EQ(payloads.size(), 3u);
+  for (const std::string& payload : payloads) {
+    EXPECT_FALSE(nlohmann::json::parse(payload).contains("usage")) << payload;
+  }
+}
+
+TEST(StreamAssembler, PutsRunningUsageOnEveryChunkWhenAsked) {
+  ApiRequest request = Request(Endpoint::kCompletions, 1, 1);
+  request.stream_options = {true, true};
+  StreamAssembler assembler(Identity(Endpoint::kCompletions), request);
+  std::vector<std::string> payloads;
+  assembler.Add(0, Update({{0, "a", {}, {}}}, 1, false), &payloads);
+  assembler.Add(0, Update({{0, "b", {}, FinishReason::kStop}}, 2, true), &payloads);
+  std::vector<int> completion_tokens;
+  for (const std::string& payload : payloads) {
+    completion_tokens.push_back(nlohmann::json::parse(payload)["usage"]["completion_tokens"]);
+  }
+  EXPECT_THAT(completion_tokens, ElementsAre(1, 2, 2, 2));
+}
+
+TEST(StreamAssembler, EveryChoiceHasItsOwnRoleChunkInOrderOfIndex) {
+  StreamAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 2));
+  std::vector<std::string> payloads;
+  assembler.Add(0, Update({{1, "b", {}, {}}, {0, "a", {}, {}}}, 2, false), &payloads);
+  std::vector<int> indices;
+  for (const std::string& payload : payloads) {
+    indices.push_back(nlohmann::json::parse(payload)["choices"][0]["index"]);
+  }
+  EXPECT_THAT(indices, ElementsAre(0, 0, 1, 1));
+}
+
+}  // namespace
+}  // namespace wintserve
