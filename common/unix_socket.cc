@@ -144,7 +144,10 @@ absl::StatusOr<Packet> ReceivePacket(int socket_fd, int64_t timeout_ms) {
       packet.fd.Reset(fd);
     }
   }
-  if (received == 0) return absl::OutOfRangeError("the peer closed the socket");
+  // A protobuf message of default values has no bytes; beside a descriptor it is a packet all the same.
+  if (received == 0 && !packet.fd.valid()) {
+    return absl::OutOfRangeError("the peer closed the socket");
+  }
   if (several_fds || (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0) {
     return absl::InvalidArgumentError(
         fmt::format("packet is longer than {} bytes or carries several descriptors", kMaxPacketBytes));

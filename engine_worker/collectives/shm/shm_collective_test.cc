@@ -1,0 +1,264 @@
+#include "engine_worker/collectives/shm/shm_collective.h"
+
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <bit>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "common/check.h"
+#include "engine_worker/collectives/single_rank_collective.h"
+
+namespace wintserve {
+namespace {
+
+using testing::HasSubstr;
+
+constexpr int64_t kSlotBytes = 1024;  // 256 floats: the random sizes below need several rounds
+
+std::shared_ptr<MappedMemory> NewMemory(int world_size, int64_t slot_bytes = kSlotBytes) {
+  auto memory =
+      MappedMemory::Create("shm_collective_test", ShmGroupMemoryBytes(world_size, slot_bytes));
+  CHECK(memory.ok(), "{}", memory.status().ToString());
+  return std::make_shared<MappedMemory>(*std::move(memory));
+}
+
+std::unique_ptr<ShmCollective> Join(const std::shared_ptr<MappedMemory>& memory, int rank,
+                                    int world_size) {
+  auto collective = ShmCollective::Create(
+      memory, {.group_epoch = 7, .rank = rank, .world_size = world_size, .slot_bytes = kSlotBytes});
+  CHECK(collective.ok(), "{}", collective.status().ToString());
+  return *std::move(collective);
+}
+
+// Runs `body` once a rank, each in a thread of its own.
+void OnThreads(int world_size, const std::function<void(ShmCollective&)>& body) {
+  const auto memory = NewMemory(world_size);
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < world_size; ++rank) {
+    threads.emplace_back([&, rank] { body(*Join(memory, rank, world_size)); });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Values whose sum depends on the order of the additions.
+std::vector<float> RankData(int rank, int64_t count, uint32_t seed) {
+  std::mt19937 random(seed * 31 + rank);
+  std::uniform_real_distribution<float> mantissa(-1, 1);
+  std::vector<float> data(count);
+  for (float& value : data) value = std::ldexp(mantissa(random), static_cast<int>(random() % 24));
+  return data;
+}
+
+std::vector<float> RankOrderSum(int world_size, int64_t count, uint32_t seed) {
+  std::vector<float> sum = RankData(0, count, seed);
+  for (int rank = 1; rank < world_size; ++rank) {
+    const std::vector<float> part = RankData(rank, count, seed);
+    for (int64_t i = 0; i < count; ++i) sum[i] += part[i];
+  }
+  return sum;
+}
+
+bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+// A mix of all operations with sizes from nothing to several slots. Returns the first difference.
+std::string RunMix(ShmCollective& collective, int num_operations) {
+  const int world_size = collective.world_size();
+  std::mt19937 sizes(world_size);
+  for (int i = 0; i < num_operations; ++i) {
+    const int64_t count = sizes() % 1000;
+    const uint32_t seed = sizes();
+    std::vector<float> data = RankData(collective.rank(), count, seed);
+
+    std::vector<float> gathered(count * world_size);
+    if (!collective.AllGather(data.data(), count, gathered.data()).ok()) return "AllGather";
+    for (int rank = 0; rank < world_size; ++rank) {
+      const std::vector<float> part(gathered.begin() + rank * count,
+                                    gathered.begin() + (rank + 1) * count);
+      if (!SameBits(part, RankData(rank, count, seed))) return fmt::format("AllGather {}", i);
+    }
+    std::string text(count, static_cast<char>('a' + collective.rank()));
+    if (!collective.Broadcast(text.data(), count).ok()) return "Broadcast";
+    if (text != std::string(count, 'a')) return fmt::format("Broadcast {}", i);
+
+    if (!collective.AllReduceSum(data.data(), count).ok()) return "AllReduceSum";
+    if (!SameBits(data, RankOrderSum(world_size, count, seed))) {
+      return fmt::format("AllReduceSum {}: not the rank-order sum of {} floats", i, count);
+    }
+  }
+  return "";
+}
+
+class ShmCollectiveWorld : public testing::TestWithParam<int> {};
+INSTANTIATE_TEST_SUITE_P(Ranks, ShmCollectiveWorld, testing::Values(2, 3, 4),
+                         [](const auto& info) { return fmt::format("{}", info.param); });
+
+TEST_P(ShmCollectiveWorld, ThreadsGetTheBitsOfTheRankOrderSum) {
+  OnThreads(GetParam(), [](ShmCollective& collective) { EXPECT_EQ(RunMix(collective, 100), ""); });
+}
+
+// Starts one process a rank; rank_main's result is its exit code.
+std::vector<pid_t> Fork(int world_size, const std::function<int(int rank)>& rank_main) {
+  std::vector<pid_t> children;
+  for (int rank = 0; rank < world_size; ++rank) {
+    const pid_t child = ::fork();
+    CHECK(child >= 0);
+    if (child == 0) ::_exit(rank_main(rank));
+    children.push_back(child);
+  }
+  return children;
+}
+
+int ExitStatus(pid_t child) {
+  int status = 0;
+  CHECK(::waitpid(child, &status, 0) == child);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+TEST_P(ShmCollectiveWorld, ProcessesGetTheBitsOfTheRankOrderSum) {
+  const int world_size = GetParam();
+  const auto memory = NewMemory(world_size);
+  for (const pid_t child : Fork(world_size, [&](int rank) {
+         return RunMix(*Join(memory, rank, world_size), 100).empty() ? 0 : 1;
+       })) {
+    EXPECT_EQ(ExitStatus(child), 0);
+  }
+}
+
+TEST_P(ShmCollectiveWorld, AbortWakesEveryRankThatWaits) {
+  const int world_size = GetParam();
+  const auto memory = NewMemory(world_size);
+  const auto absent = Join(memory, 0, world_size);
+  std::vector<std::thread> waiting;
+  for (int rank = 1; rank < world_size; ++rank) {
+    waiting.emplace_back([&, rank] {
+      float value = 1;
+      const absl::Status status = Join(memory, rank, world_size)->AllReduceSum(&value, 1);
+      EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
+    });
+  }
+  absent->Abort();
+  for (std::thread& thread : waiting) thread.join();
+  float value = 1;
+  EXPECT_EQ(absent->AllReduceSum(&value, 1).code(), absl::StatusCode::kUnavailable);
+}
+
+TEST(ShmCollective, ARankThatLeavesEndsTheWaitOfTheOthers) {
+  const auto memory = NewMemory(2);
+  auto leaving = Join(memory, 0, 2);
+  std::thread waiting([&] {
+    float value = 1;
+    EXPECT_EQ(Join(memory, 1, 2)->AllReduceSum(&value, 1).code(), absl::StatusCode::kUnavailable);
+  });
+  leaving.reset();
+  waiting.join();
+}
+
+TEST(ShmCollective, APeerThatLeavesAfterTheLastRoundDoesNotSpoilIt) {
+  for (int i = 0; i < 200; ++i) {
+    OnThreads(4, [](ShmCollective& collective) {
+      std::vector<float> data(4, 1.0f);
+      EXPECT_TRUE(collective.AllReduceSum(data.data(), 4).ok());
+      EXPECT_THAT(data, testing::Each(4.0f));
+    });
+  }
+}
+
+TEST(ShmCollective, SurvivorsOfAKilledPeerReturnOnceTheGroupIsAborted) {
+  const auto memory = NewMemory(3);
+  const auto children = Fork(2, [&](int rank) {
+    const auto collective = Join(memory, rank, 3);
+    float value = 1;
+    while (true) {
+      const absl::Status status = collective->AllReduceSum(&value, 1);
+      if (!status.ok()) return absl::IsUnavailable(status) ? 0 : 1;
+    }
+  });
+  const auto self = Join(memory, 2, 3);
+  float value = 1;
+  for (int i = 0; i < 100; ++i) ASSERT_TRUE(self->AllReduceSum(&value, 1).ok());
+  ASSERT_EQ(::kill(children[0], SIGKILL), 0);
+  EXPECT_EQ(ExitStatus(children[0]), 128 + SIGKILL);
+  std::thread supervisor([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    self->Abort();
+  });
+  absl::Status status;
+  for (int i = 0; i < 1000 && status.ok(); ++i) status = self->AllReduceSum(&value, 1);
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
+  EXPECT_EQ(ExitStatus(children[1]), 0);
+  supervisor.join();
+}
+
+TEST(ShmCollective, DifferentOperationsEndTheGroupWithAnErrorThatNamesTheRanks) {
+  OnThreads(2, [](ShmCollective& collective) {
+    float value = 1;
+    std::vector<float> out(2);
+    const absl::Status status = collective.rank() == 0
+                                    ? collective.AllReduceSum(&value, 1)
+                                    : collective.AllGather(&value, 1, out.data());
+    EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+    EXPECT_THAT(status.message(), HasSubstr(fmt::format("rank {} is in", 1 - collective.rank())));
+    EXPECT_FALSE(collective.AllReduceSum(&value, 1).ok());
+  });
+}
+
+TEST(ShmCollective, DifferentSizesEndTheGroup) {
+  OnThreads(2, [](ShmCollective& collective) {
+    std::vector<float> data(8);
+    const absl::Status status = collective.AllReduceSum(data.data(), 4 + collective.rank());
+    EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+    EXPECT_THAT(status.message(), HasSubstr("16 bytes"));
+    EXPECT_THAT(status.message(), HasSubstr("20 bytes"));
+  });
+}
+
+TEST(ShmCollective, RefusesMemoryMadeForAnotherNumberOfRanks) {
+  const auto collective = ShmCollective::Create(
+      NewMemory(2), {.group_epoch = 7, .rank = 0, .world_size = 4, .slot_bytes = kSlotBytes});
+  EXPECT_EQ(collective.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(collective.status().message(), HasSubstr("4 ranks with slots of 1024 bytes need"));
+}
+
+TEST(ShmCollective, RefusesMemoryOfAnotherEpoch) {
+  const auto memory = NewMemory(2);
+  const auto first = Join(memory, 0, 2);
+  const auto second = ShmCollective::Create(
+      memory, {.group_epoch = 8, .rank = 1, .world_size = 2, .slot_bytes = kSlotBytes});
+  EXPECT_EQ(second.status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(second.status().message(), HasSubstr("epoch 7, not 8"));
+}
+
+TEST(ShmCollective, RefusesMemoryThatThisRankUsedBefore) {
+  const auto memory = NewMemory(2);
+  Join(memory, 1, 2).reset();
+  const auto again = ShmCollective::Create(
+      memory, {.group_epoch = 7, .rank = 1, .world_size = 2, .slot_bytes = kSlotBytes});
+  EXPECT_EQ(again.status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(again.status().message(), HasSubstr("already had a rank 1"));
+}
+
+TEST(SingleRankCollective, LeavesDataAsItIs) {
+  const auto collective = MakeSingleRankCollective();
+  std::vector<float> data = {1, 2};
+  std::vector<float> out(2);
+  EXPECT_TRUE(collective->AllReduceSum(data.data(), 2).ok());
+  EXPECT_TRUE(collective->AllGather(data.data(), 2, out.data()).ok());
+  EXPECT_TRUE(collective->Broadcast(data.data(), 8).ok());
+  EXPECT_THAT(data, testing::ElementsAre(1, 2));
+  EXPECT_EQ(out, data);
+  EXPECT_EQ(collective->world_size(), 1);
+}
+
+}  // namespace
+}  // namespace wintserve
