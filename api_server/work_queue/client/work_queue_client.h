@@ -55,17 +55,22 @@ using ServerEvent = std::variant<ConfigureWorker, AttachPool, ReceivedPlan, Shut
 
 enum class FaultKind { kCheckpoint, kOutOfMemory, kCollective, kDevice, kInternal };
 
-// Threading: Next() from one thread; every Send… from any thread (serialised inside).
+// Threading: Next() from one thread; every Send… and Close() from any thread (serialised inside).
+// A Send… returns UNAVAILABLE once the stream has ended; Next() then says why.
 class WorkQueueClient {
  public:
-  // target: "unix:/run/…/work_queue.sock" or "host:port". Waits up to timeout_ms for the server.
+  // target: "unix:/run/…/work_queue.sock" or "host:port". Returns once the server has accepted the
+  // Hello. UNAVAILABLE: no server there within timeout_ms. UNAUTHENTICATED: another instance's
+  // token. FAILED_PRECONDITION: the Hello does not fit (rank taken, other world size, build or
+  // checkpoint).
   static absl::StatusOr<std::unique_ptr<WorkQueueClient>> Attach(const std::string& target,
                                                                  const std::string& token,
                                                                  const WorkerHello& hello,
                                                                  int64_t timeout_ms);
-  virtual ~WorkQueueClient() = default;
+  virtual ~WorkQueueClient() = default;  // closes; no other call may be under way
 
-  // Blocks for the next message. UNAVAILABLE: the stream ended (the API server is gone).
+  // Blocks for the next message. UNAVAILABLE: the stream ended (the API server is gone, or Close).
+  // INVALID_ARGUMENT: the server sent something that is no message of this protocol.
   virtual absl::StatusOr<ServerEvent> Next() = 0;
 
   virtual absl::Status SendReady(uint64_t group_epoch, uint64_t pool_epoch) = 0;
@@ -73,6 +78,9 @@ class WorkQueueClient {
   virtual absl::Status SendHeartbeat(uint64_t step_started, uint64_t step_done,
                                      uint64_t resident_bytes) = 0;
   virtual absl::Status SendFault(FaultKind kind, const std::string& text) = 0;
+
+  // Ends the stream: Next() returns UNAVAILABLE once it has handed out what had arrived.
+  virtual void Close() = 0;
 };
 
 }  // namespace wintserve

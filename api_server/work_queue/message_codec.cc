@@ -1,0 +1,283 @@
+#include "api_server/work_queue/message_codec.h"
+
+#include <fmt/core.h>
+
+#include <limits>
+#include <optional>
+
+#include "api_server/work_queue/plan_codec.h"
+#include "common/status_macros.h"
+#include "proto/work_queue.pb.h"
+
+namespace wintserve {
+namespace {
+
+// Field 3 of ServerMessage, length-delimited, as it stands on the wire.
+constexpr uint8_t kPlanTag = (proto::ServerMessage::kPlanFieldNumber << 3) | 2;
+
+absl::Status InvalidWorkerMessage(std::string_view what) {
+  return absl::InvalidArgumentError(fmt::format("WorkerMessage: {}", what));
+}
+
+absl::Status InvalidServerMessage(std::string_view what) {
+  return absl::InvalidArgumentError(fmt::format("ServerMessage: {}", what));
+}
+
+// The plan's own bytes when the message is a plan and nothing else. They are taken as they came,
+// because a plan is hashed "as received" and protobuf does not promise to re-serialise to the same
+// bytes.
+std::optional<std::string_view> PlanBytes(std::string_view message) {
+  if (message.empty() || static_cast<uint8_t>(message[0]) != kPlanTag) return std::nullopt;
+  uint64_t length = 0;
+  size_t at = 1;
+  for (int shift = 0;; shift += 7) {
+    if (at >= message.size() || shift > 28) return std::nullopt;
+    const uint8_t byte = static_cast<uint8_t>(message[at++]);
+    length |= uint64_t{byte & 0x7fu} << shift;
+    if ((byte & 0x80) == 0) break;
+  }
+  if (message.size() - at != length) return std::nullopt;
+  return message.substr(at);
+}
+
+proto::Fault::Kind ToProto(FaultKind kind) {
+  switch (kind) {
+    case FaultKind::kCheckpoint:
+      return proto::Fault::KIND_CHECKPOINT;
+    case FaultKind::kOutOfMemory:
+      return proto::Fault::KIND_OUT_OF_MEMORY;
+    case FaultKind::kCollective:
+      return proto::Fault::KIND_COLLECTIVE;
+    case FaultKind::kDevice:
+      return proto::Fault::KIND_DEVICE;
+    case FaultKind::kInternal:
+      return proto::Fault::KIND_INTERNAL;
+  }
+  return proto::Fault::KIND_INTERNAL;
+}
+
+std::optional<FaultKind> FromProto(proto::Fault::Kind kind) {
+  switch (kind) {
+    case proto::Fault::KIND_CHECKPOINT:
+      return FaultKind::kCheckpoint;
+    case proto::Fault::KIND_OUT_OF_MEMORY:
+      return FaultKind::kOutOfMemory;
+    case proto::Fault::KIND_COLLECTIVE:
+      return FaultKind::kCollective;
+    case proto::Fault::KIND_DEVICE:
+      return FaultKind::kDevice;
+    case proto::Fault::KIND_INTERNAL:
+      return FaultKind::kInternal;
+    default:
+      return std::nullopt;
+  }
+}
+
+void Fill(const HelloMessage& from, proto::WorkerMessage* message) {
+  proto::Hello* to = message->mutable_hello();
+  to->set_proto_version(from.proto_version);
+  to->set_build_id(from.build_id);
+  to->set_worker_id(from.hello.worker_id);
+  to->set_rank(from.hello.rank);
+  to->set_world_size(from.hello.world_size);
+  to->set_backend(from.hello.backend);
+  to->set_weights_digest(from.hello.weights_digest);
+  to->set_kv_layout_digest(from.hello.kv_layout_digest);
+  to->set_kv_block_bytes(from.hello.kv_block_bytes);
+  to->set_kv_bytes_available(from.hello.kv_bytes_available);
+  to->set_max_slots(from.hello.max_slots);
+  to->set_max_tokens(from.hello.max_tokens);
+  to->mutable_model()->set_vocab_size(from.hello.vocab_size);
+  to->mutable_model()->set_num_layers(from.hello.num_layers);
+  to->mutable_model()->set_max_position(from.hello.max_position);
+  to->mutable_model()->set_block_size_tokens(from.hello.block_size_tokens);
+}
+
+void Fill(const ReadyMessage& from, proto::WorkerMessage* message) {
+  message->mutable_ready()->set_group_epoch(from.group_epoch);
+  message->mutable_ready()->set_pool_epoch(from.pool_epoch);
+}
+
+void Fill(const StepDone& from, proto::WorkerMessage* message) {
+  proto::StepDone* to = message->mutable_step_done();
+  to->set_group_epoch(from.group_epoch);
+  to->set_step(from.step);
+  to->set_plan_hash(from.plan_hash);
+  to->set_execute_us(from.execute_us);
+  to->set_sampled_digest(from.sampled_digest);
+  for (const SampledToken& sampled : from.sampled) {
+    to->mutable_result()->add_slot(sampled.slot);
+    to->mutable_result()->add_token(static_cast<uint32_t>(sampled.token));
+  }
+}
+
+void Fill(const HeartbeatMessage& from, proto::WorkerMessage* message) {
+  message->mutable_heartbeat()->set_step_started(from.step_started);
+  message->mutable_heartbeat()->set_step_done(from.step_done);
+  message->mutable_heartbeat()->set_resident_bytes(from.resident_bytes);
+}
+
+void Fill(const FaultMessage& from, proto::WorkerMessage* message) {
+  message->mutable_fault()->set_kind(ToProto(from.kind));
+  message->mutable_fault()->set_text(from.text);
+}
+
+HelloMessage ReadHello(const proto::Hello& in) {
+  HelloMessage out;
+  out.proto_version = in.proto_version();
+  out.build_id = in.build_id();
+  out.hello = {.worker_id = in.worker_id(),
+               .rank = in.rank(),
+               .world_size = in.world_size(),
+               .backend = in.backend(),
+               .weights_digest = in.weights_digest(),
+               .kv_layout_digest = in.kv_layout_digest(),
+               .kv_block_bytes = in.kv_block_bytes(),
+               .kv_bytes_available = in.kv_bytes_available(),
+               .max_slots = in.max_slots(),
+               .max_tokens = in.max_tokens(),
+               .vocab_size = in.model().vocab_size(),
+               .num_layers = in.model().num_layers(),
+               .max_position = in.model().max_position(),
+               .block_size_tokens = in.model().block_size_tokens()};
+  return out;
+}
+
+absl::StatusOr<StepDone> ReadStepDone(const proto::StepDone& in) {
+  StepDone out{.group_epoch = in.group_epoch(),
+               .step = in.step(),
+               .plan_hash = in.plan_hash(),
+               .execute_us = in.execute_us(),
+               .sampled = {},
+               .sampled_digest = in.sampled_digest()};
+  if (in.result().slot_size() != in.result().token_size()) {
+    return InvalidWorkerMessage(fmt::format("step_done.result.token has {} entries, slot has {}",
+                                            in.result().token_size(), in.result().slot_size()));
+  }
+  out.sampled.reserve(in.result().slot_size());
+  for (int i = 0; i < in.result().slot_size(); ++i) {
+    const uint32_t token = in.result().token(i);
+    if (token > static_cast<uint32_t>(std::numeric_limits<int32_t>::max())) {
+      return InvalidWorkerMessage(fmt::format("step_done.result.token holds {}", token));
+    }
+    out.sampled.push_back({in.result().slot(i), static_cast<int32_t>(token)});
+  }
+  return out;
+}
+
+}  // namespace
+
+std::string TokenMetadataValue(const std::string& token) {
+  std::string hex;
+  hex.reserve(2 * token.size());
+  for (const char c : token) hex += fmt::format("{:02x}", static_cast<uint8_t>(c));
+  return hex;
+}
+
+std::string WorkQueueBuildId() { return "wintserve " WINTSERVE_VERSION; }
+
+std::string EncodeWorkerMessage(const WorkerMessage& message) {
+  proto::WorkerMessage out;
+  std::visit([&out](const auto& body) { Fill(body, &out); }, message);
+  return out.SerializeAsString();
+}
+
+std::string EncodeServerMessage(const ConfigureWorker& configure) {
+  proto::ServerMessage out;
+  proto::Configure* to = out.mutable_configure();
+  to->set_group_epoch(configure.group_epoch);
+  to->set_world_size(configure.world_size);
+  to->set_max_slots(configure.max_slots);
+  to->set_max_tokens(configure.max_tokens);
+  to->set_max_sequence_tokens(configure.max_sequence_tokens);
+  to->set_sampled_vocab_size(configure.sampled_vocab_size);
+  return out.SerializeAsString();
+}
+
+std::string EncodeServerMessage(const AttachPool& attach) {
+  proto::ServerMessage out;
+  out.mutable_attach_pool()->set_pool_epoch(attach.pool_epoch);
+  out.mutable_attach_pool()->set_memory_socket(attach.memory_socket);
+  out.mutable_attach_pool()->set_num_blocks(attach.num_blocks);
+  return out.SerializeAsString();
+}
+
+std::string EncodeServerMessage(const ShutdownWorker&) {
+  proto::ServerMessage out;
+  out.mutable_shutdown();
+  return out.SerializeAsString();
+}
+
+EncodedPlan EncodePlanMessage(const StepPlan& plan) {
+  const std::string plan_bytes = EncodePlan(plan);
+  std::string message(1, static_cast<char>(kPlanTag));
+  size_t length = plan_bytes.size();
+  for (; length >= 0x80; length >>= 7) message.push_back(static_cast<char>(length | 0x80));
+  message.push_back(static_cast<char>(length));
+  message += plan_bytes;
+  return {std::move(message), PlanHash(plan_bytes)};
+}
+
+absl::StatusOr<WorkerMessage> DecodeWorkerMessage(std::string_view bytes) {
+  proto::WorkerMessage in;
+  if (bytes.size() > static_cast<size_t>(std::numeric_limits<int>::max()) ||
+      !in.ParseFromArray(bytes.data(), static_cast<int>(bytes.size()))) {
+    return InvalidWorkerMessage(fmt::format("{} bytes that are no such message", bytes.size()));
+  }
+  switch (in.message_case()) {
+    case proto::WorkerMessage::kHello:
+      return ReadHello(in.hello());
+    case proto::WorkerMessage::kReady:
+      return ReadyMessage{in.ready().group_epoch(), in.ready().pool_epoch()};
+    case proto::WorkerMessage::kStepDone: {
+      ASSIGN_OR_RETURN(StepDone done, ReadStepDone(in.step_done()));
+      return done;
+    }
+    case proto::WorkerMessage::kHeartbeat:
+      return HeartbeatMessage{in.heartbeat().step_started(), in.heartbeat().step_done(),
+                              in.heartbeat().resident_bytes()};
+    case proto::WorkerMessage::kFault: {
+      const std::optional<FaultKind> kind = FromProto(in.fault().kind());
+      if (!kind.has_value()) {
+        return InvalidWorkerMessage(
+            fmt::format("fault.kind is {}, unknown", static_cast<int>(in.fault().kind())));
+      }
+      return FaultMessage{*kind, in.fault().text()};
+    }
+    default:
+      return InvalidWorkerMessage("no field that this build knows");
+  }
+}
+
+absl::StatusOr<ServerEvent> DecodeServerMessage(std::string_view bytes) {
+  if (const std::optional<std::string_view> plan_bytes = PlanBytes(bytes)) {
+    ASSIGN_OR_RETURN(StepPlan plan, DecodePlan(*plan_bytes));
+    return ReceivedPlan{std::move(plan), PlanHash(*plan_bytes)};
+  }
+  proto::ServerMessage in;
+  if (bytes.size() > static_cast<size_t>(std::numeric_limits<int>::max()) ||
+      !in.ParseFromArray(bytes.data(), static_cast<int>(bytes.size()))) {
+    return InvalidServerMessage(fmt::format("{} bytes that are no such message", bytes.size()));
+  }
+  switch (in.message_case()) {
+    case proto::ServerMessage::kConfigure:
+      return ConfigureWorker{.group_epoch = in.configure().group_epoch(),
+                             .world_size = in.configure().world_size(),
+                             .max_slots = in.configure().max_slots(),
+                             .max_tokens = in.configure().max_tokens(),
+                             .max_sequence_tokens = in.configure().max_sequence_tokens(),
+                             .sampled_vocab_size = in.configure().sampled_vocab_size()};
+    case proto::ServerMessage::kAttachPool:
+      return AttachPool{.pool_epoch = in.attach_pool().pool_epoch(),
+                        .memory_socket = in.attach_pool().memory_socket(),
+                        .num_blocks = in.attach_pool().num_blocks()};
+    case proto::ServerMessage::kPlan:
+      return InvalidServerMessage("plan is not the only field of its message");
+    case proto::ServerMessage::kShutdown:
+      return ShutdownWorker{};
+    default:
+      return InvalidServerMessage("no field that this build knows");
+  }
+}
+
+}  // namespace wintserve

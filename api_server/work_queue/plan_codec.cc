@@ -1,0 +1,191 @@
+#include "api_server/work_queue/plan_codec.h"
+
+#include <fmt/core.h>
+#include <xxhash.h>
+
+#include <cmath>
+#include <limits>
+
+#include "common/check.h"
+#include "common/status_macros.h"
+#include "proto/work_queue.pb.h"
+
+namespace wintserve {
+namespace {
+
+constexpr uint32_t kMaxId = std::numeric_limits<int32_t>::max();  // of tokens and blocks
+constexpr uint8_t kKnownRowFlags = proto::ROW_FLAG_SAMPLE | proto::ROW_FLAG_TOKEN_FROM_SLOT;
+
+template <typename... Args>
+absl::Status Invalid(fmt::format_string<Args...> format, Args&&... args) {
+  return absl::InvalidArgumentError("StepPlan: " +
+                                    fmt::format(format, std::forward<Args>(args)...));
+}
+
+void AppendBlockIds(const std::vector<BlockId>& blocks,
+                    google::protobuf::RepeatedField<uint32_t>* out) {
+  out->Reserve(out->size() + static_cast<int>(blocks.size()));
+  for (const BlockId block : blocks) out->Add(static_cast<uint32_t>(block));
+}
+
+absl::StatusOr<std::vector<BlockId>> ReadBlockIds(
+    const google::protobuf::RepeatedField<uint32_t>& ids, std::string_view field) {
+  std::vector<BlockId> blocks;
+  blocks.reserve(ids.size());
+  for (const uint32_t id : ids) {
+    if (id > kMaxId)
+      return Invalid("{} holds block {}, above the largest id {}", field, id, kMaxId);
+    blocks.push_back(static_cast<BlockId>(id));
+  }
+  return blocks;
+}
+
+absl::StatusOr<SamplingParams> ReadSampling(const proto::Sampling& in) {
+  // Written so that NaN fails too.
+  if (!(in.temperature() >= 0) || !std::isfinite(in.temperature())) {
+    return Invalid("slot_init.sampling.temperature is {}, must be at least 0", in.temperature());
+  }
+  if (!(in.top_p() > 0 && in.top_p() <= 1)) {
+    return Invalid("slot_init.sampling.top_p is {}, must be in (0, 1]", in.top_p());
+  }
+  if (in.top_k() > kMaxId) {
+    return Invalid("slot_init.sampling.top_k is {}, at most {}", in.top_k(), kMaxId);
+  }
+  return SamplingParams{.temperature = in.temperature(),
+                        .top_p = in.top_p(),
+                        .top_k = static_cast<int32_t>(in.top_k()),
+                        .seed = in.seed(),
+                        .choice_index = in.choice_index()};
+}
+
+absl::Status CheckColumn(std::string_view name, int64_t size, int64_t num_rows) {
+  if (size == num_rows) return absl::OkStatus();
+  return Invalid("{} has {} entries, row_slot has {}", name, size, num_rows);
+}
+
+// Takes the row's tokens from *next_token on.
+absl::StatusOr<PlanRow> ReadRow(const proto::StepPlan& in, int i, int* next_token) {
+  const uint8_t flags = static_cast<uint8_t>(in.row_flags()[i]);
+  PlanRow row{.slot = in.row_slot(i),
+              .position = in.row_position(i),
+              .length = in.row_length(i),
+              .sample = (flags & proto::ROW_FLAG_SAMPLE) != 0,
+              .tokens = {}};
+  if ((flags & ~kKnownRowFlags) != 0) return Invalid("row_flags[{}] is {:#x}, unknown", i, flags);
+  if (row.length == 0) return Invalid("row_length[{}] is 0", i);
+  if (uint64_t{row.position} + row.length > kMaxId) {
+    return Invalid("row_position[{}] is {} and row_length {}: together above {}", i, row.position,
+                   row.length, kMaxId);
+  }
+  if ((flags & proto::ROW_FLAG_TOKEN_FROM_SLOT) != 0) {
+    if (row.length != 1) {
+      return Invalid("row_length[{}] is {}, must be 1 for a token from the slot", i, row.length);
+    }
+    return row;
+  }
+  if (row.length > static_cast<uint32_t>(in.tokens_size() - *next_token)) {
+    return Invalid("tokens has {} entries, too few for row {}", in.tokens_size(), i);
+  }
+  row.tokens.reserve(row.length);
+  for (uint32_t j = 0; j < row.length; ++j) {
+    const uint32_t token = in.tokens((*next_token)++);
+    if (token > kMaxId) return Invalid("tokens holds {}, above the largest id {}", token, kMaxId);
+    row.tokens.push_back(static_cast<int32_t>(token));
+  }
+  return row;
+}
+
+absl::Status ReadRows(const proto::StepPlan& in, StepPlan* plan) {
+  const int num_rows = in.row_slot_size();
+  RETURN_IF_ERROR(CheckColumn("row_position", in.row_position_size(), num_rows));
+  RETURN_IF_ERROR(CheckColumn("row_length", in.row_length_size(), num_rows));
+  RETURN_IF_ERROR(CheckColumn("row_flags", static_cast<int64_t>(in.row_flags().size()), num_rows));
+  plan->rows.reserve(num_rows);
+  int next_token = 0;
+  for (int i = 0; i < num_rows; ++i) {
+    ASSIGN_OR_RETURN(PlanRow row, ReadRow(in, i, &next_token));
+    plan->rows.push_back(std::move(row));
+  }
+  if (next_token != in.tokens_size()) {
+    return Invalid("tokens has {} entries, the rows take {}", in.tokens_size(), next_token);
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+std::string EncodePlan(const StepPlan& plan) {
+  proto::StepPlan out;
+  out.set_group_epoch(plan.group_epoch);
+  out.set_pool_epoch(plan.pool_epoch);
+  out.set_step(plan.step);
+  out.set_previous_plan_hash(plan.previous_plan_hash);
+  for (const SlotInit& init : plan.slot_init) {
+    proto::SlotInit* to = out.add_slot_init();
+    to->set_slot(init.slot);
+    to->mutable_sampling()->set_temperature(init.sampling.temperature);
+    to->mutable_sampling()->set_top_p(init.sampling.top_p);
+    to->mutable_sampling()->set_top_k(static_cast<uint32_t>(init.sampling.top_k));
+    to->mutable_sampling()->set_seed(init.sampling.seed);
+    to->mutable_sampling()->set_choice_index(init.sampling.choice_index);
+    AppendBlockIds(init.block_table, to->mutable_block_table());
+  }
+  for (const PlanRow& row : plan.rows) {
+    const bool from_slot = row.tokens.empty();
+    CHECK(from_slot ? row.length == 1 : row.length == row.tokens.size(),
+          "slot={} length={} tokens={}", row.slot, row.length, row.tokens.size());
+    out.add_row_slot(row.slot);
+    out.add_row_position(row.position);
+    out.add_row_length(row.length);
+    const int flags = (row.sample ? proto::ROW_FLAG_SAMPLE : 0) |
+                      (from_slot ? proto::ROW_FLAG_TOKEN_FROM_SLOT : 0);
+    out.mutable_row_flags()->push_back(static_cast<char>(flags));
+    for (const int32_t token : row.tokens) out.add_tokens(static_cast<uint32_t>(token));
+  }
+  for (const BlockAppend& append : plan.block_append) {
+    proto::BlockAppend* to = out.add_block_append();
+    to->set_slot(append.slot);
+    AppendBlockIds(append.blocks, to->mutable_blocks());
+  }
+  for (const uint32_t slot : plan.slot_release) out.add_slot_release(slot);
+  return out.SerializeAsString();
+}
+
+absl::StatusOr<StepPlan> DecodePlan(std::string_view plan_bytes) {
+  proto::StepPlan in;
+  if (plan_bytes.size() > kMaxId ||
+      !in.ParseFromArray(plan_bytes.data(), static_cast<int>(plan_bytes.size()))) {
+    return Invalid("{} bytes that are no such message", plan_bytes.size());
+  }
+  StepPlan plan;
+  plan.group_epoch = in.group_epoch();
+  plan.pool_epoch = in.pool_epoch();
+  plan.step = in.step();
+  plan.previous_plan_hash = in.previous_plan_hash();
+  if (plan.step == 0) return Invalid("step is 0, the first is 1");
+  for (const proto::SlotInit& init : in.slot_init()) {
+    ASSIGN_OR_RETURN(const SamplingParams sampling, ReadSampling(init.sampling()));
+    ASSIGN_OR_RETURN(std::vector<BlockId> table,
+                     ReadBlockIds(init.block_table(), "slot_init.block_table"));
+    plan.slot_init.push_back({init.slot(), sampling, std::move(table)});
+  }
+  for (const proto::BlockAppend& append : in.block_append()) {
+    ASSIGN_OR_RETURN(std::vector<BlockId> blocks,
+                     ReadBlockIds(append.blocks(), "block_append.blocks"));
+    plan.block_append.push_back({append.slot(), std::move(blocks)});
+  }
+  RETURN_IF_ERROR(ReadRows(in, &plan));
+  plan.slot_release.assign(in.slot_release().begin(), in.slot_release().end());
+  return plan;
+}
+
+uint64_t PlanHash(std::string_view plan_bytes) {
+  return XXH3_64bits(plan_bytes.data(), plan_bytes.size());
+}
+
+uint64_t SampledDigest(std::span<const int32_t> ids) {
+  const uint64_t digest = XXH3_64bits(ids.data(), ids.size_bytes());
+  return digest != 0 ? digest : 1;
+}
+
+}  // namespace wintserve

@@ -1,0 +1,253 @@
+#include "api_server/work_queue/plan_codec.h"
+
+#include <fmt/core.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <limits>
+#include <random>
+
+#include "api_server/work_queue/message_codec.h"
+#include "proto/work_queue.pb.h"
+
+namespace wintserve {
+namespace {
+
+using testing::HasSubstr;
+
+std::vector<BlockId> RandomBlocks(std::mt19937* rng) {
+  std::vector<BlockId> blocks((*rng)() % 5);
+  for (BlockId& block : blocks) block = static_cast<BlockId>((*rng)() % 100'000);
+  return blocks;
+}
+
+StepPlan RandomPlan(std::mt19937* rng) {
+  StepPlan plan{.group_epoch = (*rng)(), .pool_epoch = (*rng)(), .step = 1 + (*rng)() % 1000};
+  plan.previous_plan_hash = (uint64_t{(*rng)()} << 32) | (*rng)();
+  for (uint32_t i = 0; i < (*rng)() % 4; ++i) {
+    const SamplingParams sampling{.temperature = ((*rng)() % 20) / 10.0f,
+                                  .top_p = (1 + (*rng)() % 10) / 10.0f,
+                                  .top_k = static_cast<int32_t>((*rng)() % 50),
+                                  .seed = static_cast<int64_t>((*rng)()) * ((*rng)() % 2 ? 1 : -1),
+                                  .choice_index = static_cast<uint32_t>((*rng)() % 4)};
+    plan.slot_init.push_back({static_cast<uint32_t>((*rng)() % 64), sampling, RandomBlocks(rng)});
+  }
+  for (uint32_t i = 0; i < (*rng)() % 3; ++i) {
+    plan.block_append.push_back({static_cast<uint32_t>((*rng)() % 64), RandomBlocks(rng)});
+  }
+  for (uint32_t i = 0; i < (*rng)() % 6; ++i) {
+    PlanRow row{.slot = static_cast<uint32_t>((*rng)() % 64),
+                .position = static_cast<uint32_t>((*rng)() % 5000),
+                .length = 1,
+                .sample = (*rng)() % 2 == 0,
+                .tokens = {}};
+    if ((*rng)() % 2 == 0) {
+      row.tokens.resize(1 + (*rng)() % 200);
+      for (int32_t& token : row.tokens) token = static_cast<int32_t>((*rng)() % 100'000);
+      row.length = static_cast<uint32_t>(row.tokens.size());
+    }
+    plan.rows.push_back(row);
+  }
+  for (uint32_t i = 0; i < (*rng)() % 3; ++i) plan.slot_release.push_back((*rng)() % 64);
+  return plan;
+}
+
+// Field by field, since a comparison of encodings would miss a field that the codec forgets.
+void ExpectEqual(const StepPlan& a, const StepPlan& b) {
+  EXPECT_EQ(a.group_epoch, b.group_epoch);
+  EXPECT_EQ(a.pool_epoch, b.pool_epoch);
+  EXPECT_EQ(a.step, b.step);
+  EXPECT_EQ(a.previous_plan_hash, b.previous_plan_hash);
+  EXPECT_EQ(a.slot_release, b.slot_release);
+  ASSERT_EQ(a.slot_init.size(), b.slot_init.size());
+  for (size_t i = 0; i < a.slot_init.size(); ++i) {
+    EXPECT_EQ(a.slot_init[i].slot, b.slot_init[i].slot);
+    EXPECT_EQ(a.slot_init[i].block_table, b.slot_init[i].block_table);
+    EXPECT_EQ(a.slot_init[i].sampling.temperature, b.slot_init[i].sampling.temperature);
+    EXPECT_EQ(a.slot_init[i].sampling.top_p, b.slot_init[i].sampling.top_p);
+    EXPECT_EQ(a.slot_init[i].sampling.top_k, b.slot_init[i].sampling.top_k);
+    EXPECT_EQ(a.slot_init[i].sampling.seed, b.slot_init[i].sampling.seed);
+    EXPECT_EQ(a.slot_init[i].sampling.choice_index, b.slot_init[i].sampling.choice_index);
+  }
+  ASSERT_EQ(a.block_append.size(), b.block_append.size());
+  for (size_t i = 0; i < a.block_append.size(); ++i) {
+    EXPECT_EQ(a.block_append[i].slot, b.block_append[i].slot);
+    EXPECT_EQ(a.block_append[i].blocks, b.block_append[i].blocks);
+  }
+  ASSERT_EQ(a.rows.size(), b.rows.size());
+  for (size_t i = 0; i < a.rows.size(); ++i) {
+    EXPECT_EQ(a.rows[i].slot, b.rows[i].slot);
+    EXPECT_EQ(a.rows[i].position, b.rows[i].position);
+    EXPECT_EQ(a.rows[i].length, b.rows[i].length);
+    EXPECT_EQ(a.rows[i].sample, b.rows[i].sample);
+    EXPECT_EQ(a.rows[i].tokens, b.rows[i].tokens);
+  }
+}
+
+TEST(PlanCodec, DecodingAnEncodedPlanGivesThePlan) {
+  const auto seed = std::random_device{}();
+  SCOPED_TRACE(fmt::format("seed={}", seed));
+  std::mt19937 rng(seed);
+  for (int i = 0; i < 2000; ++i) {
+    const StepPlan plan = RandomPlan(&rng);
+    const absl::StatusOr<StepPlan> decoded = DecodePlan(EncodePlan(plan));
+    ASSERT_TRUE(decoded.ok()) << decoded.status();
+    ExpectEqual(plan, *decoded);
+    const EncodedPlan message = EncodePlanMessage(plan);
+    const absl::StatusOr<ServerEvent> event = DecodeServerMessage(message.message);
+    ASSERT_TRUE(event.ok()) << event.status();
+    ASSERT_TRUE(std::holds_alternative<ReceivedPlan>(*event));
+    ExpectEqual(plan, std::get<ReceivedPlan>(*event).plan);
+    EXPECT_EQ(std::get<ReceivedPlan>(*event).plan_hash, message.plan_hash);
+  }
+}
+
+TEST(PlanCodec, ThePlanMessageIsWhatProtobufWouldWrite) {
+  std::mt19937 rng(7);
+  for (int i = 0; i < 100; ++i) {
+    const EncodedPlan encoded = EncodePlanMessage(RandomPlan(&rng));
+    proto::ServerMessage message;
+    ASSERT_TRUE(message.ParseFromString(encoded.message));
+    ASSERT_TRUE(message.has_plan());
+    EXPECT_EQ(PlanHash(message.plan().SerializeAsString()), encoded.plan_hash);
+  }
+}
+
+TEST(PlanCodec, RandomAndTruncatedBytesNeverCrash) {
+  const auto seed = std::random_device{}();
+  SCOPED_TRACE(fmt::format("seed={}", seed));
+  std::mt19937 rng(seed);
+  for (int i = 0; i < 5000; ++i) {
+    std::string bytes = EncodePlanMessage(RandomPlan(&rng)).message;
+    if (rng() % 2 == 0) bytes.resize(rng() % (bytes.size() + 1));
+    for (uint32_t j = 0; j < rng() % 8 && !bytes.empty(); ++j) {
+      bytes[rng() % bytes.size()] = static_cast<char>(rng());
+    }
+    (void)DecodeServerMessage(bytes);
+    (void)DecodeWorkerMessage(bytes);
+    (void)DecodePlan(bytes);
+  }
+}
+
+TEST(PlanCodec, DecodesEveryOtherMessageOfTheProtocol) {
+  const auto configure =
+      DecodeServerMessage(EncodeServerMessage(ConfigureWorker{1, 2, 3, 4, 5, 6}));
+  ASSERT_TRUE(configure.ok());
+  EXPECT_EQ(std::get<ConfigureWorker>(*configure).sampled_vocab_size, 6u);
+  const auto attach = DecodeServerMessage(EncodeServerMessage(AttachPool{7, "/run/m.sock", 8}));
+  ASSERT_TRUE(attach.ok());
+  EXPECT_EQ(std::get<AttachPool>(*attach).memory_socket, "/run/m.sock");
+  const auto shutdown = DecodeServerMessage(EncodeServerMessage(ShutdownWorker{}));
+  ASSERT_TRUE(shutdown.ok());
+  EXPECT_TRUE(std::holds_alternative<ShutdownWorker>(*shutdown));
+
+  const auto done =
+      DecodeWorkerMessage(EncodeWorkerMessage(StepDone{1, 2, 3, 4, {{5, 6}, {7, 8}}, 9}));
+  ASSERT_TRUE(done.ok());
+  EXPECT_EQ(std::get<StepDone>(*done).sampled[1].token, 8);
+  EXPECT_EQ(std::get<StepDone>(*done).sampled_digest, 9u);
+  const auto fault =
+      DecodeWorkerMessage(EncodeWorkerMessage(FaultMessage{FaultKind::kOutOfMemory, "x"}));
+  ASSERT_TRUE(fault.ok());
+  EXPECT_EQ(std::get<FaultMessage>(*fault).kind, FaultKind::kOutOfMemory);
+}
+
+struct BadPlan {
+  const char* name;
+  std::function<void(proto::StepPlan*)> spoil;
+  const char* error;
+};
+
+class BadPlanTest : public testing::TestWithParam<BadPlan> {};
+
+TEST_P(BadPlanTest, IsRefusedByTheNameOfTheField) {
+  // Row 0 brings two tokens, row 1 takes its token from the slot.
+  const StepPlan good{.step = 1,
+                      .slot_init = {{0, SamplingParams{}, {BlockId{1}}}},
+                      .block_append = {{1, {BlockId{2}}}},
+                      .rows = {{0, 0, 2, true, {10, 11}}, {1, 5, 1, true, {}}}};
+  proto::StepPlan plan;
+  ASSERT_TRUE(plan.ParseFromString(EncodePlan(good)));
+  ASSERT_TRUE(DecodePlan(plan.SerializeAsString()).ok());
+  GetParam().spoil(&plan);
+  const absl::StatusOr<StepPlan> decoded = DecodePlan(plan.SerializeAsString());
+  EXPECT_EQ(decoded.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(decoded.status().message()), HasSubstr(GetParam().error));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, BadPlanTest,
+    testing::Values(
+        BadPlan{"StepZero", [](auto* p) { p->set_step(0); }, "step is 0"},
+        BadPlan{"PositionColumnShort", [](auto* p) { p->mutable_row_position()->RemoveLast(); },
+                "row_position has 1 entries, row_slot has 2"},
+        BadPlan{"LengthColumnLong", [](auto* p) { p->add_row_length(1); },
+                "row_length has 3 entries, row_slot has 2"},
+        BadPlan{"FlagsColumnShort", [](auto* p) { p->mutable_row_flags()->pop_back(); },
+                "row_flags has 1 entries, row_slot has 2"},
+        BadPlan{"UnknownFlag", [](auto* p) { (*p->mutable_row_flags())[1] = 0x42; },
+                "row_flags[1] is 0x42"},
+        BadPlan{"EmptyRow", [](auto* p) { p->set_row_length(1, 0); }, "row_length[1] is 0"},
+        BadPlan{"TwoTokensFromTheSlot", [](auto* p) { p->set_row_length(1, 2); },
+                "row_length[1] is 2, must be 1"},
+        BadPlan{"PositionOverflow", [](auto* p) { p->set_row_position(0, 0xffffffffu); },
+                "row_position[0] is 4294967295"},
+        BadPlan{"HugeRowLength", [](auto* p) { p->set_row_length(0, 0x7ffffffeu); },
+                "tokens has 2 entries, too few for row 0"},
+        BadPlan{"TokensLeftOver", [](auto* p) { p->add_tokens(3); },
+                "tokens has 3 entries, the rows take 2"},
+        BadPlan{"HugeToken", [](auto* p) { p->set_tokens(0, 0x80000000u); },
+                "tokens holds 2147483648"},
+        BadPlan{"HugeTableBlock",
+                [](auto* p) { p->mutable_slot_init(0)->set_block_table(0, 0x80000000u); },
+                "slot_init.block_table holds block 2147483648"},
+        BadPlan{"HugeAppendedBlock",
+                [](auto* p) { p->mutable_block_append(0)->set_blocks(0, 0x80000000u); },
+                "block_append.blocks holds block 2147483648"},
+        BadPlan{"NegativeTemperature",
+                [](auto* p) { p->mutable_slot_init(0)->mutable_sampling()->set_temperature(-1); },
+                "temperature is -1"},
+        BadPlan{"TemperatureNotANumber",
+                [](auto* p) {
+                  p->mutable_slot_init(0)->mutable_sampling()->set_temperature(
+                      std::numeric_limits<float>::quiet_NaN());
+                },
+                "temperature is nan"},
+        BadPlan{"TopPZero",
+                [](auto* p) { p->mutable_slot_init(0)->mutable_sampling()->set_top_p(0); },
+                "top_p is 0"},
+        BadPlan{"TopKHuge",
+                [](auto* p) { p->mutable_slot_init(0)->mutable_sampling()->set_top_k(1u << 31); },
+                "top_k is 2147483648"}),
+    [](const auto& info) { return info.param.name; });
+
+TEST(PlanCodec, RefusesAResultWithUnequalColumns) {
+  proto::WorkerMessage message;
+  message.mutable_step_done()->mutable_result()->add_slot(1);
+  const auto decoded = DecodeWorkerMessage(message.SerializeAsString());
+  EXPECT_EQ(decoded.status().message(),
+            "WorkerMessage: step_done.result.token has 0 entries, slot has 1");
+}
+
+TEST(PlanCodec, RefusesAnUnknownFaultKindAndAnEmptyMessage) {
+  proto::WorkerMessage message;
+  message.mutable_fault()->set_kind(static_cast<proto::Fault::Kind>(77));
+  EXPECT_EQ(DecodeWorkerMessage(message.SerializeAsString()).status().message(),
+            "WorkerMessage: fault.kind is 77, unknown");
+  EXPECT_EQ(DecodeWorkerMessage("").status().message(),
+            "WorkerMessage: no field that this build knows");
+  EXPECT_EQ(DecodeServerMessage("").status().message(),
+            "ServerMessage: no field that this build knows");
+}
+
+TEST(PlanCodec, HashAndDigestDependOnEveryByteAndAreNeverTakenForAbsent) {
+  EXPECT_NE(PlanHash("a"), PlanHash("b"));
+  const std::vector<int32_t> ids = {1, 2};
+  const std::vector<int32_t> swapped = {2, 1};
+  EXPECT_NE(SampledDigest(ids), SampledDigest(swapped));
+  EXPECT_NE(SampledDigest({}), 0u);
+}
+
+}  // namespace
+}  // namespace wintserve

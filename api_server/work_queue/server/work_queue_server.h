@@ -1,0 +1,57 @@
+// The API server's end of the step protocol: one stream per engine worker rank.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "api_server/scheduler/plan.h"
+#include "api_server/work_queue/client/work_queue_client.h"
+#include "api_server/work_queue/message_codec.h"
+
+namespace wintserve {
+
+struct WorkQueueServerOptions {
+  std::string unix_socket = {};  // path; bound by Start, unlinked by gRPC
+  std::string tcp_address = {};  // "127.0.0.1:8471"; empty: the Unix socket only
+  std::string token = {};  // streams without it end with UNAUTHENTICATED and learn nothing more
+  uint32_t world_size = 1;
+};
+
+// Called from gRPC's threads, in order for one rank; must not block. A rank is known by its number
+// from on_hello to on_disconnected, and no other event of that rank comes outside of the two.
+struct WorkQueueEvents {
+  std::function<void(const WorkerHello&)> on_hello;
+  std::function<void(uint32_t rank, const ReadyMessage&)> on_ready;
+  std::function<void(uint32_t rank, StepDone)> on_step_done;
+  std::function<void(uint32_t rank, const HeartbeatMessage&)> on_heartbeat;
+  std::function<void(uint32_t rank, const FaultMessage&)> on_fault;
+  std::function<void(uint32_t rank, const std::string& reason)> on_disconnected;
+  // A worker with the right token whose Hello does not fit: another build, world size or
+  // checkpoint, or a rank that is taken. It has been sent away with the same text.
+  std::function<void(const std::string& reason)> on_refused;
+};
+
+// Owns the listening sockets and the streams. Threading: any thread; a call only queues a message.
+// A message for a rank that is not attached is dropped: on_disconnected is on its way.
+class WorkQueueServer {
+ public:
+  // UNAVAILABLE names the addresses that cannot be bound.
+  static absl::StatusOr<std::unique_ptr<WorkQueueServer>> Start(
+      const WorkQueueServerOptions& options, WorkQueueEvents events);
+  virtual ~WorkQueueServer() = default;  // Stop(0)
+
+  virtual void Send(const ConfigureWorker& configure) = 0;
+  virtual void Send(const AttachPool& attach) = 0;
+  virtual void Send(const ShutdownWorker& shutdown) = 0;
+  // Serialises once and sends the same bytes to every rank. Returns the plan's hash.
+  virtual uint64_t SendPlan(const StepPlan& plan) = 0;
+
+  // Waits up to grace_ms for the workers to leave, then cuts their streams. No event comes after it
+  // has returned.
+  virtual void Stop(int64_t grace_ms) = 0;
+};
+
+}  // namespace wintserve
