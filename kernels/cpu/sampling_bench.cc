@@ -1,0 +1,36 @@
+// Time to sample one token, by vocabulary and path.
+//   build/cpu/bench/sampling_bench
+#include <benchmark/benchmark.h>
+
+#include <random>
+#include <vector>
+
+#include "kernels/cpu/sampling.h"
+
+namespace wintserve::cpu {
+namespace {
+
+void Sample(benchmark::State& state, const SampleRequest& request) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal(0, 3);
+  std::vector<float> logits(state.range(0));
+  for (float& logit : logits) logit = normal(random);
+  Sampler sampler;
+  SampleRequest draw = request;
+  for (auto _ : state) {
+    ++draw.position;
+    benchmark::DoNotOptimize(sampler.Sample(logits, draw));
+  }
+}
+
+#define SAMPLING_BENCHMARK(name, ...) \
+  BENCHMARK_CAPTURE(Sample, name, SampleRequest{__VA_ARGS__})->Arg(8192)->Arg(103424)
+SAMPLING_BENCHMARK(greedy, .temperature = 0);
+SAMPLING_BENCHMARK(all, .temperature = 1);
+SAMPLING_BENCHMARK(top_p_0_8, .top_p = 0.8f);
+SAMPLING_BENCHMARK(top_k_50, .top_p = 0.95f, .top_k = 50);
+
+}  // namespace
+}  // namespace wintserve::cpu
+
+BENCHMARK_MAIN();
