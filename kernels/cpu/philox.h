@@ -5,7 +5,7 @@
 #include <array>
 #include <cstdint>
 
-namespace wintserve::cpu {
+namespace wintserve::kernels::cpu {
 
 using PhiloxCounter = std::array<uint32_t, 4>;
 using PhiloxKey = std::array<uint32_t, 2>;
@@ -24,4 +24,4 @@ constexpr PhiloxCounter Philox4x32(PhiloxCounter counter, PhiloxKey key) {
   return counter;
 }
 
-}  // namespace wintserve::cpu
+}  // namespace wintserve::kernels::cpu

@@ -13,7 +13,7 @@
 #include "common/status_macros.h"
 #include "kernels/cpu/philox.h"
 
-namespace wintserve::cpu {
+namespace wintserve::kernels::cpu {
 namespace {
 
 constexpr int kLanes = 16;      // independent chains, so that the compiler vectorises a reduction
@@ -260,4 +260,4 @@ int32_t Sampler::DrawFromFirst(size_t num_kept, double target) const {
   return IdOf(candidates_[num_kept - 1]);
 }
 
-}  // namespace wintserve::cpu
+}  // namespace wintserve::kernels::cpu

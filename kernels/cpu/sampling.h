@@ -7,7 +7,7 @@
 
 #include "absl/status/statusor.h"
 
-namespace wintserve::cpu {
+namespace wintserve::kernels::cpu {
 
 // The random numbers of a draw are a pure function of (seed, position, choice_index).
 struct SampleRequest {
@@ -68,4 +68,4 @@ class Sampler {
   std::vector<Candidate> candidates_;
 };
 
-}  // namespace wintserve::cpu
+}  // namespace wintserve::kernels::cpu

@@ -7,7 +7,7 @@
 
 #include "kernels/cpu/sampling.h"
 
-namespace wintserve::cpu {
+namespace wintserve::kernels::cpu {
 namespace {
 
 void Sample(benchmark::State& state, const SampleRequest& request) {
@@ -31,6 +31,6 @@ SAMPLING_BENCHMARK(top_p_0_8, .top_p = 0.8f);
 SAMPLING_BENCHMARK(top_k_50, .top_p = 0.95f, .top_k = 50);
 
 }  // namespace
-}  // namespace wintserve::cpu
+}  // namespace wintserve::kernels::cpu
 
 BENCHMARK_MAIN();

@@ -14,7 +14,7 @@
 
 #include "kernels/cpu/philox.h"
 
-namespace wintserve::cpu {
+namespace wintserve::kernels::cpu {
 namespace {
 
 using testing::ElementsAre;
@@ -321,4 +321,4 @@ TEST(Sampler, LogitsAtTheEdgesOfFloatAreNoProblem) {
 }
 
 }  // namespace
-}  // namespace wintserve::cpu
+}  // namespace wintserve::kernels::cpu

@@ -1,0 +1,171 @@
+#include "engine_worker/runner/slot_table.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+
+#include "common/check.h"
+#include "common/status_macros.h"
+
+namespace wintserve {
+namespace {
+
+template <typename... Args>
+absl::Status Invalid(fmt::format_string<Args...> format, Args&&... args) {
+  return absl::InvalidArgumentError(fmt::format(format, std::forward<Args>(args)...));
+}
+
+// Written so that NaN fails, too.
+absl::Status CheckSampling(uint32_t slot, const SamplingParams& sampling) {
+  if (!(sampling.temperature >= 0 && std::isfinite(sampling.temperature))) {
+    return Invalid("slot {}: temperature {} is not a finite number >= 0", slot,
+                   sampling.temperature);
+  }
+  if (!(sampling.top_p > 0 && sampling.top_p <= 1)) {
+    return Invalid("slot {}: top_p {} is not in (0, 1]", slot, sampling.top_p);
+  }
+  if (sampling.top_k < 0) return Invalid("slot {}: top_k {} is negative", slot, sampling.top_k);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+SlotTable::SlotTable(const SlotLimits& limits)
+    : limits_(limits),
+      slots_(limits.max_slots),
+      row_step_(limits.max_slots, 0),
+      release_step_(limits.max_slots, 0) {
+  CHECK(limits.block_size_tokens > 0);
+}
+
+absl::Status SlotTable::BeginStep(const StepPlan& plan) {
+  ++step_;
+  for (const SlotInit& init : plan.slot_init) RETURN_IF_ERROR(Init(init));
+  for (const BlockAppend& append : plan.block_append) {
+    RETURN_IF_ERROR(CheckInUse("block_append", append.slot));
+    RETURN_IF_ERROR(Append(append.slot, append.blocks));
+  }
+  uint64_t num_tokens = 0;
+  for (const PlanRow& row : plan.rows) {
+    RETURN_IF_ERROR(CheckInUse("row", row.slot));
+    RETURN_IF_ERROR(NameOnce("rows", row.slot, &row_step_));
+    RETURN_IF_ERROR(CheckRow(row));
+    num_tokens += row.length;
+  }
+  if (num_tokens > limits_.max_tokens) {
+    return Invalid("the plan has {} tokens, allowed are {}", num_tokens, limits_.max_tokens);
+  }
+  for (const uint32_t slot : plan.slot_release) {
+    RETURN_IF_ERROR(CheckInUse("slot_release", slot));
+    RETURN_IF_ERROR(NameOnce("slot_release", slot, &release_step_));
+  }
+  return absl::OkStatus();
+}
+
+void SlotTable::FinishStep(const StepPlan& plan, const std::vector<int32_t>& sampled_ids) {
+  auto id = sampled_ids.begin();
+  for (const PlanRow& row : plan.rows) {
+    Slot& slot = slots_[row.slot];
+    slot.next_position = row.position + row.length;
+    slot.last_token.reset();
+    if (row.sample) {
+      CHECK(id != sampled_ids.end());
+      slot.last_token = *id++;
+    }
+  }
+  for (const uint32_t index : plan.slot_release) {
+    Slot& slot = slots_[index];
+    slot.in_use = false;
+    slot.block_table.clear();
+    slot.next_position.reset();
+    slot.last_token.reset();
+  }
+}
+
+absl::Status SlotTable::Init(const SlotInit& init) {
+  if (init.slot >= limits_.max_slots) {
+    return Invalid("slot_init: slot {} is not in 0 … {}", init.slot, limits_.max_slots - 1);
+  }
+  Slot& slot = slots_[init.slot];
+  if (slot.in_use) return Invalid("slot_init: slot {} was not released", init.slot);
+  RETURN_IF_ERROR(CheckSampling(init.slot, init.sampling));
+  slot.in_use = true;
+  slot.sampling = init.sampling;
+  return Append(init.slot, init.block_table);
+}
+
+absl::Status SlotTable::Append(uint32_t index, const std::vector<BlockId>& blocks) {
+  std::vector<int32_t>& table = slots_[index].block_table;
+  const uint32_t max_blocks =
+      (limits_.max_sequence_tokens + limits_.block_size_tokens - 1) / limits_.block_size_tokens;
+  if (table.size() + blocks.size() > max_blocks) {
+    return Invalid("slot {}: a block table of {} blocks, {} tokens need at most {}", index,
+                   table.size() + blocks.size(), limits_.max_sequence_tokens, max_blocks);
+  }
+  for (const BlockId block : blocks) {
+    const auto id = static_cast<int32_t>(block);
+    if (id < 0 || static_cast<uint32_t>(id) >= limits_.num_blocks) {
+      return Invalid("slot {}: block {} is not in 0 … {}", index, id,
+                     int64_t{limits_.num_blocks} - 1);
+    }
+    table.push_back(id);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SlotTable::CheckRow(const PlanRow& row) const {
+  const Slot& slot = slots_[row.slot];
+  if (row.length == 0) return Invalid("slot {}: a row without tokens", row.slot);
+  if (slot.next_position.has_value() && row.position != *slot.next_position) {
+    return Invalid("slot {}: a row at position {}, the sequence is at {}", row.slot, row.position,
+                   *slot.next_position);
+  }
+  const uint64_t end = uint64_t{row.position} + row.length;
+  if (end > limits_.max_sequence_tokens) {
+    return Invalid("slot {}: a row up to position {}, sequences have at most {} tokens", row.slot,
+                   end, limits_.max_sequence_tokens);
+  }
+  const uint64_t covered = uint64_t{slot.block_table.size()} * limits_.block_size_tokens;
+  if (end > covered) {
+    return Invalid("slot {}: a row up to position {}, its block table covers {}", row.slot, end,
+                   covered);
+  }
+  return CheckTokens(row);
+}
+
+absl::Status SlotTable::CheckTokens(const PlanRow& row) const {
+  if (row.tokens.empty()) {
+    if (row.length != 1) {
+      return Invalid("slot {}: a row of {} tokens without any id; only one can come from the slot",
+                     row.slot, row.length);
+    }
+    if (!slots_[row.slot].last_token.has_value()) {
+      return Invalid("slot {}: no token was sampled there that a row could take up", row.slot);
+    }
+    return absl::OkStatus();
+  }
+  if (row.tokens.size() != row.length) {
+    return Invalid("slot {}: a row of {} tokens with {} ids", row.slot, row.length,
+                   row.tokens.size());
+  }
+  for (const int32_t token : row.tokens) {
+    if (token < 0 || token >= limits_.vocab_size) {
+      return Invalid("slot {}: token {} is not in 0 … {}", row.slot, token, limits_.vocab_size - 1);
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SlotTable::CheckInUse(const char* where, uint32_t slot) const {
+  if (slot < limits_.max_slots && slots_[slot].in_use) return absl::OkStatus();
+  return Invalid("{}: slot {} is not in use", where, slot);
+}
+
+absl::Status SlotTable::NameOnce(const char* list, uint32_t slot,
+                                 std::vector<uint64_t>* last_step) {
+  if ((*last_step)[slot] == step_) return Invalid("{}: slot {} is named twice", list, slot);
+  (*last_step)[slot] = step_;
+  return absl::OkStatus();
+}
+
+}  // namespace wintserve

@@ -1,0 +1,48 @@
+// A model for tests of everything around a model.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "engine_worker/collectives/collective.h"
+#include "engine_worker/model/model.h"
+
+namespace wintserve::testing_fakes {
+
+// Keeps the tokens themselves in the KV pool and derives logits from the whole history that it
+// reads back through the block table: a wrong block, position or token changes every later token.
+// One block: int32 [kBlockTokens], each token + 1.
+class FakeModel : public Model {
+ public:
+  static constexpr int kBlockTokens = 64;
+  static constexpr int kVocabSize = 1000;
+
+  // collective: joined once a forward pass, as a real model does; logits on its rank 0 only.
+  explicit FakeModel(Collective* collective, int max_batch_tokens = 512)
+      : collective_(collective), max_batch_tokens_(max_batch_tokens) {}
+
+  int vocab_size() const override { return kVocabSize; }
+  int num_layers() const override { return 1; }
+  int max_position() const override { return 4096; }
+  int64_t kv_block_bytes() const override { return kBlockTokens * sizeof(int32_t); }
+  uint64_t kv_layout_digest() const override { return 1; }
+  uint64_t weights_digest() const override { return 2; }
+  int max_batch_tokens() const override { return max_batch_tokens_; }
+
+  // INTERNAL: a history has a hole, as if a position had never been written.
+  absl::StatusOr<std::span<const float>> Forward(const Batch& batch, void* kv_pool) override;
+
+  int num_forwards() const { return num_forwards_; }
+  // From now on every logit is NaN.
+  void BreakLogits() { broken_ = true; }
+
+ private:
+  Collective* const collective_;
+  const int max_batch_tokens_;
+  int num_forwards_ = 0;
+  bool broken_ = false;
+  std::vector<float> logits_;
+};
+
+}  // namespace wintserve::testing_fakes
