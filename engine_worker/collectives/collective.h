@@ -9,7 +9,7 @@ namespace wintserve {
 
 // Every rank calls the same operations in the same order with the same sizes; each call returns when
 // this rank may use its result.
-// Threading: one thread per rank.
+// Threading: one thread per rank; Abort() from any thread.
 // Errors:    UNAVAILABLE when a peer is gone or the group was aborted; the group is then unusable.
 class Collective {
  public:
@@ -23,6 +23,10 @@ class Collective {
   virtual absl::Status AllGather(const float* in, int64_t count, float* out) = 0;
   // data [size_bytes] of rank 0 on every rank.
   virtual absl::Status Broadcast(void* data, int64_t size_bytes) = 0;
+
+  // Ends the group on every rank, also for those that wait inside an operation. Idempotent. Without
+  // peers there is nothing to end.
+  virtual void Abort() {}
 };
 
 }  // namespace wintserve

@@ -43,9 +43,7 @@ class ShmCollective : public Collective {
   absl::Status AllReduceSum(float* data, int64_t count) override;
   absl::Status AllGather(const float* in, int64_t count, float* out) override;
   absl::Status Broadcast(void* data, int64_t size_bytes) override;
-
-  // Ends the group on every rank, also for those that wait inside an operation. Idempotent.
-  void Abort();
+  void Abort() override;
 
  private:
   struct Header;

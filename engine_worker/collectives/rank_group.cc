@@ -1,0 +1,40 @@
+#include "engine_worker/collectives/rank_group.h"
+
+#include <utility>
+
+#include "common/check.h"
+
+namespace wintserve {
+namespace {
+
+absl::Status NotBound() {
+  return absl::FailedPreconditionError("the rank has not joined a group yet");
+}
+
+}  // namespace
+
+void RankGroup::Bind(std::unique_ptr<Collective> group) {
+  CHECK(group->rank() == rank_ && group->world_size() == world_size_, "rank {} of {}, not {} of {}",
+        group->rank(), group->world_size(), rank_, world_size_);
+  MutexLock lock(&mutex_);
+  group_ = std::move(group);
+}
+
+absl::Status RankGroup::AllReduceSum(float* data, int64_t count) {
+  return group_ == nullptr ? NotBound() : group_->AllReduceSum(data, count);
+}
+
+absl::Status RankGroup::AllGather(const float* in, int64_t count, float* out) {
+  return group_ == nullptr ? NotBound() : group_->AllGather(in, count, out);
+}
+
+absl::Status RankGroup::Broadcast(void* data, int64_t size_bytes) {
+  return group_ == nullptr ? NotBound() : group_->Broadcast(data, size_bytes);
+}
+
+void RankGroup::Abort() {
+  MutexLock lock(&mutex_);
+  if (group_ != nullptr) group_->Abort();
+}
+
+}  // namespace wintserve

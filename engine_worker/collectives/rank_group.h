@@ -1,0 +1,38 @@
+// A rank's place in its group, before and after the group exists.
+#pragma once
+
+#include <memory>
+
+#include "common/mutex.h"
+#include "engine_worker/collectives/collective.h"
+
+namespace wintserve {
+
+// The model takes a collective when it is loaded, but which incarnation of the group it works in is
+// known only once all ranks have reported what they loaded. This stands for the incarnation to
+// come.
+//
+// Threading: as Collective; Bind() from the thread of the operations.
+// Errors:    those of the bound collective; FAILED_PRECONDITION before there is one.
+class RankGroup : public Collective {
+ public:
+  RankGroup(int rank, int world_size) : rank_(rank), world_size_(world_size) {}
+
+  // REQUIRES: the same rank and world size.
+  void Bind(std::unique_ptr<Collective> group) EXCLUDES(mutex_);
+
+  int rank() const override { return rank_; }
+  int world_size() const override { return world_size_; }
+  absl::Status AllReduceSum(float* data, int64_t count) override;
+  absl::Status AllGather(const float* in, int64_t count, float* out) override;
+  absl::Status Broadcast(void* data, int64_t size_bytes) override;
+  void Abort() override EXCLUDES(mutex_);
+
+ private:
+  const int rank_;
+  const int world_size_;
+  Mutex mutex_;  // between Bind() and Abort(); operations are on Bind()'s thread
+  std::unique_ptr<Collective> group_;
+};
+
+}  // namespace wintserve

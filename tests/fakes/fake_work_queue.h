@@ -1,0 +1,56 @@
+// The API server's side of a worker's stream, in the same process.
+#pragma once
+
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "api_server/work_queue/client/work_queue_client.h"
+#include "common/mutex.h"
+
+namespace wintserve::testing_fakes {
+
+// Threading: thread-safe.
+class FakeWorkQueue : public WorkQueueClient {
+ public:
+  struct Fault {
+    FaultKind kind;
+    std::string text;
+  };
+  struct Beat {
+    uint64_t step_started;
+    uint64_t step_done;
+    uint64_t resident_bytes;
+  };
+
+  void Push(ServerEvent event);
+  // The stream ends after what was pushed.
+  void EndStream();
+
+  absl::StatusOr<ServerEvent> Next() override;
+  absl::Status SendReady(uint64_t group_epoch, uint64_t pool_epoch) override;
+  absl::Status SendStepDone(const StepDone& done) override;
+  absl::Status SendHeartbeat(uint64_t step_started, uint64_t step_done,
+                             uint64_t resident_bytes) override;
+  absl::Status SendFault(FaultKind kind, const std::string& text) override;
+  void Close() override { EndStream(); }
+
+  // Wait until the worker has sent that many.
+  std::vector<StepDone> WaitForSteps(size_t count);
+  std::vector<Beat> WaitForBeats(size_t count);
+
+  int num_ready();
+  std::vector<Fault> faults();
+
+ private:
+  Mutex mutex_;
+  CondVar changed_;
+  std::deque<ServerEvent> events_ GUARDED_BY(mutex_);
+  bool ended_ GUARDED_BY(mutex_) = false;
+  int num_ready_ GUARDED_BY(mutex_) = 0;
+  std::vector<StepDone> steps_ GUARDED_BY(mutex_);
+  std::vector<Beat> beats_ GUARDED_BY(mutex_);
+  std::vector<Fault> faults_ GUARDED_BY(mutex_);
+};
+
+}  // namespace wintserve::testing_fakes
