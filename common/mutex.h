@@ -13,9 +13,6 @@
 #else
 #define WINTSERVE_THREAD_ANNOTATION(x)
 #endif
-// Abseil's headers still define these two short names, with the same meaning.
-#undef GUARDED_BY
-#undef NO_THREAD_SAFETY_ANALYSIS
 #define CAPABILITY(x) WINTSERVE_THREAD_ANNOTATION(capability(x))
 #define SCOPED_CAPABILITY WINTSERVE_THREAD_ANNOTATION(scoped_lockable)
 #define REQUIRES(...) WINTSERVE_THREAD_ANNOTATION(requires_capability(__VA_ARGS__))

@@ -1,0 +1,128 @@
+// One rank: loads its slice of the weights, attaches to the API server, executes plans.
+#include <algorithm>
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+
+#include "api_server/work_queue/client/work_queue_client.h"
+#include "cache_manager/client/pool_memory_client.h"
+#include "cache_manager/memory/available_memory.h"
+#include "common/config/instance.h"
+#include "common/exit_code.h"
+#include "common/log.h"
+#include "common/status_macros.h"
+#include "engine_worker/collectives/rank_group.h"
+#include "engine_worker/collectives/shm/group_memory.h"
+#include "engine_worker/collectives/shm/shm_collective.h"
+#include "engine_worker/collectives/single_rank_collective.h"
+#include "engine_worker/runner/load_model.h"
+#include "engine_worker/runner/stop_signal.h"
+#include "engine_worker/runner/worker.h"
+
+namespace wintserve {
+namespace {
+
+constexpr int64_t kAttachTimeoutMs = 60'000;
+constexpr int64_t kMemoryTimeoutMs = 30'000;
+constexpr int64_t kStopPatienceMs = 5'000;
+
+// Longer messages take several rounds. Two buffers of four ranks are 4 MiB, which a second-level
+// cache does not hold; smaller slots would pay for more rounds than they save.
+constexpr int64_t kCollectiveSlotBytes = 512 << 10;
+
+// A quarter of the memory that is left, 4 GiB at most; the ranks share both.
+absl::StatusOr<uint64_t> PoolBytesOnOffer(int world_size) {
+  ASSIGN_OR_RETURN(const int64_t available_bytes, AvailableMemoryBytes());
+  return std::min(available_bytes / 4, int64_t{4} << 30) / world_size;
+}
+
+absl::StatusOr<WorkerHello> MakeHello(const Instance& instance, const Model& model) {
+  const ServeOptions& options = instance.options;
+  std::random_device random;
+  WorkerHello hello;
+  hello.worker_id = uint64_t{random()} << 32 | random();
+  hello.rank = instance.rank;
+  hello.world_size = options.tensor_parallel_size;
+  hello.backend = options.device;
+  hello.weights_digest = model.weights_digest();
+  hello.kv_layout_digest = model.kv_layout_digest();
+  hello.kv_block_bytes = model.kv_block_bytes();
+  ASSIGN_OR_RETURN(hello.kv_bytes_available, PoolBytesOnOffer(options.tensor_parallel_size));
+  hello.max_slots = options.max_num_seqs;
+  hello.max_tokens = std::max(options.max_num_batched_tokens, options.max_model_len);
+  hello.vocab_size = model.vocab_size();
+  hello.num_layers = model.num_layers();
+  hello.max_position = model.max_position();
+  hello.block_size_tokens = options.block_size;
+  return hello;
+}
+
+absl::StatusOr<std::unique_ptr<Collective>> JoinGroup(const Instance& instance,
+                                                      const ConfigureWorker& configure) {
+  const auto world_size = static_cast<int>(configure.world_size);
+  if (world_size == 1) return MakeSingleRankCollective();
+  ASSIGN_OR_RETURN(
+      MappedMemory memory,
+      FetchGroupMemory(instance.supervisor_socket(), instance.token, configure.group_epoch,
+                       ShmGroupMemoryBytes(world_size, kCollectiveSlotBytes), kMemoryTimeoutMs));
+  return ShmCollective::Create(std::make_shared<MappedMemory>(std::move(memory)),
+                               {.group_epoch = configure.group_epoch,
+                                .rank = instance.rank,
+                                .world_size = world_size,
+                                .slot_bytes = kCollectiveSlotBytes});
+}
+
+WorkerLinks LinksOf(const Instance& instance) {
+  return {
+      .join_group =
+          [&instance](const ConfigureWorker& configure) { return JoinGroup(instance, configure); },
+      .fetch_pool =
+          [&instance](const AttachPool& attach) {
+            return FetchPoolMemory(attach.memory_socket, instance.token, attach.pool_epoch,
+                                   instance.rank, kMemoryTimeoutMs);
+          }};
+}
+
+int Fail(const absl::Status& status, ExitCode code) {
+  LOG_ERROR("{}", std::string(status.message()));
+  return code;
+}
+
+int RunEngineWorker(const Instance& instance) {
+  InitLog(fmt::format("engine_worker.{}", instance.rank), instance.options.log_level);
+  StopSignal stop;
+
+  RankGroup group(instance.rank, instance.options.tensor_parallel_size);
+  absl::StatusOr<LoadedModel> loaded = LoadModel(instance.options, &group);
+  if (!loaded.ok()) {
+    return Fail(loaded.status(),
+                absl::IsUnavailable(loaded.status()) ? kExitUnavailable : kExitCheckpoint);
+  }
+  const absl::StatusOr<WorkerHello> hello = MakeHello(instance, *loaded->model);
+  if (!hello.ok()) return Fail(hello.status(), kExitInternal);
+  const absl::StatusOr<std::unique_ptr<WorkQueueClient>> queue = WorkQueueClient::Attach(
+      "unix:" + instance.work_queue_socket(), instance.token, *hello, kAttachTimeoutMs);
+  if (!queue.ok()) return Fail(queue.status(), kExitInternal);
+
+  Worker worker(loaded->model.get(), &group, queue->get(), LinksOf(instance));
+  stop.SetHandler([&worker] { worker.RequestStop(kStopPatienceMs); });
+  const absl::Status status = worker.Run();
+  stop.SetHandler(nullptr);
+  if (!status.ok()) return Fail(status, kExitInternal);
+  LOG_INFO("stopped");
+  return kExitOk;
+}
+
+}  // namespace
+}  // namespace wintserve
+
+int main(int argc, char** argv) {
+  const absl::StatusOr<wintserve::Instance> instance = wintserve::InstanceFromArgv(argc, argv);
+  if (!instance.ok()) {
+    std::fprintf(stderr, "%s\n", std::string(instance.status().message()).c_str());
+    return wintserve::kExitUsage;
+  }
+  return wintserve::RunEngineWorker(*instance);
+}
