@@ -26,7 +26,7 @@ namespace {
 
 constexpr int64_t kAttachTimeoutMs = 60'000;
 constexpr int64_t kMemoryTimeoutMs = 30'000;
-constexpr int64_t kStopPatienceMs = 5'000;
+constexpr int64_t kStopPatienceMs = 2'000;
 
 // Longer messages take several rounds. Two buffers of four ranks are 4 MiB, which a second-level
 // cache does not hold; smaller slots would pay for more rounds than they save.
