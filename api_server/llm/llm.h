@@ -22,41 +22,42 @@ struct GenerationDefaults {
 };
 
 struct GenerationRequest {
-  std::string id;                       // for the log
-  std::vector<int32_t> prompt_ids;
-  float temperature = 1.0f;             // [0, 2]; 0 is greedy
-  float top_p = 1.0f;                   // [0, 1]; 0 is greedy
-  int32_t top_k = 0;                    // 0 or -1: off
-  std::optional<int64_t> seed;          // absent: a random one
-  int num_choices = 1;                  // n
-  std::optional<int> max_tokens;        // absent or too large: what the model length leaves
-  std::vector<std::string> stop;
+  std::string id;  // for the log
+  std::vector<int32_t> prompt_ids = {};
+  float temperature = 1.0f;            // [0, 2]; 0 is greedy
+  float top_p = 1.0f;                  // [0, 1]; 0 is greedy
+  int32_t top_k = 0;                   // 0 or -1: off
+  std::optional<int64_t> seed = {};    // absent: a random one
+  int num_choices = 1;                 // n
+  std::optional<int> max_tokens = {};  // absent or too large: what the model length leaves
+  std::vector<std::string> stop = {};
   bool include_stop_in_output = false;
 };
 
 enum class FinishReason { kStop, kLength };
 
-// News of one choice. `text` is whole UTF-8 characters that cannot be the beginning of a stop string.
+// News of one choice. `text` is whole UTF-8 characters that cannot be the beginning of a stop
+// string.
 struct ChoiceDelta {
   int index = 0;
-  std::string text;
-  std::vector<int32_t> token_ids;       // sampled since the last delta, the stop token included
-  std::optional<FinishReason> finish_reason;
+  std::string text = {};
+  std::vector<int32_t> token_ids = {};  // sampled since the last delta, the stop token included
+  std::optional<FinishReason> finish_reason = {};
 };
 
 struct GenerationUpdate {
-  std::vector<ChoiceDelta> choices;
+  std::vector<ChoiceDelta> choices = {};
   int num_prompt_tokens = 0;
-  int num_completion_tokens = 0;        // so far, over all choices
+  int num_completion_tokens = 0;  // so far, over all choices
   int num_cached_tokens = 0;
-  bool finished = false;                // last update: every choice has finished, or `error` is set
-  absl::Status error;
+  bool finished = false;  // last update: every choice has finished, or `error` is set
+  absl::Status error = {};
 };
 
 // Why the instance cannot serve yet, or any more. Empty reason: it can.
 struct ReadinessReport {
   bool ready = false;
-  std::string reason;                   // "waiting for engine worker 1 of 2"
+  std::string reason;  // "waiting for engine worker 1 of 2"
 };
 
 using RequestHandle = uint64_t;
@@ -68,10 +69,10 @@ class LLM {
 
   // INVALID_ARGUMENT: the prompt is longer than max_model_len - 1, or holds an unknown id.
   // UNAVAILABLE: not ready, or shutting down.  RESOURCE_EXHAUSTED: too many requests.
-  // `on_update` is called from the engine's thread, in order, until one has finished == true; it must
-  // not block. One call may still be under way when Cancel returns, none starts afterwards.
-  virtual absl::StatusOr<RequestHandle> Submit(
-      GenerationRequest request, std::function<void(GenerationUpdate)> on_update) = 0;
+  // `on_update` is called from the engine's thread, in order, until one has finished == true; it
+  // must not block. One call may still be under way when Cancel returns, none starts afterwards.
+  virtual absl::StatusOr<RequestHandle> Submit(GenerationRequest request,
+                                               std::function<void(GenerationUpdate)> on_update) = 0;
 
   // The request leaves the next plan; its blocks return. Unknown or finished handles are ignored.
   virtual void Cancel(RequestHandle handle) = 0;
@@ -88,7 +89,7 @@ class LLM {
   virtual const GenerationDefaults& defaults() const = 0;
   virtual int max_model_len() const = 0;
   virtual int vocab_size() const = 0;
-  virtual const std::string& model_name() const = 0;   // public name, as in responses
+  virtual const std::string& model_name() const = 0;  // public name, as in responses
   virtual const std::string& model_path() const = 0;
 };
 

@@ -1,0 +1,57 @@
+// Makes the LLM of an API-server process.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "api_server/llm/llm.h"
+#include "common/config/instance.h"
+
+namespace prometheus {
+class Registry;
+}
+
+namespace wintserve {
+
+struct LlmOptions {
+  // Model
+  std::string model_path = {};      // directory: generation_config.json, the tokenizer's files
+  std::string tokenizer_path = {};  // directory; empty: model_path
+  std::string model_name = {};      // public name
+
+  // Peers
+  std::string work_queue_socket = {};   // path of the Unix socket to listen on
+  std::string work_queue_address = {};  // "127.0.0.1:8471" to listen on as well; empty: none
+  std::string cache_target = {};        // gRPC target of the cache manager
+  std::string token = {};               // of the instance
+  int world_size = 1;                   // engine workers
+
+  // Limits; see ServeOptions
+  int max_model_len = 2048;
+  int max_num_seqs = 16;
+  int max_num_batched_tokens = 256;
+  int max_open_requests = 512;
+  int block_size_tokens = 64;
+  std::optional<int> num_blocks_override = {};
+
+  // Called once, from the engine's thread, when the instance can serve no more and has to be
+  // started anew: a worker or the cache manager is lost, or the ranks disagree. `reason` is one
+  // line for the operator. Must not block, nor destroy the LLM.
+  std::function<void(const std::string& reason)> on_fatal = {};
+};
+
+LlmOptions LlmOptionsFor(const Instance& instance);
+
+// Loads the tokenizer and generation_config.json, starts listening for engine workers and returns
+// at once: Readiness() says what is still being waited for. Destroying the LLM tells the workers to
+// exit, ends every open request with UNAVAILABLE (on_update is called until then) and joins its
+// threads. NOT_FOUND, INVALID_ARGUMENT: a file of the model, by name, or a limit. UNAVAILABLE: an
+// address.
+absl::StatusOr<std::unique_ptr<LLM>> CreateLlm(LlmOptions options,
+                                               std::shared_ptr<prometheus::Registry> registry);
+
+}  // namespace wintserve

@@ -1,0 +1,52 @@
+// The engine's metrics, by the names that FastDeploy dashboards ask for.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "api_server/scheduler/scheduler.h"
+
+namespace prometheus {
+class Registry;
+}
+
+namespace wintserve {
+
+// What stays the same while the engine runs.
+struct EngineFacts {
+  int max_num_seqs = 0;
+  int max_model_len = 0;
+  int max_num_batched_tokens = 0;
+  int block_size_tokens = 0;
+  int num_blocks = 0;
+  uint64_t pool_bytes = 0;  // over all ranks
+};
+
+// Threading: thread-safe. Durations are in seconds.
+class EngineMetrics {
+ public:
+  explicit EngineMetrics(std::shared_ptr<prometheus::Registry> registry);
+  ~EngineMetrics();
+
+  void RecordFacts(const EngineFacts& facts);
+  void RecordArrival(int num_prompt_tokens, int max_tokens);
+  void RecordStart(double queue_seconds);
+  void RecordFirstToken(double since_arrival_seconds, double since_start_seconds);
+  void RecordGeneratedTokens(int num_tokens);
+  void RecordNextToken(double since_last_token_seconds);
+  void RecordSuccess(double since_arrival_seconds, double since_start_seconds,
+                     double since_first_token_seconds, int num_prompt_tokens,
+                     int num_generated_tokens);
+  // execute: plan sent -> done on every rank; schedule: done -> next plan sent.
+  void RecordStep(double execute_seconds, int num_sequences, int num_tokens);
+  void RecordSchedule(double schedule_seconds);
+  void RecordState(const SchedulerStats& stats);
+
+ private:
+  struct Series;
+  std::unique_ptr<Series> series_;
+};
+
+}  // namespace wintserve

@@ -1,0 +1,68 @@
+#include "api_server/llm/metrics.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <prometheus/registry.h>
+#include <prometheus/text_serializer.h>
+
+namespace wintserve {
+namespace {
+
+using testing::HasSubstr;
+
+TEST(EngineMetrics, ExposesTheNamesThatDashboardsAskFor) {
+  auto registry = std::make_shared<prometheus::Registry>();
+  EngineMetrics metrics(registry);
+  metrics.RecordFacts({.max_num_seqs = 4,
+                       .max_model_len = 200,
+                       .max_num_batched_tokens = 64,
+                       .block_size_tokens = 64,
+                       .num_blocks = 10,
+                       .pool_bytes = 40960});
+  metrics.RecordArrival(/*num_prompt_tokens=*/7, /*max_tokens=*/20);
+  metrics.RecordStart(0.1);
+  metrics.RecordFirstToken(0.3, 0.2);
+  metrics.RecordNextToken(0.01);
+  metrics.RecordGeneratedTokens(2);
+  metrics.RecordSuccess(1, 0.9, 0.7, 7, 2);
+  metrics.RecordStep(0.005, 3, 11);
+  metrics.RecordSchedule(0.00007);
+  metrics.RecordState({.num_running = 3, .num_waiting = 2, .num_blocks_held = 4});
+  const std::string text = prometheus::TextSerializer().Serialize(registry->Collect());
+  for (const char* line : {
+           "fastdeploy:requests_number_total 1",
+           "fastdeploy:request_success_total 1",
+           "fastdeploy:prompt_tokens_total 7",
+           "fastdeploy:generation_tokens_total 2",
+           "fastdeploy:num_requests_running 3",
+           "fastdeploy:num_requests_waiting 2",
+           "fastdeploy:batch_size 3",
+           "fastdeploy:max_batch_size 4",
+           "fastdeploy:available_batch_size 1",
+           "fastdeploy:gpu_cache_usage_perc 0.4",
+           "fastdeploy:available_gpu_block_num 6",
+           "fastdeploy:free_gpu_block_num 6",
+           "fastdeploy:max_gpu_block_num 10",
+           "fastdeploy:available_gpu_resource 0.6",
+           "fastdeploy:time_to_first_token_seconds_bucket{le=\"0.5\"} 1",
+           "fastdeploy:time_to_first_token_seconds_bucket{le=\"2560\"} 1",
+           "fastdeploy:time_per_output_token_seconds_bucket{le=\"80\"} 1",
+           "fastdeploy:e2e_request_latency_seconds_count 1",
+           "fastdeploy:request_inference_time_seconds_count 1",
+           "fastdeploy:request_queue_time_seconds_count 1",
+           "fastdeploy:request_prefill_time_seconds_count 1",
+           "fastdeploy:request_decode_time_seconds_count 1",
+           "fastdeploy:request_prompt_tokens_sum 7",
+           "fastdeploy:request_generation_tokens_sum 2",
+           "fastdeploy:request_params_max_tokens_sum 20",
+           "wintserve:step_seconds_count 1",
+           "wintserve:step_tokens_sum 11",
+           "wintserve:schedule_seconds_count 1",
+       }) {
+    EXPECT_THAT(text, HasSubstr(line));
+  }
+  EXPECT_THAT(text, HasSubstr("fastdeploy:cache_config_info{block_size=\"64\""));
+}
+
+}  // namespace
+}  // namespace wintserve

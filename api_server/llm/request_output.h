@@ -1,0 +1,55 @@
+// The text side of one open request: ids in, GenerationUpdates out.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "api_server/llm/llm.h"
+#include "api_server/scheduler/scheduler.h"
+#include "api_server/text/detokenizer.h"
+#include "api_server/text/stop_matcher.h"
+
+namespace wintserve {
+
+// Threading: thread-compatible; the engine's thread owns it once the request is submitted.
+class RequestOutput {
+ public:
+  RequestOutput(const Tokenizer& tokenizer, const GenerationRequest& request,
+                std::function<void(GenerationUpdate)> on_update);
+
+  // Takes one sampled token. True: it completed a stop string, so the choice has finished although
+  // the token is not the sequence's last. A stop token counts but has no text.
+  bool Append(const SequenceToken& news);
+
+  // Hands what has been appended since the last call to on_update; nothing when there is none.
+  void Deliver();
+  // The last update: `error` ends the request. REQUIRES: !finished().
+  void Fail(const absl::Status& error);
+
+  bool finished() const { return num_unfinished_ == 0; }
+  int num_prompt_tokens() const { return num_prompt_tokens_; }
+  int num_completion_tokens() const { return num_completion_tokens_; }
+
+ private:
+  struct Choice {
+    Detokenizer detokenizer;
+    StopMatcher stop_matcher;
+    bool finished = false;
+    int delta = -1;  // its place in the update that is being made; -1: none yet
+  };
+
+  ChoiceDelta& DeltaOf(uint32_t choice);
+  void FinishChoice(Choice* choice, FinishReason reason, ChoiceDelta* delta);
+
+  const std::function<void(GenerationUpdate)> on_update_;
+  const int num_prompt_tokens_;
+  std::vector<Choice> choices_;
+  int num_unfinished_;
+  int num_completion_tokens_ = 0;
+  std::vector<ChoiceDelta> deltas_;
+};
+
+}  // namespace wintserve

@@ -1,0 +1,93 @@
+#include "api_server/llm/request_output.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "tests/fakes/fake_tokenizer.h"
+
+namespace wintserve {
+namespace {
+
+using testing::ElementsAre;
+using testing::IsEmpty;
+using testing::SizeIs;
+
+class RequestOutputTest : public testing::Test {
+ protected:
+  RequestOutput Make(int num_choices, std::vector<std::string> stop = {}) {
+    GenerationRequest request{
+        .id = "test", .prompt_ids = {1, 2, 3}, .num_choices = num_choices, .stop = std::move(stop)};
+    return RequestOutput(tokenizer_, request,
+                         [this](GenerationUpdate update) { updates_.push_back(update); });
+  }
+  static SequenceToken News(char byte, uint32_t choice = 0,
+                            std::optional<SequenceEnd> end = std::nullopt) {
+    return {{1, choice}, FakeTokenizer::IdOfByte(byte), end};
+  }
+
+  FakeTokenizer tokenizer_;
+  std::vector<GenerationUpdate> updates_;
+};
+
+TEST_F(RequestOutputTest, DeliversOneUpdateForAllChoicesOfAStep) {
+  RequestOutput output = Make(2);
+  output.Append(News('a', 1));
+  output.Append(News('b', 0));
+  output.Deliver();
+  output.Deliver();  // nothing new
+  ASSERT_THAT(updates_, SizeIs(1));
+  ASSERT_THAT(updates_[0].choices, SizeIs(2));
+  EXPECT_EQ(updates_[0].choices[0].index, 1);
+  EXPECT_EQ(updates_[0].choices[0].text, "a");
+  EXPECT_EQ(updates_[0].num_completion_tokens, 2);
+  EXPECT_FALSE(updates_[0].finished);
+}
+
+TEST_F(RequestOutputTest, HoldsBackHalfACharacterAndReportsItsTokensAtOnce) {
+  RequestOutput output = Make(1);
+  output.Append(News('\xc3'));
+  output.Deliver();
+  output.Append(News('\xa9'));
+  output.Deliver();
+  ASSERT_THAT(updates_, SizeIs(2));
+  EXPECT_EQ(updates_[0].choices[0].text, "");
+  EXPECT_THAT(updates_[0].choices[0].token_ids, SizeIs(1));
+  EXPECT_EQ(updates_[1].choices[0].text, "é");
+}
+
+TEST_F(RequestOutputTest, AtTheLengthLimitWhatWasHeldBackComesOut) {
+  RequestOutput output = Make(1, {"stop"});
+  output.Append(News('s'));
+  output.Append(News('t'));
+  output.Append(News('\xc3', 0, SequenceEnd::kLength));
+  output.Deliver();
+  EXPECT_EQ(updates_[0].choices[0].text, "st\uFFFD");
+  EXPECT_EQ(updates_[0].choices[0].finish_reason, FinishReason::kLength);
+  EXPECT_TRUE(updates_[0].finished);
+}
+
+TEST_F(RequestOutputTest, SaysThatAStopStringWasMetUnlessTheSequenceHadEndedAnyway) {
+  RequestOutput early = Make(1, {"ab"});
+  EXPECT_FALSE(early.Append(News('a')));
+  EXPECT_TRUE(early.Append(News('b')));
+  EXPECT_TRUE(early.finished());
+  RequestOutput late = Make(1, {"ab"});
+  EXPECT_FALSE(late.Append(News('a')));
+  EXPECT_FALSE(late.Append(News('b', 0, SequenceEnd::kLength)));
+  late.Deliver();
+  EXPECT_EQ(updates_[0].choices[0].finish_reason, FinishReason::kStop);
+  EXPECT_EQ(updates_[0].choices[0].text, "");
+}
+
+TEST_F(RequestOutputTest, AnErrorBringsWhatWasNotDeliveredYet) {
+  RequestOutput output = Make(1);
+  output.Append(News('a'));
+  output.Fail(absl::UnavailableError("gone"));
+  ASSERT_THAT(updates_, SizeIs(1));
+  EXPECT_EQ(updates_[0].choices[0].text, "a");
+  EXPECT_TRUE(updates_[0].finished);
+  EXPECT_EQ(updates_[0].error.message(), "gone");
+}
+
+}  // namespace
+}  // namespace wintserve

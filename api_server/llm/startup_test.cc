@@ -1,0 +1,101 @@
+#include "api_server/llm/startup.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <functional>
+
+#include "tests/fakes/fake_worker.h"
+
+namespace wintserve {
+namespace {
+
+StartupConfig Config() {
+  return {.world_size = 2,
+          .max_model_len = 2048,
+          .max_num_seqs = 16,
+          .max_num_batched_tokens = 256,
+          .block_size_tokens = 64,
+          .tokenizer_vocab_size = 900,
+          .memory_bytes = uint64_t{8} << 30,
+          .group_epoch = 5};
+}
+
+TEST(GroupStartup, GoesFromTheFirstHelloToReady) {
+  GroupStartup startup(Config());
+  EXPECT_EQ(startup.WaitingFor(), "waiting for engine workers: 0 of 2 connected");
+  ASSERT_TRUE(startup.OnHello(FakeHello(1, 2)).ok());
+  EXPECT_EQ(startup.WaitingFor(), "waiting for engine workers: 1 of 2 connected");
+  ASSERT_TRUE(startup.OnHello(FakeHello(0, 2)).ok());
+  EXPECT_EQ(startup.WaitingFor(), "waiting for the cache manager");
+  EXPECT_FALSE(startup.can_open_pool());
+  startup.OnCacheConnected();
+  EXPECT_TRUE(startup.can_open_pool());
+  EXPECT_EQ(startup.WaitingFor(), "waiting for the cache manager to create the KV pool");
+  EXPECT_EQ(startup.pool_spec()->num_blocks, 16u * 32);
+  startup.OnPoolOpened({.pool_epoch = 6, .memory_socket = "m", .num_blocks = 512});
+  EXPECT_EQ(startup.WaitingFor(), "engine worker 0 is warming up");
+  ASSERT_TRUE(startup.OnReady(0, {5, 6}).ok());
+  EXPECT_EQ(startup.WaitingFor(), "engine worker 1 is warming up");
+  ASSERT_TRUE(startup.OnReady(1, {5, 6}).ok());
+  EXPECT_TRUE(startup.done());
+  EXPECT_EQ(startup.WaitingFor(), "");
+}
+
+TEST(GroupStartup, TheWorkersAreToldToTakeTheLongestPromptWhole) {
+  GroupStartup startup(Config());
+  WorkerHello hello = FakeHello(0, 2);
+  hello.max_position = 1000;
+  ASSERT_TRUE(startup.OnHello(hello).ok());
+  ASSERT_TRUE(startup.OnHello(FakeHello(1, 2)).ok());
+  const ConfigureWorker configure = startup.configuration();
+  EXPECT_EQ(configure.max_sequence_tokens, 1000u);
+  EXPECT_EQ(configure.max_tokens, 1000u);
+  EXPECT_EQ(configure.max_slots, 16u);
+  EXPECT_EQ(configure.sampled_vocab_size, 900u);  // the tokenizer's, not the model's 1000
+  EXPECT_EQ(configure.group_epoch, 5u);
+}
+
+TEST(GroupStartup, RefusesReadyForAnotherEpoch) {
+  GroupStartup startup(Config());
+  EXPECT_FALSE(startup.OnReady(0, {5, 6}).ok());
+  startup.OnPoolOpened({.pool_epoch = 6, .memory_socket = "m", .num_blocks = 512});
+  EXPECT_FALSE(startup.OnReady(0, {4, 6}).ok());
+  EXPECT_FALSE(startup.OnReady(0, {5, 7}).ok());
+  EXPECT_TRUE(startup.OnReady(0, {5, 6}).ok());
+}
+
+struct UnfitWorker {
+  const char* name;
+  std::function<void(WorkerHello*)> spoil;
+  const char* error;
+};
+
+class UnfitWorkerTest : public testing::TestWithParam<UnfitWorker> {};
+
+TEST_P(UnfitWorkerTest, IsRefusedByTheFlagThatItDoesNotMeet) {
+  GroupStartup startup(Config());
+  WorkerHello hello = FakeHello(1, 2);
+  GetParam().spoil(&hello);
+  const absl::Status status = startup.OnHello(hello);
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), testing::HasSubstr(GetParam().error));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, UnfitWorkerTest,
+    testing::Values(
+        UnfitWorker{"NoVocabulary", [](auto* h) { h->vocab_size = 0; },
+                    "engine worker 1: vocab_size 0"},
+        UnfitWorker{"NoBlockBytes", [](auto* h) { h->kv_block_bytes = 0; }, "kv_block_bytes 0"},
+        UnfitWorker{"OtherBlockSize", [](auto* h) { h->block_size_tokens = 16; },
+                    "its KV blocks hold 16 tokens, --block-size is 64"},
+        UnfitWorker{"FewSlots", [](auto* h) { h->max_slots = 8; },
+                    "holds 8 sequences, --max-num-seqs is 16"},
+        UnfitWorker{"FewTokens", [](auto* h) { h->max_tokens = 1024; },
+                    "runs 1024 tokens in a step, --max-num-batched-tokens 256 and --max-model-len "
+                    "2048 ask for 2048"}),
+    [](const auto& info) { return info.param.name; });
+
+}  // namespace
+}  // namespace wintserve

@@ -1,0 +1,14 @@
+"""The offline command: same processes, no HTTP."""
+import subprocess
+
+from server import BIN, POET, ROOT, golden_cases
+
+
+def test_generate_prints_the_golden_text():
+    (case,) = [c for c in golden_cases() if "解析三首李白的诗" in c["prompt"]]
+    result = subprocess.run(
+        [str(BIN / "wintserve"), "generate", "--model", str(POET), "--prompt", "解析三首李白的诗",
+         "--temperature", "0.7", "--top-p", "0", "--max-tokens", "96"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.rstrip("\n") == case["greedy"]["text"].rstrip("\n")
