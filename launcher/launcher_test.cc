@@ -9,12 +9,12 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <functional>
 #include <map>
-#include <regex>
 #include <sstream>
 #include <thread>
 
@@ -27,7 +27,6 @@ namespace {
 namespace fs = std::filesystem;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
-using ::testing::Not;
 
 std::string g_wintserve;   // NOLINT: set once, in main
 std::string g_test_child;  // NOLINT
@@ -120,11 +119,11 @@ class LauncherTest : public ::testing::Test {
 
   // A value in the report of a child.
   std::string Reported(const std::string& child, const std::string& key) const {
-    std::smatch match;
-    const std::string report = ReadFile(dir_ / "reports" / ("wintserve-" + child));
-    return std::regex_search(report, match, std::regex("\\b" + key + "=(\\S*)"))
-               ? std::string(match[1])
-               : "";
+    const std::string report = " " + ReadFile(dir_ / "reports" / ("wintserve-" + child));
+    const size_t at = report.find(" " + key + "=");
+    if (at == std::string::npos) return "";
+    const size_t begin = at + key.size() + 2;
+    return report.substr(begin, report.find_first_of(" \n", begin) - begin);
   }
   pid_t PidOf(const std::string& child) const { return std::stoi(Reported(child, "pid")); }
 
