@@ -21,7 +21,7 @@ enum class MatrixRole {
   kOutput,     // k = heads * head_dim of the rank, n = hidden
   kGateUp,     // k = hidden, n = 2 * width of the rank: gate, then up
   kDown,       // k = width of the rank, n = hidden
-  kRouter,     // k = hidden, n = experts, float32; replicated
+  kRouter,     // k = hidden, n = experts, kFloat32; replicated
 };
 
 inline constexpr int kDenseMlp = -1;       // MatrixRef::expert of a dense layer's MLP
@@ -47,14 +47,19 @@ class Checkpoint {
                                                           KOrderChoice k_order);
   virtual ~Checkpoint() = default;
 
+  // Unquantised weights come as kBfloat16 if stored so, else as kFloat32.
+  // INVALID_ARGUMENT: the model does not split over world_size, or is split for another already.
+  // DATA_LOSS: a scale that is not finite.
+  // REQUIRES: `ref` names a matrix of the model; 0 <= rank < world_size.
   virtual absl::StatusOr<formats::HostMatrix> LoadMatrix(const MatrixRef& ref, int rank,
                                                          int world_size) const = 0;
-  // Float32, replicated on every rank.
+  // Float32, replicated on every rank. `layer` is ignored for kFinalNorm.
   virtual absl::StatusOr<std::vector<float>> LoadVector(VectorRole role, int layer) const = 0;
 
   virtual bool head_is_tied() const = 0;
   virtual formats::KOrder k_order() const = 0;  // what kAuto decided
-  // XXH3-64 over every file's header and size: tells checkpoints apart, does not verify the bytes.
+  // XXH3-64 over every file's header, size and samples of its data: tells checkpoints apart (two
+  // trainings of one model included), does not verify the bytes.
   virtual uint64_t digest() const = 0;
   virtual int64_t total_bytes() const = 0;
 };

@@ -83,7 +83,12 @@ double Correlation(const std::vector<double>& a, const std::vector<double>& b) {
     bb += (b[i] - mean_b) * (b[i] - mean_b);
     ab += (a[i] - mean_a) * (b[i] - mean_b);
   }
-  return aa > 0 && bb > 0 ? ab / std::sqrt(aa * bb) : 0;
+  // Of a constant only the rounding of its mean is left, which must not pass for a deviation.
+  constexpr double kRounding = 1e-9;
+  const auto is_constant = [&](double sum, double mean) {
+    return sum <= kRounding * kRounding * mean * mean * static_cast<double>(a.size());
+  };
+  return is_constant(aa, mean_a) || is_constant(bb, mean_b) ? 0 : ab / std::sqrt(aa * bb);
 }
 
 }  // namespace

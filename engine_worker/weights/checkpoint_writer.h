@@ -1,0 +1,52 @@
+// Test support: small random checkpoints on disk, in any layout, whole or pre-sharded, that a test
+// can then break one way at a time.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "engine_worker/config/model_config.h"
+
+namespace wintserve::testing {
+
+// Removed with everything in it on destruction.
+class TempDir {
+ public:
+  TempDir();
+  ~TempDir();
+  TempDir(const TempDir&) = delete;
+  TempDir& operator=(const TempDir&) = delete;
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+struct TestTensor {
+  std::string type;  // "BF16"
+  std::vector<int64_t> shape;
+  std::vector<uint8_t> bytes;
+};
+using TestTensors = std::map<std::string, TestTensor>;
+
+enum class TestLayout { kPaddle, kPaddleAsModel, kHuggingFace, kFusedOutIn };
+
+// hidden 128, 3 layers (one dense), 4 heads of 32, 2 kv heads, 2 experts of width 256 and one
+// shared.
+ModelConfig SmallConfig();
+// The same, experts and dense matrices quantised: layer 1 wint4, layer 2 wint2.
+ModelConfig SmallWint2Config();
+
+// The same seed and config give the same weights in every layout. Plain weights are bf16.
+TestTensors MakeTensors(const ModelConfig& config, TestLayout layout, uint32_t seed);
+
+// The same values in another float type; exact for bf16 values of a usual size.
+TestTensor ConvertFloats(const TestTensor& tensor, const std::string& type);
+
+std::string SafetensorsBytes(const TestTensors& tensors);
+void WriteFile(const std::filesystem::path& path, const std::string& bytes);
+
+}  // namespace wintserve::testing
