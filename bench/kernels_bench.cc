@@ -158,8 +158,7 @@ void BM_Forward(benchmark::State& state) {
     done += count;
   }
   const double head = double(loaded.config.hidden_size) * loaded.config.vocab_size;
-  const double multiply_adds =
-      sequences * (length * TokenMultiplyAdds(loaded.config) + head);
+  const double multiply_adds = sequences * (length * TokenMultiplyAdds(loaded.config) + head);
   Measure(state, 0, multiply_adds, [&] {
     for (const Batch& batch : batches) {
       CHECK(model.Forward(batch, pool->data()).ok());

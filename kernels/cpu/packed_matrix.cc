@@ -73,15 +73,15 @@ absl::Status CheckScales(const HostMatrix& matrix) {
   return absl::OkStatus();
 }
 
-// Codes are computed in int32: byte * code_scale + code_zp has to fit.
+// Codes are computed in float32 as integers of at most 22 bits.
 absl::Status CheckCodes(const HostMatrix& matrix) {
-  constexpr float kLargest = 0x1p30f;
+  constexpr float kLargest = 0x1p22f - 1;
   for (int64_t column = 0; column < matrix.n; ++column) {
     const float scale = matrix.code_scale[column];
     const float zp = matrix.code_zp[column];
     if (!(255 * std::fabs(scale) + std::fabs(zp) <= kLargest)) {
       return absl::InvalidArgumentError(fmt::format(
-          "wint2 codes of column {} (code_scale {}, code_zp {}) exceed 2^30", column, scale, zp));
+          "wint2 codes of column {} (code_scale {}, code_zp {}) exceed 2^22", column, scale, zp));
     }
   }
   return absl::OkStatus();
@@ -96,8 +96,9 @@ absl::Status CheckShape(const HostMatrix& matrix, MatrixUse use) {
   }
   if (matrix.n <= 0 || (use == MatrixUse::kGateUp && matrix.n % 2 != 0)) {
     return absl::InvalidArgumentError(
-        fmt::format("a {} {} matrix has n = {}", FormatName(matrix.format),
-                    use == MatrixUse::kGateUp ? "gate-up" : "linear", matrix.n));
+        fmt::format("a {} {} matrix has n = {}; it must be {}", FormatName(matrix.format),
+                    use == MatrixUse::kGateUp ? "gate-up" : "linear", matrix.n,
+                    use == MatrixUse::kGateUp ? "even and positive" : "positive"));
   }
   return absl::OkStatus();
 }

@@ -152,12 +152,18 @@ class Wint4Codec {
   const uint8_t* pairs_ = nullptr;
 };
 
-// floor(fma(byte, code_scale, code_offset)): the fused result, also where the target has no FMA.
-HWY_INLINE VI32 Wint2Code(VI32 byte, V code_scale, V code_offset) {
+// 1.5 * 2^23: adding it to an integer in -2^22 … 2^22 leaves the integer in the low 22 bits of the
+// float, in two's complement, below the bit pattern of 2^23.
+inline constexpr float kIntegerBits = 12582912.0f;
+inline constexpr float kTwoTo23 = 8388608.0f;
+
+// floor(fma(byte, code_scale, code_offset)) + kIntegerBits: the fused result, also where the target
+// has no FMA.
+HWY_INLINE V Wint2CodeBits(VI32 byte, V code_scale, V code_offset) {
+  const D d;
 #if HWY_NATIVE_FMA
   const V code = hn::MulAdd(ToFloat(byte), code_scale, code_offset);
 #else
-  const D d;
   HWY_ALIGN float lanes[3][kLanes];
   hn::Store(ToFloat(byte), d, lanes[0]);
   hn::Store(code_scale, d, lanes[1]);
@@ -165,7 +171,16 @@ HWY_INLINE VI32 Wint2Code(VI32 byte, V code_scale, V code_offset) {
   for (int i = 0; i < kLanes; ++i) lanes[0][i] = std::fma(lanes[0][i], lanes[1][i], lanes[2][i]);
   const V code = hn::Load(d, lanes[0]);
 #endif
-  return hn::ConvertTo(DI32(), hn::Floor(code));
+  return hn::Add(hn::Floor(code), hn::Set(d, kIntegerBits));
+}
+
+// The value of the 6-bit window that starts at bit kShift of a code, minus 32, times 2^kShift. The
+// mask keeps the exponent of 2^23, so the masked bits are the float 2^23 + window * 2^kShift.
+template <int kShift>
+HWY_INLINE V Wint2Window(V code_bits) {
+  const D d;
+  const V mask = hn::BitCast(d, hn::Set(DU32(), 0xFF800000u | (63u << kShift)));
+  return hn::Sub(hn::And(code_bits, mask), hn::Set(d, kTwoTo23 + (32 << kShift)));
 }
 
 template <int kVecs>
@@ -197,27 +212,26 @@ class Wint2Codec {
       const VI32 pair = LoadBytes(local_scales + column % 16);
       const VI32 local = column < 16 ? hn::And(pair, hn::Set(di, 15)) : hn::ShiftRight<4>(pair);
       const V super = hn::LoadU(d, floats_ + v * kLanes);
-      scale_[v] = ScaleAndRound(ToFloat(local), super, hn::Mul(super, rounder));
-      scale_rounder_[v] = hn::Mul(scale_[v], rounder);
+      const V scale = ScaleAndRound(ToFloat(local), super, hn::Mul(super, rounder));
+      WINTSERVE_UNROLL
+      for (int slot = 0; slot < 4; ++slot) {
+        // A window comes as q * 2^(9 - 3 * slot).
+        scale_[v][slot] = hn::Mul(scale, hn::Set(d, 1.0f / static_cast<float>(512 >> 3 * slot)));
+        scale_rounder_[v][slot] = hn::Mul(scale_[v][slot], rounder);
+      }
     }
   }
 
   HWY_INLINE void Quad(int quad, int v, V (&w)[4]) const {
-    const VI32 code = Wint2Code(LoadBytes(quads_ + quad * kTileColumns + v * kLanes),
-                                code_scale_[v], code_offset_[v]);
-    w[0] = Weight(v, hn::ShiftRight<9>(code));
-    w[1] = Weight(v, hn::ShiftRight<6>(code));
-    w[2] = Weight(v, hn::ShiftRight<3>(code));
-    w[3] = Weight(v, code);
+    const V code = Wint2CodeBits(LoadBytes(quads_ + quad * kTileColumns + v * kLanes),
+                                 code_scale_[v], code_offset_[v]);
+    w[0] = ScaleAndRound(Wint2Window<9>(code), scale_[v][0], scale_rounder_[v][0]);
+    w[1] = ScaleAndRound(Wint2Window<6>(code), scale_[v][1], scale_rounder_[v][1]);
+    w[2] = ScaleAndRound(Wint2Window<3>(code), scale_[v][2], scale_rounder_[v][2]);
+    w[3] = ScaleAndRound(Wint2Window<0>(code), scale_[v][3], scale_rounder_[v][3]);
   }
 
  private:
-  HWY_INLINE V Weight(int v, VI32 window) const {
-    const DI32 di;
-    const VI32 q = hn::Sub(hn::And(window, hn::Set(di, 63)), hn::Set(di, 32));
-    return ScaleAndRound(ToFloat(q), scale_[v], scale_rounder_[v]);
-  }
-
   const float* floats_;
   const uint8_t* base_;
   const uint8_t* quads_ = nullptr;
@@ -225,8 +239,8 @@ class Wint2Codec {
   float rounder_;
   V code_scale_[kVecs];
   V code_offset_[kVecs];
-  V scale_[kVecs];
-  V scale_rounder_[kVecs];
+  V scale_[kVecs][4];
+  V scale_rounder_[kVecs][4];
 };
 
 }  // namespace HWY_NAMESPACE
