@@ -3,7 +3,8 @@
 // Times are the best of many runs, because a shared machine only ever makes one slower; cpu_ms is
 // the mean processor time of all threads. share_of_peak compares with the measured multiply-add
 // peak, and share_of_read with the measured memory bandwidth, of one core times the threads used.
-// Run from the repository root. --model=DIR names another checkpoint, --threads=N the threads.
+// Run from the repository root. --model=DIR names another checkpoint, --threads=N the threads,
+// --simd=NAME (AVX3, AVX2, SCALAR) another instruction set than the best.
 #include <benchmark/benchmark.h>
 #include <fmt/core.h>
 #include <time.h>
@@ -21,6 +22,7 @@
 #include "engine_worker/config/model_config.h"
 #include "engine_worker/model/ernie45.h"
 #include "engine_worker/weights/checkpoint.h"
+#include "hwy/highway.h"
 #include "kernels/cpu/cpu_backend.h"
 
 namespace wintserve::bench {
@@ -168,6 +170,16 @@ void BM_Forward(benchmark::State& state) {
       sequences * length / (static_cast<double>(state.counters["best_ms"]) * 1e-3);
 }
 
+void UseSimdTarget(std::string_view name) {
+  for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    if (name == hwy::TargetName(target)) {
+      hwy::SetSupportedTargetsForTest(target);
+      return;
+    }
+  }
+  CHECK(false, "--simd={}: this machine or this build has no such target", name);
+}
+
 void RegisterAll() {
   struct Shape {
     const char* name;
@@ -225,12 +237,15 @@ int main(int argc, char** argv) {
     const std::string_view flag = argv[i];
     constexpr std::string_view kModel = "--model=";
     constexpr std::string_view kThreads = "--threads=";
+    constexpr std::string_view kSimd = "--simd=";
     if (flag.starts_with(kModel)) {
       model_dir = flag.substr(kModel.size());
     } else if (flag.starts_with(kThreads)) {
       num_threads = std::stoi(std::string(flag.substr(kThreads.size())));
+    } else if (flag.starts_with(kSimd)) {
+      UseSimdTarget(flag.substr(kSimd.size()));
     } else {
-      CHECK(false, "unknown flag {}; allowed are --model=DIR and --threads=N", flag);
+      CHECK(false, "unknown flag {}; allowed are --model=DIR, --threads=N and --simd=NAME", flag);
     }
   }
   peak_gflops = MeasurePeakGflops();

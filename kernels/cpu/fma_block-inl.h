@@ -79,9 +79,16 @@ HWY_INLINE void MultiplyBlock(const float* const* x_rows, const Panel& panel, in
 template <int kRows>
 HWY_NOINLINE void MultiplyRows(const float* const* x_rows, const Panel& panel, bool accumulate,
                                float* out, int64_t out_stride) {
-  constexpr int kVecs = BlockVecs(kRows);
-  for (int64_t column = 0; column < panel.columns; column += kVecs * kLanes) {
-    MultiplyBlock<kRows, kVecs>(x_rows, panel, column, accumulate, out, out_stride);
+  constexpr int kWide = BlockVecs(kRows, 64);
+  constexpr int kNarrow = BlockVecs(kRows, 32);
+  int64_t column = 0;
+  for (; column + kWide * kLanes <= panel.columns; column += kWide * kLanes) {
+    MultiplyBlock<kRows, kWide>(x_rows, panel, column, accumulate, out, out_stride);
+  }
+  if constexpr (kNarrow < kWide) {
+    for (; column < panel.columns; column += kNarrow * kLanes) {
+      MultiplyBlock<kRows, kNarrow>(x_rows, panel, column, accumulate, out, out_stride);
+    }
   }
 }
 

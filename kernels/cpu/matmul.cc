@@ -20,7 +20,7 @@ inline constexpr int kMaxFusedRows = 4;
 template <template <int> class Codec, int kRows>
 HWY_NOINLINE void MatmulFused(const PackedMatrix& w, const uint8_t* tile,
                               const float* const* x_rows, float* out, int64_t out_stride) {
-  constexpr int kVecs = BlockVecs(kRows);
+  constexpr int kVecs = BlockVecs(kRows, kTileColumns);
   const D d;
   const int64_t step = w.quad_step();
   const int64_t jump = w.quad_jump();
@@ -69,7 +69,7 @@ HWY_NOINLINE void MatmulFused(const PackedMatrix& w, const uint8_t* tile,
 template <template <int> class Codec>
 HWY_NOINLINE void DecodePanel(const PackedMatrix& w, const uint8_t* tile, int64_t k_begin,
                               int64_t num_k, float* panel) {
-  constexpr int kVecs = BlockVecs(kMaxBlockRows);
+  constexpr int kVecs = BlockVecs(kMaxBlockRows, kTileColumns);
   for (int column = 0; column < kTileColumns; column += kVecs * kLanes) {
     Codec<kVecs> codec(w, tile, column);
     for (int64_t k = 0; k < num_k; k += kGroupRows) {

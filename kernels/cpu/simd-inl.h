@@ -28,10 +28,10 @@ inline constexpr int kLanes = static_cast<int>(hn::MaxLanes(D()));
 // Rows and vectors of a register block: its accumulators, one vector of weights per column vector
 // and one broadcast have to fit the registers (16 with AVX2, 32 with AVX-512).
 inline constexpr int kMaxBlockRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 4;
-inline constexpr int kTileVecs = 32 / kLanes;
-constexpr int BlockVecs(int rows) {
-  const int vecs = rows <= 2 ? 4 : 2;
-  return vecs < kTileVecs ? vecs : kTileVecs;
+constexpr int BlockVecs(int rows, int columns) {
+  const int registers = kLanes == 16 ? 32 : 16;
+  const int vecs = 5 * rows + 4 <= registers ? 4 : 2;
+  return vecs * kLanes <= columns ? vecs : columns / kLanes;
 }
 
 }  // namespace HWY_NAMESPACE
