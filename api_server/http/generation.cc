@@ -128,36 +128,42 @@ absl::Status ErrorIn(const std::vector<PromptUpdate>& updates) {
   return absl::OkStatus();
 }
 
-// One answer to one request: what both ways of answering need.
+// Who asks, and by which connection to answer.
 struct Exchange {
   ServerContext& context;
   Connection& connection;
   const RequestHead& head;
-  const bool keep_alive;
-  Generations& generations;
 };
 
-awaitable<Outcome> SendReply(Connection& connection, const RequestHead& head, Reply reply,
-                             bool keep_alive) {
-  const bool sent = co_await connection.Send(head, reply, keep_alive);
+awaitable<Outcome> SendReply(const Exchange& exchange, Reply reply) {
+  const bool keep_alive = MayKeepAlive(exchange.context, exchange.head);
+  const bool sent = co_await exchange.connection.Send(exchange.head, reply, keep_alive);
   co_return Outcome{sent ? reply.status : kStatusClientClosed, sent && keep_alive};
 }
 
-awaitable<Outcome> SendWholeAnswer(const Exchange& exchange, const PreparedRequest& prepared) {
-  ResponseAssembler assembler(prepared.identity, prepared.request);
-  Reply reply;
-  while (!assembler.finished()) {
-    const std::vector<PromptUpdate> updates =
-        co_await exchange.generations.Next(exchange.context.options.keep_alive_interval);
-    if (const absl::Status error = ErrorIn(updates); !error.ok()) {
-      reply = ErrorReply(PublicError(error, exchange.head));
-      break;
-    }
-    for (const PromptUpdate& update : updates) assembler.Add(update.prompt_index, update.update);
-  }
-  if (reply.status == 200) reply.body = assembler.Body();
+awaitable<Outcome> SendError(const Exchange& exchange, const absl::Status& error) {
   const Outcome outcome =
-      co_await SendReply(exchange.connection, exchange.head, std::move(reply), exchange.keep_alive);
+      co_await SendReply(exchange, ErrorReply(PublicError(error, exchange.head)));
+  co_return outcome;
+}
+
+awaitable<Outcome> SendWholeAnswer(const Exchange& exchange, const PreparedRequest& prepared,
+                                   Generations& generations) {
+  ResponseAssembler assembler(prepared.identity, prepared.request);
+  absl::Status error;
+  while (error.ok() && !assembler.finished()) {
+    const std::vector<PromptUpdate> updates =
+        co_await generations.Next(exchange.context.options.keep_alive_interval);
+    for (const PromptUpdate& update : updates) assembler.Add(update.prompt_index, update.update);
+    error = ErrorIn(updates);
+  }
+  Reply reply;
+  if (error.ok()) {
+    reply.body = assembler.Body();
+  } else {
+    reply = ErrorReply(PublicError(error, exchange.head));
+  }
+  const Outcome outcome = co_await SendReply(exchange, std::move(reply));
   co_return outcome;
 }
 
@@ -196,21 +202,20 @@ Reply StreamHead() {
   return reply;
 }
 
-awaitable<Outcome> SendStream(const Exchange& exchange, const PreparedRequest& prepared) {
+awaitable<Outcome> SendStream(const Exchange& exchange, const PreparedRequest& prepared,
+                              Generations& generations) {
   const std::chrono::milliseconds interval = exchange.context.options.keep_alive_interval;
-  const bool keep_alive = exchange.keep_alive && exchange.head.version >= 11;
   StreamAssembler assembler(prepared.identity, prepared.request);
 
   // The head waits for the first news, so that an early failure still gets a status of its own.
-  std::vector<PromptUpdate> updates = co_await exchange.generations.Next(interval);
+  std::vector<PromptUpdate> updates = co_await generations.Next(interval);
   if (const absl::Status error = ErrorIn(updates); !error.ok()) {
-    const Outcome outcome =
-        co_await SendReply(exchange.connection, exchange.head,
-                           ErrorReply(PublicError(error, exchange.head)), exchange.keep_alive);
+    const Outcome outcome = co_await SendError(exchange, error);
     co_return outcome;
   }
-  std::string bytes = SerializeHead(exchange.head, StreamHead(), keep_alive,
-                                    /*content_length=*/-1);
+  const bool keep_alive =
+      MayKeepAlive(exchange.context, exchange.head) && exchange.head.version >= 11;
+  std::string bytes = SerializeHead(exchange.head, StreamHead(), keep_alive, /*content_length=*/-1);
   for (;;) {
     const StreamRound round = NextRound(updates, exchange.head, &assembler);
     // An update that says nothing yet (its text is held back) makes no event.
@@ -218,71 +223,61 @@ awaitable<Outcome> SendStream(const Exchange& exchange, const PreparedRequest& p
     if (round.is_last) bytes += LastChunk(exchange.head);
     const bool sent = bytes.empty() || co_await exchange.connection.Write(std::move(bytes));
     if (!sent) co_return Outcome{kStatusClientClosed, false};
-    if (round.error_status != 0) {
-      exchange.context.metrics.CountFailure(round.error_status);
-      co_return Outcome{200, keep_alive};
-    }
+    if (round.error_status != 0) exchange.context.metrics.CountFailure(round.error_status);
     if (round.is_last) co_return Outcome{200, keep_alive};
     bytes.clear();
-    updates = co_await exchange.generations.Next(interval);
+    updates = co_await generations.Next(interval);
   }
 }
 
 // Submits and answers, unless the client goes first.
-awaitable<Outcome> GenerateAndSend(ServerContext& context, Connection& connection,
-                                   const RequestHead& head, PreparedRequest& prepared,
-                                   bool keep_alive) {
+awaitable<Outcome> GenerateAndSend(const Exchange& exchange, PreparedRequest& prepared) {
   using net::experimental::awaitable_operators::operator||;
   const net::any_io_executor executor = co_await net::this_coro::executor;
-  Generations generations(context.llm, executor, context.options.max_pending_stream_bytes,
-                          &connection);
+  Generations generations(exchange.context.llm, executor,
+                          exchange.context.options.max_pending_stream_bytes, &exchange.connection);
   const absl::Status submitted = generations.Submit(std::move(prepared.generations));
   if (!submitted.ok()) {
-    const Outcome outcome =
-        co_await SendReply(connection, head, ErrorReply(PublicError(submitted, head)), keep_alive);
+    const Outcome outcome = co_await SendError(exchange, submitted);
     co_return outcome;
   }
-  const Exchange exchange{context, connection, head, keep_alive, generations};
-  awaitable<Outcome> answer = prepared.request.stream ? SendStream(exchange, prepared)
-                                                      : SendWholeAnswer(exchange, prepared);
+  awaitable<Outcome> answer = prepared.request.stream
+                                  ? SendStream(exchange, prepared, generations)
+                                  : SendWholeAnswer(exchange, prepared, generations);
   const std::variant<std::monostate, Outcome> first =
-      co_await (connection.UntilPeerCloses() || std::move(answer));
+      co_await (exchange.connection.UntilPeerCloses() || std::move(answer));
   co_return first.index() == 1 ? std::get<1>(first) : Outcome{kStatusClientClosed, false};
 }
 
-awaitable<Outcome> Answer(ServerContext& context, Connection& connection, const RequestHead& head,
-                          Endpoint endpoint, const std::string& body, bool keep_alive) {
+awaitable<Outcome> Answer(const Exchange& exchange, Endpoint endpoint, const std::string& body) {
+  ServerContext& context = exchange.context;
   const ReadinessReport readiness = context.llm->Readiness();
   if (!readiness.ready) {
-    const Outcome outcome =
-        co_await SendReply(connection, head, NotReadyReply(readiness), keep_alive);
+    const Outcome outcome = co_await SendReply(exchange, NotReadyReply(readiness));
     co_return outcome;
   }
   const Admission::Permit permit = context.admission.TryEnter();
   if (!permit) {
     const absl::Status too_many = absl::ResourceExhaustedError(
         fmt::format("Too many requests: at most {} may be open", context.admission.max_open()));
-    const Outcome outcome =
-        co_await SendReply(connection, head, ErrorReply(ToApiError(too_many)), keep_alive);
+    const Outcome outcome = co_await SendError(exchange, too_many);
     co_return outcome;
   }
   absl::StatusOr<PreparedRequest> prepared = co_await PrepareOnPool(context, endpoint, body);
   if (!prepared.ok()) {
-    const Outcome outcome = co_await SendReply(
-        connection, head, ErrorReply(PublicError(prepared.status(), head)), keep_alive);
+    const Outcome outcome = co_await SendError(exchange, prepared.status());
     co_return outcome;
   }
-  const Outcome outcome =
-      co_await GenerateAndSend(context, connection, head, *prepared, keep_alive);
+  const Outcome outcome = co_await GenerateAndSend(exchange, *prepared);
   co_return outcome;
 }
 
 }  // namespace
 
 awaitable<Outcome> ServeGeneration(ServerContext& context, Connection& connection,
-                                   const RequestHead& head, Endpoint endpoint, std::string body,
-                                   bool keep_alive) {
-  const Outcome outcome = co_await Answer(context, connection, head, endpoint, body, keep_alive);
+                                   const RequestHead& head, Endpoint endpoint, std::string body) {
+  const Exchange exchange{context, connection, head};
+  const Outcome outcome = co_await Answer(exchange, endpoint, body);
   if (outcome.status == kStatusClientClosed) {
     context.metrics.CountAborted();
   } else if (outcome.status >= 400) {

@@ -17,9 +17,9 @@ struct Outcome {
 };
 
 // Answers one generation request whose body has been read. However it ends, nothing that it
-// submitted goes on afterwards. keep_alive: whether the connection may stay open.
+// submitted goes on afterwards.
 boost::asio::awaitable<Outcome> ServeGeneration(ServerContext& context, Connection& connection,
                                                 const RequestHead& head, Endpoint endpoint,
-                                                std::string body, bool keep_alive);
+                                                std::string body);
 
 }  // namespace wintserve

@@ -13,7 +13,7 @@ constexpr Route kRoutes[] = {
     {Action::kChat, "/v1/chat/completions", "POST", true, false},
     {Action::kCompletions, "/v1/completions", "POST", true, false},
     {Action::kListModels, "/v1/models", "GET, HEAD", true, false},
-    {Action::kGetModel, "/v1/models/{id}", "GET, HEAD", true, false},
+    {Action::kGetModel, "/v1/models/:id", "GET, HEAD", true, false},
     {Action::kHealth, "/health", "GET, HEAD", true, false},
     {Action::kHealth, "/ready", "GET, HEAD", true, false},
     {Action::kHealth, "/ping", "GET, HEAD, POST", true, false},
@@ -22,7 +22,7 @@ constexpr Route kRoutes[] = {
     {Action::kMetrics, "/metrics", "GET, HEAD", false, true},
 };
 
-constexpr std::string_view kIdPlaceholder = "{id}";
+constexpr std::string_view kIdPlaceholder = ":id";
 
 absl::string_view AbslView(std::string_view text) { return {text.data(), text.size()}; }
 
@@ -142,9 +142,6 @@ RouteMatch FindRoute(std::string_view target, Port port) {
 
 std::optional<Reply> CheckHead(const RequestHead& head, const RouteMatch& match,
                                const ApiKeys& keys) {
-  if (head.version != 10 && head.version != 11) {
-    return ErrorReply(505, "http_version_not_supported", "only HTTP/1.0 and HTTP/1.1 are spoken");
-  }
   if (head.version == 11 && !head.has_host) {
     return ErrorReply(400, "invalid_http", "an HTTP/1.1 request needs a Host header");
   }

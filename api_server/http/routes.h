@@ -26,7 +26,7 @@ enum class Port { kHttp, kHttpWithMetrics, kMetrics };
 
 struct Route {
   Action action;
-  const char* path;   // template, also the metrics label; a "{id}" at its end matches the rest
+  const char* path;   // template, also the metrics label; a ":id" at its end matches the rest
   const char* allow;  // methods, as in the Allow header
   bool on_http_port;
   bool on_metrics_port;
@@ -35,7 +35,7 @@ struct Route {
 struct RouteMatch {
   const Route* route = nullptr;  // null: no such path here
   std::string path;              // decoded, without query
-  std::string id;                // what "{id}" matched
+  std::string id;                // what ":id" matched
   const char* label() const { return route == nullptr ? "unmatched" : route->path; }
 };
 
@@ -47,7 +47,7 @@ inline bool IsGeneration(const RouteMatch& match) {
          (match.route->action == Action::kChat || match.route->action == Action::kCompletions);
 }
 
-// What is wrong with the request as far as its head tells: version, Host, key, path, method, type
+// What is wrong with the request as far as its head tells: Host, key, path, method, type
 // of the body. Nothing: read the body and answer.
 std::optional<Reply> CheckHead(const RequestHead& head, const RouteMatch& match,
                                const ApiKeys& keys);

@@ -33,6 +33,12 @@ struct ServerContext {
   std::atomic<bool> draining{false};  // connections close with their present answer
 };
 
+// False: this answer is the last on its connection. Asked when the answer's head is written, since
+// the server may have begun to drain while it was made.
+inline bool MayKeepAlive(const ServerContext& context, const RequestHead& head) {
+  return head.keep_alive && !context.draining;
+}
+
 // One event loop and the connections that live on it. `connections` is touched by its thread alone.
 struct IoThread {
   boost::asio::io_context io{/*concurrency_hint=*/1};

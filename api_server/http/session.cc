@@ -89,7 +89,8 @@ class Session {
       : context_(context), connection_(connection), port_(port) {}
 
   awaitable<void> Run() {
-    for (;;) {
+    // A stream's head may have promised more before the drain began; hence the second look.
+    while (!context_.draining) {
       const bool has_request = co_await connection_.WaitForRequest();
       if (!has_request) break;
       const bool keep_alive = co_await ServeOneRequest();
@@ -124,7 +125,7 @@ class Session {
     Outcome outcome;
     if (refusal.has_value()) {
       // A body that nobody will read must not be taken for the next request.
-      const bool keep_alive = !error && !head.has_body && MayKeepAlive(head);
+      const bool keep_alive = !error && !head.has_body && MayKeepAlive(context_, head);
       outcome = co_await SendPlain(head, *std::move(refusal), keep_alive);
       if (IsGeneration(match)) context_.metrics.CountFailure(outcome.status);
     } else {
@@ -144,15 +145,14 @@ class Session {
   }
 
   awaitable<Outcome> Dispatch(const RequestHead& head, const RouteMatch& match, std::string body) {
-    const bool keep_alive = MayKeepAlive(head);
     Outcome outcome;
     if (IsGeneration(match)) {
       const Endpoint endpoint =
           match.route->action == Action::kChat ? Endpoint::kChat : Endpoint::kCompletions;
-      outcome = co_await ServeGeneration(context_, connection_, head, endpoint, std::move(body),
-                                         keep_alive);
+      outcome = co_await ServeGeneration(context_, connection_, head, endpoint, std::move(body));
     } else {
-      outcome = co_await SendPlain(head, AnswerWithoutGeneration(context_, match), keep_alive);
+      outcome = co_await SendPlain(head, AnswerWithoutGeneration(context_, match),
+                                   MayKeepAlive(context_, head));
     }
     co_return outcome;
   }
@@ -161,8 +161,6 @@ class Session {
     const bool sent = co_await connection_.Send(head, reply, keep_alive);
     co_return Outcome{reply.status, sent && keep_alive};
   }
-
-  bool MayKeepAlive(const RequestHead& head) const { return head.keep_alive && !context_.draining; }
 
   void Record(const RequestHead& head, const RouteMatch& match, int status,
               std::chrono::steady_clock::duration duration) {

@@ -1,0 +1,379 @@
+// Generation over HTTP: answers, streams, and that nothing goes on for a client that has gone.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+#include <regex>
+#include <thread>
+
+#include "api_server/http/http_test_client.h"
+
+namespace wintserve {
+namespace {
+
+using nlohmann::json;
+using std::chrono::milliseconds;
+using testing::HasSubstr;
+using testing::Not;
+using testing::StartsWith;
+
+constexpr char kStreaming[] = R"(,"stream":true)";
+
+std::string Replaced(std::string text, const char* pattern, const char* with) {
+  return std::regex_replace(text, std::regex(pattern), with);
+}
+
+// Without what changes from run to run.
+std::string Normalized(std::string text) {
+  text = Replaced(text, "Date: [^\r]*", "Date: DATE");
+  text = Replaced(text, "cmpl-[0-9a-f-]{36}", "cmpl-ID");
+  return Replaced(text, "\"created\":[0-9]+", "\"created\":0");
+}
+
+// Chunk framing of the transcript: sizes depend on the ids, which have a fixed length.
+std::string Framed(const std::string& event, size_t real_size) {
+  char size[32];
+  std::snprintf(size, sizeof(size), "%zx\r\n", real_size);
+  return size + event + "\r\n";
+}
+
+TEST(Stream, BytesAreExactlyThese) {
+  TestServer server;
+  server.llm().HoldUpdates();
+  RawClient client(server.port());
+  client.Send(Post("/v1/chat/completions",
+                   R"({"messages":[{"role":"user","content":"hi"}],"stream":true,)"
+                   R"("stream_options":{"include_usage":true}})",
+                   "x-request-id: golden\r\n"));
+  ASSERT_TRUE(server.llm().WaitForSubmitted(1));
+  // One round at a time, so that the chunk framing does not depend on timing.
+  std::string transcript;
+  GenerationUpdate update = TextUpdate(0, "春");
+  server.llm().Send(1, update);
+  transcript +=
+      client.ReadUntil("春\"},\"logprobs\":null,\"finish_reason\":null}],\"usage\":null}\n\n\r\n");
+  update = TextUpdate(0, "眠", FinishReason::kStop);
+  update.num_prompt_tokens = 3;
+  update.num_completion_tokens = 2;
+  server.llm().Send(1, update);
+  transcript += client.ReadUntil("0\r\n\r\n");
+
+  const auto event = [](const std::string& choices, const std::string& usage) {
+    return R"(data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":0,)"
+           R"("model":"fake","choices":[)" +
+           choices + R"(],"usage":)" + usage + "}\n\n";
+  };
+  const auto choice = [](const std::string& delta, const std::string& finish_reason) {
+    return R"({"index":0,"delta":)" + delta + R"(,"logprobs":null,"finish_reason":)" +
+           finish_reason + "}";
+  };
+  // An id is 34 bytes longer than "ID", a time of this century 9 bytes longer than "0".
+  constexpr size_t kNormalizedAway = 34 + 9;
+  const std::string first = event(choice(R"({"role":"assistant","content":""})", "null"), "null") +
+                            event(choice(R"({"content":"春"})", "null"), "null");
+  const std::string second =
+      event(choice(R"({"content":"眠"})", "null"), "null") +
+      event(choice("{}", R"("stop")"), "null") +
+      event("", R"({"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,)"
+                R"("prompt_tokens_details":{"cached_tokens":0}})") +
+      "data: [DONE]\n\n";
+  EXPECT_EQ(Normalized(transcript),
+            "HTTP/1.1 200 OK\r\n"
+            "Date: DATE\r\n"
+            "x-request-id: golden\r\n"
+            "Content-Type: text/event-stream; charset=utf-8\r\n"
+            "Cache-Control: no-cache\r\n"
+            "X-Accel-Buffering: no\r\n"
+            "Transfer-Encoding: chunked\r\n\r\n" +
+                Framed(first, first.size() + 2 * kNormalizedAway) +
+                Framed(second, second.size() + 3 * kNormalizedAway) + "0\r\n\r\n");
+}
+
+TEST(Stream, ToAnHttp10ClientEndsWithTheConnection) {
+  TestServer server;
+  RawClient client(server.port());
+  client.Send(
+      "POST /v1/completions HTTP/1.0\r\nContent-Length: 28\r\n\r\n"
+      R"({"prompt":"a","stream":true})");
+  const std::string answer = client.ReadToEnd();
+  EXPECT_THAT(answer, HasSubstr("Connection: close\r\n\r\ndata: {"));
+  EXPECT_THAT(answer, testing::EndsWith("data: [DONE]\n\n"));
+}
+
+TEST(Stream, SaysThatItIsAliveWhenTheModelIsSilent) {
+  HttpOptions options;
+  options.keep_alive_interval = milliseconds(30);
+  TestServer server(options);
+  server.llm().HoldUpdates();
+  RawClient client(server.port());
+  client.Send(ChatPost(kStreaming));
+  client.ReadUntil(": keep-alive\n\n");
+  EXPECT_THAT(client.ReadUntil(": keep-alive\n\n"), HasSubstr(": keep-alive\n\n"));
+  server.llm().Send(1, TextUpdate(0, "late", FinishReason::kStop));
+  EXPECT_THAT(client.ReadUntil("[DONE]"), HasSubstr("late"));
+}
+
+TEST(Stream, InterleavesTheChoicesOfAllPrompts) {
+  TestServer server;
+  server.llm().SetPieces({"<{choice}>"});
+  const Response response =
+      Fetch(server.port(), Post("/v1/completions", R"({"prompt":["a","b"],"n":2,"stream":true})"));
+  std::map<int, std::string> texts;
+  std::map<int, std::string> reasons;
+  size_t at = 0;
+  while ((at = response.body.find("data: {", at)) != std::string::npos) {
+    const size_t end = response.body.find("\n\n", at);
+    const json choice = json::parse(response.body.substr(at + 6, end - at - 6))["choices"][0];
+    texts[choice["index"]] += choice["text"];
+    if (!choice["finish_reason"].is_null()) reasons[choice["index"]] = choice["finish_reason"];
+    at = end;
+  }
+  EXPECT_EQ(texts, (std::map<int, std::string>{{0, "<0>"}, {1, "<1>"}, {2, "<0>"}, {3, "<1>"}}));
+  EXPECT_EQ(reasons.size(), 4u);
+}
+
+TEST(Stream, AnErrorInTheMiddleIsAnEventBeforeDone) {
+  TestServer server;
+  server.llm().HoldUpdates();
+  RawClient client(server.port());
+  client.Send(ChatPost(kStreaming));
+  ASSERT_TRUE(server.llm().WaitForSubmitted(1));
+  server.llm().Send(1, TextUpdate(0, "begin"));
+  client.ReadUntil("begin");
+  GenerationUpdate broken;
+  broken.finished = true;
+  broken.error = absl::UnavailableError("engine worker 0 died");
+  server.llm().Send(1, broken);
+  const std::string rest = client.ReadUntil("0\r\n\r\n");
+  EXPECT_THAT(rest, HasSubstr(R"(data: {"error":{"message":"engine worker 0 died","type":)"
+                              R"("server_error","param":null,"code":"service_unavailable"}})"
+                              "\n\ndata: [DONE]\n\n"));
+}
+
+TEST(Stream, AnErrorBeforeTheFirstTokenHasItsOwnStatus) {
+  TestServer server;
+  server.llm().SetPieces({""});
+  server.llm().SetFinalError(absl::UnavailableError("engine worker 0 died"));
+  const Response response = Fetch(server.port(), ChatPost(kStreaming));
+  EXPECT_EQ(response.status, 503);
+  EXPECT_EQ(response.Header("Retry-After"), "1");
+}
+
+TEST(Generation, HidesOurInternalsButGivesTheRequestId) {
+  TestServer server;
+  server.llm().SetFinalError(absl::InternalError("secret pointer 0x1234"));
+  const Response response = Fetch(server.port(), ChatPost());
+  EXPECT_EQ(response.status, 500);
+  EXPECT_THAT(response.body, Not(HasSubstr("secret")));
+  EXPECT_THAT(response.body, HasSubstr(response.Header("x-request-id")));
+}
+
+TEST(Generation, PassesTheRequestOnAndUtf8BothWays) {
+  TestServer server;
+  server.llm().SetPieces({"处处", "闻啼鸟"});
+  const Response response =
+      Fetch(server.port(),
+            Post("/v1/completions", R"({"prompt":"春眠","max_tokens":5,"temperature":0,"seed":-7,)"
+                                    R"("stop":"\n","user":"u"})"));
+  EXPECT_EQ(json::parse(response.body)["choices"][0]["text"], "处处闻啼鸟");
+  EXPECT_THAT(response.body, HasSubstr("处处闻啼鸟"));  // as UTF-8, not as \u escapes
+  const GenerationRequest request = server.llm().submitted().at(0);
+  EXPECT_EQ(server.llm().Decode(request.prompt_ids), "春眠");
+  EXPECT_EQ(request.max_tokens, 5);
+  EXPECT_EQ(request.temperature, 0);
+  EXPECT_EQ(request.seed, -7);
+  EXPECT_THAT(request.stop, testing::ElementsAre("\n"));
+  EXPECT_THAT(request.id, StartsWith("cmpl-"));
+}
+
+TEST(Generation, AcceptsChunkedBodies) {
+  TestServer server;
+  const Response response = Fetch(
+      server.port(),
+      "POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json; "
+      "charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{\"pro\r\n9\r\nmpt\":\"a\"}\r\n"
+      "0\r\n\r\n");
+  EXPECT_EQ(response.status, 200) << response.body;
+}
+
+TEST(Generation, RefusesUnknownModelsWhenStrict) {
+  HttpOptions options;
+  options.model_names.strict = true;
+  TestServer server(options);
+  EXPECT_EQ(Fetch(server.port(), ChatPost(R"(,"model":"gpt-4o")")).status, 404);
+  EXPECT_EQ(Fetch(server.port(), ChatPost(R"(,"model":"null")")).status, 200);
+}
+
+TEST(Generation, BeyondTheConcurrencyLimitIs429UntilOneEnds) {
+  HttpOptions options;
+  options.max_concurrency = 1;
+  TestServer server(options);
+  server.llm().HoldUpdates();
+  RawClient first(server.port());
+  first.Send(ChatPost());
+  ASSERT_TRUE(server.llm().WaitForSubmitted(1));
+  const Response refused = Fetch(server.port(), ChatPost());
+  EXPECT_EQ(refused.status, 429);
+  EXPECT_EQ(refused.Header("Retry-After"), "1");
+  EXPECT_THAT(refused.body, HasSubstr("at most 1 may be open"));
+  server.llm().Send(1, TextUpdate(0, "a", FinishReason::kStop));
+  EXPECT_EQ(first.Receive().value_or(Response()).status, 200);
+  ASSERT_TRUE(server.http().WaitUntilIdle(std::chrono::seconds(10)));
+  RawClient second(server.port());
+  second.Send(ChatPost());
+  EXPECT_TRUE(server.llm().WaitForSubmitted(2));
+}
+
+TEST(Generation, TheLlmsRefusalsKeepTheirMeaning) {
+  TestServer server;
+  server.llm().SetSubmitError(absl::ResourceExhaustedError("too many requests wait"));
+  EXPECT_EQ(Fetch(server.port(), ChatPost()).status, 429);
+  server.llm().SetSubmitError(absl::UnavailableError("shutting down"));
+  EXPECT_EQ(Fetch(server.port(), ChatPost()).status, 503);
+}
+
+struct Departure {
+  const char* name;
+  const char* fields;
+  bool after_first_token;
+};
+
+class Departures : public testing::TestWithParam<Departure> {};
+
+TEST_P(Departures, CancelTheGenerationAtOnce) {
+  TestServer server;
+  server.llm().HoldUpdates();
+  RawClient client(server.port());
+  client.Send(ChatPost(GetParam().fields));
+  ASSERT_TRUE(server.llm().WaitForSubmitted(1));
+  if (GetParam().after_first_token) {
+    server.llm().Send(1, TextUpdate(0, "begin"));
+    client.ReadUntil("begin");
+  }
+  EXPECT_TRUE(server.llm().cancelled().empty());
+  client.Close();
+  EXPECT_TRUE(server.llm().WaitForCancelled(1));
+  EXPECT_TRUE(server.http().WaitUntilIdle(std::chrono::seconds(10)));
+  EXPECT_THAT(Fetch(server.port(), Get("/metrics")).body,
+              HasSubstr("fastdeploy:request_aborted_total 1"));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Departures,
+                         testing::Values(Departure{"StreamBeforeTheFirstToken", kStreaming, false},
+                                         Departure{"StreamInTheMiddle", kStreaming, true},
+                                         Departure{"NotStreaming", "", false}),
+                         [](const auto& info) { return info.param.name; });
+
+TEST(Generation, ADepartureBehindPipelinedBytesIsNoticed) {
+  TestServer server;
+  server.llm().HoldUpdates();
+  RawClient client(server.port());
+  client.Send(ChatPost() + Get("/health") + Get("/health"));
+  ASSERT_TRUE(server.llm().WaitForSubmitted(1));
+  client.Close();
+  EXPECT_TRUE(server.llm().WaitForCancelled(1));
+}
+
+TEST(Generation, ADepartureCancelsEveryPromptOfTheRequest) {
+  TestServer server;
+  server.llm().HoldUpdates();
+  RawClient client(server.port());
+  client.Send(Post("/v1/completions", R"({"prompt":["a","b","c"]})"));
+  ASSERT_TRUE(server.llm().WaitForSubmitted(3));
+  client.Close();
+  EXPECT_TRUE(server.llm().WaitForCancelled(3));
+}
+
+TEST(Generation, ASlowReaderIsCutWhenTooMuchWaitsForIt) {
+  HttpOptions options;
+  options.max_pending_stream_bytes = 256 << 10;
+  TestServer server(options);
+  server.llm().HoldUpdates();
+  RawClient client(server.port(), /*receive_buffer_bytes=*/4096);
+  client.Send(ChatPost(kStreaming));
+  ASSERT_TRUE(server.llm().WaitForSubmitted(1));
+  const std::string text(64 << 10, 'a');
+  // Far more than the kernel's buffers and the server's bound together.
+  size_t num_sent = 0;
+  for (; num_sent < 1000 && server.llm().cancelled().empty(); ++num_sent) {
+    server.llm().Send(1, TextUpdate(0, text));
+    std::this_thread::sleep_for(milliseconds(1));
+  }
+  EXPECT_TRUE(server.llm().WaitForCancelled(1));
+}
+
+TEST(Generation, AReaderThatTakesNothingForTooLongIsCut) {
+  HttpOptions options;
+  options.write_timeout = milliseconds(200);
+  options.max_pending_stream_bytes = int64_t{1} << 30;
+  TestServer server(options);
+  server.llm().HoldUpdates();
+  RawClient client(server.port(), /*receive_buffer_bytes=*/4096);
+  client.Send(ChatPost(kStreaming));
+  ASSERT_TRUE(server.llm().WaitForSubmitted(1));
+  server.llm().Send(1, TextUpdate(0, std::string(32 << 20, 'a')));
+  EXPECT_TRUE(server.llm().WaitForCancelled(1));
+}
+
+TEST(Generation, ServesTwoHundredStreamsAtOnce) {
+  constexpr int kNumStreams = 200;
+  TestServer server;
+  server.llm().SetPieces({"a", "b", "c", "d", "e"});
+  server.llm().SetDelayBetweenUpdates(milliseconds(20));
+  std::vector<std::unique_ptr<RawClient>> clients;
+  for (int i = 0; i < kNumStreams; ++i) {
+    clients.push_back(std::make_unique<RawClient>(server.port()));
+    ASSERT_TRUE(clients.back()->Send(ChatPost(kStreaming)));
+  }
+  for (const auto& client : clients) {
+    const Response response = client->Receive().value_or(Response());
+    EXPECT_EQ(response.status, 200);
+    std::string text;
+    const std::regex content("\"content\":\"([a-z])\"");
+    for (std::sregex_iterator it(response.body.begin(), response.body.end(), content), end;
+         it != end; ++it) {
+      text += (*it)[1];
+    }
+    EXPECT_EQ(text, "abcde");
+  }
+  EXPECT_TRUE(server.llm().cancelled().empty());
+}
+
+TEST(Shutdown, StopAcceptingLetsOpenRequestsEndAndThenCloses) {
+  TestServer server;
+  server.llm().HoldUpdates();
+  RawClient idle(server.port());
+  idle.Send(Get("/health"));
+  idle.Receive();
+  RawClient busy(server.port());
+  busy.Send(ChatPost());
+  ASSERT_TRUE(server.llm().WaitForSubmitted(1));
+
+  server.http().StopAccepting();
+  EXPECT_EQ(idle.ReadToEnd(), "");
+  EXPECT_FALSE(RawClient(server.port()).Send(Get("/health")));
+  EXPECT_FALSE(server.http().WaitUntilIdle(milliseconds(20)));
+  server.llm().Send(1, TextUpdate(0, "done", FinishReason::kStop));
+  const Response response = busy.Receive().value_or(Response());
+  EXPECT_EQ(response.status, 200);
+  EXPECT_EQ(response.Header("Connection"), "close");
+  EXPECT_TRUE(server.http().WaitUntilIdle(std::chrono::seconds(10)));
+  EXPECT_TRUE(server.llm().cancelled().empty());
+}
+
+TEST(Shutdown, StopCutsStreamsAndCancelsTheirGenerations) {
+  TestServer server;
+  server.llm().HoldUpdates();
+  RawClient streaming(server.port());
+  streaming.Send(ChatPost(kStreaming));
+  RawClient waiting(server.port());
+  waiting.Send(ChatPost());
+  ASSERT_TRUE(server.llm().WaitForSubmitted(2));
+  server.http().Stop();
+  EXPECT_EQ(server.llm().cancelled().size(), 2u);
+  EXPECT_EQ(waiting.ReadToEnd(), "");
+  server.llm().Send(1, TextUpdate(0, "too late", FinishReason::kStop));
+}
+
+}  // namespace
+}  // namespace wintserve
