@@ -89,7 +89,7 @@ Connection::Awaitable<void> Connection::LingeringClose() {
   buffer_.consume(buffer_.size());
   for (size_t dropped = 0; !error && dropped < kMaxLingerBytes;) {
     const auto [read_error, num_bytes] =
-        co_await stream_.async_read_some(buffer_.prepare(64 << 10), kAsTuple);
+        co_await stream_.async_read_some(buffer_.prepare(kReadBytes), kAsTuple);
     error = read_error;
     dropped += num_bytes;
   }

@@ -17,7 +17,7 @@ inline constexpr int kStatusClientClosed = 499;
 struct RequestHead {
   std::string method;
   std::string target;
-  int version = 11;         // 10 or 11, or what the client claims
+  int version = 11;         // 10 or 11
   bool keep_alive = false;  // the client's wish
   bool has_body = false;    // one follows, whether or not it has been read
   bool expects_continue = false;

@@ -79,6 +79,9 @@ Reply MalformedReply(error_code error, const HttpOptions& options) {
     return ErrorReply(431, "header_too_large",
                       fmt::format("the header is larger than {} bytes", options.max_header_bytes));
   }
+  if (error == http::error::bad_version) {
+    return ErrorReply(505, "http_version_not_supported", "only HTTP/1.0 and HTTP/1.1 are spoken");
+  }
   return ErrorReply(400, "invalid_http",
                     fmt::format("the request is not valid HTTP: {}", error.message()));
 }
