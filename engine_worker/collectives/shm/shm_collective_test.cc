@@ -7,8 +7,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <bit>
-#include <cstring>
+#include <cmath>
 #include <functional>
 #include <random>
 #include <thread>
@@ -68,7 +69,10 @@ std::vector<float> RankOrderSum(int world_size, int64_t count, uint32_t seed) {
 }
 
 bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  const auto same = [](float x, float y) {
+    return std::bit_cast<uint32_t>(x) == std::bit_cast<uint32_t>(y);
+  };
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), same);
 }
 
 // A mix of all operations with sizes from nothing to several slots. Returns the first difference.
