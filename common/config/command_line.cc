@@ -243,22 +243,12 @@ std::optional<Failure> CheckTogether(const Draft& draft, const Sources& sources)
                                    : Failure(source->second.exit_code,
                                              fmt::format("{}: {}", source->second.place, reason));
   };
-  const bool budget_given = draft.given.contains("max-num-batched-tokens");
-  // Without chunks a whole prompt is one step.
-  const int needed = options.enable_chunked_prefill
-                         ? options.max_num_seqs
-                         : std::max(options.max_num_seqs, options.max_model_len);
-  if (!budget_given) {
-    options.max_num_batched_tokens = std::max(options.max_num_batched_tokens, needed);
+  if (!draft.given.contains("max-num-batched-tokens")) {
+    options.max_num_batched_tokens = std::max(options.max_num_batched_tokens, options.max_num_seqs);
   } else if (options.max_num_batched_tokens < options.max_num_seqs) {
     return fail("max-num-batched-tokens",
                 fmt::format("must be at least --max-num-seqs, {} (got {})", options.max_num_seqs,
                             options.max_num_batched_tokens));
-  } else if (options.max_num_batched_tokens < needed) {
-    return fail("max-num-batched-tokens",
-                fmt::format("must be at least --max-model-len, {}, without chunked prefill (got "
-                            "{})",
-                            options.max_model_len, options.max_num_batched_tokens));
   }
 
   // Two zeros are two free ports.

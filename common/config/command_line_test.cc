@@ -14,11 +14,11 @@
 namespace wintserve {
 namespace {
 
-using ::testing::Contains;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using ::testing::SizeIs;
+using ::testing::UnorderedElementsAre;
 using Args = std::vector<std::string>;
 using Environment = std::map<std::string, std::string>;
 
@@ -65,11 +65,13 @@ TEST(CommandLine, TheDocumentedCommandIsServed) {
   EXPECT_EQ(command.options.tensor_parallel_size, 2);
   EXPECT_EQ(command.options.max_model_len, 32768);
   EXPECT_EQ(command.options.max_num_seqs, 256);
-  EXPECT_TRUE(command.options.enable_prefix_caching);
-  EXPECT_TRUE(command.options.enable_chunked_prefill);
   EXPECT_FALSE(command.options.use_cudagraph);
-  EXPECT_THAT(command.notes, ElementsAre("--use-cudagraph: there are no CUDA graphs on --device "
-                                         "cpu; ignored"));
+  EXPECT_THAT(command.notes,
+              UnorderedElementsAre(
+                  "--use-cudagraph: there are no CUDA graphs on --device cpu; ignored",
+                  "--enable-prefix-caching: prefix caching is not in this version; ignored",
+                  "--enable-chunked-prefill: a prompt runs whole in one step in this version; "
+                  "ignored"));
 }
 
 TEST(CommandLine, WithoutFlagsTheDefaultsOfTheCpuHold) {
@@ -109,18 +111,18 @@ TEST(CommandLine, SwitchesGoBothWaysAndTheLastCounts) {
     bool expected;
   };
   const Case cases[] = {
-      {{"--enable-prefix-caching"}, true},
-      {{"--no-enable-prefix-caching"}, false},
-      {{"--no_enable_prefix_caching"}, false},
-      {{"--enable-prefix-caching=false"}, false},
-      {{"--no-enable-prefix-caching", "--enable-prefix-caching"}, true},
-      {{"--enable-prefix-caching", "--no-enable-prefix-caching"}, false},
+      {{"--strict-model-name"}, true},
+      {{"--no-strict-model-name"}, false},
+      {{"--no_strict_model_name"}, false},
+      {{"--strict-model-name=false"}, false},
+      {{"--no-strict-model-name", "--strict-model-name"}, true},
+      {{"--strict-model-name", "--no-strict-model-name"}, false},
   };
   for (const Case& c : cases) {
     SCOPED_TRACE(c.args.back());
     const CommandLine command = Serve(c.args);
     EXPECT_EQ(command.error, "");
-    EXPECT_EQ(command.options.enable_prefix_caching, c.expected);
+    EXPECT_EQ(command.options.strict_model_name, c.expected);
   }
 }
 
@@ -159,10 +161,8 @@ TEST(CommandLine, MetricsPortEqualToPortMeansOnPort) {
   EXPECT_EQ(Serve({"--port=0", "--metrics-port=0"}).options.metrics_port, 0);
 }
 
-TEST(CommandLine, TheTokenBudgetFollowsWhatAStepNeeds) {
-  EXPECT_EQ(
-      Serve({"--max-model-len=4096", "--no-enable-chunked-prefill"}).options.max_num_batched_tokens,
-      4096);
+TEST(CommandLine, AStepHoldsOneTokenOfEverySequence) {
+  EXPECT_EQ(Serve({"--max-num-seqs=256"}).error, "");
   EXPECT_EQ(Serve({"--max-num-batched-tokens=16"}).options.max_num_batched_tokens, 16);
 }
 
@@ -196,8 +196,6 @@ TEST(CommandLine, OneLineSaysWhatIsWrong) {
       {{"--max-num-seqs", "0"}, "must be 1..256 (got 0)"},
       {{"--max-num-seqs=8", "--max-num-batched-tokens=7"},
        "error: --max-num-batched-tokens: must be at least --max-num-seqs, 8 (got 7)"},
-      {{"--no-enable-chunked-prefill", "--max-num-batched-tokens=64"},
-       "must be at least --max-model-len, 2048, without chunked prefill (got 64)"},
       {{"--tensor-parallel-size", "3"}, "error: --tensor-parallel-size: must be 1, 2 or 4 (got 3)"},
       {{"--device", "tpu"}, "error: --device: must be one of cpu, cuda (got tpu)"},
       {{"--block-size", "32"}, "error: --block-size: must be 64 (got 32)"},
@@ -442,7 +440,7 @@ TEST(ConfigFile, SetsWhatTheFlagsLeaveOpen) {
       "max_num_seqs: 5\n"
       "max-model-len: 512   # dashes too\n"
       "port: 9000\n"
-      "enable_prefix_caching: no\n"
+      "strict_model_name: yes\n"
       "api_key: [k1, k2]\n"
       "served_model_name:\n"
       "  - a\n"
@@ -457,7 +455,7 @@ TEST(ConfigFile, SetsWhatTheFlagsLeaveOpen) {
   EXPECT_EQ(command.options.port, 9001) << "the flag wins";
   EXPECT_EQ(command.options.max_num_seqs, 5);
   EXPECT_EQ(command.options.max_model_len, 512);
-  EXPECT_FALSE(command.options.enable_prefix_caching);
+  EXPECT_TRUE(command.options.strict_model_name);
   EXPECT_THAT(command.options.api_keys, ElementsAre("k1", "k2"));
   EXPECT_THAT(command.options.served_model_name, ElementsAre("a", "b"));
   EXPECT_FALSE(command.options.metrics_port.has_value());

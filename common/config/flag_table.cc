@@ -294,18 +294,13 @@ void AddEngineFlags(std::vector<Flag>* flags) {
                            "Prompt and output tokens of a request"));
   flags->push_back(Integer("max-num-seqs", kLimits, 1, 256, &ServeOptions::max_num_seqs,
                            "Sequences in one step"));
-  flags->push_back(Integer("max-num-batched-tokens", kLimits, 1, kMaxModelLen,
-                           &ServeOptions::max_num_batched_tokens,
-                           "Tokens in one step; at least --max-num-seqs"));
+  flags->push_back(Integer(
+      "max-num-batched-tokens", kLimits, 1, kMaxModelLen, &ServeOptions::max_num_batched_tokens,
+      "Tokens in one step (one longer prompt runs alone); at least --max-num-seqs"));
   flags->push_back(
       ServeOnly(Integer("max-concurrency", kLimits, 1, 1'000'000, &ServeOptions::max_concurrency,
                         "Open generation requests; beyond: 429")));
 
-  flags->push_back(Switch("enable-prefix-caching", kFeatures, &ServeOptions::enable_prefix_caching,
-                          "Reuse the KV cache of equal prompt beginnings"));
-  flags->push_back(Switch("enable-chunked-prefill", kFeatures,
-                          &ServeOptions::enable_chunked_prefill,
-                          "Spread a long prompt over several steps"));
   flags->push_back(
       Switch("use-cudagraph", kFeatures, &ServeOptions::use_cudagraph, "CUDA graphs (cuda only)"));
   flags->push_back(Custom("graph-optimization-config", kFeatures, Type::kJson, "",
@@ -395,6 +390,9 @@ void AddGenerationFlags(std::vector<Flag>* flags) {
 
 void AddUnbuiltFlags(std::vector<Flag>* flags) {
   const Flag unbuilt[] = {
+      Unbuilt("enable-prefix-caching", Type::kSwitch, "", "prefix caching is not in this version"),
+      Unbuilt("enable-chunked-prefill", Type::kSwitch, "",
+              "a prompt runs whole in one step in this version"),
       Unbuilt("swap-space", Type::kNumber, "0", "the host cache tier is not in this version", 0,
               1 << 20),
       Unbuilt("workers", Type::kInteger, "1", "one API server process serves every connection", 1,

@@ -38,8 +38,8 @@ Instance UnusualInstance() {
   options.max_num_seqs = 7;
   options.max_num_batched_tokens = 8;
   options.max_concurrency = 9;
-  options.enable_prefix_caching = false;
-  options.enable_chunked_prefill = false;
+  options.enable_prefix_caching = true;
+  options.enable_chunked_prefill = true;
   options.use_cudagraph = true;
   options.block_size = 10;
   options.num_gpu_blocks_override = 11;

@@ -37,8 +37,8 @@ struct ServeOptions {
   int max_concurrency = 512;  // open generation requests; beyond: 429
 
   // Features
-  bool enable_prefix_caching = true;
-  bool enable_chunked_prefill = true;
+  bool enable_prefix_caching = false;   // not built: the flag is accepted and noted
+  bool enable_chunked_prefill = false;  // likewise
   bool use_cudagraph = false;
   int block_size = 64;
   std::optional<int> num_gpu_blocks_override;
