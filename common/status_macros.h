@@ -6,9 +6,11 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 
-#define RETURN_IF_ERROR(expression)                                        \
-  do {                                                                     \
-    if (absl::Status status_ = (expression); !status_.ok()) return status_; \
+#define RETURN_IF_ERROR(expression)                                             \
+  do {                                                                          \
+    if (absl::Status wintserve_status = (expression); !wintserve_status.ok()) { \
+      return wintserve_status;                                                  \
+    }                                                                           \
   } while (false)
 
 #define WINTSERVE_CONCAT_INNER(a, b) a##b

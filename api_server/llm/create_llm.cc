@@ -63,6 +63,7 @@ class LlmImpl : public LLM {
                                     .group_epoch = RandomEpoch()},
                         .eos_ids = std::move(eos_ids),
                         .connect_cache = std::move(connect_cache),
+                        .on_ready = options_.on_ready,
                         .on_fatal = options_.on_fatal};
     ASSIGN_OR_RETURN(engine_, Engine::Start(std::move(config), &metrics_));
     return absl::OkStatus();

@@ -38,6 +38,8 @@ struct LlmOptions {
   int block_size_tokens = 64;
   std::optional<int> num_blocks_override = {};
 
+  // Called once, from the engine's thread, when Readiness().ready has become true.
+  std::function<void()> on_ready = {};
   // Called once, from the engine's thread, when the instance can serve no more and has to be
   // started anew: a worker or the cache manager is lost, or the ranks disagree. `reason` is one
   // line for the operator. Must not block, nor destroy the LLM.

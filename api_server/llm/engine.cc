@@ -270,9 +270,12 @@ void Engine::BecomeReady() {
   LOG_INFO("ready: {} KV blocks of {} tokens, {} MiB; {} sequences of at most {} tokens",
            num_blocks, config.block_size_tokens, startup_.block_bytes() * num_blocks >> 20,
            config.max_num_seqs, startup_.max_model_len());
-  MutexLock lock(&readiness_mutex_);
-  limits_ = {startup_.max_model_len(), startup_.vocab_size()};
-  readiness_ = {.ready = true, .reason = ""};
+  {
+    MutexLock lock(&readiness_mutex_);
+    limits_ = {startup_.max_model_len(), startup_.vocab_size()};
+    readiness_ = {.ready = true, .reason = ""};
+  }
+  if (config_.on_ready) config_.on_ready();
 }
 
 void Engine::Handle(BlocksLeased event) {

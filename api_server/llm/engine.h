@@ -32,6 +32,7 @@ struct EngineConfig {
   StartupConfig startup;
   std::vector<int32_t> eos_ids;
   CacheConnector connect_cache;
+  std::function<void()> on_ready;                           // see LlmOptions
   std::function<void(const std::string& reason)> on_fatal;  // see LlmOptions
 };
 

@@ -1,0 +1,95 @@
+#include "api_server/llm/offline.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <vector>
+
+#include "common/check.h"
+#include "common/mutex.h"
+#include "common/status_macros.h"
+
+namespace wintserve {
+namespace {
+
+using nlohmann::json;
+
+template <typename T>
+std::optional<T> Optional(const json& value) {
+  if (value.is_null()) return std::nullopt;
+  return value.get<T>();
+}
+
+absl::StatusOr<GenerationRequest> MakeRequest(const LLM& llm, const json& spec) {
+  std::string prompt = spec.at("prompt");
+  if (spec.at("chat").get<bool>()) {
+    ASSIGN_OR_RETURN(prompt, llm.RenderChat({{"user", prompt}}, /*add_generation_prompt=*/true));
+  }
+  GenerationRequest request;
+  request.id = "generate";
+  request.prompt_ids = llm.Encode(prompt);
+  request.temperature =
+      Optional<float>(spec.at("temperature")).value_or(llm.defaults().temperature);
+  request.top_p = Optional<float>(spec.at("top_p")).value_or(llm.defaults().top_p);
+  request.top_k = spec.at("top_k");
+  request.max_tokens = Optional<int>(spec.at("max_tokens"));
+  request.seed = Optional<int64_t>(spec.at("seed"));
+  request.stop = spec.at("stop").get<std::vector<std::string>>();
+  return request;
+}
+
+// Prints on the engine's thread, tells the caller's when all is printed.
+class Printer {
+ public:
+  explicit Printer(bool print_ids) : print_ids_(print_ids) {}
+
+  void OnUpdate(const GenerationUpdate& update) EXCLUDES(mutex_) {
+    for (const ChoiceDelta& choice : update.choices) {
+      ids_.insert(ids_.end(), choice.token_ids.begin(), choice.token_ids.end());
+      if (!print_ids_) fmt::print("{}", choice.text);
+    }
+    std::fflush(stdout);
+    if (!update.finished) return;
+    MutexLock lock(&mutex_);
+    status_ = update.error;
+    finished_ = true;
+    changed_.NotifyOne();
+  }
+
+  absl::Status Wait() EXCLUDES(mutex_) {
+    MutexLock lock(&mutex_);
+    changed_.Wait(&mutex_, [this] { return finished_; });
+    RETURN_IF_ERROR(status_);
+    if (print_ids_) {
+      fmt::print("{}\n", fmt::join(ids_, " "));
+    } else {
+      fmt::print("\n");
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  const bool print_ids_;
+  std::vector<int32_t> ids_;  // of the engine's thread until finished_
+  Mutex mutex_;
+  CondVar changed_;
+  bool finished_ GUARDED_BY(mutex_) = false;
+  absl::Status status_ GUARDED_BY(mutex_);
+};
+
+}  // namespace
+
+absl::Status GenerateOffline(LLM* llm, const std::string& request_json) {
+  const json spec = json::parse(request_json, nullptr, /*allow_exceptions=*/false);
+  CHECK(spec.is_object(), "the launcher wrote {}", request_json);
+  ASSIGN_OR_RETURN(GenerationRequest request, MakeRequest(*llm, spec));
+  Printer printer(spec.at("print_ids"));
+  RETURN_IF_ERROR(
+      llm->Submit(std::move(request), [&](GenerationUpdate update) { printer.OnUpdate(update); })
+          .status());
+  return printer.Wait();
+}
+
+}  // namespace wintserve

@@ -1,0 +1,146 @@
+// wintserve-api-server: the process that owns requests. Started by the launcher.
+#include <fmt/format.h>
+#include <grpc/support/log.h>
+#include <prometheus/registry.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "api_server/http/http_server.h"
+#include "api_server/llm/create_llm.h"
+#include "api_server/llm/offline.h"
+#include "common/config/instance.h"
+#include "common/exit_code.h"
+#include "common/log.h"
+
+namespace wintserve {
+namespace {
+
+// What the engine's thread tells the main thread, which waits for signals and nothing else.
+constexpr int kReadySignal = SIGUSR1;
+constexpr int kFatalSignal = SIGUSR2;
+
+// What goes wrong is reported by us, in one line; gRPC's own account is for debugging.
+void LogGrpcMessage(gpr_log_func_args* args) { LOG_DEBUG("grpc: {}", args->message); }
+
+sigset_t AwaitedSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  for (int signal : {SIGTERM, SIGINT, kReadySignal, kFatalSignal}) sigaddset(&signals, signal);
+  return signals;
+}
+
+int NextSignal() {
+  const sigset_t signals = AwaitedSignals();
+  int signal = 0;
+  sigwait(&signals, &signal);
+  return signal;
+}
+
+bool SignalIsPending() {
+  const sigset_t signals = AwaitedSignals();
+  const timespec now = {};
+  return sigtimedwait(&signals, nullptr, &now) > 0;
+}
+
+int ExitCodeFor(const absl::Status& status) {
+  switch (status.code()) {
+    case absl::StatusCode::kNotFound:
+    case absl::StatusCode::kInvalidArgument:
+    case absl::StatusCode::kDataLoss:
+      return kExitCheckpoint;
+    case absl::StatusCode::kUnavailable:
+      return kExitUnavailable;
+    default:
+      return kExitInternal;
+  }
+}
+
+int Fail(const absl::Status& status) {
+  LOG_ERROR("{}", std::string(status.message()));
+  return ExitCodeFor(status);
+}
+
+// Lets open streams finish. A further signal ends the wait.
+int Drain(HttpServer* server, std::chrono::milliseconds timeout) {
+  constexpr std::chrono::milliseconds kLookForSignal{50};
+  server->StopAccepting();
+  const auto deadline = std::chrono::steady_clock::now() + timeout;
+  while (!server->WaitUntilIdle(kLookForSignal)) {
+    if (SignalIsPending() || std::chrono::steady_clock::now() >= deadline) return kExitDrainTimeout;
+  }
+  return kExitOk;
+}
+
+int Serve(const Instance& instance, LLM* llm, std::shared_ptr<prometheus::Registry> registry) {
+  const ServeOptions& options = instance.options;
+  HttpOptions http;
+  http.listen_fd = instance.http_fd;
+  http.metrics_fd = instance.metrics_fd;
+  http.api_keys = options.api_keys;
+  http.model_names = {options.served_model_name, options.strict_model_name};
+  http.max_concurrency = options.max_concurrency;
+  const auto server = HttpServer::Start(std::move(http), llm, std::move(registry));
+  if (!server.ok()) return Fail(server.status());
+  LogStartupLines(options.host, options.port, options.metrics_port.value_or(options.port));
+
+  while (true) {
+    const int signal = NextSignal();
+    if (signal == kReadySignal) {
+      LogStartupComplete();
+    } else if (signal == kFatalSignal) {
+      return kExitInternal;  // the engine has said why
+    } else {
+      return Drain(server->get(), std::chrono::milliseconds(options.drain_timeout_ms));
+    }
+  }
+}
+
+int Generate(const Instance& instance, LLM* llm) {
+  switch (NextSignal()) {
+    case kReadySignal:
+      break;
+    case kFatalSignal:
+      return kExitInternal;
+    default:
+      return kExitOk;
+  }
+  const absl::Status status = GenerateOffline(llm, instance.generate_json);
+  if (status.ok()) return kExitOk;
+  LOG_ERROR("{}", std::string(status.message()));
+  return absl::IsInvalidArgument(status) ? kExitUsage : kExitInternal;
+}
+
+int Main(int argc, char** argv) {
+  // Blocked before the first thread exists, so that every thread inherits it and only the main
+  // thread's waits see them.
+  const sigset_t signals = AwaitedSignals();
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  signal(SIGPIPE, SIG_IGN);
+
+  const auto instance = InstanceFromArgv(argc, argv);
+  if (!instance.ok()) {
+    fmt::print(stderr, "{}\n", std::string(instance.status().message()));
+    return kExitUsage;
+  }
+  InitLog("api_server", instance->options.log_level);
+  gpr_set_log_function(LogGrpcMessage);
+
+  const auto registry = std::make_shared<prometheus::Registry>();
+  LlmOptions llm_options = LlmOptionsFor(*instance);
+  llm_options.on_ready = [] { kill(getpid(), kReadySignal); };
+  llm_options.on_fatal = [](const std::string&) { kill(getpid(), kFatalSignal); };
+  const auto llm = CreateLlm(std::move(llm_options), registry);
+  if (!llm.ok()) return Fail(llm.status());
+  return instance->mode == "generate" ? Generate(*instance, llm->get())
+                                      : Serve(*instance, llm->get(), registry);
+}
+
+}  // namespace
+}  // namespace wintserve
+
+int main(int argc, char** argv) { return wintserve::Main(argc, argv); }
