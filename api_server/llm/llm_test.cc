@@ -362,12 +362,15 @@ TEST_F(LlmTest, LowersMaxModelLenToWhatTheModelWasMadeFor) {
 }
 
 TEST_F(LlmTest, ARequestOfTopPZeroOrTemperatureZeroIsGreedyAndSeedsReachTheWorker) {
-  Mutex mutex;
-  std::vector<SamplingParams> seen;
+  struct Seen {
+    Mutex mutex;
+    std::vector<SamplingParams> sampling;
+  };
+  auto shared = std::make_shared<Seen>();  // the worker may run a last plan after the test's end
   FakeWorkerOptions worker = WorkerOptions();
-  worker.before_step = [&](const StepPlan& plan) {
-    MutexLock lock(&mutex);
-    for (const SlotInit& init : plan.slot_init) seen.push_back(init.sampling);
+  worker.before_step = [shared](const StepPlan& plan) {
+    MutexLock lock(&shared->mutex);
+    for (const SlotInit& init : plan.slot_init) shared->sampling.push_back(init.sampling);
     return true;
   };
   StartServing(worker);
@@ -386,7 +389,8 @@ TEST_F(LlmTest, ARequestOfTopPZeroOrTemperatureZeroIsGreedyAndSeedsReachTheWorke
   run(0.7f, 0.9f, -3);
   run(0.7f, 0.9f, std::nullopt);
   run(0.7f, 0.9f, std::nullopt);
-  MutexLock lock(&mutex);
+  MutexLock lock(&shared->mutex);
+  const std::vector<SamplingParams>& seen = shared->sampling;
   ASSERT_THAT(seen, SizeIs(5));
   EXPECT_THAT(std::vector({seen[0].temperature, seen[1].temperature}), Each(0.0f));
   EXPECT_THAT(std::vector({seen[0].top_p, seen[1].top_p}), Each(1.0f));
@@ -397,10 +401,10 @@ TEST_F(LlmTest, ARequestOfTopPZeroOrTemperatureZeroIsGreedyAndSeedsReachTheWorke
 }
 
 TEST_F(LlmTest, RefusesMoreOpenRequestsThanTheLimit) {
-  Gate gate;
+  auto gate = std::make_shared<Gate>();  // the worker may run a last plan after the test's end
   FakeWorkerOptions worker = WorkerOptions();
-  worker.before_step = [&](const StepPlan&) {
-    gate.Pass();
+  worker.before_step = [gate](const StepPlan&) {
+    gate->Pass();
     return true;
   };
   options_.max_open_requests = 2;
@@ -416,7 +420,7 @@ TEST_F(LlmTest, RefusesMoreOpenRequestsThanTheLimit) {
   llm_->Cancel(handle);
   Updates third;
   Submit(Request("abc", 5), &third);
-  gate.Open();
+  gate->Open();
   EXPECT_TRUE(first.WaitFinished());
   EXPECT_TRUE(third.WaitFinished());
 }
