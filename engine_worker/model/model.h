@@ -34,7 +34,8 @@ class Model {
   virtual int vocab_size() const = 0;
   virtual int num_layers() const = 0;
   virtual int max_position() const = 0;
-  // Bytes of one KV block on this rank: [layer][K, V][kv_head][block_size][head_dim].
+  // Bytes of one KV block on this rank: [layer][K, V][kv_head][block_size * head_dim]; the order of
+  // the last part is the backend's (the CPU keeps K as [head_dim][block_size]).
   virtual int64_t kv_block_bytes() const = 0;
   // Equal digests mean that blocks can be read by each other's group (all ranks together).
   virtual uint64_t kv_layout_digest() const = 0;

@@ -25,9 +25,11 @@ using D = hn::CappedTag<float, 16>;
 using V = hn::Vec<D>;
 inline constexpr int kLanes = static_cast<int>(hn::MaxLanes(D()));
 
-// Rows and vectors of a register block: its accumulators, one vector of weights per column vector
-// and one broadcast have to fit the registers (16 with AVX2, 32 with AVX-512).
+// Rows of x that one register block multiplies at most.
 inline constexpr int kMaxBlockRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 4;
+
+// Column vectors of a register block. Its accumulators, a vector of weights for each column vector
+// and one broadcast have to fit the registers: 32 with AVX-512, else 16.
 constexpr int BlockVecs(int rows, int columns) {
   const int registers = kLanes == 16 ? 32 : 16;
   const int vecs = 5 * rows + 4 <= registers ? 4 : 2;
