@@ -2,10 +2,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <nlohmann/json.hpp>
 #include <random>
+#include <sstream>
 
 #include "api_server/http/http_test_client.h"
-#include "nlohmann/json.hpp"
 
 namespace wintserve {
 namespace {
