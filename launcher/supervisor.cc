@@ -186,7 +186,9 @@ void Supervisor::JudgeDrained(const Child& child, const ChildExit& ended) {
   // end of themselves, for they have lost their peer.
   const bool crashed = ended.by_signal && ended.code != SIGTERM;
   const bool failed = !ended.by_signal && ended.code != kExitOk;
-  const bool early = !child.stopped && AnyRunning(Role::kApiServer);
+  // An engine worker ends when the API server, on its own way out, tells it to.
+  const bool early =
+      !child.stopped && child.role != Role::kEngineWorker && AnyRunning(Role::kApiServer);
   if (!crashed && !early && !(api_server && failed)) {
     LOG_DEBUG("{} ended: {}", child.name, ended.ToString());
     return;
