@@ -12,9 +12,9 @@ namespace wintserve {
 }  // namespace wintserve
 
 // CHECK(num_free >= 0, "num_free={} num_blocks={}", num_free, num_blocks);
-#define CHECK(condition, ...)                                                              \
-  do {                                                                                     \
-    if (!(condition)) [[unlikely]] {                                                       \
+#define CHECK(condition, ...)                                                                \
+  do {                                                                                       \
+    if (!(condition)) [[unlikely]] {                                                         \
       ::wintserve::CheckFailed(__FILE__, __LINE__, #condition, fmt::format("" __VA_ARGS__)); \
-    }                                                                                      \
+    }                                                                                        \
   } while (false)

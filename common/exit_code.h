@@ -1,4 +1,5 @@
-// Exit codes of every process (sysexits.h where one fits), so that a supervisor can tell what to do.
+// Exit codes of every process (sysexits.h where one fits), so that a supervisor can tell what to
+// do.
 #pragma once
 
 namespace wintserve {

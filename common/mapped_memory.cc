@@ -19,9 +19,11 @@ constexpr int kSizeSeals = F_SEAL_GROW | F_SEAL_SHRINK;
 absl::StatusOr<void*> Map(int fd, int64_t size_bytes) {
   void* data = ::mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (data == MAP_FAILED) {
-    return absl::ErrnoToStatus(errno, fmt::format("cannot map {} bytes of shared memory", size_bytes));
+    return absl::ErrnoToStatus(errno,
+                               fmt::format("cannot map {} bytes of shared memory", size_bytes));
   }
-  ::madvise(data, size_bytes, MADV_DONTDUMP);  // a core file must not hold every request's keys and values
+  ::madvise(data, size_bytes,
+            MADV_DONTDUMP);  // a core file must not hold every request's keys and values
   return data;
 }
 
@@ -33,7 +35,8 @@ absl::StatusOr<MappedMemory> MappedMemory::Create(const std::string& debug_name,
   memory.fd_.Reset(::memfd_create(debug_name.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!memory.fd_.valid()) return absl::ErrnoToStatus(errno, "memfd_create");
   if (::ftruncate(memory.fd(), size_bytes) != 0) {
-    return absl::ErrnoToStatus(errno, fmt::format("cannot size shared memory to {} bytes", size_bytes));
+    return absl::ErrnoToStatus(errno,
+                               fmt::format("cannot size shared memory to {} bytes", size_bytes));
   }
   if (::fcntl(memory.fd(), F_ADD_SEALS, kSizeSeals) != 0) {
     return absl::ErrnoToStatus(errno, "cannot seal shared memory");

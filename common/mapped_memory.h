@@ -12,7 +12,8 @@ namespace wintserve {
 // Owns the mapping and one descriptor of the memfd. Move-only; unmaps and closes on destruction.
 class MappedMemory {
  public:
-  // A memfd of size_bytes zero bytes, sealed against growing and shrinking. debug_name shows in /proc.
+  // A memfd of size_bytes zero bytes, sealed against growing and shrinking. debug_name shows in
+  // /proc.
   static absl::StatusOr<MappedMemory> Create(const std::string& debug_name, int64_t size_bytes);
   // Maps a memfd made by Create in another process. INVALID_ARGUMENT: wrong size, or not sealed.
   static absl::StatusOr<MappedMemory> FromFd(UniqueFd fd, int64_t size_bytes);

@@ -20,8 +20,8 @@ absl::StatusOr<sockaddr_un> Address(const std::string& path) {
   sockaddr_un address = {};
   address.sun_family = AF_UNIX;
   if (path.size() >= sizeof(address.sun_path)) {
-    return absl::InvalidArgumentError(fmt::format("socket path {} is longer than {} bytes", path,
-                                                  sizeof(address.sun_path) - 1));
+    return absl::InvalidArgumentError(
+        fmt::format("socket path {} is longer than {} bytes", path, sizeof(address.sun_path) - 1));
   }
   std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
   return address;
@@ -144,13 +144,14 @@ absl::StatusOr<Packet> ReceivePacket(int socket_fd, int64_t timeout_ms) {
       packet.fd.Reset(fd);
     }
   }
-  // A protobuf message of default values has no bytes; beside a descriptor it is a packet all the same.
+  // A protobuf message of default values has no bytes; beside a descriptor it is a packet all the
+  // same.
   if (received == 0 && !packet.fd.valid()) {
     return absl::OutOfRangeError("the peer closed the socket");
   }
   if (several_fds || (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0) {
-    return absl::InvalidArgumentError(
-        fmt::format("packet is longer than {} bytes or carries several descriptors", kMaxPacketBytes));
+    return absl::InvalidArgumentError(fmt::format(
+        "packet is longer than {} bytes or carries several descriptors", kMaxPacketBytes));
   }
   packet.bytes.resize(received);
   return packet;

@@ -24,13 +24,15 @@ absl::StatusOr<UniqueFd> ListenUnix(const std::string& path);
 // CANCELLED: listen_fd was shut down (shutdown(2) wakes the wait).
 absl::StatusOr<UniqueFd> AcceptUnix(int listen_fd);
 
-// UNAVAILABLE: nobody listens there within timeout_ms (retried, since the peer may still be starting).
+// UNAVAILABLE: nobody listens there within timeout_ms (retried, since the peer may still be
+// starting).
 absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path, int64_t timeout_ms);
 
 // fd -1 sends none.
 absl::Status SendPacket(int socket_fd, const std::string& bytes, int fd = -1);
 
-// DEADLINE_EXCEEDED: nothing came within timeout_ms (-1: wait for ever). OUT_OF_RANGE: the peer closed.
+// DEADLINE_EXCEEDED: nothing came within timeout_ms (-1: wait for ever). OUT_OF_RANGE: the peer
+// closed.
 absl::StatusOr<Packet> ReceivePacket(int socket_fd, int64_t timeout_ms);
 
 }  // namespace wintserve

@@ -202,6 +202,9 @@ void Supervisor::BeginDraining() {
   stopping_ = true;
   draining_ = true;
   stopping_role_ = Role::kApiServer;
+  // Our copies would keep queueing clients whom nobody will serve any more.
+  ports_.http.Reset();
+  ports_.metrics.Reset();
   kill_time_ = Clock::now() + milliseconds(instance_.options.drain_timeout_ms) + kStopGrace;
   for (Child& child : children_) {
     if (child.role == stopping_role_) {

@@ -7,7 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
-#include "api_server/http/http_test_client.h"
+#include "api_server/http/http_client_test_util.h"
 
 namespace wintserve {
 namespace {

@@ -6,7 +6,7 @@
 #include <random>
 #include <sstream>
 
-#include "api_server/http/http_test_client.h"
+#include "api_server/http/http_client_test_util.h"
 
 namespace wintserve {
 namespace {

@@ -8,8 +8,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "api_server/work_queue/client/work_queue_client.h"
-#include "api_server/work_queue/message_codec.h"
+#include "api_server/work_queue/messages.h"
 #include "cache_manager/client/cache_client.h"
 
 namespace wintserve {

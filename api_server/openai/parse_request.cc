@@ -4,7 +4,6 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
-
 #include "api_server/openai/api_error.h"
 #include "api_server/openai/json_fields.h"
 #include "api_server/openai/request.h"

@@ -9,7 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "api_server/scheduler/plan.h"
-#include "api_server/work_queue/client/work_queue_client.h"
+#include "api_server/work_queue/messages.h"
 
 namespace wintserve {
 
@@ -33,22 +33,6 @@ struct HelloMessage {
   WorkerHello hello;
   uint32_t proto_version = kWorkQueueProtoVersion;
   std::string build_id = WorkQueueBuildId();
-};
-
-struct ReadyMessage {
-  uint64_t group_epoch = 0;
-  uint64_t pool_epoch = 0;
-};
-
-struct HeartbeatMessage {
-  uint64_t step_started = 0;  // 0 before the first step
-  uint64_t step_done = 0;
-  uint64_t resident_bytes = 0;
-};
-
-struct FaultMessage {
-  FaultKind kind = FaultKind::kInternal;
-  std::string text;
 };
 
 using WorkerMessage =

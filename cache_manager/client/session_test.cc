@@ -2,6 +2,8 @@
 #include <gmock/gmock.h>
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -19,6 +21,7 @@
 #include "cache_manager/service/cache_server.h"
 #include "cache_manager/service/pool_owner.h"
 #include "common/mutex.h"
+#include "common/unique_fd.h"
 #include "proto/cache.grpc.pb.h"
 
 namespace wintserve {
@@ -290,8 +293,19 @@ TEST_F(Session, IsReachableOnItsPortToo) {
 }
 
 TEST_F(Session, ServerNamesTheFlagOfATakenPort) {
+  // A listener without SO_REUSEPORT, as any other program's.
+  const UniqueFd listener(::socket(AF_INET, SOCK_STREAM, 0));
+  sockaddr_in address = {};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t length = sizeof(address);
+  auto* const generic = reinterpret_cast<sockaddr*>(&address);
+  ASSERT_EQ(::bind(listener.get(), generic, length), 0);
+  ASSERT_EQ(::listen(listener.get(), 1), 0);
+  ASSERT_EQ(::getsockname(listener.get(), generic, &length), 0);
+
   CacheServerOptions options = Options();
-  options.port = server_->port();
+  options.port = ntohs(address.sin_port);
   options.unix_path += "2";
   EXPECT_EQ(CacheServer::Start(options, owner_.get()).status(),
             absl::UnavailableError("cannot listen on 127.0.0.1:" + std::to_string(options.port) +

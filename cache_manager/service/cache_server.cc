@@ -119,9 +119,9 @@ class CacheService : public proto::Cache::CallbackService {
 };
 
 void SetChannelArguments(grpc::ServerBuilder* builder) {
-  // The launcher holds the port with a SO_REUSEPORT socket that never listens, so gRPC must bind with
-  // it too (its default); that nobody else listens there is the launcher's check.
-  // A peer that hangs or whose host is gone is noticed within 3 s; clients ping as often.
+  // The launcher holds the port with a SO_REUSEPORT socket that never listens, so gRPC must bind
+  // with it too (its default); that nobody else listens there is the launcher's check. A peer that
+  // hangs or whose host is gone is noticed within 3 s; clients ping as often.
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 2000);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 1000);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);

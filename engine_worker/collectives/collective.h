@@ -7,8 +7,9 @@
 
 namespace wintserve {
 
-// Every rank calls the same operations in the same order with the same sizes; each call returns when
-// this rank may use its result.
+// Every rank calls the same operations in the same order with the same sizes; each call returns
+// when this rank may use its result.
+//
 // Threading: one thread per rank; Abort() from any thread.
 // Errors:    UNAVAILABLE when a peer is gone or the group was aborted; the group is then unusable.
 class Collective {
@@ -17,9 +18,11 @@ class Collective {
   virtual int rank() const = 0;
   virtual int world_size() const = 0;
 
-  // data [count] becomes the sum over ranks, added in rank order in float32: equal bits on every rank.
+  // data [count] becomes the sum over ranks, added in rank order in float32: equal bits on every
+  // rank.
   virtual absl::Status AllReduceSum(float* data, int64_t count) = 0;
-  // out [world_size, count] = the inputs [count] of all ranks in rank order. out must not overlap in.
+  // out [world_size, count] = the inputs [count] of all ranks in rank order. out must not overlap
+  // in.
   virtual absl::Status AllGather(const float* in, int64_t count, float* out) = 0;
   // data [size_bytes] of rank 0 on every rank.
   virtual absl::Status Broadcast(void* data, int64_t size_bytes) = 0;

@@ -51,10 +51,9 @@ absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, Collective* g
   ASSIGN_OR_RETURN(loaded.model,
                    LoadErnie45(config, *checkpoint, loaded.backend.get(),
                                group->world_size() == 1 ? nullptr : group, model_options));
-  LOG_INFO("loaded {} in {:.1f} s: {} layers, {} MiB on disk, {} with {} threads", options.model,
+  LOG_INFO("loaded {} in {:.1f} s: {} layers, {} MiB on disk, {}", options.model,
            std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(),
-           config.num_layers, checkpoint->total_bytes() >> 20, loaded.backend->name(),
-           CpuThreads(options));
+           config.num_layers, checkpoint->total_bytes() >> 20, loaded.backend->name());
   return loaded;
 }
 

@@ -16,8 +16,8 @@ namespace wintserve::kernels::cpu {
 namespace {
 
 // A futex wake-up costs more than most gaps between two loops of a decode step: looking this long
-// took a one-row step of the demo model from 0.94 to 0.73 ms on two Zen 4 cores; 6 us gained no more
-// than noise.
+// took a one-row step of the demo model from 0.94 to 0.73 ms on two Zen 4 cores; 6 us gained no
+// more than noise.
 constexpr auto kSpinTime = std::chrono::microseconds(2);
 
 int NumUsableCores() {

@@ -4,56 +4,12 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <variant>
 
 #include "absl/status/statusor.h"
 #include "api_server/scheduler/plan.h"
+#include "api_server/work_queue/messages.h"
 
 namespace wintserve {
-
-struct WorkerHello {
-  uint64_t worker_id = 0;
-  uint32_t rank = 0;
-  uint32_t world_size = 1;
-  std::string backend = "cpu";
-  uint64_t weights_digest = 0;
-  uint64_t kv_layout_digest = 0;
-  uint64_t kv_block_bytes = 0;
-  uint64_t kv_bytes_available = 0;
-  uint32_t max_slots = 0;
-  uint32_t max_tokens = 0;
-  uint32_t vocab_size = 0;
-  uint32_t num_layers = 0;
-  uint32_t max_position = 0;
-  uint32_t block_size_tokens = 64;
-};
-
-struct ConfigureWorker {
-  uint64_t group_epoch = 0;
-  uint32_t world_size = 1;
-  uint32_t max_slots = 0;
-  uint32_t max_tokens = 0;
-  uint32_t max_sequence_tokens = 0;
-  uint32_t sampled_vocab_size = 0;
-};
-
-struct AttachPool {
-  uint64_t pool_epoch = 0;
-  std::string memory_socket;
-  uint32_t num_blocks = 0;
-};
-
-// plan_hash: XXH3-64 of the plan's bytes as received.
-struct ReceivedPlan {
-  StepPlan plan;
-  uint64_t plan_hash = 0;
-};
-
-struct ShutdownWorker {};
-
-using ServerEvent = std::variant<ConfigureWorker, AttachPool, ReceivedPlan, ShutdownWorker>;
-
-enum class FaultKind { kCheckpoint, kOutOfMemory, kCollective, kDevice, kInternal };
 
 // Threading: Next() from one thread; every Send… and Close() from any thread (serialised inside).
 // A Send… returns UNAVAILABLE once the stream has ended; Next() then says why.

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "api_server/work_queue/message_codec.h"
 #include "api_server/work_queue/transport.h"
 #include "common/mutex.h"
 #include "proto/work_queue.grpc.pb.h"

@@ -8,8 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "api_server/scheduler/plan.h"
-#include "api_server/work_queue/client/work_queue_client.h"
-#include "api_server/work_queue/message_codec.h"
+#include "api_server/work_queue/messages.h"
 
 namespace wintserve {
 

@@ -1,4 +1,4 @@
-#include "api_server/http/http_test_client.h"
+#include "api_server/http/http_client_test_util.h"
 
 #include <arpa/inet.h>
 #include <fmt/core.h>

@@ -1,0 +1,73 @@
+// What the two ends of the step protocol say to each other beside plans, as plain structs. They
+// mirror proto/work_queue.proto, which says what each field means.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <variant>
+
+#include "api_server/scheduler/plan.h"
+
+namespace wintserve {
+
+struct WorkerHello {
+  uint64_t worker_id = 0;
+  uint32_t rank = 0;
+  uint32_t world_size = 1;
+  std::string backend = "cpu";
+  uint64_t weights_digest = 0;
+  uint64_t kv_layout_digest = 0;
+  uint64_t kv_block_bytes = 0;
+  uint64_t kv_bytes_available = 0;
+  uint32_t max_slots = 0;
+  uint32_t max_tokens = 0;
+  uint32_t vocab_size = 0;
+  uint32_t num_layers = 0;
+  uint32_t max_position = 0;
+  uint32_t block_size_tokens = 64;
+};
+
+struct ConfigureWorker {
+  uint64_t group_epoch = 0;
+  uint32_t world_size = 1;
+  uint32_t max_slots = 0;
+  uint32_t max_tokens = 0;
+  uint32_t max_sequence_tokens = 0;
+  uint32_t sampled_vocab_size = 0;
+};
+
+struct AttachPool {
+  uint64_t pool_epoch = 0;
+  std::string memory_socket;
+  uint32_t num_blocks = 0;
+};
+
+// plan_hash: XXH3-64 of the plan's bytes as received.
+struct ReceivedPlan {
+  StepPlan plan;
+  uint64_t plan_hash = 0;
+};
+
+struct ShutdownWorker {};
+
+using ServerEvent = std::variant<ConfigureWorker, AttachPool, ReceivedPlan, ShutdownWorker>;
+
+enum class FaultKind { kCheckpoint, kOutOfMemory, kCollective, kDevice, kInternal };
+
+struct ReadyMessage {
+  uint64_t group_epoch = 0;
+  uint64_t pool_epoch = 0;
+};
+
+struct HeartbeatMessage {
+  uint64_t step_started = 0;  // 0 before the first step
+  uint64_t step_done = 0;
+  uint64_t resident_bytes = 0;
+};
+
+struct FaultMessage {
+  FaultKind kind = FaultKind::kInternal;
+  std::string text;
+};
+
+}  // namespace wintserve
