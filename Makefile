@@ -45,7 +45,7 @@ test-tsan: python-env  ## Unit tests with the thread sanitizer
 test-poet-bf16: build  ## Tests on the bfloat16 demo checkpoint in MODEL=DIR, which is not in the repository
 	@test -f '$(MODEL)/config.json' || \
 	  { echo "test-poet-bf16: MODEL='$(MODEL)' has no config.json; give MODEL=DIR" >&2; exit 2; }
-	WINTSERVE_POET_BF16='$(abspath $(MODEL))' ctest --preset $(PRESET) --no-tests=error -L poet-bf16
+	$(BUILD)/tests/ernie45_test --model='$(abspath $(MODEL))' --golden=tests/golden/poet-bf16.json
 
 format: setup  ## Format every C++ file in place
 	@tools/format
@@ -56,9 +56,10 @@ format-check: setup  ## Name what `make format` would change
 tidy: build  ## Run clang-tidy over what differs from the main branch (TIDY=--all: over everything)
 	@tools/tidy $(TIDY)
 
-bench: build  ## Run every kernel and component benchmark
-	@for program in $(BUILD)/bench/*; do \
-	  if [ -f "$$program" ] && [ -x "$$program" ]; then "$$program" || exit 1; fi; done
+bench: build  ## Every micro-benchmark, then the rates of a running server (bench/serving)
+	@for program in kernels_bench sampling_bench step_overhead_bench; do \
+	  $(BUILD)/bench/$$program || exit 1; done
+	@bench/serving $(BUILD)
 
 clean:  ## Remove the build directories of all presets, keep the Python environment
 	rm -rf build/cpu build/cuda build/asan build/tsan

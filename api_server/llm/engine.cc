@@ -2,6 +2,7 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "common/check.h"
@@ -306,7 +307,10 @@ void Engine::FinishStep() {
   if (absl::Status status = CheckRanksAgree(); !status.ok()) {
     return Fatal(TextOf(status));
   }
-  metrics_->RecordStep(Seconds(now - step_->sent), step_->num_sequences, step_->num_tokens);
+  uint32_t execute_us = 0;
+  for (const auto& done : step_->done) execute_us = std::max(execute_us, done->execute_us);
+  metrics_->RecordStep(Seconds(now - step_->sent), execute_us / 1e6, step_->num_sequences,
+                       step_->num_tokens);
   const absl::StatusOr<std::vector<SequenceToken>> tokens =
       scheduler_->OnStepDone(step_->step, step_->done[0]->sampled);
   step_.reset();

@@ -84,6 +84,9 @@ struct EngineMetrics::Series {
   prometheus::Histogram& step_seconds =
       Histogram(registry.get(), "wintserve:step_seconds",
                 "From sending a plan until every engine worker has done it.", kStepSeconds);
+  prometheus::Histogram& step_execute_seconds = Histogram(
+      registry.get(), "wintserve:step_execute_seconds",
+      "What the slowest engine worker spent on a step: forward pass and sampling.", kStepSeconds);
   prometheus::Histogram& step_tokens = Histogram(registry.get(), "wintserve:step_tokens",
                                                  "Prompt and decode tokens of a step.", kTokens);
   prometheus::Histogram& schedule_seconds =
@@ -147,8 +150,10 @@ void EngineMetrics::RecordSuccess(double since_arrival_seconds, double since_sta
   series_->request_generation_tokens.Observe(num_generated_tokens);
 }
 
-void EngineMetrics::RecordStep(double execute_seconds, int num_sequences, int num_tokens) {
-  series_->step_seconds.Observe(execute_seconds);
+void EngineMetrics::RecordStep(double step_seconds, double execute_seconds, int num_sequences,
+                               int num_tokens) {
+  series_->step_seconds.Observe(step_seconds);
+  series_->step_execute_seconds.Observe(execute_seconds);
   series_->step_tokens.Observe(num_tokens);
   series_->batch_size.Set(num_sequences);
 }

@@ -39,8 +39,9 @@ class EngineMetrics {
   void RecordSuccess(double since_arrival_seconds, double since_start_seconds,
                      double since_first_token_seconds, int num_prompt_tokens,
                      int num_generated_tokens);
-  // execute: plan sent -> done on every rank; schedule: done -> next plan sent.
-  void RecordStep(double execute_seconds, int num_sequences, int num_tokens);
+  // step: plan sent -> done on every rank; execute: of it, what the slowest rank spent on the plan.
+  void RecordStep(double step_seconds, double execute_seconds, int num_sequences, int num_tokens);
+  // schedule: done -> next plan sent.
   void RecordSchedule(double schedule_seconds);
   void RecordState(const SchedulerStats& stats);
 

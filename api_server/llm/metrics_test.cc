@@ -25,7 +25,7 @@ TEST(EngineMetrics, ExposesTheNamesThatDashboardsAskFor) {
   metrics.RecordNextToken(0.01);
   metrics.RecordGeneratedTokens(2);
   metrics.RecordSuccess(1, 0.9, 0.7, 7, 2);
-  metrics.RecordStep(0.005, 3, 11);
+  metrics.RecordStep(0.005, 0.004, 3, 11);
   metrics.RecordSchedule(0.00007);
   metrics.RecordState({.num_running = 3, .num_waiting = 2, .num_blocks_held = 4});
   const std::string text = prometheus::TextSerializer().Serialize(registry->Collect());
@@ -56,6 +56,7 @@ TEST(EngineMetrics, ExposesTheNamesThatDashboardsAskFor) {
            "fastdeploy:request_generation_tokens_sum 2",
            "fastdeploy:request_params_max_tokens_sum 20",
            "wintserve:step_seconds_count 1",
+           "wintserve:step_execute_seconds_sum 0.004",
            "wintserve:step_tokens_sum 11",
            "wintserve:schedule_seconds_count 1",
        }) {

@@ -159,7 +159,7 @@ TEST_P(Goldens, LogitsAndGreedyContinuationsMatch) {
   Group group({.world_size = GetParam()});
   ASSERT_FALSE(Golden()["cases"].empty());
   for (const auto& golden : Golden()["cases"]) {
-    SCOPED_TRACE(golden["prompt"].get<std::string>());
+    SCOPED_TRACE(golden["ids"].dump());
     const std::vector<int32_t> prompt = golden["ids"];
     std::vector<float> logits;
     size_t done = 0;
