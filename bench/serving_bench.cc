@@ -13,6 +13,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <random>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -47,19 +48,15 @@ double Median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-// Temperature 2 makes noise that does not end early, so that every stream is equally long; a step's
-// work does not depend on which token comes out.
 json CompletionBody(int seed, int max_tokens) {
   return {{"prompt", "《静夜思》 李白（唐）\n床前"},
           {"max_tokens", max_tokens},
-          {"temperature", 2.0},
-          {"top_p", 1.0},
           {"seed", seed},
           {"stream", true},
           {"stream_options", {{"include_usage", true}}}};
 }
 
-StreamResult RunStream(const BenchOptions& options, int seed) {
+StreamResult RunStream(const BenchOptions& options, int seed, int max_tokens) {
   StreamResult result;
   std::string buffer;
   httplib::Client client(options.host, options.port);
@@ -69,7 +66,7 @@ StreamResult RunStream(const BenchOptions& options, int seed) {
   request.method = "POST";
   request.path = "/v1/completions";
   request.set_header("Content-Type", "application/json");
-  request.body = CompletionBody(seed, options.output_tokens).dump();
+  request.body = CompletionBody(seed, max_tokens).dump();
   request.content_receiver = [&](const char* data, size_t length, uint64_t, uint64_t) {
     const auto now = Clock::now();
     buffer.append(data, length);
@@ -91,13 +88,29 @@ StreamResult RunStream(const BenchOptions& options, int seed) {
   return result;
 }
 
-// Tokens per second over all streams, from the first token of any to the last of any; the first
-// token of each stream belongs to its prefill.
+// One stream's output_tokens, over as many requests as it takes.
+StreamResult RunClosedLoop(const BenchOptions& options, int seed) {
+  StreamResult total;
+  for (; total.completion_tokens < options.output_tokens; ++seed) {
+    const StreamResult part =
+        RunStream(options, seed, options.output_tokens - total.completion_tokens);
+    if (!part.ok) return part;
+    if (!total.ok) total.first_token = part.first_token;
+    total.ok = true;
+    total.completion_tokens += part.completion_tokens;
+    total.last_token = part.last_token;
+  }
+  return total;
+}
+
+// Tokens per second over all streams, from the first token of any to the last of any.
 std::optional<double> DecodeRate(const BenchOptions& options, int num_streams, int round) {
   std::vector<StreamResult> results(num_streams);
   std::vector<std::thread> threads;
   for (int i = 0; i < num_streams; ++i) {
-    threads.emplace_back([&, i] { results[i] = RunStream(options, round * 1000 + i); });
+    threads.emplace_back([&, i] {
+      results[i] = RunClosedLoop(options, (round * num_streams + i) * options.output_tokens);
+    });
   }
   for (std::thread& t : threads) t.join();
   auto first = Clock::time_point::max();
@@ -128,22 +141,28 @@ std::optional<double> PrefillRate(const BenchOptions& options, int round) {
   return options.prompt_tokens / seconds;
 }
 
-// Sum and count of a Prometheus histogram, from the text of /metrics.
-struct HistogramTotals {
-  double sum = 0;
-  double count = 0;
+// Mean of a step's parts since the server started, times its count: /metrics holds sums.
+struct StepTotals {
+  double steps = 0;
+  double wall_seconds = 0;     // plan sent until done everywhere, and until the next plan is sent
+  double execute_seconds = 0;  // of it, in the slowest worker
 };
 
-HistogramTotals ReadHistogram(const BenchOptions& options, const std::string& name) {
+std::optional<StepTotals> ReadStepTotals(const BenchOptions& options) {
   httplib::Client client(options.host, options.metrics_port);
   const httplib::Result response = client.Get("/metrics");
-  HistogramTotals totals;
-  if (!response) return totals;
+  if (!response || response->status != 200) return std::nullopt;
+  StepTotals totals;
   std::istringstream lines(response->body);
   for (std::string line; std::getline(lines, line);) {
     const size_t space = line.rfind(' ');
-    if (line.starts_with(name + "_sum")) totals.sum = std::stod(line.substr(space));
-    if (line.starts_with(name + "_count")) totals.count = std::stod(line.substr(space));
+    const std::string name = line.substr(0, space);
+    const auto value = [&] { return std::stod(line.substr(space)); };
+    if (name == "wintserve:step_seconds_count") totals.steps = value();
+    if (name == "wintserve:step_seconds_sum" || name == "wintserve:schedule_seconds_sum") {
+      totals.wall_seconds += value();
+    }
+    if (name == "wintserve:step_execute_seconds_sum") totals.execute_seconds = value();
   }
   return totals;
 }
@@ -152,8 +171,8 @@ int Run(const BenchOptions& options) {
   json report = {{"output_tokens", options.output_tokens},
                  {"prompt_tokens", options.prompt_tokens}};
   for (int streams : options.streams) {
-    const HistogramTotals before = ReadHistogram(options, "wintserve:step_execute_seconds");
     std::vector<double> rates;
+    std::optional<StepTotals> before;
     for (int round = 0; round <= options.repeats; ++round) {
       const auto rate = DecodeRate(options, streams, round);
       if (!rate) {
@@ -161,20 +180,25 @@ int Run(const BenchOptions& options) {
         return 1;
       }
       if (round > 0) rates.push_back(*rate);  // round 0 warms up
+      if (round == 0) before = ReadStepTotals(options);
     }
-    const HistogramTotals after = ReadHistogram(options, "wintserve:step_execute_seconds");
-    const double rate = Median(rates);
-    const double step_ms = 1000.0 * streams / rate;
-    const double execute_ms = 1000.0 * (after.sum - before.sum) / (after.count - before.count);
+    const auto after = ReadStepTotals(options);
+    if (!before || !after) {
+      fmt::print(stderr, "no /metrics on port {}\n", options.metrics_port);
+      return 1;
+    }
+    const double steps = after->steps - before->steps;
+    const double step_ms = 1000 * (after->wall_seconds - before->wall_seconds) / steps;
+    const double execute_ms = 1000 * (after->execute_seconds - before->execute_seconds) / steps;
     fmt::print(
-        "decode, {:2} streams: {:8.1f} tokens/s  (step {:.3f} ms, of it {:.3f} ms outside the "
-        "worker's forward pass)\n",
-        streams, rate, step_ms, step_ms - execute_ms);
+        "decode, {:2} streams: {:8.1f} tokens/s   step {:.3f} ms, of it {:.3f} ms outside the "
+        "worker\n",
+        streams, Median(rates), step_ms, step_ms - execute_ms);
     report["decode"].push_back({{"streams", streams},
-                                {"tokens_per_second", rate},
+                                {"tokens_per_second", Median(rates)},
                                 {"all_runs", rates},
                                 {"step_ms", step_ms},
-                                {"execute_ms", execute_ms}});
+                                {"outside_worker_ms", step_ms - execute_ms}});
   }
   std::vector<double> prefill;
   for (int round = 0; round <= options.repeats; ++round) {
