@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <memory>
 #include <random>
 #include <string>
@@ -134,6 +135,32 @@ double TokenMultiplyAdds(const ModelConfig& c) {
 }
 
 // `sequences` rows at `position`, each of `length` tokens; every row wants logits.
+// Packed weights that a step of `tokens` rows has to read: every dense matrix, and the experts that
+// independent uniform routing would touch. Column scales, norms and the KV cache are left out.
+double StepWeightBytes(const ModelConfig& config, double tokens) {
+  const double hidden = config.hidden_size;
+  const double dense_bytes = config.dense_is_wint8 ? 1 : 2;
+  const double attention =
+      hidden * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads);
+  const double distinct_experts =
+      config.num_experts *
+      (1 - std::pow(1 - double(config.num_experts_per_token) / config.num_experts, tokens));
+  const double expert = 3 * hidden * config.moe_intermediate_size;
+  double bytes = 2 * hidden * config.vocab_size;  // the head
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    bytes += attention * dense_bytes;
+    if (!config.IsMoeLayer(layer)) {
+      bytes += 3 * hidden * config.intermediate_size * dense_bytes;
+      continue;
+    }
+    const bool wint2 =
+        config.expert_quantization == ExpertQuantization::kW4W2 && layer > config.last_wint4_layer;
+    const double expert_bits = wint2 ? 2 + 4.0 / 64 : 4;
+    bytes += 4 * hidden * config.num_experts + distinct_experts * expert * expert_bits / 8;
+  }
+  return bytes;
+}
+
 void BM_Forward(benchmark::State& state) {
   const auto sequences = static_cast<int>(state.range(0));
   const auto length = static_cast<int32_t>(state.range(1));
@@ -161,7 +188,9 @@ void BM_Forward(benchmark::State& state) {
   }
   const double head = double(loaded.config.hidden_size) * loaded.config.vocab_size;
   const double multiply_adds = sequences * (length * TokenMultiplyAdds(loaded.config) + head);
-  Measure(state, 0, multiply_adds, [&] {
+  const double bytes = StepWeightBytes(loaded.config, sequences * length / double(batches.size())) *
+                       static_cast<double>(batches.size());
+  Measure(state, bytes, multiply_adds, [&] {
     for (const Batch& batch : batches) {
       CHECK(model.Forward(batch, pool->data()).ok());
     }
