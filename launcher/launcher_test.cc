@@ -395,6 +395,26 @@ TEST_F(LauncherTest, GenerateEndsWithItsApiServer) {
   }
 }
 
+TEST_F(LauncherTest, ChildrenMayGoBeforeTheApiServerThatHasGenerated) {
+  Start({"generate", "--model", Model(), "--prompt", "x"}, {{"api_server", "exit_after:500"},
+                                                            {"engine_worker_0", "exit:0"},
+                                                            {"cache_manager", "exit:0"}});
+  EXPECT_EQ(ExitCode(), kExitOk) << Stderr();
+  EXPECT_EQ(Stderr(), "");
+  ExpectNothingLeft();
+}
+
+TEST_F(LauncherTest, AChildThatLostItsPeerIsNotTheCause) {
+  StartServing({}, {{"engine_worker_0", "exit:0"}});
+  ASSERT_TRUE(ChildrenRun(3)) << Stderr();
+  ASSERT_TRUE(Eventually([&] { return LivingChildren().size() == 2; }));
+  ::kill(PidOf("api-server"), SIGKILL);
+  EXPECT_EQ(ExitCode(), kExitInternal);
+  EXPECT_THAT(Stderr(), HasSubstr("api server died of signal 9"));
+  EXPECT_EQ(NumErrorLines(), 1) << Stderr();
+  ExpectNothingLeft();
+}
+
 TEST_F(LauncherTest, PrintsHelpAndVersion) {
   Start({"serve", "--help"});
   EXPECT_EQ(ExitCode(), kExitOk);

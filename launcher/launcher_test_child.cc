@@ -1,6 +1,7 @@
 // Stands in for a child of the launcher: checks what it was started with, writes a line about
 // itself to $LAUNCHER_TEST_DIR/<name>, then behaves as $<NAME>_BEHAVIOUR says: "run" (end on
-// SIGTERM with code 0), "ignore" SIGTERM, "exit:CODE", "exit_on_term:CODE", "abort".
+// SIGTERM with code 0), "ignore" SIGTERM, "exit:CODE", "exit_on_term:CODE", "abort",
+// "exit_after:MILLISECONDS" (with code 0).
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <signal.h>
@@ -59,6 +60,10 @@ int main(int argc, char** argv) {
   const std::string behaviour = set == nullptr ? "run" : set;
   if (behaviour == "abort") std::abort();
   if (behaviour.starts_with("exit:")) return std::atoi(behaviour.c_str() + 5);
+  if (behaviour.starts_with("exit_after:")) {
+    ::usleep(1000 * std::atoi(behaviour.c_str() + 11));
+    return 0;
+  }
   int received = 0;
   do {
     ::sigwait(&signals, &received);

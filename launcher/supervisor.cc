@@ -22,6 +22,10 @@ using std::chrono::milliseconds;
 // Beyond its own drain timeout; and for everybody who has nothing to drain.
 constexpr milliseconds kStopGrace(5000);
 
+// A child that ends cleanly though nobody asked has lost its peer: how long that one's own end may
+// take to show.
+constexpr milliseconds kCauseGrace(2000);
+
 // Numbers of the descriptors in a child.
 constexpr int kInstanceFd = 3;
 constexpr int kHttpFd = 4;
@@ -42,8 +46,9 @@ bool IsStartUpCode(int code) {
 
 // The lowest is the likeliest cause when several children end at once.
 int CauseRank(const ChildExit& ended) {
-  if (!ended.by_signal && IsStartUpCode(ended.code)) return 0;
-  return ended.by_signal ? 1 : 2;
+  if (ended.by_signal) return 1;
+  if (IsStartUpCode(ended.code)) return 0;
+  return ended.code != kExitOk ? 2 : 3;
 }
 
 }  // namespace
@@ -121,8 +126,9 @@ void Supervisor::WaitForNews() {
   }
   server_.AddPollFds(&fds);
   int timeout_ms = -1;
-  if (stopping_) {
-    const auto left = std::chrono::ceil<milliseconds>(kill_time_ - Clock::now());
+  if (stopping_ || !ended_.empty()) {
+    const auto until = stopping_ ? kill_time_ : judge_time_;
+    const auto left = std::chrono::ceil<milliseconds>(until - Clock::now());
     timeout_ms = static_cast<int>(std::max<int64_t>(0, left.count()));
   }
   if (::poll(fds.data(), fds.size(), timeout_ms) > 0) server_.Serve(fds);
@@ -144,31 +150,44 @@ void Supervisor::ReadSignals() {
 }
 
 void Supervisor::ReapEnded() {
-  std::vector<std::pair<Child*, ChildExit>> unexpected;
   for (Child& child : children_) {
     if (!child.process.running()) continue;
     const std::optional<ChildExit> ended = child.process.Wait(0);
     if (!ended.has_value()) continue;
     if (!stopping_) {
-      unexpected.emplace_back(&child, *ended);
+      if (ended_.empty()) judge_time_ = Clock::now() + kCauseGrace;
+      ended_.emplace_back(&child, *ended);
     } else if (draining_) {
       JudgeDrained(child, *ended);
     } else {
       LOG_DEBUG("{} ended: {}", child.name, ended->ToString());
     }
   }
-  if (!unexpected.empty()) JudgeUnexpected(unexpected);
+  if (!stopping_ && !ended_.empty() && (CauseIsKnown() || Clock::now() >= judge_time_)) {
+    JudgeUnexpected();
+  }
 }
 
-void Supervisor::JudgeUnexpected(const std::vector<std::pair<Child*, ChildExit>>& ended) {
-  const auto& [child, how] = *std::min_element(
-      ended.begin(), ended.end(),
-      [](const auto& a, const auto& b) { return CauseRank(a.second) < CauseRank(b.second); });
-  const bool succeeded = !how.by_signal && how.code == kExitOk;
-  if (instance_.mode == "generate" && child->role == Role::kApiServer && succeeded) {
-    BeginStopping(kExitOk);
-    return;
+bool Supervisor::CauseIsKnown() const {
+  const bool only_clean = std::all_of(ended_.begin(), ended_.end(), [](const auto& end) {
+    return end.first->role != Role::kApiServer && !end.second.by_signal &&
+           end.second.code == kExitOk;
+  });
+  return !only_clean || !AnyRunning(std::nullopt);
+}
+
+void Supervisor::JudgeUnexpected() {
+  for (const auto& [child, how] : ended_) {
+    // The answer has been printed; the others may have gone with the API server.
+    if (instance_.mode == "generate" && child->role == Role::kApiServer && !how.by_signal &&
+        how.code == kExitOk) {
+      BeginStopping(kExitOk);
+      return;
+    }
   }
+  const auto& [child, how] = *std::min_element(
+      ended_.begin(), ended_.end(),
+      [](const auto& a, const auto& b) { return CauseRank(a.second) < CauseRank(b.second); });
   const bool start_up = !how.by_signal && IsStartUpCode(how.code);
   const double seconds = std::chrono::duration<double>(Clock::now() - started_).count();
   LOG_ERROR("{} died of {}, {}{:.1f} s after the start; the instance ends", child->name,

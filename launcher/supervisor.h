@@ -50,7 +50,8 @@ class Supervisor {
   void WaitForNews();
   void ReadSignals();
   void ReapEnded();
-  void JudgeUnexpected(const std::vector<std::pair<Child*, ChildExit>>& ended);
+  bool CauseIsKnown() const;
+  void JudgeUnexpected();
   void JudgeDrained(const Child& child, const ChildExit& ended);
   void BeginDraining();
   void BeginStopping(int exit_code);
@@ -64,6 +65,11 @@ class Supervisor {
   UniqueFd signal_fd_;
   std::vector<Child> children_;
   Clock::time_point started_;
+
+  // Ended unasked and not judged yet, while we are not stopping; judge_time_ is for how long the
+  // cause may take to show.
+  std::vector<std::pair<const Child*, ChildExit>> ended_;
+  Clock::time_point judge_time_;
 
   bool stopping_ = false;
   bool draining_ = false;                  // stopping role by role
