@@ -2,11 +2,10 @@
 
 #include <fmt/core.h>
 
-#include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
-#include <sstream>
 
+#include "common/read_file.h"
 #include "common/status_macros.h"
 
 namespace wintserve {
@@ -83,12 +82,10 @@ class Reader {
 absl::StatusOr<GenerationConfig> LoadGenerationConfig(const std::filesystem::path& model_dir) {
   const std::filesystem::path path = model_dir / "generation_config.json";
   GenerationConfig config;
-  std::ifstream file(path);
-  if (!file.is_open() && !std::filesystem::exists(path)) return config;
-  std::ostringstream text;
-  text << file.rdbuf();
-  if (file.fail()) return absl::InvalidArgumentError(fmt::format("{}: unreadable", path.string()));
-  const Json object = Json::parse(text.str(), nullptr, /*allow_exceptions=*/false);
+  const absl::StatusOr<std::string> text = ReadFile(path);
+  if (absl::IsNotFound(text.status())) return config;
+  RETURN_IF_ERROR(text.status());
+  const Json object = Json::parse(*text, nullptr, /*allow_exceptions=*/false);
   if (!object.is_object()) {
     return absl::InvalidArgumentError(fmt::format("{}: is no JSON object", path.string()));
   }

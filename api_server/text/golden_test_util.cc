@@ -4,8 +4,8 @@
 
 #include <fstream>
 
-#include "api_server/text/read_file.h"
 #include "common/check.h"
+#include "common/read_file.h"
 #include "nlohmann/json.hpp"
 
 namespace wintserve {

@@ -8,11 +8,11 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_replace.h"
 #include "api_server/text/added_tokens.h"
-#include "api_server/text/read_file.h"
 #include "api_server/text/sentencepiece_model.h"
 #include "api_server/text/token_ids.h"
 #include "api_server/text/tokenizer_config.h"
 #include "api_server/text/utf8.h"
+#include "common/read_file.h"
 #include "common/status_macros.h"
 
 namespace wintserve {

@@ -7,7 +7,7 @@
 #include <random>
 
 #include "api_server/text/golden_test_util.h"
-#include "api_server/text/read_file.h"
+#include "common/read_file.h"
 
 namespace wintserve {
 namespace {

@@ -3,9 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <fstream>
-#include <iterator>
 
+#include "common/read_file.h"
 #include "common/status_macros.h"
 #include "engine_worker/config/json_object.h"
 
@@ -21,19 +20,6 @@ constexpr int kWint2GroupRows = 64;
 constexpr char kMoe[] = "Ernie4_5_MoeForCausalLM";
 constexpr char kDense[] = "Ernie4_5ForCausalLM";
 constexpr char kDenseFirstRelease[] = "Ernie4_5_ForCausalLM";  // of the same model
-
-absl::StatusOr<std::string> ReadFile(const std::filesystem::path& path) {
-  std::error_code error;
-  if (!std::filesystem::is_regular_file(path, error)) {
-    return absl::NotFoundError(fmt::format("{}: no such file", path.string()));
-  }
-  std::ifstream stream(path, std::ios::binary);
-  std::string text{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
-  if (!stream.good()) {
-    return absl::InvalidArgumentError(fmt::format("{}: cannot be read", path.string()));
-  }
-  return text;
-}
 
 absl::Status ReadAttention(const JsonObject& json, ModelConfig& config) {
   ASSIGN_OR_RETURN(config.num_heads, json.Int("num_attention_heads", 1, kMaxSize));

@@ -2,10 +2,10 @@
 
 #include <fmt/format.h>
 
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <utility>
 
+#include "common/read_file.h"
 #include "common/status_macros.h"
 
 namespace wintserve {
@@ -29,8 +29,8 @@ bool HasPaddleParameters(const std::filesystem::path& dir) {
 
 // Tensor name -> file name, both as the index has them.
 absl::StatusOr<std::map<std::string, std::string>> ReadIndex(const std::filesystem::path& path) {
-  std::ifstream stream(path, std::ios::binary);
-  const nlohmann::json root = nlohmann::json::parse(stream, nullptr, /*allow_exceptions=*/false);
+  ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  const nlohmann::json root = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
   const auto corrupt = [&](std::string_view message) {
     return absl::DataLossError(fmt::format("{}: {}", path.string(), message));
   };

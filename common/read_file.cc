@@ -1,4 +1,4 @@
-#include "api_server/text/read_file.h"
+#include "common/read_file.h"
 
 #include <fcntl.h>
 #include <fmt/format.h>

@@ -1,0 +1,41 @@
+#include "common/read_file.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <fstream>
+
+namespace wintserve {
+namespace {
+
+using ::testing::HasSubstr;
+
+std::filesystem::path Write(const std::string& content) {
+  const auto path = std::filesystem::path(testing::TempDir()) / "read_file_test";
+  std::ofstream(path, std::ios::binary) << content;
+  return path;
+}
+
+TEST(ReadFile, ReturnsEveryByteOfAFileLongerThanOneRead) {
+  std::string content(200'000, '\0');
+  for (size_t i = 0; i < content.size(); ++i) content[i] = static_cast<char>(i * 31 % 257);
+  EXPECT_EQ(*ReadFile(Write(content)), content);
+}
+
+TEST(ReadFile, AnEmptyFileIsNoError) { EXPECT_EQ(*ReadFile(Write("")), ""); }
+
+TEST(ReadFile, NamesTheFileThatDoesNotExist) {
+  const auto content = ReadFile("no/such/file");
+  EXPECT_EQ(content.status().code(), absl::StatusCode::kNotFound);
+  EXPECT_THAT(std::string(content.status().message()), HasSubstr("cannot open no/such/file"));
+}
+
+TEST(ReadFile, NamesTheDirectoryThatItCannotRead) {
+  const auto content = ReadFile("/proc/self");
+  EXPECT_FALSE(absl::IsNotFound(content.status()));
+  EXPECT_THAT(std::string(content.status().message()),
+              HasSubstr("cannot read /proc/self: Is a directory"));
+}
+
+}  // namespace
+}  // namespace wintserve
