@@ -86,9 +86,9 @@ absl::Status GenerateOffline(LLM* llm, const std::string& request_json) {
   CHECK(spec.is_object(), "the launcher wrote {}", request_json);
   ASSIGN_OR_RETURN(GenerationRequest request, MakeRequest(*llm, spec));
   Printer printer(spec.at("print_ids"));
-  RETURN_IF_ERROR(
-      llm->Submit(std::move(request), [&](GenerationUpdate update) { printer.OnUpdate(update); })
-          .status());
+  RETURN_IF_ERROR(llm->Submit(std::move(request),
+                              [&](const GenerationUpdate& update) { printer.OnUpdate(update); })
+                      .status());
   return printer.Wait();
 }
 
