@@ -32,12 +32,6 @@ constexpr int64_t kStopPatienceMs = 2'000;
 // cache does not hold; smaller slots would pay for more rounds than they save.
 constexpr int64_t kCollectiveSlotBytes = 512 << 10;
 
-// A quarter of the memory that is left, 4 GiB at most; the ranks share both.
-absl::StatusOr<uint64_t> PoolBytesOnOffer(int world_size) {
-  ASSIGN_OR_RETURN(const int64_t available_bytes, AvailableMemoryBytes());
-  return std::min(available_bytes / 4, int64_t{4} << 30) / world_size;
-}
-
 absl::StatusOr<WorkerHello> MakeHello(const Instance& instance, const Model& model) {
   const ServeOptions& options = instance.options;
   std::random_device random;
@@ -49,7 +43,7 @@ absl::StatusOr<WorkerHello> MakeHello(const Instance& instance, const Model& mod
   hello.weights_digest = model.weights_digest();
   hello.kv_layout_digest = model.kv_layout_digest();
   hello.kv_block_bytes = model.kv_block_bytes();
-  ASSIGN_OR_RETURN(hello.kv_bytes_available, PoolBytesOnOffer(options.tensor_parallel_size));
+  ASSIGN_OR_RETURN(hello.kv_bytes_available, AvailableMemoryBytes());
   hello.max_slots = options.max_num_seqs;
   hello.max_tokens = std::max(options.max_num_batched_tokens, options.max_model_len);
   hello.vocab_size = model.vocab_size();

@@ -13,7 +13,6 @@
 #include "api_server/llm/generation_config.h"
 #include "api_server/llm/llm_factory.h"
 #include "api_server/llm/metrics.h"
-#include "api_server/llm/pool_sizing.h"
 #include "api_server/text/tokenizer.h"
 #include "cache_manager/client/cache_client.h"
 #include "common/mutex.h"
@@ -59,7 +58,6 @@ class LlmImpl : public LLM {
                                     .block_size_tokens = options_.block_size_tokens,
                                     .tokenizer_vocab_size = tokenizer_->vocab_size(),
                                     .num_blocks_override = options_.num_blocks_override,
-                                    .memory_bytes = AvailableMemoryBytes(),
                                     .group_epoch = RandomEpoch()},
                         .eos_ids = std::move(eos_ids),
                         .connect_cache = std::move(connect_cache),

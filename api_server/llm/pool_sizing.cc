@@ -1,12 +1,12 @@
 #include "api_server/llm/pool_sizing.h"
 
 #include <fmt/core.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <fstream>
 #include <limits>
 #include <numeric>
+
+#include "common/check.h"
 
 namespace wintserve {
 namespace {
@@ -30,28 +30,22 @@ absl::StatusOr<uint32_t> DecideNumBlocks(const PoolSizing& sizing) {
     }
     return static_cast<uint32_t>(num_blocks);
   }
-  const uint64_t pool_bytes = std::min(sizing.memory_bytes / 4, kMaxPoolBytes);
+  CHECK(!sizing.available_bytes_by_rank.empty());
+  const uint64_t available_bytes = *std::min_element(sizing.available_bytes_by_rank.begin(),
+                                                     sizing.available_bytes_by_rank.end());
+  const uint64_t pool_bytes = std::min(available_bytes / 4, kMaxPoolBytes);
   const uint64_t num_blocks =
       std::min({blocks_per_sequence * sizing.max_num_seqs, pool_bytes / block_bytes,
                 uint64_t{std::numeric_limits<int32_t>::max()}});
   if (num_blocks < blocks_per_sequence) {
     return absl::InvalidArgumentError(fmt::format(
-        "the KV pool of {} MiB (a quarter of the memory, at most 4096 MiB) holds {} blocks of {} "
-        "KiB, a sequence of --max-model-len {} needs {}: lower --max-model-len or set "
-        "--num-gpu-blocks-override",
+        "the KV pool of {} MiB (a quarter of the memory that is available, at most 4096 MiB) holds "
+        "{} blocks of {} KiB, a sequence of --max-model-len {} needs {}: lower --max-model-len or "
+        "set --num-gpu-blocks-override",
         pool_bytes >> 20, num_blocks, block_bytes >> 10, sizing.max_model_len,
         blocks_per_sequence));
   }
   return static_cast<uint32_t>(num_blocks);
-}
-
-uint64_t AvailableMemoryBytes() {
-  const uint64_t machine = static_cast<uint64_t>(::sysconf(_SC_PHYS_PAGES)) *
-                           static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-  // "max" where there is no limit, which does not parse as a number.
-  std::ifstream file("/sys/fs/cgroup/memory.max");
-  uint64_t limit = 0;
-  return file >> limit ? std::min(machine, limit) : machine;
 }
 
 }  // namespace wintserve

@@ -14,7 +14,7 @@ PoolSizing Sizing() {
           .max_model_len = 2100,
           .block_size_tokens = 64,
           .block_bytes_by_rank = {1 << 20, 1 << 20},
-          .memory_bytes = 64 * kGiB};
+          .available_bytes_by_rank = {64 * kGiB, 64 * kGiB}};
 }
 
 TEST(PoolSizing, TakesWhatAllSequencesNeedWhenThatIsLeast) {
@@ -27,25 +27,34 @@ TEST(PoolSizing, TakesAtMostFourGiBOverAllRanks) {
   EXPECT_EQ(*DecideNumBlocks(sizing), 2048u);
 }
 
-TEST(PoolSizing, TakesAtMostAQuarterOfTheMemory) {
+TEST(PoolSizing, TakesAtMostAQuarterOfTheMemoryForAllRanksTogether) {
   PoolSizing sizing = Sizing();
-  sizing.memory_bytes = kGiB;
+  sizing.available_bytes_by_rank = {kGiB, kGiB};
+  EXPECT_EQ(*DecideNumBlocks(sizing), 128u);
+}
+
+TEST(PoolSizing, CountsTheLeastMemoryThatARankHasFound) {
+  PoolSizing sizing = Sizing();
+  sizing.available_bytes_by_rank = {64 * kGiB, kGiB};
+  EXPECT_EQ(*DecideNumBlocks(sizing), 128u);
+  sizing.available_bytes_by_rank = {kGiB, 64 * kGiB};
   EXPECT_EQ(*DecideNumBlocks(sizing), 128u);
 }
 
 TEST(PoolSizing, TheOverrideReplacesAllThree) {
   PoolSizing sizing = Sizing();
   sizing.num_blocks_override = 100'000;
+  sizing.available_bytes_by_rank = {0, 0};
   EXPECT_EQ(*DecideNumBlocks(sizing), 100'000u);
 }
 
 TEST(PoolSizing, RefusesAPoolThatHoldsNoSequence) {
   PoolSizing sizing = Sizing();
-  sizing.memory_bytes = 128 << 20;
+  sizing.available_bytes_by_rank = {128 << 20, 128 << 20};
   EXPECT_EQ(DecideNumBlocks(sizing).status().message(),
-            "the KV pool of 32 MiB (a quarter of the memory, at most 4096 MiB) holds 16 blocks of "
-            "2048 KiB, a sequence of --max-model-len 2100 needs 33: lower --max-model-len or set "
-            "--num-gpu-blocks-override");
+            "the KV pool of 32 MiB (a quarter of the memory that is available, at most 4096 MiB) "
+            "holds 16 blocks of 2048 KiB, a sequence of --max-model-len 2100 needs 33: lower "
+            "--max-model-len or set --num-gpu-blocks-override");
   sizing.num_blocks_override = 32;
   EXPECT_EQ(DecideNumBlocks(sizing).status().message(),
             "--num-gpu-blocks-override 32 holds no sequence of --max-model-len 2100: 33 blocks of "

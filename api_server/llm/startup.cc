@@ -103,16 +103,18 @@ ConfigureWorker GroupStartup::configuration() const {
 absl::StatusOr<PoolSpec> GroupStartup::pool_spec() const {
   CHECK(all_attached());
   PoolSpec spec;
+  std::vector<uint64_t> available_bytes_by_rank;
   spec.kv_layout_digest = workers_[0].hello->kv_layout_digest;
   for (const Worker& worker : workers_) {
     spec.block_bytes_by_rank.push_back(worker.hello->kv_block_bytes);
+    available_bytes_by_rank.push_back(worker.hello->kv_bytes_available);
   }
   ASSIGN_OR_RETURN(spec.num_blocks,
                    DecideNumBlocks({.max_num_seqs = config_.max_num_seqs,
                                     .max_model_len = max_model_len_,
                                     .block_size_tokens = config_.block_size_tokens,
                                     .block_bytes_by_rank = spec.block_bytes_by_rank,
-                                    .memory_bytes = config_.memory_bytes,
+                                    .available_bytes_by_rank = available_bytes_by_rank,
                                     .num_blocks_override = config_.num_blocks_override}));
   return spec;
 }

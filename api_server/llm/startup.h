@@ -21,7 +21,6 @@ struct StartupConfig {
   int block_size_tokens = 64;
   int tokenizer_vocab_size = 0;
   std::optional<int> num_blocks_override = {};
-  uint64_t memory_bytes = 0;
   uint64_t group_epoch = 0;  // not 0
 };
 

@@ -17,7 +17,6 @@ StartupConfig Config() {
           .max_num_batched_tokens = 256,
           .block_size_tokens = 64,
           .tokenizer_vocab_size = 900,
-          .memory_bytes = uint64_t{8} << 30,
           .group_epoch = 5};
 }
 
@@ -54,6 +53,15 @@ TEST(GroupStartup, TheWorkersAreToldToTakeTheLongestPromptWhole) {
   EXPECT_EQ(configure.max_slots, 16u);
   EXPECT_EQ(configure.sampled_vocab_size, 900u);  // the tokenizer's, not the model's 1000
   EXPECT_EQ(configure.group_epoch, 5u);
+}
+
+TEST(GroupStartup, SizesThePoolByTheMemoryThatTheWorkersHaveFound) {
+  GroupStartup startup(Config());
+  WorkerHello hello = FakeHello(1, 2);
+  hello.kv_bytes_available = 4 * 100 * 2 * hello.kv_block_bytes;
+  ASSERT_TRUE(startup.OnHello(FakeHello(0, 2)).ok());
+  ASSERT_TRUE(startup.OnHello(hello).ok());
+  EXPECT_EQ(startup.pool_spec()->num_blocks, 100u);
 }
 
 TEST(GroupStartup, RefusesReadyForAnotherEpoch) {
