@@ -1,5 +1,6 @@
 #include "common/unix_socket.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <poll.h>
 #include <sys/socket.h>
@@ -62,16 +63,18 @@ absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path, int64_t timeout_ms
   ASSIGN_OR_RETURN(const sockaddr_un address, Address(path));
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(timeout_ms);
   while (true) {
-    UniqueFd fd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+    // On a full backlog, connect would block past the deadline; without blocking it is EAGAIN.
+    UniqueFd fd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
     if (!fd.valid()) return absl::ErrnoToStatus(errno, "socket");
     if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0) {
       if (!PeerIsOurUser(fd.get())) {
         return absl::PermissionDeniedError(fmt::format("{} belongs to another user", path));
       }
+      if (::fcntl(fd.get(), F_SETFL, 0) != 0) return absl::ErrnoToStatus(errno, "fcntl");
       return fd;
     }
-    const bool starting = errno == ENOENT || errno == ECONNREFUSED || errno == EAGAIN;
-    if (!starting || std::chrono::steady_clock::now() >= deadline) {
+    const bool may_still_come = errno == ENOENT || errno == ECONNREFUSED || errno == EAGAIN;
+    if (!may_still_come || std::chrono::steady_clock::now() >= deadline) {
       return absl::UnavailableError(
           fmt::format("cannot connect to {}: {}", path, std::strerror(errno)));
     }

@@ -21,11 +21,13 @@ struct Packet {
 absl::StatusOr<UniqueFd> ListenUnix(const std::string& path);
 
 // Waits for a peer of our own user; others are closed and the wait goes on.
-// CANCELLED: listen_fd was shut down (shutdown(2) wakes the wait).
+// CANCELLED: listen_fd was shut down (shutdown(2) wakes the wait). UNAVAILABLE, only if listen_fd
+// is non-blocking: no peer of our user is waiting. Other errors: accept(2) failed, most likely for
+// lack of descriptors; the peer still waits. The socket blocks, whatever listen_fd does.
 absl::StatusOr<UniqueFd> AcceptUnix(int listen_fd);
 
-// UNAVAILABLE: nobody listens there within timeout_ms (retried, since the peer may still be
-// starting).
+// UNAVAILABLE: nobody listens there, or the queue of those who wait to be accepted is full, until
+// timeout_ms have passed (retried, since the peer may still be starting). The socket blocks.
 absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path, int64_t timeout_ms);
 
 // fd -1 sends none.
