@@ -112,7 +112,9 @@ void ForEachWithin(std::span<const float> values, const float& low, float high, 
     const size_t end = std::min(begin + kGlance, values.size());
     const float low_now = low;
     int any = 0;
-    for (size_t id = begin; id < end; ++id) any |= (values[id] >= low_now) & (values[id] < high);
+    for (size_t id = begin; id < end; ++id) {
+      any |= static_cast<int>(values[id] >= low_now) & static_cast<int>(values[id] < high);
+    }
     if (any == 0) continue;
     for (size_t id = begin; id < end; ++id) {
       if (values[id] >= low && values[id] < high) visit(id);
