@@ -1,5 +1,6 @@
 // Load generator: decode and prefill rates of a running server, measured through HTTP as a client
-// sees them. Streams are a closed loop: all start together and none is replaced.
+// sees them. Streams are a closed loop: all start together and none is replaced. The report names
+// this machine as the device, so the server should run on it.
 //
 //   serving_bench --port 8180 --streams 1,8 --output-tokens 256 --prompt-tokens 1024 --json
 //   out.json
@@ -18,6 +19,8 @@
 #include <thread>
 #include <vector>
 
+#include "bench/provenance.h"
+
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -31,6 +34,7 @@ struct BenchOptions {
   int output_tokens = 256;
   int prompt_tokens = 1024;
   int repeats = 5;
+  std::string commit = "unknown";
   std::string json_path;
 };
 
@@ -168,7 +172,10 @@ std::optional<StepTotals> ReadStepTotals(const BenchOptions& options) {
 }
 
 int Run(const BenchOptions& options) {
-  json report = {{"output_tokens", options.output_tokens},
+  json report = {{"device", wintserve::bench::DeviceDescription()},
+                 {"date", wintserve::bench::Today()},
+                 {"commit", options.commit},
+                 {"output_tokens", options.output_tokens},
                  {"prompt_tokens", options.prompt_tokens}};
   for (int streams : options.streams) {
     std::vector<double> rates;
@@ -227,6 +234,7 @@ int main(int argc, char** argv) {
   app.add_option("--output-tokens", options.output_tokens);
   app.add_option("--prompt-tokens", options.prompt_tokens);
   app.add_option("--repeats", options.repeats);
+  app.add_option("--commit", options.commit, "What is measured, for the JSON report");
   app.add_option("--json", options.json_path);
   CLI11_PARSE(app, argc, argv);
   return Run(options);
