@@ -192,7 +192,8 @@ void Sampler::KeepTopK(std::span<const float> logits, size_t top_k) {
   float threshold = -std::numeric_limits<float>::infinity();
   const auto cut = [&] {
     if (candidates_.size() <= top_k) return;
-    std::nth_element(candidates_.begin(), candidates_.begin() + top_k - 1, candidates_.end());
+    const auto last_kept = candidates_.begin() + static_cast<int64_t>(top_k) - 1;
+    std::nth_element(candidates_.begin(), last_kept, candidates_.end());
     candidates_.resize(top_k);
     threshold = logits[IdOf(candidates_.back())];
   };
@@ -247,7 +248,7 @@ int32_t Sampler::DrawFromTopP(double total, float top_p, float uniform) {
 }
 
 void Sampler::AppendBand(float low, float high) {
-  const size_t num_sorted = candidates_.size();
+  const int64_t num_sorted = std::ssize(candidates_);
   ForEachWithin(weights_, low, high,
                 [&](size_t id) { candidates_.push_back(Descending(weights_[id], id)); });
   std::sort(candidates_.begin() + num_sorted, candidates_.end());
