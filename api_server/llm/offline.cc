@@ -60,7 +60,7 @@ class Printer {
 
   absl::Status Wait() EXCLUDES(mutex_) {
     MutexLock lock(&mutex_);
-    changed_.Wait(&mutex_, [this] { return finished_; });
+    changed_.Wait(&mutex_, [this]() REQUIRES(mutex_) { return finished_; });
     RETURN_IF_ERROR(status_);
     if (print_ids_) {
       fmt::print("{}\n", fmt::join(ids_, " "));
