@@ -84,6 +84,7 @@ void PlaceDescriptors(Preparation* preparation) {
 
 std::vector<char*> Pointers(const std::vector<std::string>& strings) {
   std::vector<char*> pointers;
+  pointers.reserve(strings.size() + 1);  // callers add the null pointer
   for (const std::string& text : strings) pointers.push_back(const_cast<char*>(text.c_str()));
   return pointers;
 }
