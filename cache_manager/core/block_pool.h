@@ -1,56 +1,70 @@
-// The states of the KV pool's blocks. Deals in ids, never in bytes.
+// The states of the KV pool's blocks and their generations. Deals in ids, never in bytes.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
-#include <span>
+#include <optional>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/status.h"
-#include "absl/status/statusor.h"
 #include "cache_manager/core/pool_block.h"
 
 namespace wintserve {
 
-// Each block is FREE or LEASED:
-//
-//        Lease             Return
-//   FREE ------> LEASED ----------> FREE, one generation later
-//
+enum class BlockState : uint8_t {
+  kFree,
+  kLeased,      // private to the session
+  kCommitted,   // holds the content of an entry
+  kCopyingOut,  // as kCommitted, while a copy reads it
+  kRestoring,   // of an entry, while a copy writes it
+  kQuarantined  // of nobody; something may still write it
+};
+inline constexpr size_t kNumBlockStates = 6;
+
+std::string_view ToString(BlockState state);
+
 // Threading:  thread-compatible.
-// Invariant:  num_free() + num_leased() == num_blocks() after every call.
-// Generation: starts at 1 and rises whenever the block becomes FREE, so whoever still holds a block
+// Invariant:  the counts of all states sum up to num_blocks() after every call.
+// Generation: starts at 1 and rises whenever the block becomes FREE, so whoever still names a block
 //             from before that is told apart from its present holder.
 class BlockPool {
  public:
   // All blocks are FREE. REQUIRES: 0 < num_blocks <= 2^31 - 1.
   explicit BlockPool(uint32_t num_blocks);
 
-  // All or nothing. The block that was returned last is leased first, which keeps the set of pages
-  // that the pool has ever touched small.
-  // RESOURCE_EXHAUSTED: fewer than `count` blocks are FREE. INVALID_ARGUMENT: count is 0.
-  absl::StatusOr<std::vector<PoolBlock>> Lease(uint32_t count);
+  // A FREE block, now in `state` (kLeased or kRestoring); nullopt when none is FREE. The block that
+  // became FREE last comes first, which keeps the set of pages that are ever touched small.
+  std::optional<PoolBlock> TakeFree(BlockState state);
 
-  // Whole or nothing: an error names the first bad block and none has been returned.
-  // INVALID_ARGUMENT: no such block, or named twice. FAILED_PRECONDITION: stale, or not leased.
-  absl::Status Return(std::span<const PoolBlock> blocks);
+  // REQUIRES: the life cycle of PrefixCache has this transition, and `from` is the present state.
+  void Move(int32_t id, BlockState from, BlockState to);
 
+  // INVALID_ARGUMENT: no such block. FAILED_PRECONDITION: stale, which is counted.
+  absl::Status CheckCurrent(const PoolBlock& block);
+  // As CheckCurrent, and FAILED_PRECONDITION when the block is not LEASED.
+  absl::Status CheckLeased(const PoolBlock& block);
+
+  BlockState state(int32_t id) const { return blocks_[id].state; }
+  PoolBlock Named(int32_t id) const { return {id, blocks_[id].generation}; }
   uint32_t num_blocks() const { return static_cast<uint32_t>(blocks_.size()); }
-  uint32_t num_free() const { return static_cast<uint32_t>(free_.size()); }
-  uint32_t num_leased() const { return num_leased_; }
+  uint32_t num_in(BlockState state) const { return num_in_[static_cast<size_t>(state)]; }
+  uint64_t num_refused_stale() const { return num_refused_stale_; }
+
+  // INTERNAL describes the first broken invariant. Linear in num_blocks().
+  absl::Status CheckInvariants() const;
 
  private:
-  enum class State : uint8_t { kFree, kLeased };
-
   struct Block {
-    State state = State::kFree;
+    BlockState state = BlockState::kFree;
     uint32_t generation = 1;
   };
 
-  absl::Status CheckReturnable(const PoolBlock& block) const;
-
   std::vector<Block> blocks_;
   std::vector<int32_t> free_;  // a stack
-  uint32_t num_leased_ = 0;
+  std::array<uint32_t, kNumBlockStates> num_in_{};
+  uint64_t num_refused_stale_ = 0;
 };
 
 }  // namespace wintserve

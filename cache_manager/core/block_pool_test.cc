@@ -4,158 +4,130 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <map>
 #include <random>
 #include <set>
-#include <string>
+#include <utility>
+#include <vector>
 
 namespace wintserve {
 namespace {
 
-using ::testing::ElementsAre;
+using enum BlockState;
 
-std::vector<PoolBlock> LeaseOrDie(BlockPool* pool, uint32_t count) {
-  auto leased = pool->Lease(count);
-  EXPECT_TRUE(leased.ok()) << leased.status();
-  return *leased;
+TEST(BlockPool, TakesTheBlockThatBecameFreeLast) {
+  BlockPool pool(3);
+  EXPECT_EQ(pool.TakeFree(kLeased), (PoolBlock{0, 1}));
+  EXPECT_EQ(pool.TakeFree(kLeased), (PoolBlock{1, 1}));
+  pool.Move(0, kLeased, kFree);
+  EXPECT_EQ(pool.TakeFree(kLeased), (PoolBlock{0, 2}));
+  EXPECT_EQ(pool.TakeFree(kLeased), (PoolBlock{2, 1}));
+  EXPECT_EQ(pool.TakeFree(kLeased), std::nullopt);
 }
 
-TEST(BlockPool, LeasesAllOrNothing) {
-  BlockPool pool(4);
-  LeaseOrDie(&pool, 3);
-  const auto refused = pool.Lease(2);
-  EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_EQ(refused.status().message(), "a lease of 2 blocks; 1 of 4 are free");
-  EXPECT_EQ(pool.num_free(), 1u);
-  EXPECT_EQ(pool.num_leased(), 3u);
-}
-
-TEST(BlockPool, GivesAReturnedBlockTheNextGeneration) {
+TEST(BlockPool, RaisesTheGenerationWhenABlockBecomesFreeAndOnlyThen) {
   BlockPool pool(1);
-  const auto first = LeaseOrDie(&pool, 1);
-  EXPECT_THAT(first, ElementsAre(PoolBlock{0, 1}));
-  ASSERT_TRUE(pool.Return(first).ok());
-  EXPECT_THAT(LeaseOrDie(&pool, 1), ElementsAre(PoolBlock{0, 2}));
+  pool.TakeFree(kLeased);
+  pool.Move(0, kLeased, kCommitted);
+  pool.Move(0, kCommitted, kCopyingOut);
+  pool.Move(0, kCopyingOut, kCommitted);
+  EXPECT_EQ(pool.Named(0).generation, 1u);
+  pool.Move(0, kCommitted, kFree);
+  EXPECT_EQ(pool.Named(0).generation, 2u);
+  pool.TakeFree(kRestoring);
+  pool.Move(0, kRestoring, kQuarantined);
+  EXPECT_EQ(pool.Named(0).generation, 2u);
+  pool.Move(0, kQuarantined, kFree);
+  EXPECT_EQ(pool.Named(0).generation, 3u);
 }
 
-struct BadReturn {
+struct BadBlock {
   const char* name;
-  std::vector<PoolBlock> blocks;  // of a pool of 4 that leases 0, 1 (generation 2) and 2, keeps 3
+  PoolBlock block;  // of a pool of 3: 0 is free at generation 2, 1 committed, 2 free
   absl::StatusCode code;
   const char* text;
 };
 
-class RefusedReturn : public testing::TestWithParam<BadReturn> {};
+class RefusedBlock : public testing::TestWithParam<BadBlock> {};
 
-TEST_P(RefusedReturn, HasNoEffectAndNamesTheBlock) {
-  BlockPool pool(4);
-  LeaseOrDie(&pool, 2);
-  ASSERT_TRUE(pool.Return(std::vector<PoolBlock>{{1, 1}}).ok());
-  ASSERT_THAT(LeaseOrDie(&pool, 2), ElementsAre(PoolBlock{1, 2}, PoolBlock{2, 1}));
-
-  const absl::Status status = pool.Return(GetParam().blocks);
+TEST_P(RefusedBlock, IsNamed) {
+  BlockPool pool(3);
+  pool.TakeFree(kLeased);
+  pool.TakeFree(kLeased);
+  pool.Move(0, kLeased, kFree);
+  pool.Move(1, kLeased, kCommitted);
+  const absl::Status status = pool.CheckLeased(GetParam().block);
   EXPECT_EQ(status.code(), GetParam().code);
   EXPECT_EQ(status.message(), GetParam().text);
-  EXPECT_EQ(pool.num_free(), 1u);
-  EXPECT_EQ(pool.num_leased(), 3u);
-  EXPECT_TRUE(pool.Return(std::vector<PoolBlock>{{0, 1}, {1, 2}, {2, 1}}).ok());
 }
 
 INSTANTIATE_TEST_SUITE_P(
-    All, RefusedReturn,
-    testing::Values(
-        BadReturn{"StaleGeneration",
-                  {{0, 1}, {1, 1}},
-                  absl::StatusCode::kFailedPrecondition,
-                  "block 1 of generation 1 is stale: the block has reached generation 2"},
-        BadReturn{"NotLeased",
-                  {{0, 1}, {3, 1}},
-                  absl::StatusCode::kFailedPrecondition,
-                  "block 3 is not leased"},
-        BadReturn{"NamedTwice",
-                  {{0, 1}, {2, 1}, {0, 1}},
-                  absl::StatusCode::kInvalidArgument,
-                  "block 0 is returned twice"},
-        BadReturn{"BeyondThePool",
-                  {{0, 1}, {4, 1}},
-                  absl::StatusCode::kInvalidArgument,
-                  "block 4 is not in the pool, which has 0 to 3"},
-        BadReturn{"Negative",
-                  {{0, 1}, {-1, 1}},
-                  absl::StatusCode::kInvalidArgument,
-                  "block -1 is not in the pool, which has 0 to 3"}),
+    All, RefusedBlock,
+    testing::Values(BadBlock{"Stale",
+                             {0, 1},
+                             absl::StatusCode::kFailedPrecondition,
+                             "block 0 of generation 1 is stale: the block has reached "
+                             "generation 2"},
+                    BadBlock{"Committed",
+                             {1, 1},
+                             absl::StatusCode::kFailedPrecondition,
+                             "block 1 is not leased but committed"},
+                    BadBlock{"Free",
+                             {2, 1},
+                             absl::StatusCode::kFailedPrecondition,
+                             "block 2 is not leased but free"},
+                    BadBlock{"BeyondThePool",
+                             {3, 1},
+                             absl::StatusCode::kInvalidArgument,
+                             "block 3 is not in the pool, which has 0 to 2"},
+                    BadBlock{"Negative",
+                             {-1, 1},
+                             absl::StatusCode::kInvalidArgument,
+                             "block -1 is not in the pool, which has 0 to 2"}),
     [](const auto& info) { return info.param.name; });
 
-TEST(BlockPool, RefusesALeaseOfNothing) {
-  BlockPool pool(4);
-  EXPECT_EQ(pool.Lease(0).status().message(), "a lease of 0 blocks; at least 1");
+TEST(BlockPool, CountsStaleNames) {
+  BlockPool pool(1);
+  pool.TakeFree(kLeased);
+  pool.Move(0, kLeased, kFree);
+  EXPECT_FALSE(pool.CheckCurrent({0, 1}).ok());
+  EXPECT_TRUE(pool.CheckCurrent({0, 2}).ok());
+  EXPECT_EQ(pool.num_refused_stale(), 1u);
 }
 
-// The pool written the obvious way: which generation each block has, and which blocks are out.
-struct NaivePool {
-  std::map<int32_t, uint32_t> generation;
-  std::set<int32_t> leased;
-
-  explicit NaivePool(int32_t num_blocks) {
-    for (int32_t id = 0; id < num_blocks; ++id) generation[id] = 1;
-  }
-  bool CanReturn(const std::vector<PoolBlock>& blocks) const {
-    std::set<int32_t> distinct;
-    for (const PoolBlock& block : blocks) {
-      if (!leased.contains(block.id) || generation.at(block.id) != block.generation) return false;
-      if (!distinct.insert(block.id).second) return false;
-    }
-    return true;
-  }
-};
+TEST(BlockPoolDeathTest, ATransitionOutsideTheLifeCycleIsABug) {
+  BlockPool pool(1);
+  EXPECT_DEATH(pool.Move(0, kFree, kCommitted), "block 0, which is free, from free to committed");
+  EXPECT_DEATH(pool.Move(0, kLeased, kFree), "block 0, which is free, from leased to free");
+}
 
 TEST(BlockPool, NeverLosesOrDoublesABlock) {
+  const std::vector<std::pair<BlockState, BlockState>> transitions = {
+      {kLeased, kFree},          {kLeased, kCommitted},     {kLeased, kQuarantined},
+      {kRestoring, kCommitted},  {kRestoring, kFree},       {kRestoring, kQuarantined},
+      {kCommitted, kCopyingOut}, {kCopyingOut, kCommitted}, {kCommitted, kFree},
+      {kQuarantined, kFree}};
   const uint32_t seed = std::random_device{}();
   SCOPED_TRACE(fmt::format("seed={}", seed));
   std::mt19937 rng(seed);
-  constexpr int32_t kNumBlocks = 12;
-  BlockPool pool(kNumBlocks);
-  NaivePool naive(kNumBlocks);
-  int num_refused_returns = 0;
+  BlockPool pool(12);
+  std::set<int32_t> taken;
   for (int step = 0; step < 20'000; ++step) {
     if (rng() % 2 == 0) {
-      const uint32_t count = 1 + rng() % 5;
-      const bool fits = count <= kNumBlocks - naive.leased.size();
-      const auto leased = pool.Lease(count);
-      ASSERT_EQ(leased.ok(), fits) << "step " << step;
-      if (!fits) continue;
-      ASSERT_EQ(leased->size(), count);
-      for (const PoolBlock& block : *leased) {
-        ASSERT_TRUE(naive.leased.insert(block.id).second)
-            << "block " << block.id << " is out twice";
-        ASSERT_EQ(block.generation, naive.generation.at(block.id));
+      const auto block = pool.TakeFree(rng() % 2 == 0 ? kLeased : kRestoring);
+      ASSERT_EQ(block.has_value(), taken.size() < 12);
+      if (block.has_value()) {
+        ASSERT_TRUE(taken.insert(block->id).second) << "block " << block->id << " is out twice";
       }
     } else {
-      // Mostly leased blocks of the right generation; now and then a stale, free or repeated one.
-      std::vector<PoolBlock> blocks;
-      for (int32_t id = 0; id < kNumBlocks; ++id) {
-        const bool bad = rng() % 64 == 0;
-        if (rng() % 3 != 0 || (!naive.leased.contains(id) && !bad)) continue;
-        blocks.push_back({id, naive.generation.at(id) - (bad && rng() % 2 == 0 ? 1u : 0u)});
-        if (bad && rng() % 2 == 0) blocks.push_back(blocks.front());
-      }
-      std::shuffle(blocks.begin(), blocks.end(), rng);
-      const bool returnable = naive.CanReturn(blocks);
-      ASSERT_EQ(pool.Return(blocks).ok(), returnable) << "step " << step;
-      if (!returnable) {
-        ++num_refused_returns;
-        continue;
-      }
-      for (const PoolBlock& block : blocks) {
-        naive.leased.erase(block.id);
-        ++naive.generation[block.id];
-      }
+      const int32_t id = static_cast<int32_t>(rng() % 12);
+      const auto [from, to] = transitions[rng() % transitions.size()];
+      if (pool.state(id) != from) continue;
+      pool.Move(id, from, to);
+      if (to == kFree) taken.erase(id);
     }
-    ASSERT_EQ(pool.num_leased(), naive.leased.size()) << "step " << step;
-    ASSERT_EQ(pool.num_free() + pool.num_leased(), pool.num_blocks()) << "step " << step;
+    ASSERT_EQ(pool.num_in(kFree), 12 - taken.size());
+    ASSERT_TRUE(pool.CheckInvariants().ok()) << pool.CheckInvariants();
   }
-  EXPECT_GT(num_refused_returns, 100);
 }
 
 }  // namespace

@@ -1,0 +1,145 @@
+// CacheState::CheckInvariants: what the transitions maintain step by step, recomputed from scratch.
+#include <fmt/format.h>
+
+#include <set>
+#include <string_view>
+
+#include "cache_manager/core/cache_state.h"
+#include "common/status_macros.h"
+
+namespace wintserve {
+namespace {
+
+// `what` is what should hold.
+absl::Status Expect(bool holds, const CacheEntry& entry, std::string_view what) {
+  if (holds) return absl::OkStatus();
+  return absl::InternalError(fmt::format("entry {}: not so: {}", entry.handle, what));
+}
+
+}  // namespace
+
+absl::Status CacheState::CheckEntry(const CacheEntry& entry) const {
+  using enum BlockState;
+  const auto state = StateOf(entry);
+  const bool is_committed = state == kCommitted;
+  const bool is_ready = is_committed || state == kCopyingOut;
+  const auto slot = entry.host_slot;
+  RETURN_IF_ERROR(Expect(!state || is_ready || state == kRestoring, entry,
+                         "its block is committed, copying out or restoring"));
+  RETURN_IF_ERROR(Expect(!state || EntryOf(*entry.block) == &entry, entry, "its block is its own"));
+  RETURN_IF_ERROR(Expect(!slot || entry_of_slot_[*slot] == &entry, entry, "its slot is its own"));
+  RETURN_IF_ERROR(Expect(state || slot, entry, "it has a copy on a tier"));
+  RETURN_IF_ERROR(Expect(state || entry.pins == 0, entry, "with pins it has a block"));
+  if (slot) {
+    const auto slot_state = host_.state(*slot);
+    RETURN_IF_ERROR(Expect(slot_state == HostTier::State::kValid ||
+                               (slot_state == HostTier::State::kFilling && state == kCopyingOut),
+                           entry, "its slot is valid, or its block is being copied there"));
+  }
+
+  uint32_t device_children = 0;
+  uint32_t busy_children = 0;
+  for (const CacheEntry* child = entry.first_child; child != nullptr; child = child->next_sibling) {
+    RETURN_IF_ERROR(Expect(child->parent == &entry && child->indexed, *child, "it has its parent"));
+    RETURN_IF_ERROR(Expect(!child->block || state, *child, "its parent is on the device too"));
+    RETURN_IF_ERROR(Expect(!StateOf(*child) || IsRestoring(*child) || is_ready, *child,
+                           "its parent is complete, as it is"));
+    device_children += child->block.has_value() ? 1 : 0;
+    busy_children += child->busy ? 1 : 0;
+  }
+  RETURN_IF_ERROR(
+      Expect(entry.device_children == device_children && entry.busy_children == busy_children,
+             entry, "its children are counted"));
+  const bool busy =
+      entry.pins > 0 || busy_children > 0 || state == kCopyingOut || state == kRestoring;
+  RETURN_IF_ERROR(Expect(entry.busy == busy, entry, "busy means pins or copies here or below"));
+
+  const bool idle = entry.indexed && entry.pins == 0;
+  RETURN_IF_ERROR(
+      Expect(entry.in_device_order == (idle && is_committed && device_children == 0) &&
+                 entry.in_device_order == device_order_.contains(const_cast<CacheEntry*>(&entry)),
+             entry, "it is in the device's order of eviction if it can be evicted"));
+  const bool is_host_leaf = idle && slot && host_.state(*slot) == HostTier::State::kValid &&
+                            host_.users(*slot) == 0 && state != kRestoring &&
+                            entry.first_child == nullptr;
+  RETURN_IF_ERROR(Expect(entry.in_host_order == is_host_leaf &&
+                             is_host_leaf == host_order_.contains(const_cast<CacheEntry*>(&entry)),
+                         entry, "it is in the host tier's order of eviction if it can be evicted"));
+  if (entry.indexed) {
+    RETURN_IF_ERROR(Expect(index_.FindHash(entry.hash) == &entry, entry, "its hash finds it"));
+    RETURN_IF_ERROR(Expect(entry.hash == index_.HashOf(*entry.parent, entry.tokens) &&
+                               entry.depth == entry.parent->depth + 1,
+                           entry, "its hash and depth follow from its parent's"));
+  } else {
+    RETURN_IF_ERROR(
+        Expect(!entry.parent && !entry.first_child && !slot, entry, "flushed, it stands alone"));
+    RETURN_IF_ERROR(Expect(entry.pins > 0 || !is_committed, entry, "flushed, it is still of use"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CacheState::CheckCopies() const {
+  std::vector<uint32_t> users(host_.num_slots());
+  std::set<int32_t> copied;
+  for (const auto& [id, copy] : copies_) {
+    ++users[copy.host_slot];
+    const BlockState state = pool_.state(copy.block);
+    const BlockState expected = copy.direction == CopyDirection::kToHost ? BlockState::kCopyingOut
+                                : copy.cancelled                         ? BlockState::kQuarantined
+                                                                         : BlockState::kRestoring;
+    if (state != expected || !copied.insert(copy.block).second) {
+      return absl::InternalError(fmt::format("copy {}: block {} is {}, or in two copies", id,
+                                             copy.block, ToString(state)));
+    }
+    if (copy.entry != nullptr && copy.entry->block != copy.block) {
+      return absl::InternalError(
+          fmt::format("copy {}: block {} is not its entry's", id, copy.block));
+    }
+  }
+  for (uint32_t slot = 0; slot < host_.num_slots(); ++slot) {
+    if (host_.users(slot) != users[slot]) {
+      return absl::InternalError(fmt::format("host slot {} has {} users, and is in {} copies", slot,
+                                             host_.users(slot), users[slot]));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CacheState::CheckInvariants() const {
+  RETURN_IF_ERROR(pool_.CheckInvariants());
+  RETURN_IF_ERROR(host_.CheckInvariants());
+  RETURN_IF_ERROR(CheckCopies());
+  uint32_t num_indexed = 0;
+  uint32_t num_evictable = 0;
+  uint32_t num_pinned = 0;
+  uint32_t num_with_block = 0;
+  uint32_t num_write_backs = 0;
+  for (const CacheEntry* entry : index_.AllEntries()) {
+    RETURN_IF_ERROR(CheckEntry(*entry));
+    const bool is_committed = StateOf(*entry) == BlockState::kCommitted;
+    num_indexed += entry->indexed ? 1 : 0;
+    num_with_block += entry->block.has_value() ? 1 : 0;
+    num_pinned += is_committed && entry->pins > 0 ? 1 : 0;
+    num_evictable += is_committed && entry->indexed && !entry->busy ? 1 : 0;
+    num_write_backs += entry->in_write_back_order ? 1 : 0;
+  }
+  using enum BlockState;
+  const uint32_t num_blocks_of_entries =
+      pool_.num_in(kCommitted) + pool_.num_in(kCopyingOut) + pool_.num_in(kRestoring);
+  if (num_indexed != index_.num_indexed() || num_with_block != num_blocks_of_entries ||
+      num_pinned != num_committed_pinned_ || num_evictable != num_evictable_ ||
+      num_write_backs != write_back_order_.size()) {
+    return absl::InternalError(fmt::format(
+        "counted: {} indexed, {} with a block, {} committed and pinned, {} evictable, {} to write "
+        "back; kept: {}, {}, {}, {}, {}",
+        num_indexed, num_with_block, num_pinned, num_evictable, num_write_backs,
+        index_.num_indexed(), num_blocks_of_entries, num_committed_pinned_, num_evictable_,
+        write_back_order_.size()));
+  }
+  for (const CacheEntry* root : index_.AllRoots()) {
+    RETURN_IF_ERROR(Expect(root->first_child != nullptr, *root, "a root has children"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace wintserve
