@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <grpcpp/grpcpp.h>
 
+#include <algorithm>
 #include <chrono>
 #include <deque>
 #include <optional>
@@ -20,15 +21,17 @@ namespace {
 using std::chrono::steady_clock;
 
 constexpr int kMaxMessageBytes = 64 << 20;
-constexpr std::chrono::seconds kPingInterval(1);
-constexpr int kMaxSilentIntervals = 3;
+constexpr std::chrono::milliseconds kWatchInterval(250);
+constexpr int kIntervalsPerPing = 4;
+constexpr int kMaxSilentIntervals = 12;
 constexpr std::chrono::seconds kCloseTimeout(2);
 
 std::shared_ptr<grpc::Channel> CreateChannel(const std::string& target) {
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
+  // Slower than a session's own watch, which tells silence from an end.
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 2000);
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 1000);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 3000);
   arguments.SetInt(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
   arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   // A proxy of the environment is meant for the outside world.
@@ -39,6 +42,64 @@ std::shared_ptr<grpc::Channel> CreateChannel(const std::string& target) {
   arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 50);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 200);
   return grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), arguments);
+}
+
+// Metadata is text, so the token travels as hexadecimal digits.
+void AddToken(const std::string& token, grpc::ClientContext* context) {
+  context->AddMetadata("wintserve-token", absl::BytesToHexString(token));
+}
+
+void Write(const PoolBlock& block, proto::Block* message) {
+  message->set_id(static_cast<uint32_t>(block.id));
+  message->set_generation(block.generation);
+}
+
+PoolBlock Read(const proto::Block& message) {
+  return {static_cast<int32_t>(message.id()), message.generation()};
+}
+
+PinnedBlock Read(const proto::PinnedBlock& message) {
+  return {message.entry(), Read(message.block())};
+}
+
+std::vector<CopyOrder> ReadCopies(const google::protobuf::RepeatedPtrField<proto::Copy>& copies) {
+  std::vector<CopyOrder> read;
+  read.reserve(copies.size());
+  for (const proto::Copy& copy : copies) {
+    read.push_back(
+        {.copy_id = copy.copy_id(),
+         .direction = copy.to_device() ? CopyDirection::kToDevice : CopyDirection::kToHost,
+         .block = Read(copy.block()),
+         .host_slot = copy.host_slot()});
+  }
+  return read;
+}
+
+MatchResult ReadMatch(const proto::Matched& message) {
+  MatchResult read;
+  for (const proto::PinnedBlock& pinned : message.device()) read.device.push_back(Read(pinned));
+  for (const proto::PinnedBlock& pinned : message.restoring()) {
+    read.restoring.push_back(Read(pinned));
+  }
+  read.copies = ReadCopies(message.copies());
+  return read;
+}
+
+std::vector<CommittedBlock> ReadCommitted(const proto::Committed& message, size_t num_blocks) {
+  std::vector<CommittedBlock> read(num_blocks);
+  const auto num_answered =
+      static_cast<size_t>(std::min(message.entry_size(), message.duplicate_size()));
+  for (size_t i = 0; i < std::min(num_blocks, num_answered); ++i) {
+    const int at = static_cast<int>(i);
+    read[i] = {message.entry(at), message.duplicate(at)};
+  }
+  return read;
+}
+
+// An event that nobody wants is skipped.
+template <typename Event, typename... Arguments>
+void Tell(const Event& event, Arguments&&... arguments) {
+  if (event) event(std::forward<Arguments>(arguments)...);
 }
 
 absl::Status FromRefusal(const proto::Refusal& refusal) {
@@ -58,16 +119,24 @@ class GrpcCacheClient final : public CacheClient,
         events_(std::move(events)),
         channel_(CreateChannel(target)),
         stub_(proto::Cache::NewStub(channel_)) {
-    // Metadata is text, so the token travels as hexadecimal digits.
-    context_.AddMetadata("wintserve-token", absl::BytesToHexString(token));
+    AddToken(token, &context_);
   }
 
   absl::Status Connect(int64_t timeout_ms);
   ~GrpcCacheClient() override;
 
   void OpenPool(const PoolSpec& spec) override;
+  void Peek(uint64_t tag, const std::string& salt, std::span<const int32_t> tokens) override;
+  void Match(uint64_t tag, const std::string& salt, std::span<const int32_t> tokens,
+             bool allow_restore) override;
   void LeaseBlocks(uint64_t tag, uint32_t count) override;
+  void Commit(uint64_t tag, CommitRequest request) override;
+  void Release(std::vector<uint64_t> entries) override;
   void ReturnBlocks(std::vector<PoolBlock> blocks) override;
+  void CopyDone(std::vector<uint64_t> copy_ids) override;
+  void Reconcile(std::vector<PinCount> pins, std::vector<PoolBlock> leased,
+                 uint64_t last_copy_id) override;
+  void Fence() override;
   void Close() override;
 
  private:
@@ -76,16 +145,22 @@ class GrpcCacheClient final : public CacheClient,
     uint64_t seq;
     proto::CacheRequest::RequestCase kind;
     uint64_t tag;
+    size_t num_blocks;  // of a Commit
+  };
+  // What reply_ is, and whether somebody is to be told of it.
+  struct Received {
+    std::optional<Pending> answered;  // none: a push
+    bool deliver;
   };
 
-  void Send(proto::CacheRequest request, uint64_t tag) EXCLUDES(mu_);
+  void Send(proto::CacheRequest request, uint64_t tag = 0) EXCLUDES(mu_);
   // Starts the next write, or half-closes the stream when there is none and there will be none.
   void WriteNext() REQUIRES(mu_);
   // Ends the stream because of `reason`.
   void Fail(absl::Status reason) REQUIRES(mu_);
-  // The request that reply_ answers; nothing when the stream fails or is being closed.
-  std::optional<Pending> TakePending() EXCLUDES(mu_);
+  Received TakePending() EXCLUDES(mu_);
   void Deliver(const Pending& pending);
+  void DeliverRefusal(const Pending& pending, const absl::Status& refusal);
   void Watch() EXCLUDES(mu_);
 
   void OnReadDone(bool ok) override;
@@ -134,7 +209,7 @@ absl::Status GrpcCacheClient::Connect(int64_t timeout_ms) {
   StartCall();
   proto::CacheRequest ping;
   ping.mutable_ping();
-  Send(std::move(ping), /*tag=*/0);
+  Send(std::move(ping));
 
   MutexLock lock(&mu_);
   changed_.WaitFor(&mu_, deadline - steady_clock::now(),
@@ -163,8 +238,29 @@ void GrpcCacheClient::OpenPool(const PoolSpec& spec) {
   open->set_api_epoch(api_epoch_);
   open->set_num_blocks(spec.num_blocks);
   for (const uint64_t bytes : spec.block_bytes_by_rank) open->add_block_bytes_by_rank(bytes);
-  open->set_kv_layout_digest(spec.kv_layout_digest);
-  Send(std::move(request), /*tag=*/0);
+  open->set_root_seed(spec.root_seed);
+  open->set_host_bytes(spec.host_bytes);
+  open->set_block_size_tokens(static_cast<uint32_t>(spec.block_size_tokens));
+  open->set_resume_only(spec.resume_only);
+  Send(std::move(request));
+}
+
+void GrpcCacheClient::Peek(uint64_t tag, const std::string& salt, std::span<const int32_t> tokens) {
+  proto::CacheRequest request;
+  proto::Peek* const peek = request.mutable_peek();
+  peek->set_salt(salt);
+  peek->mutable_tokens()->Add(tokens.begin(), tokens.end());
+  Send(std::move(request), tag);
+}
+
+void GrpcCacheClient::Match(uint64_t tag, const std::string& salt, std::span<const int32_t> tokens,
+                            bool allow_restore) {
+  proto::CacheRequest request;
+  proto::Match* const match = request.mutable_match();
+  match->set_salt(salt);
+  match->mutable_tokens()->Add(tokens.begin(), tokens.end());
+  match->set_allow_restore(allow_restore);
+  Send(std::move(request), tag);
 }
 
 void GrpcCacheClient::LeaseBlocks(uint64_t tag, uint32_t count) {
@@ -173,15 +269,54 @@ void GrpcCacheClient::LeaseBlocks(uint64_t tag, uint32_t count) {
   Send(std::move(request), tag);
 }
 
+void GrpcCacheClient::Commit(uint64_t tag, CommitRequest commit) {
+  proto::CacheRequest request;
+  proto::Commit* const message = request.mutable_commit();
+  message->set_parent(commit.parent);
+  message->set_salt(std::move(commit.salt));
+  for (const CommitBlock& block : commit.blocks) {
+    Write(block.block, message->add_blocks());
+    message->mutable_tokens()->Add(block.tokens.begin(), block.tokens.end());
+  }
+  Send(std::move(request), tag);
+}
+
+void GrpcCacheClient::Release(std::vector<uint64_t> entries) {
+  proto::CacheRequest request;
+  request.mutable_release()->mutable_entries()->Add(entries.begin(), entries.end());
+  Send(std::move(request));
+}
+
 void GrpcCacheClient::ReturnBlocks(std::vector<PoolBlock> blocks) {
   proto::CacheRequest request;
   proto::ReturnBlocks* const returned = request.mutable_return_blocks();
-  for (const PoolBlock& block : blocks) {
-    proto::Block* const added = returned->add_blocks();
-    added->set_id(static_cast<uint32_t>(block.id));
-    added->set_generation(block.generation);
+  for (const PoolBlock& block : blocks) Write(block, returned->add_blocks());
+  Send(std::move(request));
+}
+
+void GrpcCacheClient::CopyDone(std::vector<uint64_t> copy_ids) {
+  proto::CacheRequest request;
+  request.mutable_copy_done()->mutable_copy_ids()->Add(copy_ids.begin(), copy_ids.end());
+  Send(std::move(request));
+}
+
+void GrpcCacheClient::Reconcile(std::vector<PinCount> pins, std::vector<PoolBlock> leased,
+                                uint64_t last_copy_id) {
+  proto::CacheRequest request;
+  proto::Reconcile* const reconcile = request.mutable_reconcile();
+  for (const PinCount& pin : pins) {
+    reconcile->add_pinned_entry(pin.entry);
+    reconcile->add_pin_count(pin.count);
   }
-  Send(std::move(request), /*tag=*/0);
+  for (const PoolBlock& block : leased) Write(block, reconcile->add_leased());
+  reconcile->set_last_copy_id(last_copy_id);
+  Send(std::move(request));
+}
+
+void GrpcCacheClient::Fence() {
+  proto::CacheRequest request;
+  request.mutable_fence();
+  Send(std::move(request));
 }
 
 void GrpcCacheClient::Close() {
@@ -195,7 +330,8 @@ void GrpcCacheClient::Send(proto::CacheRequest request, uint64_t tag) {
   MutexLock lock(&mu_);
   if (closing_ || ended_) return;
   request.set_seq(++last_seq_);
-  pending_.push_back({last_seq_, request.request_case(), tag});
+  pending_.push_back({last_seq_, request.request_case(), tag,
+                      static_cast<size_t>(request.commit().blocks_size())});
   outbox_.push_back(std::move(request));
   if (outbox_.size() == 1) WriteNext();
 }
@@ -223,14 +359,18 @@ void GrpcCacheClient::Fail(absl::Status reason) {
   context_.TryCancel();
 }
 
-std::optional<GrpcCacheClient::Pending> GrpcCacheClient::TakePending() {
+GrpcCacheClient::Received GrpcCacheClient::TakePending() {
   MutexLock lock(&mu_);
   silent_intervals_ = 0;
-  if (pending_.empty() || pending_.front().seq != reply_.seq()) {
-    Fail(absl::InternalError(fmt::format("the cache manager answered request {}, expected {}",
-                                         reply_.seq(),
-                                         pending_.empty() ? last_seq_ + 1 : pending_.front().seq)));
-    return std::nullopt;
+  const bool deliver = !closing_ && !failure_.has_value();
+  if (reply_.seq() == 0) return {std::nullopt, deliver};
+  // An answer that came before is old news.
+  const uint64_t expected = pending_.empty() ? last_seq_ + 1 : pending_.front().seq;
+  if (reply_.seq() < expected) return {std::nullopt, false};
+  if (reply_.seq() > expected || pending_.empty()) {
+    Fail(absl::InternalError(
+        fmt::format("the cache manager answered request {}, expected {}", reply_.seq(), expected)));
+    return {std::nullopt, false};
   }
   const Pending pending = pending_.front();
   pending_.pop_front();
@@ -238,8 +378,7 @@ std::optional<GrpcCacheClient::Pending> GrpcCacheClient::TakePending() {
     answered_ = true;
     changed_.NotifyAll();
   }
-  if (closing_ || failure_.has_value()) return std::nullopt;
-  return pending;
+  return {pending, deliver};
 }
 
 void GrpcCacheClient::OnReadDone(bool ok) {
@@ -252,54 +391,87 @@ void GrpcCacheClient::OnReadDone(bool ok) {
     RemoveHold();
     return;
   }
-  if (const auto pending = TakePending(); pending.has_value()) Deliver(*pending);
+  if (const Received received = TakePending(); received.deliver) {
+    Tell(events_.on_available, reply_.num_available());
+    if (received.answered.has_value()) {
+      Deliver(*received.answered);
+    } else if (reply_.has_copy_out()) {
+      Tell(events_.on_copy_out, ReadCopies(reply_.copy_out().copies()));
+    }
+  }
   StartRead(&reply_);
 }
 
 void GrpcCacheClient::Deliver(const Pending& pending) {
-  const absl::Status refusal =
-      reply_.has_refusal() ? FromRefusal(reply_.refusal()) : absl::OkStatus();
+  if (reply_.has_refusal()) return DeliverRefusal(pending, FromRefusal(reply_.refusal()));
   switch (pending.kind) {
     case proto::CacheRequest::kOpen: {
-      if (!refusal.ok()) return events_.on_opened(refusal);
       const proto::PoolOpened& opened = reply_.opened();
-      return events_.on_opened(
-          OpenedPool{opened.pool_epoch(), opened.memory_socket(), opened.num_blocks()});
+      return Tell(events_.on_opened, OpenedPool{.pool_epoch = opened.pool_epoch(),
+                                                .memory_socket = opened.memory_socket(),
+                                                .num_blocks = opened.num_blocks(),
+                                                .num_host_slots = opened.num_host_slots(),
+                                                .resumed = opened.resumed()});
     }
+    case proto::CacheRequest::kPeek:
+      return Tell(events_.on_peeked, pending.tag,
+                  PeekResult{reply_.peeked().device_blocks(), reply_.peeked().host_blocks()});
+    case proto::CacheRequest::kMatch:
+      return Tell(events_.on_matched, pending.tag, ReadMatch(reply_.matched()));
     case proto::CacheRequest::kLease: {
-      if (!refusal.ok()) LOG_ERROR("the cache manager refused a lease: {}", refusal.ToString());
       std::vector<PoolBlock> blocks;
       blocks.reserve(reply_.leased().blocks_size());
-      for (const proto::Block& block : reply_.leased().blocks()) {
-        blocks.push_back({static_cast<int32_t>(block.id()), block.generation()});
-      }
-      return events_.on_leased(pending.tag, std::move(blocks));
+      for (const proto::Block& block : reply_.leased().blocks()) blocks.push_back(Read(block));
+      return Tell(events_.on_leased, pending.tag, std::move(blocks));
     }
-    case proto::CacheRequest::kReturnBlocks:
-      if (!refusal.ok()) LOG_ERROR("the cache manager refused a return: {}", refusal.ToString());
+    case proto::CacheRequest::kCommit:
+      return Tell(events_.on_committed, pending.tag,
+                  ReadCommitted(reply_.committed(), pending.num_blocks));
+    default:
       return;
-    case proto::CacheRequest::kPing:
-    case proto::CacheRequest::REQUEST_NOT_SET:
+  }
+}
+
+void GrpcCacheClient::DeliverRefusal(const Pending& pending, const absl::Status& refusal) {
+  if (pending.kind == proto::CacheRequest::kOpen) return Tell(events_.on_opened, refusal);
+  LOG_ERROR("the cache manager refused a request: {}", refusal.ToString());
+  switch (pending.kind) {
+    case proto::CacheRequest::kPeek:
+      return Tell(events_.on_peeked, pending.tag, PeekResult());
+    case proto::CacheRequest::kMatch:
+      return Tell(events_.on_matched, pending.tag, MatchResult());
+    case proto::CacheRequest::kLease:
+      return Tell(events_.on_leased, pending.tag, std::vector<PoolBlock>());
+    case proto::CacheRequest::kCommit:
+      return Tell(events_.on_committed, pending.tag,
+                  std::vector<CommittedBlock>(pending.num_blocks));
+    case proto::CacheRequest::kReconcile: {
+      // Nothing else would be served from now on.
+      MutexLock lock(&mu_);
+      return Fail(refusal);
+    }
+    default:
       return;
   }
 }
 
 void GrpcCacheClient::Watch() {
-  while (true) {
+  for (int interval = 1;; ++interval) {
     {
       MutexLock lock(&mu_);
-      if (changed_.WaitFor(&mu_, kPingInterval, [this]() REQUIRES(mu_) { return ended_; })) return;
+      if (changed_.WaitFor(&mu_, kWatchInterval, [this]() REQUIRES(mu_) { return ended_; })) return;
       // Counted in our own wake-ups and not by the clock, so that a pause of this very process does
       // not pass for silence of the peer.
       if (++silent_intervals_ > kMaxSilentIntervals) {
-        return Fail(absl::UnavailableError(
+        return Fail(absl::DeadlineExceededError(
             fmt::format("the cache manager at {} has not replied for {} s", target_,
-                        kMaxSilentIntervals * kPingInterval.count())));
+                        kMaxSilentIntervals * kWatchInterval.count() / 1000)));
       }
     }
+    if (interval % kIntervalsPerPing != 0) continue;
     proto::CacheRequest ping;
     ping.mutable_ping();
-    Send(std::move(ping), /*tag=*/0);
+    Send(std::move(ping));
   }
 }
 
@@ -319,7 +491,7 @@ void GrpcCacheClient::OnDone(const grpc::Status& status) {
     }
     deliver = answered_ && !closing_;
   }
-  if (deliver) events_.on_closed(end);
+  if (deliver) Tell(events_.on_closed, end);
   MutexLock lock(&mu_);
   end_ = std::move(end);
   done_ = true;
@@ -328,6 +500,31 @@ void GrpcCacheClient::OnDone(const grpc::Status& status) {
 }
 
 }  // namespace
+
+absl::StatusOr<uint64_t> FlushPrefixCache(const std::string& target, const std::string& token,
+                                          const std::optional<std::string>& salt,
+                                          int64_t timeout_ms) {
+  const auto stub = proto::Cache::NewStub(CreateChannel(target));
+  grpc::ClientContext context;
+  AddToken(token, &context);
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(timeout_ms));
+  context.set_wait_for_ready(true);  // the cache manager may be restarting
+  proto::AdminRequest request;
+  if (salt.has_value()) {
+    request.set_flush_salt(*salt);
+  } else {
+    request.mutable_flush_all();
+  }
+  proto::AdminReply reply;
+  const grpc::Status status = stub->Admin(&context, request, &reply);
+  if (status.ok()) return reply.num_entries();
+  if (status.error_code() == grpc::StatusCode::DEADLINE_EXCEEDED) {
+    return absl::UnavailableError(
+        fmt::format("no cache manager at {} within {} ms", target, timeout_ms));
+  }
+  return absl::Status(static_cast<absl::StatusCode>(status.error_code()),
+                      fmt::format("{}: {}", target, status.error_message()));
+}
 
 absl::StatusOr<std::unique_ptr<CacheClient>> ConnectCacheClient(const std::string& target,
                                                                 const std::string& token,

@@ -9,9 +9,15 @@
 
 namespace wintserve {
 
-// UNAVAILABLE: no cache manager there within timeout_ms. FAILED_PRECONDITION: another pool_epoch.
+enum class PoolTier {
+  kDevice,  // the blocks that are computed in
+  kHost,    // the host slots; FAILED_PRECONDITION where the pool has none
+};
+
+// A cache manager that dies before it has answered is waited for: the next one answers. NOT_FOUND:
+// it does not have this pool. UNAVAILABLE: nobody has answered within timeout_ms.
 absl::StatusOr<MappedMemory> FetchPoolMemory(const std::string& socket_path,
                                              const std::string& token, uint64_t pool_epoch,
-                                             int rank, int64_t timeout_ms);
+                                             int rank, PoolTier tier, int64_t timeout_ms);
 
 }  // namespace wintserve

@@ -1,6 +1,7 @@
 // Both ends of the memory socket: MemoryServer and FetchPoolMemory.
 #include "cache_manager/client/pool_memory_client.h"
 
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/socket.h>
@@ -9,11 +10,13 @@
 #include <chrono>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "cache_manager/memory/memory_server.h"
+#include "common/check.h"
 #include "common/unix_socket.h"
 #include "proto/cache.pb.h"
 
@@ -25,6 +28,7 @@ using ::testing::StartsWith;
 
 constexpr uint64_t kEpoch = 0xfeedface12345678;
 constexpr uint32_t kNumBlocks = 4;
+constexpr uint32_t kNumHostSlots = 3;
 constexpr int64_t kTimeoutMs = 5000;
 // A real token is random bytes, zeros among them.
 const std::string kToken = std::string("\0\xff\x80 token of exactly 32 bytes..", 32);
@@ -52,15 +56,17 @@ class PoolMemorySocket : public testing::Test {
     auto server = MemoryServer::Start(path_, kToken);
     ASSERT_TRUE(server.ok()) << server.status();
     server_ = *std::move(server);
-    auto memory = PoolMemory::Create(kNumBlocks, {4096, 8192}, /*available_bytes=*/1 << 20);
+    auto memory =
+        PoolMemory::Create(kNumBlocks, {4096, 8192}, /*available_bytes=*/1 << 20, kNumHostSlots);
     ASSERT_TRUE(memory.ok()) << memory.status();
     owner_bytes_[0] = static_cast<char*>(memory->rank(0).data());
     owner_bytes_[1] = static_cast<char*>(memory->rank(1).data());
+    owner_host_bytes_ = static_cast<char*>(memory->host_rank(1).data());
     server_->Publish(kEpoch, *std::move(memory));
   }
 
-  absl::StatusOr<MappedMemory> Fetch(int rank) {
-    return FetchPoolMemory(path_, kToken, kEpoch, rank, kTimeoutMs);
+  absl::StatusOr<MappedMemory> Fetch(int rank, PoolTier tier = PoolTier::kDevice) {
+    return FetchPoolMemory(path_, kToken, kEpoch, rank, tier, kTimeoutMs);
   }
 
   // The text of the reply to a packet that FetchPoolMemory would not send.
@@ -84,6 +90,7 @@ class PoolMemorySocket : public testing::Test {
   const std::string path_ = testing::TempDir() + "/memory_" + std::to_string(::getpid()) + ".sock";
   std::unique_ptr<MemoryServer> server_;
   char* owner_bytes_[2] = {};
+  char* owner_host_bytes_ = nullptr;  // of rank 1
 };
 
 TEST_F(PoolMemorySocket, SharesEachRanksBytesWithTheOwner) {
@@ -99,17 +106,61 @@ TEST_F(PoolMemorySocket, SharesEachRanksBytesWithTheOwner) {
   EXPECT_STREQ(static_cast<char*>(rank1->data()), "written by the owner");
 }
 
+TEST_F(PoolMemorySocket, SharesTheHostTierBesideThePool) {
+  auto rank0 = Fetch(0, PoolTier::kHost);
+  auto rank1 = Fetch(1, PoolTier::kHost);
+  ASSERT_TRUE(rank0.ok()) << rank0.status();
+  ASSERT_TRUE(rank1.ok()) << rank1.status();
+  EXPECT_EQ(rank0->size_bytes(), int64_t{kNumHostSlots} * 4096);
+  EXPECT_EQ(rank1->size_bytes(), int64_t{kNumHostSlots} * 8192);
+  std::strcpy(static_cast<char*>(rank1->data()), "host slot 0");
+  EXPECT_STREQ(owner_host_bytes_, "host slot 0");
+  EXPECT_STREQ(owner_bytes_[1], "");
+}
+
+TEST_F(PoolMemorySocket, RefusesTheHostTierOfAPoolWithoutOne) {
+  auto memory = PoolMemory::Create(kNumBlocks, {4096}, /*available_bytes=*/1 << 20);
+  ASSERT_TRUE(memory.ok()) << memory.status();
+  server_->Publish(kEpoch, *std::move(memory));
+  const auto status = Fetch(0, PoolTier::kHost).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("the pool has no host tier"));
+}
+
+// "dd" among the VmFlags that /proc/self/smaps gives for the mapping that starts at `data`.
+bool IsLeftOutOfCoreDumps(const void* data) {
+  std::ifstream smaps("/proc/self/smaps");
+  const std::string start = fmt::format("{:x}-", reinterpret_cast<uintptr_t>(data));
+  bool found = false;
+  for (std::string line; std::getline(smaps, line);) {
+    found = found || line.starts_with(start);
+    if (found && line.starts_with("VmFlags:")) return line.find(" dd") != std::string::npos;
+  }
+  return false;
+}
+
+TEST_F(PoolMemorySocket, LeavesTheContentsOutOfCoreDumps) {
+  EXPECT_TRUE(IsLeftOutOfCoreDumps(owner_bytes_[0]));
+  EXPECT_TRUE(IsLeftOutOfCoreDumps(owner_host_bytes_));
+  for (const PoolTier tier : {PoolTier::kDevice, PoolTier::kHost}) {
+    const auto memory = Fetch(0, tier);
+    ASSERT_TRUE(memory.ok()) << memory.status();
+    EXPECT_TRUE(IsLeftOutOfCoreDumps(memory->data()));
+  }
+}
+
 TEST_F(PoolMemorySocket, LeavesAWorkersMappingAloneWhenThePoolIsWithdrawn) {
   auto memory = Fetch(0);
   ASSERT_TRUE(memory.ok()) << memory.status();
   server_->Withdraw();
   static_cast<char*>(memory->data())[memory->size_bytes() - 1] = 1;
-  EXPECT_EQ(Fetch(0).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(Fetch(0).status().code(), absl::StatusCode::kNotFound);
 }
 
 TEST_F(PoolMemorySocket, RefusesAnotherPoolEpoch) {
-  const auto status = FetchPoolMemory(path_, kToken, kEpoch + 1, 0, kTimeoutMs).status();
-  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  const auto status =
+      FetchPoolMemory(path_, kToken, kEpoch + 1, 0, PoolTier::kDevice, kTimeoutMs).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
   EXPECT_EQ(status.message(), "no KV pool memory from " + path_ +
                                   ": pool_epoch 0xfeedface12345679 is not the pool that is open");
 }
@@ -127,7 +178,8 @@ TEST_F(PoolMemorySocket, TellsAPeerWithoutTheTokenTheSameWhateverItSends) {
   nearly.back() ^= 1;
   for (const std::string& token : {nearly, kToken + "x", std::string()}) {
     // Wrong in every other way too, which must not show.
-    const auto status = FetchPoolMemory(path_, token, kEpoch + 1, 7, kTimeoutMs).status();
+    const auto status =
+        FetchPoolMemory(path_, token, kEpoch + 1, 7, PoolTier::kHost, kTimeoutMs).status();
     EXPECT_EQ(status.code(), absl::StatusCode::kUnauthenticated);
     EXPECT_THAT(std::string(status.message()), HasSubstr(kUnauthenticated));
   }
@@ -196,9 +248,28 @@ TEST_F(PoolMemorySocket, LeaksNoDescriptorInAHundredFetches) {
 TEST_F(PoolMemorySocket, UnlinksItsPathAndIsUnavailableAfterwards) {
   server_.reset();
   EXPECT_FALSE(std::filesystem::exists(path_));
-  const auto status = FetchPoolMemory(path_, kToken, kEpoch, 0, /*timeout_ms=*/20).status();
+  const auto status =
+      FetchPoolMemory(path_, kToken, kEpoch, 0, PoolTier::kDevice, /*timeout_ms=*/20).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(std::string(status.message()), StartsWith("no KV pool memory from " + path_));
+}
+
+// The peer that takes the request and dies is followed by one that answers.
+TEST_F(PoolMemorySocket, AsksTheNextServerWhenOneDiesBeforeItsReply) {
+  server_.reset();
+  absl::StatusOr<UniqueFd> dying = ListenUnix(path_);
+  ASSERT_TRUE(dying.ok()) << dying.status();
+  std::thread successor([&] {
+    {
+      auto peer = AcceptUnix(dying->get());
+      CHECK(peer.ok() && ReceivePacket(peer->get(), kTimeoutMs).ok());
+      dying->Reset();
+    }
+    SetUp();
+  });
+  const auto memory = Fetch(0);
+  successor.join();
+  EXPECT_TRUE(memory.ok()) << memory.status();
 }
 
 TEST_F(PoolMemorySocket, ReplacesTheSocketOfADeadServer) {
@@ -220,6 +291,16 @@ TEST(PoolMemory, ThatDoesNotFitIsRefusedWithItsSizes) {
   const auto uneven = PoolMemory::Create(1024, {1 << 19, 1 << 20}, int64_t{1} << 29).status();
   EXPECT_THAT(std::string(uneven.message()),
               HasSubstr("(1024 blocks of 524288+1048576 bytes on 2 ranks)"));
+}
+
+TEST(PoolMemory, HostTierCountsAndItsFlagIsNamed) {
+  const auto status =
+      PoolMemory::Create(512, {1 << 20}, int64_t{1} << 30, /*num_host_slots=*/1024).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(status.message(),
+            "KV pool of 0.50 GiB with a host tier of 1.00 GiB does not fit into the 1.00 GiB of "
+            "memory that is available (512 blocks of 1048576 bytes on 1 rank); lower --swap-space, "
+            "--num-gpu-blocks-override, --max-num-seqs or --max-model-len");
 }
 
 TEST(PoolMemory, SizeThatOverflowsIsRefusedAndNotWrapped) {

@@ -137,7 +137,7 @@ void MemoryServer::Answer(int peer_fd, const absl::StatusOr<Packet>& packet) {
   const auto find = [&]() -> absl::StatusOr<const MappedMemory*> {
     ASSIGN_OR_RETURN(const proto::MemoryRequest request, Authenticate(token_, packet));
     if (pool == nullptr || pool->epoch != request.pool_epoch()) {
-      return absl::FailedPreconditionError(
+      return absl::NotFoundError(
           fmt::format("pool_epoch {:#x} is not the pool that is open", request.pool_epoch()));
     }
     const auto num_ranks = static_cast<uint32_t>(pool->memory.num_ranks());
@@ -145,7 +145,12 @@ void MemoryServer::Answer(int peer_fd, const absl::StatusOr<Packet>& packet) {
       return absl::InvalidArgumentError(fmt::format("rank {} is not in the pool, which has 0 to {}",
                                                     request.rank(), num_ranks - 1));
     }
-    return &pool->memory.rank(static_cast<int>(request.rank()));
+    const int rank = static_cast<int>(request.rank());
+    if (!request.host_tier()) return &pool->memory.rank(rank);
+    if (!pool->memory.has_host_tier()) {
+      return absl::FailedPreconditionError("the pool has no host tier (--swap-space is 0)");
+    }
+    return &pool->memory.host_rank(rank);
   };
 
   proto::MemoryReply reply;

@@ -1,12 +1,15 @@
 #include "cache_manager/service/cache_server.h"
 
 #include <fmt/format.h>
+#include <grpcpp/alarm.h>
 #include <grpcpp/grpcpp.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <chrono>
+#include <deque>
+#include <thread>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/escaping.h"
 #include "cache_manager/memory/token.h"
@@ -18,6 +21,18 @@ namespace wintserve {
 namespace {
 
 constexpr int kMaxMessageBytes = 64 << 20;
+constexpr size_t kMaxQueuedEvents = 4096;
+// How long an OpenPool waits for memory. Below the 3 s after which the client takes us for hanging.
+constexpr std::chrono::milliseconds kMemoryPatience(2000);
+constexpr std::chrono::milliseconds kMemoryRetry(100);
+
+grpc::Status ToGrpcStatus(const absl::Status& status) {
+  return {static_cast<grpc::StatusCode>(status.code()), std::string(status.message())};
+}
+
+grpc::Status Unauthenticated() {
+  return {grpc::StatusCode::UNAUTHENTICATED, "the cache queue demands the instance token"};
+}
 
 // Counts the live streams, so that the server outlives the last of them.
 class StreamCount {
@@ -43,51 +58,215 @@ class StreamCount {
   int count_ GUARDED_BY(mu_) = 0;
 };
 
-// One stream: request, reply, request, reply, …
+// Drops the pool when its grace ends.
+class GraceTimer {
+ public:
+  explicit GraceTimer(PoolOwner* owner) : owner_(owner), thread_([this] { Run(); }) {}
+  ~GraceTimer() {
+    {
+      MutexLock lock(&mu_);
+      stopping_ = true;
+      changed_.NotifyAll();
+    }
+    thread_.join();
+  }
+
+  // A grace may have begun.
+  void Wake() EXCLUDES(mu_) {
+    MutexLock lock(&mu_);
+    woken_ = true;
+    changed_.NotifyAll();
+  }
+
+ private:
+  void Run() EXCLUDES(mu_) {
+    while (true) {
+      const auto next = owner_->DropExpired();
+      MutexLock lock(&mu_);
+      const auto news = [this]() REQUIRES(mu_) { return woken_ || stopping_; };
+      if (next.has_value()) {
+        changed_.WaitFor(&mu_, *next - PoolOwner::Clock::now(), news);
+      } else {
+        changed_.Wait(&mu_, news);
+      }
+      if (stopping_) return;
+      woken_ = false;
+    }
+  }
+
+  PoolOwner* const owner_;
+  Mutex mu_;
+  CondVar changed_;
+  bool woken_ GUARDED_BY(mu_) = false;
+  bool stopping_ GUARDED_BY(mu_) = false;
+  std::thread thread_;
+};
+
+// What all streams share.
+struct ServerState {
+  explicit ServerState(PoolOwner* pool_owner) : owner(pool_owner) {}
+
+  PoolOwner* const owner;
+  GraceTimer timer{owner};
+  StreamCount streams;
+};
+
+// One session: request, its replies, request, its replies, …
 class SessionStream : public grpc::ServerBidiReactor<proto::CacheRequest, proto::CacheReply> {
  public:
-  SessionStream(uint64_t id, PoolOwner* owner, StreamCount* count)
-      : id_(id), owner_(owner), count_(count) {
-    count_->Add();
+  SessionStream(uint64_t id, grpc::CallbackServerContext* context, ServerState* state)
+      : id_(id), context_(context), state_(state) {
+    state_->streams.Add();
     StartRead(&request_);
   }
 
   void OnReadDone(bool ok) override {
     if (!ok) return End();
-    reply_ = owner_->Handle(id_, request_);
-    StartWrite(&reply_);
+    received_ = std::chrono::steady_clock::now();
+    Serve();
   }
 
   void OnWriteDone(bool ok) override {
     if (!ok) return End();
+    if (++next_reply_ < replies_.size()) return StartWrite(&replies_[next_reply_]);
     StartRead(&request_);
   }
 
   void OnDone() override {
-    StreamCount* const count = count_;
+    // Only now it is known whether the client said that it is done or the stream broke.
+    if (!context_->IsCancelled()) state_->owner->EndSession(id_);
+    StreamCount* const streams = &state_->streams;
     delete this;
-    count->Remove();
+    streams->Remove();
   }
 
  private:
-  // Before Finish, so that a client that has seen the end can open the pool again.
+  void Serve() {
+    if (request_.seq() != last_seq_ + 1 && last_seq_ != 0) {
+      replies_.assign(1,
+                      Refuse(fmt::format("seq is {}; expected {}", request_.seq(), last_seq_ + 1)));
+    } else if (request_.seq() == 0) {
+      replies_.assign(1, Refuse("seq is 0; it starts at 1"));
+    } else {
+      replies_ = state_->owner->Handle(id_, request_);
+      // The memory of a pool before this one goes when the last worker has unmapped it.
+      if (request_.has_open() && WantsMemory(replies_[0]) &&
+          std::chrono::steady_clock::now() - received_ < kMemoryPatience) {
+        retry_ = std::make_unique<grpc::Alarm>();  // the one that calls us is in use
+        retry_->Set(std::chrono::system_clock::now() + kMemoryRetry, [this](bool) { Serve(); });
+        return;
+      }
+      last_seq_ = request_.seq();
+      // A session taken over began another grace.
+      if (request_.has_open()) state_->timer.Wake();
+    }
+    if (replies_[0].has_refusal()) {
+      LOG_WARNING("session {}: refused: {}", id_, replies_[0].refusal().text());
+    }
+    next_reply_ = 0;
+    StartWrite(&replies_[0]);
+  }
+
+  proto::CacheReply Refuse(const std::string& text) const {
+    proto::CacheReply reply;
+    reply.set_seq(request_.seq());
+    reply.mutable_refusal()->set_status_code(grpc::StatusCode::INVALID_ARGUMENT);
+    reply.mutable_refusal()->set_text(text);
+    return reply;
+  }
+
+  static bool WantsMemory(const proto::CacheReply& reply) {
+    return reply.has_refusal() &&
+           reply.refusal().status_code() == grpc::StatusCode::RESOURCE_EXHAUSTED;
+  }
+
+  // Before Finish, so that whoever has seen the end finds the session no longer open.
   void End() {
-    owner_->EndSession(id_);
+    state_->owner->SuspendSession(id_);
+    state_->timer.Wake();
     Finish(grpc::Status::OK);
   }
 
   const uint64_t id_;
-  PoolOwner* const owner_;
-  StreamCount* const count_;
+  grpc::CallbackServerContext* const context_;
+  ServerState* const state_;
+  uint64_t last_seq_ = 0;
   proto::CacheRequest request_;
-  proto::CacheReply reply_;
+  std::chrono::steady_clock::time_point received_;  // the request
+  std::vector<proto::CacheReply> replies_;
+  size_t next_reply_ = 0;
+  std::unique_ptr<grpc::Alarm> retry_;
 };
 
-class RefusedStream : public grpc::ServerBidiReactor<proto::CacheRequest, proto::CacheReply> {
+// One reader of the cache's events. The events wait in a bounded queue; the first is being written.
+class WatchStream : public grpc::ServerWriteReactor<proto::CacheEvent>, public CacheWatcher {
  public:
-  RefusedStream() {
-    Finish({grpc::StatusCode::UNAUTHENTICATED, "the cache queue demands the instance token"});
+  explicit WatchStream(ServerState* state) : state_(state) {
+    state_->streams.Add();
+    const absl::Status status = state_->owner->Watch(this);
+    if (!status.ok()) {
+      MutexLock lock(&mu_);
+      End(ToGrpcStatus(status));
+    }
   }
+
+  void OnEvent(std::shared_ptr<const proto::CacheEvent> event) override EXCLUDES(mu_) {
+    MutexLock lock(&mu_);
+    if (ended_) return;
+    if (queue_.size() == kMaxQueuedEvents) return End(FellBehind());
+    queue_.push_back(std::move(event));
+    if (queue_.size() == 1) StartWrite(queue_.front().get());
+  }
+
+  void OnLostEvents() override EXCLUDES(mu_) {
+    MutexLock lock(&mu_);
+    End(FellBehind());
+  }
+
+  void OnWriteDone(bool ok) override EXCLUDES(mu_) {
+    MutexLock lock(&mu_);
+    queue_.pop_front();
+    if (ended_) return;
+    if (!ok) return End(grpc::Status::CANCELLED);
+    if (!queue_.empty()) StartWrite(queue_.front().get());
+  }
+
+  void OnCancel() override EXCLUDES(mu_) {
+    MutexLock lock(&mu_);
+    End(grpc::Status::CANCELLED);
+  }
+
+  void OnDone() override {
+    state_->owner->Unwatch(this);
+    StreamCount* const streams = &state_->streams;
+    delete this;
+    streams->Remove();
+  }
+
+ private:
+  static grpc::Status FellBehind() {
+    return {grpc::StatusCode::RESOURCE_EXHAUSTED,
+            fmt::format("Watch: the reader fell {} events behind; what it has seen is incomplete",
+                        kMaxQueuedEvents)};
+  }
+
+  void End(const grpc::Status& status) REQUIRES(mu_) {
+    if (std::exchange(ended_, true)) return;
+    if (queue_.size() > 1) queue_.resize(1);  // a write under way keeps its event
+    Finish(status);
+  }
+
+  ServerState* const state_;
+  Mutex mu_;
+  std::deque<std::shared_ptr<const proto::CacheEvent>> queue_ GUARDED_BY(mu_);
+  bool ended_ GUARDED_BY(mu_) = false;
+};
+
+// A stream of any kind that ends at once.
+template <typename Reactor>
+class RefusedStream : public Reactor {
+ public:
+  RefusedStream() { this->Finish(Unauthenticated()); }
   void OnDone() override { delete this; }
 };
 
@@ -95,27 +274,66 @@ class CacheService : public proto::Cache::CallbackService {
  public:
   // Metadata is text, so the token travels as hexadecimal digits.
   CacheService(const std::string& token, PoolOwner* owner)
-      : token_hex_(absl::BytesToHexString(token)), owner_(owner) {}
+      : token_hex_(absl::BytesToHexString(token)), state_(owner) {}
 
   grpc::ServerBidiReactor<proto::CacheRequest, proto::CacheReply>* Session(
       grpc::CallbackServerContext* context) override {
-    const auto& metadata = context->client_metadata();
-    const auto presented = metadata.find("wintserve-token");
-    if (presented == metadata.end() ||
-        !TokensEqual(token_hex_, {presented->second.data(), presented->second.size()})) {
-      LOG_WARNING("refused a stream from {}: wrong or missing token", context->peer());
-      return new RefusedStream;
+    if (!Authenticate(*context)) {
+      return new RefusedStream<grpc::ServerBidiReactor<proto::CacheRequest, proto::CacheReply>>;
     }
-    return new SessionStream(++last_session_id_, owner_, &streams_);
+    return new SessionStream(state_.owner->NewSession(), context, &state_);
   }
 
-  void WaitForStreams() { streams_.WaitForNone(); }
+  grpc::ServerWriteReactor<proto::CacheEvent>* Watch(grpc::CallbackServerContext* context,
+                                                     const proto::WatchRequest*) override {
+    if (!Authenticate(*context)) {
+      return new RefusedStream<grpc::ServerWriteReactor<proto::CacheEvent>>;
+    }
+    return new WatchStream(&state_);
+  }
+
+  grpc::ServerUnaryReactor* Stats(grpc::CallbackServerContext* context, const proto::StatsRequest*,
+                                  proto::StatsReply* reply) override {
+    grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+    if (!Authenticate(*context)) {
+      reactor->Finish(Unauthenticated());
+      return reactor;
+    }
+    *reply = state_.owner->Stats();
+    reactor->Finish(grpc::Status::OK);
+    return reactor;
+  }
+
+  grpc::ServerUnaryReactor* Admin(grpc::CallbackServerContext* context,
+                                  const proto::AdminRequest* request,
+                                  proto::AdminReply* reply) override {
+    grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+    if (!Authenticate(*context)) {
+      reactor->Finish(Unauthenticated());
+      return reactor;
+    }
+    auto result = state_.owner->Admin(*request);
+    if (result.ok()) *reply = *std::move(result);
+    reactor->Finish(ToGrpcStatus(result.status()));
+    return reactor;
+  }
+
+  void WaitForStreams() { state_.streams.WaitForNone(); }
 
  private:
+  bool Authenticate(const grpc::CallbackServerContext& context) const {
+    const auto& metadata = context.client_metadata();
+    const auto presented = metadata.find("wintserve-token");
+    if (presented != metadata.end() &&
+        TokensEqual(token_hex_, {presented->second.data(), presented->second.size()})) {
+      return true;
+    }
+    LOG_WARNING("refused a call from {}: wrong or missing token", context.peer());
+    return false;
+  }
+
   const std::string token_hex_;
-  PoolOwner* const owner_;
-  std::atomic<uint64_t> last_session_id_ = 0;
-  StreamCount streams_;
+  ServerState state_;
 };
 
 void SetChannelArguments(grpc::ServerBuilder* builder) {

@@ -16,9 +16,10 @@ struct CacheServerOptions {
   std::string token;      // of the instance; a stream without it is refused
 };
 
-// Carries the messages between streams and a PoolOwner; a stream that ends ends its session.
-// Each stream reads its next request once the reply to the one before is written, so a peer that
-// sends without reading costs one message.
+// Carries the messages between streams and a PoolOwner, and ends the grace of a session that broke.
+// Each session reads its next request once the replies to the one before are written, so a peer
+// that sends without reading costs one message. A reader of events that falls behind is ended. An
+// OpenPool that finds too little memory is tried again for 2 s.
 class CacheServer {
  public:
   // UNAVAILABLE: cannot listen on the port (the text names --cache-queue-port) or the Unix socket.

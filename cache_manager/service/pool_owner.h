@@ -1,60 +1,118 @@
-// What the cache manager does for a session, whatever carries the messages.
+// What the cache manager does for its clients, whatever carries the messages.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "cache_manager/core/block_pool.h"
+#include "cache_manager/core/prefix_cache.h"
 #include "cache_manager/memory/memory_server.h"
 #include "common/mutex.h"
 #include "proto/cache.pb.h"
 
 namespace wintserve {
 
-// Owns the KV pool: the states of its blocks here, its bytes in the memory server.
+// Gets the cache's events (service Watch). Called with the PoolOwner's lock held: must not block,
+// nor call back.
+class CacheWatcher {
+ public:
+  virtual ~CacheWatcher() = default;
+  virtual void OnEvent(std::shared_ptr<const proto::CacheEvent> event) = 0;
+  virtual void OnLostEvents() = 0;  // some never come: what was seen is incomplete
+};
+
+// Owns the KV pool: the states and the index of its blocks here, its bytes in the memory server.
 //
-// One session at a time has the pool: OpenPool creates it under a new pool_epoch, and the end of
-// that session returns every lease, withdraws the memory and ends the epoch. A request that is
-// malformed or comes at the wrong time gets a Refusal and changes nothing. Threading: any thread.
-// One mutex guards all state, and nothing waits while it is held.
+//   no pool --OpenPool--> open --stream breaks--> grace (5 s) --ends--> no pool
+//                          |  ^                     |
+//                  session |  `---- Reconcile ------' OpenPool of the same api_epoch ("resumed")
+//                    ends  `--> no pool
+//
+// One session at a time has the pool. The same api_epoch may take it up on another stream, even
+// before the old one is known to be broken; the grace goes on until Reconcile is done. A request
+// that is malformed or comes at the wrong time gets a Refusal and changes nothing. Without a pool
+// its memory is withdrawn. Threading: any thread. One mutex guards all state, and nothing waits
+// while it is held.
 class PoolOwner {
  public:
-  // Beyond one host's largest rank group a request is malformed.
-  static constexpr int kMaxRanks = 4;
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::seconds kGrace{5};
+  static constexpr size_t kMaxWatchers = 16;
 
-  // REQUIRES: memory_server outlives this object.
-  explicit PoolOwner(MemoryServer* memory_server) : memory_server_(memory_server) {}
+  // REQUIRES: memory_server outlives this object. `now` is for tests.
+  explicit PoolOwner(MemoryServer* memory_server,
+                     std::function<Clock::time_point()> now = &Clock::now);
 
-  // The reply to `request`, which came on the stream with this id. Ids are never used again.
-  proto::CacheReply Handle(uint64_t session_id, const proto::CacheRequest& request) EXCLUDES(mu_);
+  // The id of a new stream; never used again.
+  uint64_t NewSession() { return ++last_session_id_; }
 
-  // The stream with this id has ended. Has no effect the second time.
+  // The reply to `request`, which came on the stream with this id, and after it, where write-backs
+  // have become due, a CopyOut.
+  std::vector<proto::CacheReply> Handle(uint64_t session_id, const proto::CacheRequest& request)
+      EXCLUDES(mu_);
+
+  // The stream with this id broke: the grace begins. Whoever has the timer calls DropExpired.
+  void SuspendSession(uint64_t session_id) EXCLUDES(mu_);
+  // The client has ended the session: drops the pool. Has no effect the second time.
   void EndSession(uint64_t session_id) EXCLUDES(mu_);
+  // Drops the pool once its grace has ended. Returns when to call again, if a grace goes on.
+  std::optional<Clock::time_point> DropExpired() EXCLUDES(mu_);
+
+  proto::StatsReply Stats() EXCLUDES(mu_);
+  absl::StatusOr<proto::AdminReply> Admin(const proto::AdminRequest& request) EXCLUDES(mu_);
+
+  // From now on the watcher gets every event, of later pools too. RESOURCE_EXHAUSTED: there are
+  // kMaxWatchers. REQUIRES: it lives until Unwatch has returned.
+  absl::Status Watch(CacheWatcher* watcher) EXCLUDES(mu_);
+  void Unwatch(CacheWatcher* watcher) EXCLUDES(mu_);
 
  private:
   struct Pool {
-    uint64_t session_id;
-    uint64_t api_epoch;
-    uint64_t pool_epoch;
-    BlockPool blocks;
+    proto::OpenPool spec;
+    uint64_t session_id = 0;
+    uint64_t pool_epoch = 0;
+    uint32_t num_host_slots = 0;
+    std::unique_ptr<PrefixCache> cache;
+    uint64_t last_copy_id = 0;                   // that was ordered
+    std::map<uint64_t, CopyOrder> write_backs;   // under way, by copy_id
+    std::vector<CopyOrder> lost_write_backs;     // of them, to be ordered again
+    bool must_reconcile = false;                 // before anything else
+    std::optional<Clock::time_point> grace_end;  // none: open
   };
 
   absl::Status Dispatch(uint64_t session_id, const proto::CacheRequest& request,
                         proto::CacheReply* reply) REQUIRES(mu_);
+  absl::Status DispatchToPool(Pool* pool, const proto::CacheRequest& request,
+                              proto::CacheReply* reply) REQUIRES(mu_);
   absl::StatusOr<proto::PoolOpened> Open(uint64_t session_id, const proto::OpenPool& request)
       REQUIRES(mu_);
-  absl::StatusOr<proto::BlocksLeased> Lease(uint64_t session_id, const proto::LeaseBlocks& request)
-      REQUIRES(mu_);
-  absl::StatusOr<proto::BlocksReturned> Return(uint64_t session_id,
-                                               const proto::ReturnBlocks& request) REQUIRES(mu_);
+  absl::Status CreatePool(uint64_t session_id, const proto::OpenPool& request) REQUIRES(mu_);
+  absl::Status Match(Pool* pool, const proto::Match& request, proto::Matched* reply) REQUIRES(mu_);
+  absl::Status CopyDone(Pool* pool, const proto::CopyDone& request) REQUIRES(mu_);
+  absl::Status Reconcile(Pool* pool, const proto::Reconcile& request) REQUIRES(mu_);
+  // Write-backs that have become due, if any.
+  std::optional<proto::CacheReply> TakeCopyOut(uint64_t session_id) REQUIRES(mu_);
   // The pool, if this session opened it.
   absl::StatusOr<Pool*> PoolOf(uint64_t session_id) REQUIRES(mu_);
+  uint32_t NumAvailable(uint64_t session_id) REQUIRES(mu_);
+  void TellWatchers() REQUIRES(mu_);
+  void DropPool(const char* why) REQUIRES(mu_);
 
   MemoryServer* const memory_server_;
+  const std::function<Clock::time_point()> now_;
+  std::atomic<uint64_t> last_session_id_ = 0;
   Mutex mu_;
   std::optional<Pool> pool_ GUARDED_BY(mu_);
+  std::vector<CacheWatcher*> watchers_ GUARDED_BY(mu_);
+  std::optional<uint64_t> host_bytes_override_ GUARDED_BY(mu_);  // of the next pool
 };
 
 }  // namespace wintserve

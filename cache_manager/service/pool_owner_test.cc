@@ -1,0 +1,461 @@
+#include "cache_manager/service/pool_owner.h"
+
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <google/protobuf/text_format.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <set>
+#include <string>
+
+namespace wintserve {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+using ::testing::HasSubstr;
+using ::testing::SizeIs;
+
+constexpr uint64_t kMe = 1;  // session ids
+constexpr uint64_t kLater = 2;
+
+proto::CacheRequest Parse(const std::string& text) {
+  proto::CacheRequest request;
+  EXPECT_TRUE(google::protobuf::TextFormat::ParseFromString(text, &request)) << text;
+  return request;
+}
+
+class Watcher : public CacheWatcher {
+ public:
+  void OnEvent(std::shared_ptr<const proto::CacheEvent> event) override {
+    kinds += fmt::format("{}{} ", event->kind() == proto::CacheEvent::KIND_STORED ? "+" : "-",
+                         event->entry());
+  }
+  void OnLostEvents() override { ++num_lost; }
+
+  std::string kinds;
+  int num_lost = 0;
+};
+
+class PoolOwnerTest : public testing::Test {
+ protected:
+  PoolOwnerTest() {
+    auto server =
+        MemoryServer::Start(testing::TempDir() + "/owner_" + std::to_string(::getpid()), "token");
+    EXPECT_TRUE(server.ok()) << server.status();
+    memory_server_ = *std::move(server);
+    owner_ = std::make_unique<PoolOwner>(memory_server_.get(), [this] { return now_; });
+  }
+
+  std::vector<proto::CacheReply> HandleAll(uint64_t session, const std::string& text) {
+    return owner_->Handle(session, Parse(text));
+  }
+  proto::CacheReply Handle(uint64_t session, const std::string& text) {
+    return HandleAll(session, text)[0];
+  }
+  // The refusal's text; empty: done.
+  std::string Refusal(uint64_t session, const std::string& text) {
+    return Handle(session, text).refusal().text();
+  }
+  void Open(uint64_t session = kMe, const std::string& more = "") {
+    ASSERT_EQ(Refusal(session, kOpen + more + "}"), "");
+  }
+  // 4 blocks of 2 tokens.
+  static constexpr char kOpen[] =
+      "open { api_epoch: 10 num_blocks: 4 block_bytes_by_rank: 4096 block_size_tokens: 2 ";
+
+  // Leases `count` blocks and commits them as tokens 0, 1, 2, …; returns their entries.
+  std::vector<uint64_t> Store(uint64_t session, int count) {
+    const auto leased = Handle(session, fmt::format("lease {{ count: {} }}", count));
+    EXPECT_EQ(leased.leased().blocks_size(), count) << leased.DebugString();
+    std::string commit = "commit { ";
+    for (const auto& block : leased.leased().blocks()) {
+      commit += fmt::format("blocks {{ id: {} generation: {} }}", block.id(), block.generation());
+    }
+    for (int i = 0; i < 2 * count; ++i) commit += fmt::format(" tokens: {}", i);
+    const auto committed = Handle(session, commit + "}");
+    EXPECT_EQ(committed.refusal().text(), "");
+    return {committed.committed().entry().begin(), committed.committed().entry().end()};
+  }
+  static std::string Release(const std::vector<uint64_t>& entries) {
+    std::string text = "release {";
+    for (const uint64_t entry : entries) text += fmt::format(" entries: {}", entry);
+    return text + "}";
+  }
+
+  PoolOwner::Clock::time_point now_;
+  std::unique_ptr<MemoryServer> memory_server_;
+  std::unique_ptr<PoolOwner> owner_;
+};
+
+TEST_F(PoolOwnerTest, RefusesRequestsOfAbsurdLength) {
+  constexpr int kAbsurd = 10'000'000;
+  Open();
+  proto::CacheRequest match;
+  match.mutable_match()->mutable_tokens()->Resize(kAbsurd, 1);
+  EXPECT_EQ(owner_->Handle(kMe, match)[0].refusal().text(),
+            "Match: the number of tokens is 10000000; allowed: 1 to 1048576");
+  proto::CacheRequest done;
+  done.mutable_copy_done()->mutable_copy_ids()->Resize(kAbsurd, 1);
+  EXPECT_EQ(owner_->Handle(kMe, done)[0].refusal().text(),
+            "CopyDone: the number of copy_ids is 10000000; allowed: 0 to 1048576");
+  proto::CacheRequest release;
+  for (uint64_t entry = 1; entry <= kAbsurd; ++entry) release.mutable_release()->add_entries(entry);
+  EXPECT_EQ(owner_->Handle(kMe, release)[0].refusal().text(), "no entry 1 to release");
+  owner_->SuspendSession(kMe);
+  ASSERT_TRUE(Handle(kLater, std::string(kOpen) + "}").opened().resumed());
+  EXPECT_EQ(Refusal(kLater, "reconcile { pinned_entry: [1,2,3,4,5] pin_count: [1,1,1,1,1] }"),
+            "Reconcile: the number of pinned_entry is 5; allowed: 0 to 4");
+}
+
+TEST_F(PoolOwnerTest, EveryReplySaysHowManyBlocksALeaseCouldGet) {
+  EXPECT_EQ(Handle(kMe, "ping {}").num_available(), 0u);
+  Open();
+  EXPECT_EQ(Handle(kMe, "ping {}").num_available(), 4u);
+  EXPECT_EQ(Handle(kMe, "lease { count: 3 }").num_available(), 1u);
+  EXPECT_EQ(Handle(kMe, "seq: 9 lease { count: 5 }").num_available(), 1u);
+  EXPECT_EQ(Handle(kMe, "seq: 9 lease { count: 5 }").seq(), 9u);
+  EXPECT_EQ(Handle(kLater, "ping {}").num_available(), 0u) << "not this session's pool";
+}
+
+TEST_F(PoolOwnerTest, MatchesWhatWasCommittedUnderTheSameSaltOnly) {
+  Open();
+  Store(kMe, 2);
+  EXPECT_EQ(Handle(kMe, "match { tokens: [0,1,2,3,4] }").matched().device_size(), 2);
+  EXPECT_EQ(Handle(kMe, "match { tokens: [0,1,2,3] }").matched().device_size(), 1);
+  EXPECT_EQ(Handle(kMe, "match { salt: 'x' tokens: [0,1,2,3,4] }").matched().device_size(), 0);
+  EXPECT_EQ(Handle(kMe, "peek { tokens: [0,1,2,3,4] }").peeked().device_blocks(), 2u);
+  EXPECT_EQ(owner_->Stats().matches(), 3u);
+}
+
+TEST_F(PoolOwnerTest, RefusesHostileRequestsInOneClearLineAndNothingChanges) {
+  Open();
+  Store(kMe, 1);
+  ASSERT_EQ(Handle(kMe, "lease { count: 1 }").leased().blocks_size(), 1);  // block 1
+  const std::string long_salt(129, 's');
+  struct Case {
+    std::string request;
+    std::string text;
+  };
+  const Case cases[] = {
+      {"", "a request of an unknown kind"},
+      {"peek {}", "Peek: the number of tokens is 0; allowed: 1 to 1048576"},
+      {"peek { tokens: 1 salt: '" + long_salt + "' }",
+       "Peek: the length of salt is 129; allowed: 0 to 128"},
+      {"match {}", "Match: the number of tokens is 0; allowed: 1 to 1048576"},
+      {"match { tokens: [7, 2147483648] }",
+       "Match: tokens[1] is 2147483648; allowed: 0 to 2147483647"},
+      {"lease {}", "LeaseBlocks: count is 0; allowed: 1 to 4"},
+      {"lease { count: 4294967295 }", "LeaseBlocks: count is 4294967295; allowed: 1 to 4"},
+      {"commit {}", "Commit: no blocks"},
+      {"commit { blocks { id: 4294967295 } }", "Commit: block id is 4294967295; allowed: 0 to 3"},
+      {"commit { blocks { id: 1 } blocks { id: 1 } tokens: [1,2,3,4] }",
+       "Commit: block 1 is named twice"},
+      {"commit { blocks { id: 1 } tokens: [1] }", "Commit: 1 tokens for 1 blocks of 2"},
+      {"commit { blocks { id: 1 } tokens: [1, 4294967295] }",
+       "Commit: tokens[1] is 4294967295; allowed: 0 to 2147483647"},
+      {"commit { blocks { id: 1 generation: 77 } tokens: [1, 2] }", "of generation 77 is stale"},
+      {"commit { blocks { id: 1 } tokens: [1, 2] salt: '" + long_salt + "' }",
+       "Commit: the length of salt is 129"},
+      {"release { entries: [1, 0] }", "Release: entries[1] is 0, which names none"},
+      {"release { entries: 12345 }", "no entry 12345 to release"},
+      {"return_blocks { blocks { id: 4 } }", "ReturnBlocks: block id is 4; allowed: 0 to 3"},
+      {"return_blocks { blocks { id: 1 } blocks { id: 1 } }",
+       "ReturnBlocks: block 1 is named twice"},
+      {"copy_done { copy_ids: [5, 5] }", "CopyDone: copy_id 5 is named twice"},
+      {"copy_done { copy_ids: 0 }", "CopyDone: copy_ids[0] is 0, which names none"},
+      {"copy_done { copy_ids: 5 }", "CopyDone: no copy 5 was ordered"},
+      {"reconcile {}", "Reconcile: comes once, after an OpenPool whose answer says resumed"},
+      {"open { api_epoch: 10 }", "OpenPool: num_blocks is 0; allowed: 1 to 2147483647"},
+      {std::string(kOpen) + "}", "OpenPool: this session has the pool open already"},
+  };
+  const std::string before = owner_->Stats().DebugString();
+  for (const Case& c : cases) {
+    const proto::CacheReply reply = Handle(kMe, c.request);
+    EXPECT_THAT(reply.refusal().text(), HasSubstr(c.text)) << c.request;
+    EXPECT_NE(reply.refusal().status_code(), 0u) << c.request;
+    proto::StatsReply after = owner_->Stats();
+    after.set_refused_stale(0);  // counts, and changes nothing else
+    EXPECT_EQ(after.DebugString(), before) << c.request;
+  }
+}
+
+TEST_F(PoolOwnerTest, RefusesPoolsThatCannotBe) {
+  struct Case {
+    const char* open;
+    const char* text;
+  };
+  const Case cases[] = {
+      {"num_blocks: 1", "api_epoch is 0"},
+      {"api_epoch: 1 num_blocks: 2147483648", "num_blocks is 2147483648; allowed: 1 to 2147483647"},
+      {"api_epoch: 1 num_blocks: 1", "the number of block_bytes_by_rank is 0; allowed: 1 to 4"},
+      {"api_epoch: 1 num_blocks: 1 block_bytes_by_rank: [1,1,1,1,1]",
+       "the number of block_bytes_by_rank is 5; allowed: 1 to 4"},
+      {"api_epoch: 1 num_blocks: 1 block_bytes_by_rank: [4096, 0]",
+       "block_bytes_by_rank[1] is 0; allowed: 1 to 1099511627776"},
+      {"api_epoch: 1 num_blocks: 1 block_bytes_by_rank: 18446744073709551615",
+       "block_bytes_by_rank[0] is 18446744073709551615; allowed: 1 to"},
+      {"api_epoch: 1 num_blocks: 1 block_bytes_by_rank: 1",
+       "block_size_tokens is 0; allowed: 1 to 4096"},
+      {"api_epoch: 1 num_blocks: 1 block_bytes_by_rank: 1 block_size_tokens: 4097",
+       "block_size_tokens is 4097; allowed: 1 to 4096"},
+      {"api_epoch: 1 num_blocks: 1 block_bytes_by_rank: 1 block_size_tokens: 1 "
+       "host_bytes: 18446744073709551615",
+       "host_bytes is 18446744073709551615; allowed: 0 to"},
+      {"api_epoch: 1 num_blocks: 1048576 block_bytes_by_rank: 1073741824 block_size_tokens: 64",
+       "KV pool of 1048576.00 GiB does not fit into the"},
+      {"api_epoch: 1 num_blocks: 1 block_bytes_by_rank: 1 block_size_tokens: 1 "
+       "host_bytes: 1125899906842624",
+       "lower --swap-space"},
+      // The index of that many blocks would not fit, though their bytes would.
+      {"api_epoch: 1 num_blocks: 2147483647 block_bytes_by_rank: 1 block_size_tokens: 4096",
+       "does not fit into the"},
+  };
+  for (const Case& c : cases) {
+    EXPECT_THAT(Refusal(kMe, fmt::format("open {{ {} }}", c.open)), HasSubstr(c.text));
+    EXPECT_EQ(owner_->Stats().pool_epoch(), 0u) << c.open;
+  }
+  const std::string seed(4097, 'x');
+  EXPECT_THAT(Refusal(kMe, kOpen + ("root_seed: '" + seed + "' }")),
+              HasSubstr("the length of root_seed is 4097; allowed: 0 to 4096"));
+}
+
+TEST_F(PoolOwnerTest, NothingIsServedBeforeOpenPoolAndBeforeReconcile) {
+  const char* const requests[] = {
+      "peek { tokens: 1 }",     "match { tokens: 1 }", "lease { count: 1 }",        "commit {}",
+      "release { entries: 1 }", "return_blocks {}",    "copy_done { copy_ids: 1 }", "fence {}"};
+  for (const char* request : requests) {
+    EXPECT_EQ(Refusal(kMe, request), "this session has no pool open; OpenPool comes first");
+  }
+  EXPECT_EQ(Refusal(kMe, "reconcile {}"), "this session has no pool open; OpenPool comes first");
+  Open();
+  owner_->SuspendSession(kMe);
+  EXPECT_TRUE(Handle(kLater, std::string(kOpen) + "}").opened().resumed());
+  for (const char* request : requests) {
+    EXPECT_EQ(Refusal(kLater, request), "the pool was taken up again; Reconcile comes first");
+  }
+  EXPECT_EQ(Refusal(kLater, "reconcile {}"), "");
+  EXPECT_EQ(Refusal(kLater, "lease { count: 1 }"), "");
+}
+
+TEST_F(PoolOwnerTest, TheGraceEndsAfterFiveSecondsAndNotBefore) {
+  Open();
+  owner_->SuspendSession(kMe);
+  EXPECT_EQ(owner_->DropExpired(), now_ + seconds(5));
+  now_ += seconds(5) - milliseconds(1);
+  EXPECT_NE(owner_->DropExpired(), std::nullopt);
+  EXPECT_NE(owner_->Stats().pool_epoch(), 0u);
+  now_ += milliseconds(1);
+  EXPECT_EQ(owner_->DropExpired(), std::nullopt);
+  EXPECT_EQ(owner_->Stats().pool_epoch(), 0u);
+  EXPECT_FALSE(Handle(kLater, std::string(kOpen) + "}").opened().resumed());
+}
+
+// A7: workers may still map a pool that is gone; whoever asks for it must not get a second one.
+TEST_F(PoolOwnerTest, ResumeOnlyTakesUpAPoolAndNeverCreatesOne) {
+  const std::string resume = std::string(kOpen) + " resume_only: true }";
+  EXPECT_EQ(Handle(kMe, resume).refusal().status_code(),
+            static_cast<uint32_t>(absl::StatusCode::kNotFound));
+  EXPECT_EQ(Refusal(kMe, resume), "OpenPool: no pool of api_epoch 0xa");
+  EXPECT_EQ(owner_->Stats().pool_epoch(), 0u);
+  Open();
+  owner_->SuspendSession(kMe);
+  EXPECT_TRUE(Handle(kLater, resume).opened().resumed());
+}
+
+TEST_F(PoolOwnerTest, AnotherApiEpochIsRefusedWhileOneIsOpenOrInGrace) {
+  Open();
+  const std::string other =
+      "open { api_epoch: 11 num_blocks: 1 block_bytes_by_rank: 4096 "
+      "block_size_tokens: 2 }";
+  EXPECT_EQ(Refusal(kLater, other), "OpenPool: the session of api_epoch 0xa has the pool open");
+  owner_->SuspendSession(kMe);
+  EXPECT_EQ(Refusal(kLater, other),
+            "OpenPool: the session of api_epoch 0xa has the pool for a few seconds more, should "
+            "it reconnect");
+  owner_->EndSession(kMe);
+  EXPECT_EQ(Refusal(kLater, other), "");
+}
+
+// A10: a stream may be taken over before its end is noticed; what comes on it later has no effect.
+TEST_F(PoolOwnerTest, ASessionThatWasTakenOverCanDoNothingMore) {
+  Open();
+  ASSERT_TRUE(Handle(kLater, std::string(kOpen) + "}").opened().resumed());
+  EXPECT_EQ(Refusal(kMe, "lease { count: 1 }"),
+            "this session has no pool open; OpenPool comes first");
+  ASSERT_EQ(Refusal(kLater, "reconcile {}"), "");
+  owner_->SuspendSession(kMe);
+  owner_->EndSession(kMe);
+  EXPECT_EQ(owner_->DropExpired(), std::nullopt);
+  EXPECT_EQ(Handle(kLater, "lease { count: 4 }").leased().blocks_size(), 4);
+}
+
+// A10: the client states what it holds; a lease whose answer it never saw is not lost.
+TEST_F(PoolOwnerTest, ReconcileKeepsWhatIsClaimedAndDropsTheRest) {
+  Open();
+  const auto entries = Store(kMe, 2);
+  const auto leased = Handle(kMe, "lease { count: 2 }").leased();
+  owner_->SuspendSession(kMe);
+  ASSERT_TRUE(Handle(kLater, std::string(kOpen) + "}").opened().resumed());
+  EXPECT_EQ(Refusal(kLater, "reconcile { pinned_entry: 1 }"),
+            "Reconcile: 1 entries of pinned_entry, 0 of pin_count");
+  EXPECT_EQ(Refusal(kLater, "reconcile { pinned_entry: 1 pin_count: 0 }"),
+            "Reconcile: pin_count[0] is 0; allowed: 1 to 2147483647");
+  EXPECT_EQ(Refusal(kLater, "reconcile { pinned_entry: [1, 1] pin_count: [1, 1] }"),
+            "Reconcile: entry 1 is named twice");
+  EXPECT_THAT(Refusal(kLater, "reconcile { pinned_entry: 999 pin_count: 1 }"),
+              HasSubstr("there is no such entry"));
+  const std::string claim = fmt::format(
+      "reconcile {{ pinned_entry: {} pin_count: 1 leased {{ id: {} generation: {} }} }}",
+      entries[0], leased.blocks(0).id(), leased.blocks(0).generation());
+  EXPECT_EQ(Refusal(kLater, claim), "");
+  const proto::StatsReply stats = owner_->Stats();
+  EXPECT_EQ(stats.num_committed_pinned(), 1u);
+  EXPECT_EQ(stats.num_committed_unpinned(), 1u);
+  EXPECT_EQ(stats.num_leased(), 1u);
+  EXPECT_EQ(stats.num_free(), 1u);
+  now_ += seconds(60);
+  EXPECT_EQ(owner_->DropExpired(), std::nullopt) << "the grace is over with the Reconcile";
+}
+
+TEST_F(PoolOwnerTest, ASessionThatNeverReconcilesLosesThePool) {
+  Open();
+  owner_->SuspendSession(kMe);
+  now_ += seconds(3);
+  ASSERT_TRUE(Handle(kLater, std::string(kOpen) + "}").opened().resumed());
+  owner_->SuspendSession(kLater);  // does not begin another grace
+  now_ += seconds(2);
+  owner_->DropExpired();
+  EXPECT_EQ(owner_->Stats().pool_epoch(), 0u);
+}
+
+TEST_F(PoolOwnerTest, OtherParametersOfTheSameApiEpochAreRefused) {
+  Open();
+  owner_->SuspendSession(kMe);
+  EXPECT_EQ(Refusal(kLater, kOpen + std::string("root_seed: 'other' }")),
+            "OpenPool: api_epoch 0xa has opened its pool with other parameters");
+}
+
+TEST_F(PoolOwnerTest, PushesWriteBacksAfterTheRequestThatMadeThemDue) {
+  Open(kMe, "host_bytes: 16384");
+  EXPECT_EQ(owner_->Stats().num_host_slots(), 4u);
+  const auto replies = HandleAll(kMe, Release(Store(kMe, 4)));
+  ASSERT_THAT(replies, SizeIs(2));
+  EXPECT_TRUE(replies[0].has_done());
+  EXPECT_EQ(replies[1].seq(), 0u);
+  EXPECT_EQ(replies[1].num_available(), 0u) << "blocks being copied cannot be evicted";
+  ASSERT_EQ(replies[1].copy_out().copies_size(), 4);
+  std::string done = "copy_done {";
+  std::set<uint32_t> slots;
+  for (const auto& copy : replies[1].copy_out().copies()) {
+    EXPECT_FALSE(copy.to_device());
+    slots.insert(copy.host_slot());
+    done += fmt::format(" copy_ids: {}", copy.copy_id());
+  }
+  EXPECT_THAT(slots, SizeIs(4));
+  EXPECT_THAT(HandleAll(kMe, "ping {}"), SizeIs(1)) << "pushed twice";
+  EXPECT_EQ(Handle(kMe, done + "}").num_available(), 4u);
+  EXPECT_EQ(Refusal(kMe, done + "}"), "") << "said again in doubt";
+  EXPECT_EQ(owner_->Stats().num_host_valid(), 4u);
+}
+
+// A10: a push that was lost with its stream is ordered again, one that arrived is not.
+TEST_F(PoolOwnerTest, OrdersLostWriteBacksAgainAfterReconcile) {
+  Open(kMe, "host_bytes: 16384");
+  const auto pushed = HandleAll(kMe, Release(Store(kMe, 4)));
+  ASSERT_THAT(pushed, SizeIs(2));
+  ASSERT_EQ(pushed[1].copy_out().copies_size(), 4);
+  const uint64_t second = pushed[1].copy_out().copies(1).copy_id();
+  owner_->SuspendSession(kMe);
+  ASSERT_EQ(Refusal(kLater, kOpen + std::string("host_bytes: 16384 }")), "");
+  const auto replies = HandleAll(kLater, fmt::format("reconcile {{ last_copy_id: {} }}", second));
+  ASSERT_THAT(replies, SizeIs(2));
+  ASSERT_EQ(replies[1].copy_out().copies_size(), 2);
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_EQ(replies[1].copy_out().copies(i).DebugString(),
+              pushed[1].copy_out().copies(2 + i).DebugString());
+  }
+}
+
+TEST_F(PoolOwnerTest, FenceFreesWhatAReconcileQuarantined) {
+  const std::string host = "host_bytes: 16384";
+  Open(kMe, host);
+  const auto replies = HandleAll(kMe, Release(Store(kMe, 4)));
+  ASSERT_THAT(replies, SizeIs(2));
+  for (const auto& copy : replies[1].copy_out().copies()) {
+    ASSERT_EQ(Refusal(kMe, fmt::format("copy_done {{ copy_ids: {} }}", copy.copy_id())), "");
+  }
+  // The device copies are evicted, so that the next match restores.
+  const auto leased = Handle(kMe, "lease { count: 4 }").leased();
+  std::string back = "return_blocks {";
+  for (const auto& block : leased.blocks()) {
+    back += fmt::format(" blocks {{ id: {} generation: {} }}", block.id(), block.generation());
+  }
+  ASSERT_EQ(Refusal(kMe, back + "}"), "");
+  const auto matched = Handle(kMe, "match { tokens: [0,1,2,3,4] allow_restore: true }").matched();
+  ASSERT_EQ(matched.copies_size(), 2);
+  owner_->SuspendSession(kMe);
+  ASSERT_EQ(Refusal(kLater, kOpen + host + "}"), "");
+  ASSERT_EQ(Refusal(kLater, "reconcile {}"), "");
+  EXPECT_EQ(owner_->Stats().num_quarantined(), 2u);
+  ASSERT_EQ(Refusal(kLater, "fence {}"), "");
+  EXPECT_EQ(owner_->Stats().num_quarantined(), 0u);
+  EXPECT_EQ(owner_->Stats().num_free(), 4u);
+}
+
+TEST_F(PoolOwnerTest, AdminFlushesOneSaltOrAll) {
+  proto::AdminRequest all;
+  all.mutable_flush_all();
+  EXPECT_EQ(owner_->Admin(all)->num_entries(), 0u) << "no pool, nothing cached";
+  Open();
+  Store(kMe, 2);
+  proto::AdminRequest salt;
+  salt.set_flush_salt("other");
+  EXPECT_EQ(owner_->Admin(salt)->num_entries(), 0u);
+  EXPECT_EQ(owner_->Admin(all)->num_entries(), 2u);
+  EXPECT_EQ(Handle(kMe, "match { tokens: [0,1,2] }").matched().device_size(), 0);
+  salt.set_flush_salt(std::string(129, 's'));
+  EXPECT_EQ(
+      owner_->Admin(salt).status(),
+      absl::InvalidArgumentError("Admin.flush_salt: the length of salt is 129; allowed: 0 to 128"));
+  EXPECT_EQ(owner_->Admin(proto::AdminRequest()).status().code(), absl::StatusCode::kUnimplemented);
+}
+
+TEST_F(PoolOwnerTest, AdminResizesTheHostTierOfTheNextPool) {
+  Open();
+  proto::AdminRequest resize;
+  resize.set_resize_host_bytes(3 * 4096);
+  const auto reply = owner_->Admin(resize);
+  ASSERT_TRUE(reply.ok()) << reply.status();
+  EXPECT_EQ(reply->text(),
+            "the next pool gets a host tier of 12288 bytes; the pool that is open "
+            "keeps its own");
+  EXPECT_EQ(owner_->Stats().num_host_slots(), 0u);
+  owner_->EndSession(kMe);
+  Open(kLater);
+  EXPECT_EQ(owner_->Stats().num_host_slots(), 3u);
+  resize.set_resize_host_bytes((uint64_t{1} << 50) + 1);
+  EXPECT_EQ(owner_->Admin(resize).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST_F(PoolOwnerTest, WatchersSeeWhatHappensFromThenOn) {
+  Open();
+  const auto first = Store(kMe, 1);
+  std::vector<Watcher> watchers(PoolOwner::kMaxWatchers);
+  for (Watcher& watcher : watchers) ASSERT_TRUE(owner_->Watch(&watcher).ok());
+  Watcher late;
+  EXPECT_EQ(owner_->Watch(&late).code(), absl::StatusCode::kResourceExhausted);
+  ASSERT_EQ(Refusal(kMe, Release(first)), "");
+  proto::AdminRequest all;
+  all.mutable_flush_all();
+  ASSERT_TRUE(owner_->Admin(all).ok());
+  owner_->Unwatch(&watchers[1]);
+  const auto second = Store(kMe, 1);
+  EXPECT_EQ(watchers[0].kinds, fmt::format("-{} +{} ", first[0], second[0]));
+  EXPECT_EQ(watchers[1].kinds, fmt::format("-{} ", first[0]));
+}
+
+}  // namespace
+}  // namespace wintserve
