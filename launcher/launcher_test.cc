@@ -127,6 +127,13 @@ class LauncherTest : public ::testing::Test {
   }
   pid_t PidOf(const std::string& child) const { return std::stoi(Reported(child, "pid")); }
 
+  // Waits until the next one runs.
+  void KillCacheManager() {
+    const pid_t pid = PidOf("cache-manager");
+    ::kill(pid, SIGKILL);
+    ASSERT_TRUE(Eventually([&] { return PidOf("cache-manager") != pid; })) << Stderr();
+  }
+
   // Ours only: reaped ones of the launcher have no entry in /proc.
   std::vector<std::string> LivingChildren() const {
     std::vector<std::string> living;
@@ -177,7 +184,7 @@ TEST_F(LauncherTest, StartsEveryProcessWithWhatItNeedsAndNothingElse) {
   StartServing({"--metrics-port=0", "-tp", "2"});
   ASSERT_TRUE(ChildrenRun(4)) << Stderr();
   const std::string runtime_dir = Reported("api-server", "runtime_dir");
-  for (const char* child : {"api-server", "cache-manager", "engine-worker-0", "engine-worker-1"}) {
+  for (const char* child : {"api-server", "engine-worker-0", "engine-worker-1"}) {
     SCOPED_TRACE(child);
     EXPECT_EQ(Reported(child, "token"), "32");
     EXPECT_EQ(Reported(child, "runtime_dir"), runtime_dir);
@@ -255,7 +262,7 @@ TEST_F(LauncherTest, AChildThatIgnoresSigtermIsKilledInTheEnd) {
 }
 
 TEST_F(LauncherTest, ADeadChildEndsTheInstanceWithOneLine) {
-  for (const char* child : {"api-server", "cache-manager", "engine-worker-0", "engine-worker-1"}) {
+  for (const char* child : {"api-server", "engine-worker-0", "engine-worker-1"}) {
     SCOPED_TRACE(child);
     StartServing({"-tp=2"});
     ASSERT_TRUE(ChildrenRun(4)) << Stderr();
@@ -290,6 +297,64 @@ TEST_F(LauncherTest, TheExitCodeSaysWhatAChildFoundAtStartUp) {
     EXPECT_EQ(NumErrorLines(), 1) << Stderr();
     ExpectNothingLeft();
   }
+}
+
+TEST_F(LauncherTest, ADeadCacheManagerIsStartedAgainWithTheSameInstance) {
+  StartServing();
+  ASSERT_TRUE(ChildrenRun(3)) << Stderr();
+  const std::string before = Reported("cache-manager", "runtime_dir");
+  KillCacheManager();
+  EXPECT_EQ(Reported("cache-manager", "runtime_dir"), before);
+  EXPECT_EQ(LivingChildren().size(), 3u);
+  EXPECT_THAT(Stderr(), HasSubstr("cache manager died of signal 9 (Killed); starting it again"));
+  EXPECT_EQ(NumErrorLines(), 0) << Stderr();
+  launcher_.Signal(SIGTERM);
+  EXPECT_EQ(ExitCode(), kExitOk);
+  ExpectNothingLeft();
+}
+
+TEST_F(LauncherTest, ACacheManagerThatKeepsDyingEndsTheInstanceWithOneLine) {
+  StartServing({}, {{"cache_manager", "abort"}});
+  EXPECT_EQ(ExitCode(), kExitInternal);
+  EXPECT_THAT(Stderr(), HasSubstr("cache manager died of signal 6 (Aborted), for the 6th time "
+                                  "within 10 minutes; the instance ends"));
+  EXPECT_EQ(NumErrorLines(), 1) << Stderr();
+  ExpectNothingLeft();
+}
+
+TEST_F(LauncherTest, ACacheManagerThatCannotStartEndsTheInstanceWithItsCode) {
+  StartServing({}, {{"cache_manager", "exit:69"}});
+  EXPECT_EQ(ExitCode(), kExitUnavailable);
+  EXPECT_THAT(Stderr(), HasSubstr("cache manager died of exit code 69, while starting"));
+  EXPECT_EQ(NumErrorLines(), 1) << Stderr();
+  ExpectNothingLeft();
+}
+
+TEST_F(LauncherTest, ACacheManagerIsReplacedWhileRequestsAreFinished) {
+  StartServing({}, {{"api_server", "ignore"}});
+  ASSERT_TRUE(ChildrenRun(3)) << Stderr();
+  launcher_.Signal(SIGTERM);
+  ASSERT_TRUE(
+      Eventually([&] { return Stderr().find("finishing open requests") != std::string::npos; }));
+  KillCacheManager();
+  launcher_.Signal(SIGTERM);
+  EXPECT_EQ(ExitCode(), kExitOk);
+  ExpectNothingLeft();
+}
+
+TEST_F(LauncherTest, AHangingCacheManagerIsKilledWhenTheApiServerSaysSoButAFreshOneIsNot) {
+  StartServing({}, {{"api_server", "report_hang"}});
+  ASSERT_TRUE(ChildrenRun(3)) << Stderr();
+  const pid_t first = PidOf("cache-manager");
+  // The stand-in says it once it is 4 s old, and again at once.
+  ASSERT_TRUE(Eventually([&] { return PidOf("cache-manager") != first; })) << Stderr();
+  const pid_t second = PidOf("cache-manager");
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  EXPECT_EQ(PidOf("cache-manager"), second);
+  EXPECT_THAT(Stderr(), HasSubstr("the API server says that the cache manager hangs: killing it"));
+  launcher_.Signal(SIGTERM);
+  EXPECT_EQ(ExitCode(), kExitOk);
+  ExpectNothingLeft();
 }
 
 TEST_F(LauncherTest, AMissingProgramIsNamed) {
@@ -369,9 +434,9 @@ TEST_F(LauncherTest, WhatIsWrongBeforeTheStartIsOneLineAndNothingStarts) {
 }
 
 TEST_F(LauncherTest, FlagsWithoutEffectAreWarnedAbout) {
-  StartServing({"--swap-space=4", "--use-cudagraph"});
+  StartServing({"--workers=4", "--use-cudagraph"});
   ASSERT_TRUE(ChildrenRun(3)) << Stderr();
-  EXPECT_THAT(Stderr(), HasSubstr("--swap-space: the host cache tier is not in this version"));
+  EXPECT_THAT(Stderr(), HasSubstr("--workers: one API server process serves every connection"));
   EXPECT_THAT(Stderr(), HasSubstr("--use-cudagraph: there are no CUDA graphs on --device cpu"));
 }
 
@@ -396,9 +461,8 @@ TEST_F(LauncherTest, GenerateEndsWithItsApiServer) {
 }
 
 TEST_F(LauncherTest, ChildrenMayGoBeforeTheApiServerThatHasGenerated) {
-  Start({"generate", "--model", Model(), "--prompt", "x"}, {{"api_server", "exit_after:500"},
-                                                            {"engine_worker_0", "exit:0"},
-                                                            {"cache_manager", "exit:0"}});
+  Start({"generate", "--model", Model(), "--prompt", "x"},
+        {{"api_server", "exit_after:500"}, {"engine_worker_0", "exit:0"}});
   EXPECT_EQ(ExitCode(), kExitOk) << Stderr();
   EXPECT_EQ(Stderr(), "");
   ExpectNothingLeft();

@@ -1,7 +1,7 @@
 // Stands in for a child of the launcher: checks what it was started with, writes a line about
 // itself to $LAUNCHER_TEST_DIR/<name>, then behaves as $<NAME>_BEHAVIOUR says: "run" (end on
 // SIGTERM with code 0), "ignore" SIGTERM, "exit:CODE", "exit_on_term:CODE", "abort",
-// "exit_after:MILLISECONDS" (with code 0).
+// "exit_after:MILLISECONDS" (with code 0), "report_hang" (of the cache manager, after 4 s, twice).
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <signal.h>
@@ -13,6 +13,7 @@
 #include <string>
 
 #include "common/config/instance.h"
+#include "launcher/client/supervisor_client.h"
 
 namespace {
 
@@ -63,6 +64,15 @@ int main(int argc, char** argv) {
   if (behaviour.starts_with("exit_after:")) {
     ::usleep(1000 * std::atoi(behaviour.c_str() + 11));
     return 0;
+  }
+  if (behaviour == "report_hang") {
+    ::sleep(4);
+    for (int i = 0; i < 2; ++i) {
+      const absl::Status status = wintserve::RequestCacheManagerRestart(
+          instance->supervisor_socket(), instance->token, /*timeout_ms=*/5000);
+      if (!status.ok()) return 97;
+      ::usleep(100'000);
+    }
   }
   int received = 0;
   do {

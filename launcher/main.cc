@@ -36,6 +36,10 @@ int RunInstance(CommandLine command) {
 
   PreflightError error = CheckModelAndDevice(command.options);
   if (!error.ok()) return Fail(error.exit_code, error.text);
+  if (command.verb == Verb::kServe) {
+    const std::string warning = RaiseDescriptorLimit(command.options);
+    if (!warning.empty()) LOG_WARNING("{}", warning);
+  }
   Instance instance;
   instance.options = std::move(command.options);
   ReservedPorts ports;

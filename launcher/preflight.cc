@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <netinet/in.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 
@@ -120,6 +121,21 @@ PreflightError CheckModelAndDevice(const ServeOptions& options) {
   }
 #endif
   return {};
+}
+
+std::string RaiseDescriptorLimit(const ServeOptions& options) {
+  // Beside one a connection: listeners, gRPC, event loops, log, shared memory.
+  constexpr rlim_t kOwnDescriptors = 128;
+  rlimit limit = {};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return "";
+  limit.rlim_cur = limit.rlim_max;
+  ::setrlimit(RLIMIT_NOFILE, &limit);
+  const rlim_t needed = static_cast<rlim_t>(options.max_concurrency) + kOwnDescriptors;
+  if (limit.rlim_max == RLIM_INFINITY || limit.rlim_max >= needed) return "";
+  return fmt::format(
+      "--max-concurrency {} needs about {} open files, the system allows {} (ulimit -Hn): clients "
+      "beyond that cannot connect",
+      options.max_concurrency, needed, limit.rlim_max);
 }
 
 PreflightError ReservePorts(bool with_http, ServeOptions* options, ReservedPorts* ports) {

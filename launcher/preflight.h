@@ -19,6 +19,11 @@ struct PreflightError {
 // 66: no such directory, or no config.json in it; 69: a device that this build does not have.
 PreflightError CheckModelAndDevice(const ServeOptions& options);
 
+// Raises the number of descriptors that this process and its children may open to what the system
+// allows. Returns one line for the operator when even that is too few for --max-concurrency, else
+// nothing.
+std::string RaiseDescriptorLimit(const ServeOptions& options);
+
 // The instance's ports, held from before the first process starts until the last one has gone.
 struct ReservedPorts {
   UniqueFd http;     // listening; the API server inherits it

@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <netinet/in.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -153,6 +154,27 @@ TEST(ReservePorts, NamesAHostThatIsNotOurs) {
   ReservedPorts ports;
   EXPECT_EQ(ReservePorts(true, &options, &ports).text,
             "--host: 192.0.2.1 is no address of this machine");
+}
+
+TEST(RaiseDescriptorLimit, RaisesToTheHardLimitAndWarnsWhenThatIsTooLow) {
+  rlimit before = {};
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
+  const rlimit low = {.rlim_cur = 64, .rlim_max = before.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &low), 0);
+  ServeOptions options;
+  options.max_concurrency = 8;
+  EXPECT_EQ(RaiseDescriptorLimit(options), "");
+  rlimit after = {};
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &after), 0);
+  EXPECT_EQ(after.rlim_cur, before.rlim_max);
+  if (before.rlim_max < 1'000'000) {
+    options.max_concurrency = 1'000'000;
+    EXPECT_EQ(RaiseDescriptorLimit(options),
+              "--max-concurrency 1000000 needs about 1000128 open files, the system allows " +
+                  std::to_string(before.rlim_max) +
+                  " (ulimit -Hn): clients beyond that cannot connect");
+  }
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &before), 0);
 }
 
 TEST(CheckModelAndDevice, SaysWhatIsMissing) {

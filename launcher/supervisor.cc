@@ -26,6 +26,13 @@ constexpr milliseconds kStopGrace(5000);
 // take to show.
 constexpr milliseconds kCauseGrace(2000);
 
+// A cache manager has to have been silent for that long before the API server says that it hangs.
+constexpr milliseconds kHangPatience(3000);
+
+// More deaths of the cache manager within the window end the instance.
+constexpr size_t kMaxCacheManagerDeaths = 5;
+constexpr std::chrono::minutes kDeathWindow(10);
+
 // Numbers of the descriptors in a child.
 constexpr int kInstanceFd = 3;
 constexpr int kHttpFd = 4;
@@ -78,6 +85,7 @@ int Supervisor::Run() {
   while (AnyRunning(std::nullopt)) {
     WaitForNews();
     ReadSignals();
+    KillHangingCacheManager();
     ReapEnded();
     AdvanceStop();
   }
@@ -103,19 +111,31 @@ absl::Status Supervisor::StartAll() {
 
 absl::Status Supervisor::Start(const std::string& name, const std::string& program, Role role,
                                Instance instance) {
+  Child child;
+  child.name = name;
+  child.role = role;
+  child.program = program;
+  child.instance = std::move(instance);
+  RETURN_IF_ERROR(Spawn(&child));
+  children_.push_back(std::move(child));
+  return absl::OkStatus();
+}
+
+absl::Status Supervisor::Spawn(Child* child) {
+  const Instance& instance = child->instance;
   ASSIGN_OR_RETURN(const UniqueFd instance_fd, WriteInstance(instance));
   std::error_code error;
   const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
   if (error) return absl::InternalError("cannot read /proc/self/exe: " + error.message());
   ChildOptions options;
-  options.argv = {(self.parent_path() / program).string(),
+  options.argv = {(self.parent_path() / child->program).string(),
                   fmt::format("--instance-fd={}", kInstanceFd)};
   options.descriptors.push_back({instance_fd.get(), kInstanceFd});
   if (instance.http_fd >= 0) options.descriptors.push_back({ports_.http.get(), kHttpFd});
   if (instance.metrics_fd >= 0) options.descriptors.push_back({ports_.metrics.get(), kMetricsFd});
-  ASSIGN_OR_RETURN(ChildProcess process, ChildProcess::Spawn(options));
-  LOG_DEBUG("{} is process {}", name, process.pid());
-  children_.push_back({name, role, std::move(process)});
+  ASSIGN_OR_RETURN(child->process, ChildProcess::Spawn(options));
+  child->started = Clock::now();
+  LOG_DEBUG("{} is process {}", child->name, child->process.pid());
   return absl::OkStatus();
 }
 
@@ -154,7 +174,9 @@ void Supervisor::ReapEnded() {
     if (!child.process.running()) continue;
     const std::optional<ChildExit> ended = child.process.Wait(0);
     if (!ended.has_value()) continue;
-    if (!stopping_) {
+    if (IsReplaceable(child, *ended)) {
+      ReplaceCacheManager(&child, *ended);
+    } else if (!stopping_) {
       if (ended_.empty()) judge_time_ = Clock::now() + kCauseGrace;
       ended_.emplace_back(&child, *ended);
     } else if (draining_) {
@@ -165,6 +187,44 @@ void Supervisor::ReapEnded() {
   }
   if (!stopping_ && !ended_.empty() && (CauseIsKnown() || Clock::now() >= judge_time_)) {
     JudgeUnexpected();
+  }
+}
+
+void Supervisor::KillHangingCacheManager() {
+  if (!server_.TakeRestartRequest()) return;
+  for (Child& child : children_) {
+    if (child.role != Role::kCacheManager || child.stopped || !child.process.running()) continue;
+    // One that young is not the one that has been silent: that one has been replaced already.
+    if (Clock::now() - child.started < kHangPatience) continue;
+    LOG_WARNING("the API server says that the {} hangs: killing it", child.name);
+    child.process.Signal(SIGKILL);
+  }
+}
+
+bool Supervisor::IsReplaceable(const Child& child, const ChildExit& how) const {
+  if (child.role != Role::kCacheManager || child.stopped) return false;
+  // Requests that are being finished need it too.
+  if (stopping_ && !(draining_ && AnyRunning(Role::kApiServer))) return false;
+  // What it finds at its first start-up, it would find again.
+  const bool start_up = !how.by_signal && IsStartUpCode(how.code);
+  return !start_up || !cache_manager_deaths_.empty();
+}
+
+void Supervisor::ReplaceCacheManager(Child* child, const ChildExit& how) {
+  const auto now = Clock::now();
+  cache_manager_deaths_.push_back(now);
+  while (now - cache_manager_deaths_.front() > kDeathWindow) cache_manager_deaths_.pop_front();
+  if (cache_manager_deaths_.size() > kMaxCacheManagerDeaths) {
+    LOG_ERROR("{} died of {}, for the {}th time within {} minutes; the instance ends", child->name,
+              how.ToString(), cache_manager_deaths_.size(), kDeathWindow.count());
+    draining_ = false;
+    return BeginStopping(kExitInternal);
+  }
+  LOG_WARNING("{} died of {}; starting it again", child->name, how.ToString());
+  if (const absl::Status status = Spawn(child); !status.ok()) {
+    LOG_ERROR("{}", std::string(status.message()));
+    draining_ = false;
+    BeginStopping(kExitInternal);
   }
 }
 

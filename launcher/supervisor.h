@@ -3,10 +3,12 @@
 //   running --signal--> draining: API server, then engine workers, then cache manager --> 0 (75:
 //   cut)
 //      |----child died--> stopping: all at once, briefly --------------------------------> its code
+//      |    (a cache manager is restarted instead, up to 5 times in 10 minutes)
 //      `----second signal: SIGKILL for whoever is left
 #pragma once
 
 #include <chrono>
+#include <deque>
 #include <optional>
 #include <string>
 #include <vector>
@@ -40,16 +42,25 @@ class Supervisor {
   struct Child {
     std::string name;
     Role role;
+    std::string program;
+    Instance instance;  // what it was started with
     ChildProcess process;
+    Clock::time_point started;
     bool stopped = false;  // we asked it to end, or ended it
   };
 
   absl::Status StartAll();
   absl::Status Start(const std::string& name, const std::string& program, Role role,
                      Instance instance);
+  // Starts the child's program, for the first time or again.
+  absl::Status Spawn(Child* child);
   void WaitForNews();
   void ReadSignals();
   void ReapEnded();
+  void KillHangingCacheManager();
+  // Whether the end of this child is no end of the instance.
+  bool IsReplaceable(const Child& child, const ChildExit& how) const;
+  void ReplaceCacheManager(Child* child, const ChildExit& how);
   bool CauseIsKnown() const;
   void JudgeUnexpected();
   void JudgeDrained(const Child& child, const ChildExit& ended);
@@ -70,6 +81,8 @@ class Supervisor {
   // cause may take to show.
   std::vector<std::pair<const Child*, ChildExit>> ended_;
   Clock::time_point judge_time_;
+
+  std::deque<Clock::time_point> cache_manager_deaths_;  // of the last 10 minutes
 
   bool stopping_ = false;
   bool draining_ = false;                  // stopping role by role

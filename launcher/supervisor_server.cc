@@ -80,15 +80,26 @@ bool SupervisorServer::ServeConnection(int connection_fd) {
     LOG_WARNING("supervisor.sock: dropped a peer without the instance's token");
     return false;
   }
-  absl::StatusOr<int> fd = absl::InvalidArgumentError("unknown request");
-  if (request.has_group_memory()) {
-    fd = GroupMemoryFd(request.group_memory().group_epoch(), request.group_memory().size_bytes());
-  }
+  const absl::StatusOr<int> fd = Answer(request);
   proto::SupervisorReply reply;
   reply.set_status_code(static_cast<uint32_t>(fd.status().code()));
   // Never empty: a packet without bytes would read as the end of the connection.
   reply.set_text(fd.ok() ? "ok" : std::string(fd.status().message()));
   return SendPacket(connection_fd, reply.SerializeAsString(), fd.ok() ? *fd : -1).ok();
+}
+
+absl::StatusOr<int> SupervisorServer::Answer(const proto::SupervisorRequest& request) {
+  switch (request.request_case()) {
+    case proto::SupervisorRequest::kGroupMemory:
+      return GroupMemoryFd(request.group_memory().group_epoch(),
+                           request.group_memory().size_bytes());
+    case proto::SupervisorRequest::kRestartCacheManager:
+      restart_requested_ = true;
+      return -1;
+    case proto::SupervisorRequest::REQUEST_NOT_SET:
+      break;
+  }
+  return absl::InvalidArgumentError("unknown request");
 }
 
 absl::StatusOr<int> SupervisorServer::GroupMemoryFd(uint64_t group_epoch, uint64_t size_bytes) {

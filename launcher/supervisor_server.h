@@ -1,4 +1,5 @@
-// The launcher's end of supervisor.sock: hands workers the memory that their rank group reduces in.
+// The launcher's end of supervisor.sock: hands workers the memory that their rank group reduces in,
+// hears from the API server that the cache manager hangs.
 #pragma once
 
 #include <poll.h>
@@ -7,11 +8,13 @@
 #include <deque>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "common/mapped_memory.h"
 #include "common/unique_fd.h"
+#include "proto/supervisor.pb.h"
 
 namespace wintserve {
 
@@ -28,12 +31,17 @@ class SupervisorServer {
   // Serves whatever is ready among `fds`; entries of others are skipped.
   void Serve(const std::vector<pollfd>& fds);
 
+  // Whether somebody has asked for a new cache manager since the last call.
+  bool TakeRestartRequest() { return std::exchange(restart_requested_, false); }
+
  private:
   SupervisorServer(UniqueFd listener, std::string token)
       : listener_(std::move(listener)), token_(std::move(token)) {}
 
   void Accept();
   bool ServeConnection(int connection_fd);  // false: drop it
+  // The descriptor that goes with the reply, or -1.
+  absl::StatusOr<int> Answer(const proto::SupervisorRequest& request);
   absl::StatusOr<int> GroupMemoryFd(uint64_t group_epoch, uint64_t size_bytes);
 
   UniqueFd listener_;
@@ -43,6 +51,7 @@ class SupervisorServer {
   std::optional<uint64_t> group_epoch_;
   MappedMemory group_memory_;
   std::deque<uint64_t> ended_epochs_;
+  bool restart_requested_ = false;
 };
 
 }  // namespace wintserve

@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "common/unix_socket.h"
+#include "launcher/client/supervisor_client.h"
 #include "proto/supervisor.pb.h"
 
 namespace wintserve {
@@ -31,6 +32,7 @@ class SupervisorServerTest : public ::testing::Test {
         std::vector<pollfd> fds;
         server.AddPollFds(&fds);
         if (::poll(fds.data(), fds.size(), 10) > 0) server.Serve(fds);
+        if (server.TakeRestartRequest()) ++num_restarts_;
       }
     });
   }
@@ -70,6 +72,8 @@ class SupervisorServerTest : public ::testing::Test {
   }
 
   std::string path_;
+
+  std::atomic<int> num_restarts_ = 0;
 
  private:
   std::atomic<bool> done_ = false;
@@ -119,6 +123,20 @@ TEST_F(SupervisorServerTest, AnswersARequestThatItDoesNotKnow) {
   proto::SupervisorReply reply;
   ASSERT_TRUE(reply.ParseFromString(packet->bytes));
   EXPECT_EQ(reply.status_code(), static_cast<uint32_t>(absl::StatusCode::kInvalidArgument));
+}
+
+TEST_F(SupervisorServerTest, PassesOnThatTheCacheManagerHangs) {
+  EXPECT_TRUE(RequestCacheManagerRestart(path_, kToken, kTimeoutMs).ok());
+  for (int i = 0; i < 500 && num_restarts_ == 0; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  EXPECT_EQ(num_restarts_, 1);
+  const absl::Status refused = RequestCacheManagerRestart(path_, "wrong", kTimeoutMs);
+  EXPECT_EQ(refused.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(refused.ToString(), HasSubstr("no launcher at " + path_));
+  EXPECT_EQ(RequestCacheManagerRestart(path_ + ".none", kToken, 20).code(),
+            absl::StatusCode::kUnavailable);
+  EXPECT_EQ(num_restarts_, 1);
 }
 
 TEST_F(SupervisorServerTest, DropsHostilePeersAndGoesOnServing) {

@@ -1,0 +1,40 @@
+#include "launcher/client/supervisor_client.h"
+
+#include <fmt/format.h>
+
+#include "common/status_macros.h"
+#include "common/unix_socket.h"
+#include "proto/supervisor.pb.h"
+
+namespace wintserve {
+namespace {
+
+absl::StatusOr<Packet> Exchange(const std::string& socket_path, const std::string& request,
+                                int64_t timeout_ms) {
+  ASSIGN_OR_RETURN(const UniqueFd socket, ConnectUnix(socket_path, timeout_ms));
+  RETURN_IF_ERROR(SendPacket(socket.get(), request));
+  return ReceivePacket(socket.get(), timeout_ms);
+}
+
+}  // namespace
+
+absl::Status RequestCacheManagerRestart(const std::string& socket_path, const std::string& token,
+                                        int64_t timeout_ms) {
+  proto::SupervisorRequest request;
+  request.set_token(token);
+  request.mutable_restart_cache_manager();
+  const auto packet = Exchange(socket_path, request.SerializeAsString(), timeout_ms);
+  if (!packet.ok()) {
+    return absl::UnavailableError(
+        fmt::format("no launcher at {}: {}", socket_path, std::string(packet.status().message())));
+  }
+  proto::SupervisorReply reply;
+  if (!reply.ParseFromString(packet->bytes)) {
+    return absl::InternalError(
+        fmt::format("{}: {} bytes that are no reply", socket_path, packet->bytes.size()));
+  }
+  return absl::Status(static_cast<absl::StatusCode>(reply.status_code()),
+                      reply.status_code() == 0 ? "" : reply.text());
+}
+
+}  // namespace wintserve

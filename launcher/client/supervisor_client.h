@@ -1,0 +1,16 @@
+// The API server's end of supervisor.sock.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "absl/status/status.h"
+
+namespace wintserve {
+
+// Tells the launcher that the cache manager hangs: it is killed and started again. Blocks for up to
+// timeout_ms. UNAVAILABLE: no launcher there, or it refuses the token.
+absl::Status RequestCacheManagerRestart(const std::string& socket_path, const std::string& token,
+                                        int64_t timeout_ms);
+
+}  // namespace wintserve
