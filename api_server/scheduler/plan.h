@@ -15,6 +15,7 @@ struct SamplingParams {
   int32_t top_k = 0;         // 0 keeps all
   int64_t seed = 0;
   uint32_t choice_index = 0;
+  uint32_t first_stop_position = 0;  // a token sampled for an earlier position is no stop id
 };
 
 struct SlotInit {
@@ -38,6 +39,14 @@ struct PlanRow {
   std::vector<int32_t> tokens = {};  // `length` ids, or empty (see above)
 };
 
+// One block's bytes between the pool and the host tier.
+struct BlockCopy {
+  bool to_device = false;
+  BlockId block = BlockId{0};
+  uint32_t host_slot = 0;
+};
+
+// Copies run first, then slot_init and block_append apply, then the rows run, then slot_release.
 struct StepPlan {
   uint64_t group_epoch = 0;
   uint64_t pool_epoch = 0;
@@ -47,6 +56,7 @@ struct StepPlan {
   std::vector<BlockAppend> block_append = {};
   std::vector<PlanRow> rows = {};
   std::vector<uint32_t> slot_release = {};
+  std::vector<BlockCopy> copies = {};
 };
 
 struct SampledToken {

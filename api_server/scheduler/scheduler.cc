@@ -3,272 +3,429 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <charconv>
+#include <cmath>
 #include <utility>
 
+#include "absl/strings/cord.h"
+#include "api_server/scheduler/scheduler_impl.h"
 #include "common/check.h"
 
 namespace wintserve {
 namespace {
 
-void Remove(std::deque<Sequence*>* queue, Sequence* sequence) {
-  queue->erase(std::remove(queue->begin(), queue->end(), sequence), queue->end());
+constexpr char kRetryAfterPayload[] = "wintserve/retry-after-seconds";
+constexpr int kMaxRetryAfterSeconds = 600;
+
+absl::Status TooBusy(std::string text, std::optional<double> seconds) {
+  const int whole_seconds = std::clamp(
+      static_cast<int>(std::ceil(std::min(seconds.value_or(1), double{kMaxRetryAfterSeconds}))), 1,
+      kMaxRetryAfterSeconds);
+  absl::Status status = absl::ResourceExhaustedError(std::move(text));
+  status.SetPayload(kRetryAfterPayload, absl::Cord(std::to_string(whole_seconds)));
+  return status;
 }
 
-PlanRow PrefillRow(const Sequence& sequence) {
-  return {.slot = sequence.slot,
-          .position = 0,
-          .length = static_cast<uint32_t>(sequence.prompt_len()),
-          .sample = true,
-          .tokens = *sequence.prompt_ids};
-}
-
-PlanRow DecodeRow(const Sequence& sequence) {
-  const int position = sequence.prompt_len() + sequence.num_sampled - 1;
-  return {.slot = sequence.slot,
-          .position = static_cast<uint32_t>(position),
-          .length = 1,
-          .sample = true,
-          .tokens = {}};
-}
-
-SlotInit InitOf(const Sequence& sequence) {
-  SlotInit init{.slot = sequence.slot, .sampling = sequence.sampling};
-  init.block_table.reserve(sequence.blocks.size());
-  for (const LeasedBlock& block : sequence.blocks) init.block_table.push_back(block.id);
-  return init;
+// Of a client's "timeout": 1 ms at least, and it counts from some microseconds before the scheduler
+// hears of it.
+std::string SecondsText(int64_t duration_us) {
+  const double seconds = std::max(0.001, static_cast<double>(duration_us) / 1e6);
+  return seconds < 1 ? fmt::format("{:.2g}", seconds) : fmt::format("{:.1f}", seconds);
 }
 
 }  // namespace
 
-Scheduler::Scheduler(const SchedulerConfig& config) : config_(config) {
-  CHECK(config.max_num_seqs > 0 && config.max_num_batched_tokens >= config.max_num_seqs,
-        "max_num_seqs={} max_num_batched_tokens={}", config.max_num_seqs,
-        config.max_num_batched_tokens);
-  for (int slot = 0; slot < config.max_num_seqs; ++slot) free_slots_.insert(slot);
+int RetryAfterSeconds(const absl::Status& status) {
+  int seconds = 1;
+  if (const auto payload = status.GetPayload(kRetryAfterPayload); payload.has_value()) {
+    const std::string text(*payload);
+    std::from_chars(text.data(), text.data() + text.size(), seconds);
+  }
+  return std::max(seconds, 1);
 }
 
-absl::Status Scheduler::Submit(ScheduledRequest request) {
-  CHECK(!request.prompt_ids.empty() && request.max_tokens > 0 && request.num_choices > 0,
-        "prompt_len={} max_tokens={} num_choices={}", request.prompt_ids.size(), request.max_tokens,
-        request.num_choices);
+Scheduler::Impl::Impl(SchedulerConfig config)
+    : config_(std::move(config)),
+      step_times_(config_.max_num_seqs, config_.restore_us_per_block),
+      ledger_(config_.num_blocks) {
+  CHECK(config_.max_num_seqs > 0 && config_.max_num_batched_tokens >= config_.max_num_seqs,
+        "max_num_seqs={} max_num_batched_tokens={}", config_.max_num_seqs,
+        config_.max_num_batched_tokens);
+  CHECK(config_.max_partial_prefills > 0 && config_.max_long_partial_prefills > 0 &&
+            config_.async_depth >= 0 && config_.block_size_tokens > 0,
+        "max_partial_prefills={} max_long_partial_prefills={} async_depth={} block_size_tokens={}",
+        config_.max_partial_prefills, config_.max_long_partial_prefills, config_.async_depth,
+        config_.block_size_tokens);
+  for (int slot = 0; slot < config_.max_num_seqs; ++slot) free_slots_.insert(slot);
+}
+
+absl::Status Scheduler::Impl::AdmitToQueue(const ScheduledRequest& request, int64_t now_us) const {
   const int prompt_len = static_cast<int>(request.prompt_ids.size());
-  const int blocks_needed = BlocksNeeded(prompt_len + request.max_tokens - 1);
+  const int blocks_needed = BlocksFor(prompt_len + request.max_tokens - 1);
   if (blocks_needed > config_.num_blocks) {
     return absl::InvalidArgumentError(fmt::format(
         "the request needs {} KV blocks for {} prompt tokens and max_tokens {}, the pool has {}",
         blocks_needed, prompt_len, request.max_tokens, config_.num_blocks));
   }
-  const auto prompt_ids =
-      std::make_shared<const std::vector<int32_t>>(std::move(request.prompt_ids));
+  // An empty queue takes any request: a limit below its size would shut it out for ever.
+  if (waiting_.empty()) return absl::OkStatus();
+  const int num_after = waiting_.size() + request.num_choices;
+  if (config_.max_queue_requests > 0 && num_after > config_.max_queue_requests) {
+    return TooBusy(fmt::format("the queue is full: {} sequences wait, {} more would exceed {}",
+                               waiting_.size(), request.num_choices, config_.max_queue_requests),
+                   drain_rate_.SecondsFor(num_after - config_.max_queue_requests));
+  }
+  if (config_.max_queue_tokens > 0 &&
+      waiting_.num_tokens() + prompt_len > config_.max_queue_tokens) {
+    const double excess =
+        static_cast<double>(waiting_.num_tokens() + prompt_len - config_.max_queue_tokens);
+    const double tokens_each =
+        std::max(1.0, static_cast<double>(waiting_.num_tokens()) / waiting_.size());
+    return TooBusy(
+        fmt::format("the queue is full: {} prompt tokens wait to be computed, {} more would "
+                    "exceed {}",
+                    waiting_.num_tokens(), prompt_len, config_.max_queue_tokens),
+        drain_rate_.SecondsFor(excess / tokens_each));
+  }
+  const auto wait = drain_rate_.SecondsFor(waiting_.NumBefore(request.priority) + 1);
+  if (!request.deadline_us.has_value() || !wait.has_value()) return absl::OkStatus();
+  const int64_t allowed_us = *request.deadline_us - now_us;
+  const double excess_seconds = *wait - static_cast<double>(allowed_us) / 1e6;
+  if (excess_seconds <= 0) return absl::OkStatus();
+  return TooBusy(fmt::format("the queue takes about {:.1f} s, longer than the timeout of {} s",
+                             *wait, SecondsText(allowed_us)),
+                 excess_seconds);
+}
+
+absl::Status Scheduler::Impl::Submit(ScheduledRequest request, int64_t now_us) {
+  CHECK(!request.prompt_ids.empty() && request.max_tokens > 0 && request.num_choices > 0 &&
+            request.min_tokens >= 0,
+        "prompt_len={} max_tokens={} num_choices={} min_tokens={}", request.prompt_ids.size(),
+        request.max_tokens, request.num_choices, request.min_tokens);
+  if (absl::Status status = AdmitToQueue(request, now_us); !status.ok()) return status;
+  auto shared = std::make_shared<Request>();
+  const bool is_new = requests_.emplace(request.id, shared).second;
+  CHECK(is_new, "request {} was submitted twice", request.id);
+  shared->id = request.id;
+  shared->prompt_ids = std::make_shared<const std::vector<int32_t>>(std::move(request.prompt_ids));
+  shared->sampling = request.sampling;
+  shared->sampling.first_stop_position =
+      static_cast<uint32_t>(shared->prompt_len() + request.min_tokens);
+  shared->max_tokens = request.max_tokens;
+  shared->ignore_eos = request.ignore_eos;
+  shared->salt = std::move(request.cache_salt);
+  shared->bypass_cache_match = request.bypass_cache_match;
+  shared->deadline_us = request.deadline_us;
+  shared->submitted_us = now_us;
+  if (!request.tenant.empty() && config_.max_seqs_per_tenant > 0) {
+    shared->tenant = &tenants_[request.tenant];
+    shared->tenant->name = std::move(request.tenant);
+    ++shared->tenant->num_requests;
+  }
+  drain_rate_.Observe(now_us, !waiting_.empty(), 0);
+  const int shareable = (shared->prompt_len() - 1) / config_.block_size_tokens;
   for (int choice = 0; choice < request.num_choices; ++choice) {
-    const SequenceKey key{request.id, static_cast<uint32_t>(choice)};
-    const auto [entry, is_new] = sequences_.try_emplace(key);
-    CHECK(is_new, "request {} was submitted twice", request.id);
-    Sequence& sequence = entry->second;
-    sequence.key = key;
-    sequence.prompt_ids = prompt_ids;
-    sequence.sampling = request.sampling;
-    sequence.sampling.choice_index = key.choice;
-    sequence.max_tokens = request.max_tokens;
-    waiting_.push_back(&sequence);
+    Sequence& sequence = sequences_.emplace_back();
+    sequence.place = std::prev(sequences_.end());
+    sequence.key = {shared->id, static_cast<uint32_t>(choice)};
+    sequence.rank = {request.priority, next_arrival_++};
+    sequence.request = shared;
+    sequence.length_planned = shared->prompt_len();
+    shared->choices.push_back(&sequence);
+    if (shared->deadline_us.has_value()) deadlines_.emplace(*shared->deadline_us, sequence.key);
+    // The choices after the first are going to share its blocks.
+    const bool shares = choice > 0 && caching() && !shared->bypass_cache_match;
+    const int cached = shares ? shareable * config_.block_size_tokens : 0;
+    waiting_.Insert(&sequence, shared->prompt_len() - cached);
+  }
+  if (caching() && !shared->bypass_cache_match && shareable > 0) {
+    peeked_[next_tag_] = shared->id;
+    peeks_.push_back(
+        PeekCommand{.tag = next_tag_++, .salt = shared->salt, .tokens = shared->prompt_ids});
   }
   return absl::OkStatus();
 }
 
-void Scheduler::Cancel(uint64_t request_id) {
-  for (auto it = sequences_.lower_bound({request_id, 0});
-       it != sequences_.end() && it->first.request == request_id;) {
-    Sequence* sequence = &(it++)->second;  // Finish may erase it
-    Finish(sequence);
+void Scheduler::Impl::Cancel(uint64_t request_id) {
+  const auto found = requests_.find(request_id);
+  if (found == requests_.end()) return;
+  const std::shared_ptr<Request> request = found->second;  // End may drop the last reference
+  for (Sequence* sequence : std::vector<Sequence*>(request->choices)) {
+    if (sequence != nullptr) End(sequence);
   }
 }
 
-void Scheduler::Cancel(const SequenceKey& key) {
-  if (const auto found = sequences_.find(key); found != sequences_.end()) Finish(&found->second);
+void Scheduler::Impl::Cancel(const SequenceKey& key) {
+  const auto found = requests_.find(key.request);
+  if (found == requests_.end() || key.choice >= found->second->choices.size()) return;
+  if (Sequence* sequence = found->second->choices[key.choice]) End(sequence);
 }
 
-// Takes the sequence out of every queue. Returns false while a plan in flight keeps it alive.
-bool Scheduler::Finish(Sequence* sequence) {
-  switch (sequence->state) {
-    case SequenceState::kWaiting:
-      Remove(&waiting_, sequence);
-      break;
-    case SequenceState::kPrefill:
-      Remove(&prefills_, sequence);
-      break;
-    case SequenceState::kDecode:
-      std::erase(decodes_, sequence);
-      break;
-    case SequenceState::kFinished:
-      return false;
+// From any phase. Its blocks go back once nothing names them, and then it is gone.
+void Scheduler::Impl::End(Sequence* sequence) {
+  CHECK(sequence->phase != Phase::kEnded);
+  Request& request = *sequence->request;
+  if (request.deadline_us.has_value()) deadlines_.erase({*request.deadline_us, sequence->key});
+  request.choices[sequence->key.choice] = nullptr;
+  if (!sequence->leaving()) ++num_leaving_;
+  if (sequence->phase == Phase::kWaiting) {
+    waiting_.Remove(sequence);
+    if (sequence->match == MatchState::kDone) SetMatch(sequence, MatchState::kNone);
   }
-  const bool owns_slot = sequence->state != SequenceState::kWaiting;
-  sequence->state = SequenceState::kFinished;
-  if (owns_slot && !sequence->slot_initialised) free_slots_.insert(sequence->slot);
-  if (owns_slot && sequence->slot_initialised) slots_to_release_.push_back(sequence->slot);
-  if (sequence->in_flight) return false;
-  Retire(sequence);
-  return true;
+  if (sequence->phase == Phase::kRunning) {
+    GiveUpSlot(sequence);
+    std::erase(running_, sequence);
+  }
+  sequence->phase = Phase::kEnded;
+  if (std::all_of(request.choices.begin(), request.choices.end(),
+                  [](const Sequence* choice) { return choice == nullptr; })) {
+    Forget(&request);
+  }
+  RetireIfUnnamed(sequence);
 }
 
-// REQUIRES: finished, and no plan in flight mentions its blocks.
-void Scheduler::Retire(Sequence* sequence) {
-  CHECK(sequence->state == SequenceState::kFinished && !sequence->in_flight);
-  num_blocks_held_ -= static_cast<int>(sequence->blocks.size());
-  ReturnBlocks(std::move(sequence->blocks));
-  sequences_.erase(sequence->key);
+// REQUIRES: all its choices have ended.
+void Scheduler::Impl::Forget(Request* request) {
+  // Clients invent names of tenants, so none may stay behind.
+  if (request->tenant != nullptr && --request->tenant->num_requests == 0) {
+    tenants_.erase(tenants_.find(request->tenant->name));
+  }
+  request->tenant = nullptr;
+  requests_.erase(request->id);
 }
 
-void Scheduler::ReturnBlocks(std::vector<LeasedBlock> blocks) {
-  if (blocks.empty()) return;
-  blocks_to_return_.insert(blocks_to_return_.end(), blocks.begin(), blocks.end());
-  lease_refused_ = false;
-  if (lease_.has_value()) lease_->blocks_returned_since = true;
+// In the next plan, if a worker knows of it at all.
+void Scheduler::Impl::GiveUpSlot(Sequence* sequence) {
+  if (sequence->slot_initialised) {
+    slots_to_release_.push_back(sequence->slot);
+  } else {
+    free_slots_.insert(sequence->slot);
+  }
+  sequence->slot_initialised = false;
+  if (Tenant* tenant = sequence->request->tenant) --tenant->num_running;
 }
 
-void Scheduler::OnBlocksLeased(uint64_t tag, std::vector<LeasedBlock> blocks) {
-  if (!lease_.has_value() || lease_->tag != tag) return ReturnBlocks(std::move(blocks));
-  const bool stale_refusal = lease_->blocks_returned_since;
-  lease_.reset();
-  // Only the head is ever asked for, but it may have been cancelled since.
-  Sequence* head = waiting_.empty() ? nullptr : waiting_.front();
-  if (blocks.empty()) {
-    lease_refused_ = !stale_refusal;
-    // All blocks that are not free would be ours, so there is none whose return could be waited
-    // for.
-    if (lease_refused_ && num_blocks_held_ == 0 && head != nullptr) {
-      failed_.push_back(head->key);
-      Finish(head);
-      lease_refused_ = false;
-    }
+// Of a sequence that leaves: when no plan, copy or answer under way names it, its last blocks are
+// committed, and then all of them go back.
+void Scheduler::Impl::RetireIfUnnamed(Sequence* sequence) {
+  if (HasBlocksToCommit(*sequence)) {
+    QueueCommit(sequence);
     return;
   }
-  const int num_blocks = static_cast<int>(blocks.size());
-  if (head == nullptr || num_blocks != BlocksNeeded(head->max_computed_tokens())) {
-    return ReturnBlocks(std::move(blocks));  // meant for a head that is gone
+  if (sequence->last_plan_step > last_done_step_ || sequence->num_copies_to_plan > 0 ||
+      sequence->commit_tag != 0 || sequence->match == MatchState::kAsked ||
+      sequence->phase == Phase::kLastTokenInFlight) {
+    return;
   }
-  waiting_.pop_front();
-  head->blocks = std::move(blocks);
-  num_blocks_held_ += num_blocks;
-  head->slot = *free_slots_.begin();
-  free_slots_.erase(free_slots_.begin());
-  head->state = SequenceState::kPrefill;
-  prefills_.push_back(head);
+  ledger_.Drop(&sequence->blocks);
+  --num_leaving_;
+  if (sequence->phase == Phase::kPreempted) {
+    Requeue(sequence);
+    return;
+  }
+  if (sequence->commit_queued) std::erase(to_commit_, sequence);
+  sequences_.erase(sequence->place);
 }
 
-absl::StatusOr<std::vector<SequenceToken>> Scheduler::OnStepDone(
-    uint64_t step, const std::vector<SampledToken>& sampled) {
-  if (!in_flight_.has_value() || in_flight_->step != step) {
-    return absl::InternalError(fmt::format("step {} is reported done, in flight is {}", step,
-                                           in_flight_.has_value() ? in_flight_->step : 0));
+// REQUIRES: it holds nothing. It is computed again from its tokens.
+void Scheduler::Impl::Requeue(Sequence* sequence) {
+  sequence->phase = Phase::kWaiting;
+  sequence->num_done = 0;
+  sequence->num_planned = 0;
+  sequence->length_planned = sequence->length();
+  sequence->num_committed = 0;
+  sequence->commits_stopped = sequence->never_commits;
+  sequence->match = MatchState::kNone;
+  sequence->match_outdated = false;
+  sequence->num_host_blocks = 0;
+  sequence->restored = false;
+  sequence->restore_known_tag = 0;
+  sequence->slot_initialised = false;
+  sequence->token_in_slot = false;
+  sequence->must_fit_whole = true;
+  waiting_.Insert(sequence, sequence->length());
+}
+
+void Scheduler::Impl::ExpireDeadlines(int64_t now_us) {
+  while (!deadlines_.empty() && deadlines_.begin()->first <= now_us) {
+    const SequenceKey key = deadlines_.begin()->second;
+    Sequence* sequence = requests_.at(key.request)->choices[key.choice];
+    const Request& request = *sequence->request;
+    failed_.push_back({key, absl::DeadlineExceededError(fmt::format(
+                                "the timeout of {} s is over, after {} of at most {} tokens",
+                                SecondsText(*request.deadline_us - request.submitted_us),
+                                sequence->generated.size(), request.max_tokens))});
+    End(sequence);
   }
-  const InFlight done = *std::exchange(in_flight_, std::nullopt);
-  if (sampled.size() != done.rows.size()) {
-    return absl::InternalError(fmt::format("step {} sampled {} tokens, its plan asks for {}", step,
-                                           sampled.size(), done.rows.size()));
+}
+
+std::optional<int64_t> Scheduler::Impl::NextDeadlineUs() const {
+  if (deadlines_.empty()) return std::nullopt;
+  return deadlines_.begin()->first;
+}
+
+absl::Status Scheduler::Impl::CheckResult(uint64_t step,
+                                          const std::vector<SampledToken>& sampled) const {
+  const uint64_t expected_step = in_flight_.empty() ? 0 : in_flight_.front().step;
+  if (in_flight_.empty() || step != expected_step) {
+    return absl::InternalError(
+        fmt::format("step {} is reported done, next in flight is {}", step, expected_step));
   }
-  free_slots_.insert(done.slot_release.begin(), done.slot_release.end());
-  std::vector<SequenceToken> tokens;
-  tokens.reserve(sampled.size());
-  for (size_t i = 0; i < sampled.size(); ++i) {
-    Sequence* sequence = done.rows[i];
-    const int32_t token = sampled[i].token;
-    if (sampled[i].slot != sequence->slot || token < 0 || token >= config_.vocab_size) {
+  size_t num_sampled = 0;
+  for (const PlannedRow& row : in_flight_.front().rows) {
+    if (!row.sample) continue;
+    const size_t i = num_sampled++;
+    if (i >= sampled.size()) continue;
+    if (sampled[i].slot != row.slot || sampled[i].token < 0 ||
+        sampled[i].token >= config_.vocab_size) {
       return absl::InternalError(
           fmt::format("step {} sampled token {} in slot {}, expected one below {} in slot {}", step,
-                      token, sampled[i].slot, config_.vocab_size, sequence->slot));
+                      sampled[i].token, sampled[i].slot, config_.vocab_size, row.slot));
     }
-    sequence->in_flight = false;
-    if (sequence->state == SequenceState::kFinished) {  // cancelled meanwhile
-      Retire(sequence);
-      continue;
+  }
+  if (num_sampled == sampled.size()) return absl::OkStatus();
+  return absl::InternalError(fmt::format("step {} sampled {} tokens, its plan asks for {}", step,
+                                         sampled.size(), num_sampled));
+}
+
+bool Scheduler::Impl::IsStop(const Sequence& sequence, int32_t token) const {
+  const int position = sequence.length();
+  const Request& request = *sequence.request;
+  if (request.ignore_eos || position < static_cast<int>(request.sampling.first_stop_position)) {
+    return false;
+  }
+  return std::find(config_.eos_ids.begin(), config_.eos_ids.end(), token) != config_.eos_ids.end();
+}
+
+void Scheduler::Impl::TakeToken(Sequence* sequence, int32_t token,
+                                std::vector<SequenceToken>* tokens) {
+  SequenceToken& news = tokens->emplace_back(SequenceToken{sequence->key, token, std::nullopt});
+  // In this order: a stop token on the last place is a stop.
+  if (IsStop(*sequence, token)) {
+    news.end = SequenceEnd::kStop;
+  } else if (sequence->length() + 1 == sequence->max_length()) {
+    news.end = SequenceEnd::kLength;
+  }
+  sequence->generated.push_back(token);
+}
+
+absl::StatusOr<std::vector<SequenceToken>> Scheduler::Impl::OnStepDone(
+    uint64_t step, const std::vector<SampledToken>& sampled, int64_t step_us, int64_t now_us) {
+  if (absl::Status status = CheckResult(step, sampled); !status.ok()) return status;
+  const PlanInFlight done = std::move(in_flight_.front());
+  in_flight_.pop_front();
+  last_done_step_ = step;
+  drain_rate_.Observe(now_us, !waiting_.empty(), 0);
+  step_times_.Add(done.work, static_cast<double>(step_us));
+  if (!ledger_.lost()) {
+    copies_done_.insert(copies_done_.end(), done.copy_ids.begin(), done.copy_ids.end());
+  }
+  std::vector<SequenceToken> tokens;
+  tokens.reserve(sampled.size());
+  size_t next_sample = 0;
+  for (const PlannedRow& row : done.rows) {
+    Sequence* sequence = row.sequence;
+    sequence->num_done = row.end;
+    if (row.sample) {
+      const int32_t token = sampled[next_sample++].token;
+      if (sequence->phase == Phase::kEnded) {
+        ++totals_.overshoot_rows;
+      } else {
+        TakeToken(sequence, token, &tokens);
+        if (tokens.back().end.has_value()) {
+          End(sequence);  // which may have been the last of it
+          continue;
+        }
+      }
     }
-    if (sequence->state == SequenceState::kPrefill) {
-      sequence->state = SequenceState::kDecode;
-      decodes_.push_back(sequence);
+    if (sequence->leaving()) {
+      RetireIfUnnamed(sequence);
+    } else if (HasBlocksToCommit(*sequence)) {
+      QueueCommit(sequence);
     }
-    ++sequence->num_sampled;
-    SequenceToken& news = tokens.emplace_back(SequenceToken{sequence->key, token, std::nullopt});
-    const auto& eos_ids = config_.eos_ids;
-    // In this order: a stop token on the last place is a stop.
-    if (std::find(eos_ids.begin(), eos_ids.end(), token) != eos_ids.end()) {
-      news.end = SequenceEnd::kStop;
-    } else if (sequence->num_sampled == sequence->max_tokens) {
-      news.end = SequenceEnd::kLength;
+  }
+  for (Sequence* sequence : done.restored) {
+    // The CopyDone goes out before the next command that gets a tag.
+    if (sequence->num_copies_to_plan == 0 && sequence->last_copy_step == step) {
+      sequence->restore_known_tag = next_tag_;
     }
-    if (news.end.has_value()) Finish(sequence);
+    if (sequence->leaving()) RetireIfUnnamed(sequence);
   }
   return tokens;
 }
 
-SchedulerOutput Scheduler::Schedule() {
+SchedulerOutput Scheduler::Impl::Schedule(int64_t now_us) {
   SchedulerOutput output;
-  RequestLease(&output);
-  output.return_blocks = std::exchange(blocks_to_return_, {});
+  const bool was_waiting = !waiting_.empty();
+  ExpireDeadlines(now_us);
+  if (!copies_done_.empty()) {
+    output.cache.push_back(CopyDoneCommand{.copy_ids = std::exchange(copies_done_, {})});
+  }
+  for (PeekCommand& peek : peeks_) output.cache.push_back(std::move(peek));
+  peeks_.clear();
+  num_admitted_ = 0;
+  SendCommits(&output.cache);  // before the matches that they could lengthen
+  BuildPlan(&output);
+  AskMatches(&output.cache);
+  SendCommits(&output.cache);  // of what ended meanwhile
+  ledger_.TakeDrops(&output.cache);
+  RefillLease(&output.cache);
+  drain_rate_.Observe(now_us, was_waiting, num_admitted_);
   output.failed = std::exchange(failed_, {});
-  const bool idle = decodes_.empty() && prefills_.empty() && slots_to_release_.empty();
-  if (in_flight_.has_value() || idle) return output;
-
-  StepPlan plan;
-  plan.step = ++last_step_;
-  in_flight_ = InFlight{.step = plan.step, .rows = {}, .slot_release = {}};
-  const bool prefill_only = NextStepIsPrefillOnly();
-  if (!prefill_only) AddDecodes(&plan);
-  AddPrefills(config_.max_num_batched_tokens, &plan, &output.started);
-  last_step_was_prefill_only_ = prefill_only;
-  plan.slot_release = std::exchange(slots_to_release_, {});
-  in_flight_->slot_release = plan.slot_release;
-  output.plan = std::move(plan);
   return output;
 }
 
-void Scheduler::RequestLease(SchedulerOutput* output) {
-  if (lease_.has_value() || lease_refused_ || waiting_.empty() || free_slots_.empty()) return;
-  lease_ = Lease{.tag = next_lease_tag_++};
-  const int num_blocks = BlocksNeeded(waiting_.front()->max_computed_tokens());
-  output->lease = BlockLeaseRequest{lease_->tag, static_cast<uint32_t>(num_blocks)};
-}
-
-bool Scheduler::NextStepIsPrefillOnly() const {
-  if (prefills_.empty()) return false;
-  if (decodes_.empty()) return true;
-  const int rows = static_cast<int>(decodes_.size()) + prefills_.front()->prompt_len();
-  return rows > config_.max_num_batched_tokens && !last_step_was_prefill_only_;
-}
-
-void Scheduler::AddDecodes(StepPlan* plan) {
-  for (Sequence* sequence : decodes_) {
-    plan->rows.push_back(DecodeRow(*sequence));
-    sequence->in_flight = true;
-    in_flight_->rows.push_back(sequence);
+SchedulerStats Scheduler::Impl::stats() const {
+  SchedulerStats stats = totals_;
+  stats.num_running = static_cast<int>(running_.size());
+  stats.num_waiting = waiting_.size();
+  stats.num_waiting_tokens = waiting_.num_tokens();
+  for (const Sequence& sequence : sequences_) {
+    if (sequence.match == MatchState::kAsked) ++stats.num_matching;
+    if (sequence.restored && sequence.restore_known_tag == 0) ++stats.num_restoring;
+    if (sequence.phase == Phase::kPreempted) {
+      ++stats.num_waiting;
+      stats.num_waiting_tokens += sequence.length();
+    }
   }
+  stats.num_blocks_held = ledger_.num_held();
+  stats.num_blocks_leased_ahead = ledger_.num_leased_ahead();
+  stats.num_blocks_available = ledger_.num_available();
+  stats.num_plans_in_flight = num_plans_in_flight();
+  return stats;
 }
 
-void Scheduler::AddPrefills(int budget, StepPlan* plan, std::vector<SequenceKey>* started) {
-  int num_rows = static_cast<int>(plan->rows.size());
-  while (!prefills_.empty()) {
-    Sequence* sequence = prefills_.front();
-    // A prompt beyond the budget runs where nothing else does.
-    if (num_rows > 0 && num_rows + sequence->prompt_len() > budget) return;
-    prefills_.pop_front();
-    plan->slot_init.push_back(InitOf(*sequence));
-    plan->rows.push_back(PrefillRow(*sequence));
-    sequence->slot_initialised = true;
-    sequence->in_flight = true;
-    in_flight_->rows.push_back(sequence);
-    started->push_back(sequence->key);
-    num_rows += sequence->prompt_len();
-  }
+Scheduler::Scheduler(SchedulerConfig config) : impl_(std::make_unique<Impl>(std::move(config))) {}
+Scheduler::~Scheduler() = default;
+absl::Status Scheduler::Submit(ScheduledRequest request, int64_t now_us) {
+  return impl_->Submit(std::move(request), now_us);
 }
-
-int Scheduler::BlocksNeeded(int num_tokens) const {
-  return (num_tokens + config_.block_size_tokens - 1) / config_.block_size_tokens;
+void Scheduler::Cancel(uint64_t request_id) { impl_->Cancel(request_id); }
+void Scheduler::Cancel(const SequenceKey& key) { impl_->Cancel(key); }
+void Scheduler::OnPeeked(uint64_t tag, const PeekResult& result) { impl_->OnPeeked(tag, result); }
+void Scheduler::OnMatched(uint64_t tag, MatchResult result) {
+  impl_->OnMatched(tag, std::move(result));
 }
-
-SchedulerStats Scheduler::stats() const {
-  return {.num_running = static_cast<int>(sequences_.size() - waiting_.size()),
-          .num_waiting = static_cast<int>(waiting_.size()),
-          .num_blocks_held = num_blocks_held_};
+void Scheduler::OnLeased(uint64_t tag, std::vector<PoolBlock> blocks) {
+  impl_->OnLeased(tag, std::move(blocks));
 }
+void Scheduler::OnCommitted(uint64_t tag, const std::vector<CommittedBlock>& blocks) {
+  impl_->OnCommitted(tag, blocks);
+}
+void Scheduler::OnCopyOut(std::vector<CopyOrder> copies) { impl_->OnCopyOut(std::move(copies)); }
+void Scheduler::OnAvailable(uint32_t num_blocks) { impl_->OnAvailable(num_blocks); }
+void Scheduler::OnCacheLost() { impl_->OnCacheLost(); }
+HeldBlocks Scheduler::OnCacheResumed() { return impl_->OnCacheResumed(); }
+void Scheduler::OnPoolReplaced(int num_blocks) { impl_->OnPoolReplaced(num_blocks); }
+void Scheduler::SetPaused(bool paused) { impl_->SetPaused(paused); }
+absl::StatusOr<std::vector<SequenceToken>> Scheduler::OnStepDone(
+    uint64_t step, const std::vector<SampledToken>& sampled, int64_t step_us, int64_t now_us) {
+  return impl_->OnStepDone(step, sampled, step_us, now_us);
+}
+SchedulerOutput Scheduler::Schedule(int64_t now_us) { return impl_->Schedule(now_us); }
+std::optional<int64_t> Scheduler::NextDeadlineUs() const { return impl_->NextDeadlineUs(); }
+SchedulerStats Scheduler::stats() const { return impl_->stats(); }
+int Scheduler::num_plans_in_flight() const { return impl_->num_plans_in_flight(); }
+absl::Status Scheduler::CheckInvariants() const { return impl_->CheckInvariants(); }
 
 }  // namespace wintserve

@@ -1,36 +1,65 @@
-// Continuous batching: which sequences get which tokens in the next step.
+// Continuous batching: which sequences get which tokens in the next step, and which KV blocks.
 #pragma once
 
 #include <cstdint>
-#include <deque>
-#include <map>
 #include <memory>
 #include <optional>
-#include <set>
+#include <string>
+#include <variant>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "api_server/scheduler/plan.h"
-#include "api_server/scheduler/sequence.h"
+#include "cache_manager/core/cache_messages.h"
 
 namespace wintserve {
 
+struct SequenceKey {
+  uint64_t request = 0;
+  uint32_t choice = 0;
+  auto operator<=>(const SequenceKey&) const = default;
+};
+
 struct SchedulerConfig {
+  // Of the workers and the pool.
   int max_num_seqs = 16;             // slots of a worker
-  int max_num_batched_tokens = 256;  // rows of a step; at least max_num_seqs
+  int max_num_batched_tokens = 256;  // of a step; at least max_num_seqs
   int block_size_tokens = 64;
   int num_blocks = 0;                 // of the KV pool
   int vocab_size = 0;                 // ids at and above it are no tokens
   std::vector<int32_t> eos_ids = {};  // sampling one of them finishes a sequence
+
+  // Policy.
+  int async_depth = 1;  // plans sent ahead of the one that runs; 0: strict
+  bool chunked_prefill = true;
+  bool prefix_caching = true;
+  int max_partial_prefills = 2;          // prompts that are computed in pieces at the same time
+  int max_long_partial_prefills = 1;     // of them, prompts longer than the threshold
+  int long_prefill_token_threshold = 0;  // 0: max_long_partial_prefills does not apply
+  int max_seqs_per_tenant = 0;           // running at once; 0: no cap
+  int max_queue_requests = 0;            // waiting sequences; 0: no limit
+  int64_t max_queue_tokens = 0;          // their prompt tokens that are not cached; 0: no limit
+  // While sequences decode, prefill gets what lengthens a step to at most this multiple of a step
+  // of decodes alone, as measured; never less than 1/8 of max_num_batched_tokens. 0: no such limit.
+  double max_step_slowdown = 3;
+  bool restore_from_host = false;   // there is a host tier
+  double restore_us_per_block = 0;  // cost of a copy, before one was measured
 };
 
 struct ScheduledRequest {
   uint64_t id = 0;                       // chosen by the caller, rising
   std::vector<int32_t> prompt_ids = {};  // not empty
-  SamplingParams sampling = {};          // choice_index is filled in
+  SamplingParams sampling = {};          // choice_index and first_stop_position are filled in
   int num_choices = 1;
   int max_tokens = 0;  // at least 1
+  int min_tokens = 0;  // no stop id is sampled before
+  bool ignore_eos = false;
+  int priority = 0;                         // lower comes first
+  std::string tenant = {};                  // API key or user; empty: none
+  std::string cache_salt = {};              // prompts share KV only under the same salt
+  bool bypass_cache_match = false;          // every prompt token has to be computed
+  std::optional<int64_t> deadline_us = {};  // on the caller's clock
 };
 
 enum class SequenceEnd { kStop, kLength };
@@ -41,101 +70,173 @@ struct SequenceToken {
   std::optional<SequenceEnd> end;  // this token was its last
 };
 
-struct BlockLeaseRequest {
+// What the cache manager is asked; every tag is answered once, by the event of the same name,
+// unless OnCacheLost comes first.
+struct PeekCommand {
   uint64_t tag = 0;
-  uint32_t count = 0;  // all or nothing
+  std::string salt;
+  std::shared_ptr<const std::vector<int32_t>> tokens;
+};
+struct MatchCommand {
+  uint64_t tag = 0;
+  std::string salt;
+  std::vector<int32_t> tokens;
+  bool allow_restore = false;
+};
+struct LeaseCommand {
+  uint64_t tag = 0;
+  uint32_t count = 0;
+};
+struct CommitCommand {
+  uint64_t tag = 0;
+  CommitRequest request;
+};
+struct ReleaseCommand {
+  std::vector<uint64_t> entries;
+};
+struct ReturnCommand {
+  std::vector<PoolBlock> blocks;
+};
+struct CopyDoneCommand {
+  std::vector<uint64_t> copy_ids;
+};
+using CacheCommand = std::variant<PeekCommand, MatchCommand, LeaseCommand, CommitCommand,
+                                  ReleaseCommand, ReturnCommand, CopyDoneCommand>;
+
+// A sequence got its slot for the first time.
+struct SequenceStart {
+  SequenceKey sequence;
+  int num_cached_tokens = 0;  // prompt tokens that it does not compute, over all tiers
 };
 
-// What the caller has to do, in this order: return blocks, ask for a lease, send the plan.
+// The sequence is gone. DEADLINE_EXCEEDED: its time is up. RESOURCE_EXHAUSTED: it cannot run.
+struct SequenceFailure {
+  SequenceKey sequence;
+  absl::Status error;
+};
+
+// What the caller has to do, in this order.
 struct SchedulerOutput {
-  std::vector<LeasedBlock> return_blocks;
-  std::optional<BlockLeaseRequest> lease;
-  std::optional<StepPlan> plan;      // epochs and previous_plan_hash are the sender's to fill in
-  std::vector<SequenceKey> started;  // sequences whose prompt is in this plan
-  std::vector<SequenceKey> failed;   // can never get their blocks; they are gone
+  std::vector<CacheCommand> cache;  // send, in order
+  std::optional<StepPlan> plan;     // epochs and previous_plan_hash are the sender's to fill in
+  std::vector<SequenceStart> started;
+  std::vector<SequenceFailure> failed;
 };
 
 struct SchedulerStats {
   int num_running = 0;  // sequences that own a slot
   int num_waiting = 0;
-  int num_blocks_held = 0;
+  int64_t num_waiting_tokens = 0;
+  int num_matching = 0;
+  int num_restoring = 0;
+  int num_blocks_held = 0;          // leased or pinned, the local lease included
+  int num_blocks_leased_ahead = 0;  // of them, not yet given to a sequence
+  int num_blocks_available = 0;     // at the cache manager, as last told
+  int num_plans_in_flight = 0;
+  // Totals.
+  uint64_t preemptions = 0;
+  uint64_t overshoot_rows = 0;  // computed for a sequence that had ended
+  uint64_t queried_tokens = 0;  // prompt tokens of first admissions
+  uint64_t device_hit_tokens = 0;
+  uint64_t host_hit_tokens = 0;
 };
 
-// A state machine (events) -> (plan, effects): no I/O, clock, threads or RPC.
-// Threading:  thread-compatible; one thread calls it.
-// Policy:     FCFS. A sequence is admitted with a free slot and with all the blocks that it can
-// ever need,
-//             so a running sequence never waits for memory. The head of the queue is never
-//             overtaken. A step runs all decodes, then whole prompts within the row budget. A
-//             prompt that does not fit beside the decodes gets a step of prefills alone; such steps
-//             alternate with decode steps, so neither side starves. The choices of a request are
-//             sequences of their own; each computes the prompt.
-// Invariants: one plan is in flight at most. A block belongs to one sequence from lease to return,
-// and is
-//             returned once no plan in flight mentions it. A slot is reused once the plan that
-//             releases it is done.
+// What the session has to say after a reconnect.
+struct HeldBlocks {
+  std::vector<PinCount> pins;
+  std::vector<PoolBlock> leased;
+};
+
+// A state machine (events, now) -> (plan, effects): no I/O, clock, threads or RPC.
+// docs/SCHEDULER.md draws the life of a sequence.
+//
+// Threading:   thread-compatible; one thread calls it.
+// Time:        now_us is any clock that does not go back; the same one for all calls.
+// Order:       priority, then arrival; a tenant at its cap is passed over. A step holds all
+// decodes,
+//              then running prefills, then admissions, within max_num_batched_tokens; with chunked
+//              prefill off, prompts run whole, and one that does not fit beside the decodes gets a
+//              step of prefills alone, in turn with steps of decodes.
+// Memory:      a sequence is admitted when its first chunk and a reserve for the running ones fit,
+//              and grows block by block from a local lease that is refilled ahead of need. When no
+//              block is to be had, pins of sequences that wait are given up, then the lowest class,
+//              latest arrival is preempted: it gives up its slot and blocks, queues again once no
+//              plan in flight names it, and is computed again from its tokens when all of them fit.
+//              The first one that runs is preempted only when it is alone and holds content twice
+//              (as duplicates of indexed blocks).
+// Caching:     see cache_manager/core/prefix_cache.h. A full block is committed once the step that
+//              filled it is done on every rank; never before.
+// Choices:     sequences of their own. The others of a request wait until the first one's prompt is
+//              computed and committed, and share its full blocks through the cache; without caching
+//              each computes the prompt.
+// Slots:       released by the plan of a sequence's last row where that is known ahead, else by the
+//              next plan; initialised again no earlier than in the plan after that.
+// Invariants:  at most 1 + async_depth plans are in flight. No plan names a block that its sequence
+//              does not hold at that time. A block goes back, and a pin is released, once no plan
+//              in flight names it.
 class Scheduler {
  public:
-  explicit Scheduler(const SchedulerConfig& config);
+  explicit Scheduler(SchedulerConfig config);
+  ~Scheduler();
 
-  // INVALID_ARGUMENT: the pool is too small for it even when empty; nothing has changed.
-  absl::Status Submit(ScheduledRequest request);
+  // INVALID_ARGUMENT: the pool is too small for it even when empty. RESOURCE_EXHAUSTED: the queue
+  // is full, or its wait is predicted to outlast its deadline; RetryAfterSeconds() of the status
+  // says when to come again. Nothing has changed then.
+  absl::Status Submit(ScheduledRequest request, int64_t now_us);
 
   // The sequence (or all of the request) gets no row in any later plan and reports no more tokens.
   // Unknown or finished ones are ignored.
   void Cancel(uint64_t request_id);
   void Cancel(const SequenceKey& key);
 
-  // The answer to a lease request; no blocks: fewer than asked for are free.
-  void OnBlocksLeased(uint64_t tag, std::vector<LeasedBlock> blocks);
+  // Answers of the cache manager. One whose sequence has gone gives back at once what it brought.
+  void OnPeeked(uint64_t tag, const PeekResult& result);
+  void OnMatched(uint64_t tag, MatchResult result);
+  void OnLeased(uint64_t tag, std::vector<PoolBlock> blocks);
+  void OnCommitted(uint64_t tag, const std::vector<CommittedBlock>& blocks);
+  void OnCopyOut(std::vector<CopyOrder> copies);
+  void OnAvailable(uint32_t num_blocks);
 
-  // The plan in flight is done on every rank; `sampled` is rank 0's result. Tokens of cancelled
-  // sequences are left out. INTERNAL: the result does not fit the plan.
+  // The session is gone. Commands that were not answered never will be: a Match counts as a miss,
+  // commits are dropped; running sequences go on with the blocks that they hold and what is left of
+  // the lease.
+  void OnCacheLost();
+  // The same pool is back: what it has to be told first (and then Fence). Then everything works as
+  // before. Sequences whose last commit or restore was not confirmed do not know what the cache
+  // manager holds of theirs: they give up their blocks and are computed again from their tokens.
+  // REQUIRES: OnCacheLost came before; no plan in flight.
+  HeldBlocks OnCacheResumed();
+  // A new, empty pool; slots are empty on every worker. All sequences are computed again from their
+  // tokens; one that does not fit the pool any more fails. REQUIRES: no plan in flight.
+  void OnPoolReplaced(int num_blocks);
+
+  // While paused no plan is made (events are taken as ever).
+  void SetPaused(bool paused);
+
+  // The oldest plan in flight is done on every rank; `sampled` is rank 0's result. step_us: how
+  // long it took. Tokens of cancelled sequences are left out. INTERNAL: the result does not fit the
+  // plan.
   absl::StatusOr<std::vector<SequenceToken>> OnStepDone(uint64_t step,
-                                                        const std::vector<SampledToken>& sampled);
+                                                        const std::vector<SampledToken>& sampled,
+                                                        int64_t step_us, int64_t now_us);
 
-  // To be called after any event.
-  SchedulerOutput Schedule();
+  // To be called after any event, until it makes no plan; and at NextDeadlineUs().
+  SchedulerOutput Schedule(int64_t now_us);
+
+  // When a waiting or running sequence runs out of time, if nothing else happens.
+  std::optional<int64_t> NextDeadlineUs() const;
 
   SchedulerStats stats() const;
-  bool plan_in_flight() const { return in_flight_.has_value(); }
+  int num_plans_in_flight() const;
+  // INTERNAL describes the first broken invariant; for tests, linear in everything.
+  absl::Status CheckInvariants() const;
 
  private:
-  struct InFlight {
-    uint64_t step = 0;
-    std::vector<Sequence*> rows;  // one per row, in row order; every row samples
-    std::vector<uint32_t> slot_release;
-  };
-  struct Lease {
-    uint64_t tag = 0;
-    bool blocks_returned_since = false;  // a refusal is out of date
-  };
-
-  int BlocksNeeded(int num_tokens) const;
-  bool Finish(Sequence* sequence);
-  void Retire(Sequence* sequence);
-  void ReturnBlocks(std::vector<LeasedBlock> blocks);
-  void RequestLease(SchedulerOutput* output);
-  bool NextStepIsPrefillOnly() const;
-  void AddDecodes(StepPlan* plan);
-  void AddPrefills(int budget, StepPlan* plan, std::vector<SequenceKey>* started);
-
-  const SchedulerConfig config_;
-  std::map<SequenceKey, Sequence> sequences_;  // node-stable: the queues below point into it
-  std::deque<Sequence*> waiting_;
-  std::deque<Sequence*> prefills_;  // admitted, prompt not planned yet
-  std::vector<Sequence*> decodes_;  // in order of admission
-  std::set<uint32_t> free_slots_;
-  std::vector<uint32_t> slots_to_release_;     // in the next plan
-  std::vector<LeasedBlock> blocks_to_return_;  // with the next output
-  std::vector<SequenceKey> failed_;
-  std::optional<Lease> lease_;  // asked for, not answered yet
-  bool lease_refused_ = false;  // ask again when blocks have been returned
-  uint64_t next_lease_tag_ = 1;
-  int num_blocks_held_ = 0;
-  std::optional<InFlight> in_flight_;
-  uint64_t last_step_ = 0;
-  bool last_step_was_prefill_only_ = false;
+  class Impl;
+  std::unique_ptr<Impl> impl_;
 };
+
+// Of a RESOURCE_EXHAUSTED from Submit: whole seconds, at least 1.
+int RetryAfterSeconds(const absl::Status& status);
 
 }  // namespace wintserve

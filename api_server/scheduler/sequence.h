@@ -1,51 +1,133 @@
-// One choice of one request on its way through the scheduler.
+// Private to the scheduler: a request, and one choice of it on its way.
 #pragma once
 
+#include <algorithm>
 #include <compare>
 #include <cstdint>
+#include <list>
 #include <memory>
+#include <optional>
+#include <string>
 #include <vector>
 
-#include "api_server/scheduler/plan.h"
+#include "api_server/scheduler/scheduler.h"
 
 namespace wintserve {
 
-struct SequenceKey {
-  uint64_t request = 0;
-  uint32_t choice = 0;
-  auto operator<=>(const SequenceKey&) const = default;
+struct Sequence;
+
+struct Tenant {
+  std::string name;
+  int num_requests = 0;  // with a choice that has not ended; the last one takes the tenant with it
+  int num_running = 0;   // sequences
+  // Scratch of one pass over the queue: how many of it have been counted in.
+  uint64_t pass = 0;
+  int num_in_pass = 0;
 };
 
-// A block of the KV pool at one generation, as the cache manager leased it.
-struct LeasedBlock {
-  BlockId id = BlockId{0};
-  uint32_t generation = 0;
+struct Request {
+  uint64_t id = 0;
+  std::shared_ptr<const std::vector<int32_t>> prompt_ids;
+  SamplingParams sampling;
+  int max_tokens = 0;
+  bool ignore_eos = false;
+  std::string salt;
+  bool bypass_cache_match = false;
+  std::optional<int64_t> deadline_us;
+  int64_t submitted_us = 0;
+  Tenant* tenant = nullptr;          // null: not capped, or all choices have ended
+  std::vector<Sequence*> choices;    // null once it has ended
+  bool prompt_is_shareable = false;  // choice 0 has computed and committed it
+
+  int prompt_len() const { return static_cast<int>(prompt_ids->size()); }
 };
 
-// WAITING -> PREFILL -> DECODE -> FINISHED. A cancelled sequence goes to FINISHED from anywhere.
-enum class SequenceState {
-  kWaiting,   // in the queue: neither slot nor blocks
-  kPrefill,   // owns a slot and its blocks; its prompt has not been planned, or is in flight
-  kDecode,    // has at least one sampled token; that one waits in the slot
-  kFinished,  // gets no more rows; goes away once no plan in flight mentions it
+// Its place in every order: lower comes first.
+struct SequenceRank {
+  int priority = 0;
+  uint64_t arrival = 0;
+  auto operator<=>(const SequenceRank&) const = default;
+};
+
+// waiting -> running -> last token in flight -> ended
+//    ^          |                                 ^
+//    '- preempted (until no plan names it)        '-- from anywhere (cancelled, out of time)
+enum class Phase {
+  kWaiting,            // in the queue; may hold pins of its match
+  kRunning,            // owns a slot
+  kLastTokenInFlight,  // all its rows are planned, the slot is given up
+  kPreempted,          // gives its blocks back and queues again once nothing names them
+  kEnded,              // the same, but goes away
+};
+
+enum class MatchState { kNone, kAsked, kDone };
+
+// A block in a sequence's table. It is leased (and ours to write), or pinned under `entry`; or
+// leased with the pin of another block of the same content, when a commit found a duplicate.
+struct HeldBlock {
+  PoolBlock block;
+  uint64_t entry = 0;
+  bool leased = false;
+  bool uncertain = false;  // its commit was not answered before the session was lost
 };
 
 struct Sequence {
   SequenceKey key;
-  SequenceState state = SequenceState::kWaiting;
-  std::shared_ptr<const std::vector<int32_t>> prompt_ids;  // shared by the choices of a request
-  SamplingParams sampling;
-  int max_tokens = 0;
-  int num_sampled = 0;
-  uint32_t slot = 0;                // in kPrefill and later
-  bool slot_initialised = false;    // a plan with its SlotInit has been made
-  bool in_flight = false;           // the plan in flight has a row of it
-  std::vector<LeasedBlock> blocks;  // in sequence order
+  SequenceRank rank;
+  std::shared_ptr<Request> request;
+  std::list<Sequence>::iterator place;  // in Impl::sequences_
+  Phase phase = Phase::kWaiting;
+  std::vector<int32_t> generated;  // as reported to the caller
 
-  int prompt_len() const { return static_cast<int>(prompt_ids->size()); }
-  // Tokens whose K and V are ever written. The last sampled token is not among them: nothing
-  // follows it.
-  int max_computed_tokens() const { return prompt_len() + max_tokens - 1; }
+  // Positions. num_done <= num_planned < length_planned while rows are left to plan.
+  int num_done = 0;     // K and V written and acknowledged by every rank, or taken from the cache
+  int num_planned = 0;  // the same, with what plans in flight will write
+  int length_planned = 0;  // tokens, with those that plans in flight will sample
+
+  std::vector<HeldBlock> blocks;  // in sequence order
+  int num_committed = 0;          // blocks[0, num_committed) have an entry
+  uint64_t commit_tag = 0;        // of the commit that is not answered; 0: none
+  int num_committing = 0;         // blocks in it
+  bool commit_queued = false;     // in Impl::to_commit_
+  bool commits_stopped = false;   // its chain was flushed
+  bool never_commits = false;     // its duplicates left it no room
+
+  MatchState match = MatchState::kNone;
+  bool match_outdated = false;     // a longer one has been committed since
+  int num_host_blocks = 0;         // of the match
+  int num_copies_to_plan = 0;      // restores that no plan holds yet
+  bool restored = false;           // some of its blocks were
+  uint64_t last_copy_step = 0;     // last plan with a restore of it
+  uint64_t restore_known_tag = 0;  // an answer to this tag or a later one proves that the cache
+                                   // manager knows its restores to be done; 0: not told yet
+
+  uint32_t slot = 0;              // while running
+  bool slot_initialised = false;  // a plan has its SlotInit
+  bool token_in_slot = false;     // the last token was sampled there
+  uint64_t last_plan_step = 0;    // last plan that names it or its blocks
+
+  bool started = false;            // has had a slot before
+  bool must_fit_whole = false;     // was preempted or lost its pins: waits for room for all of it
+  int64_t num_waiting_tokens = 0;  // its share of the queue's tokens
+
+  int prompt_len() const { return request->prompt_len(); }
+  int length() const { return prompt_len() + static_cast<int>(generated.size()); }
+  int max_length() const { return prompt_len() + request->max_tokens; }
+  int num_remaining() const { return length_planned - num_planned; }
+  bool decodes() const { return token_in_slot && num_remaining() == 1; }
+  bool leaving() const { return phase != Phase::kWaiting && phase != Phase::kRunning; }
+
+  void AppendTokens(int begin, int end, std::vector<int32_t>* out) const {
+    const auto& prompt = *request->prompt_ids;
+    const int split = prompt_len();
+    if (begin < split) {
+      out->insert(out->end(), prompt.begin() + begin, prompt.begin() + std::min(end, split));
+    }
+    if (end > split) {
+      out->insert(out->end(), generated.begin() + (std::max(begin, split) - split),
+                  generated.begin() + (end - split));
+    }
+  }
 };
 
 }  // namespace wintserve

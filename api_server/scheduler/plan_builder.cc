@@ -1,0 +1,236 @@
+// What goes into the next plan.
+#include <algorithm>
+#include <utility>
+
+#include "api_server/scheduler/scheduler_impl.h"
+
+namespace wintserve {
+namespace {
+
+// Of a serialized plan, an upper bound: a number takes at most 5 bytes.
+constexpr int64_t kMaxPlanBytes = 4 << 20;
+constexpr int64_t kBytesPerNumber = 5;
+constexpr int64_t kBytesPerRow = 100;  // with its SlotInit, but for the block table
+
+constexpr int kMaxCopyOutsPerPlan = 16;  // they delay the rows
+
+}  // namespace
+
+int Scheduler::Impl::BlocksFor(int num_tokens) const {
+  return (num_tokens + config_.block_size_tokens - 1) / config_.block_size_tokens;
+}
+
+bool Scheduler::Impl::IsLong(const Sequence& sequence) const {
+  return config_.long_prefill_token_threshold > 0 &&
+         sequence.num_remaining() > config_.long_prefill_token_threshold;
+}
+
+void Scheduler::Impl::BuildPlan(SchedulerOutput* output) {
+  if (paused_ || num_plans_in_flight() > config_.async_depth) return;
+  PlanDraft draft;
+  draft.plan.step = last_step_ + 1;
+  AddCopies(&draft);
+  const bool prefill_only = !config_.chunked_prefill && NextStepIsPrefillOnly();
+  if (!prefill_only) AddDecodes(&draft);
+  draft.prefill_tokens_left = PrefillBudget(draft);
+  AddRunningPrefills(&draft);
+  Admit(&draft, output);
+  if (prefill_only && draft.flight.rows.empty()) AddDecodes(&draft);
+  last_step_was_prefill_only_ = draft.flight.work.num_decodes == 0 && !draft.flight.rows.empty();
+  if (draft.lacks_blocks) RelieveMemory(draft);
+
+  StepPlan& plan = draft.plan;
+  plan.slot_release.insert(plan.slot_release.end(), slots_to_release_.begin(),
+                           slots_to_release_.end());
+  slots_to_release_.clear();
+  if (plan.rows.empty() && plan.copies.empty() && plan.slot_release.empty()) return;
+  free_slots_.insert(plan.slot_release.begin(), plan.slot_release.end());
+  std::erase_if(running_,
+                [](const Sequence* sequence) { return sequence->phase != Phase::kRunning; });
+  last_step_ = plan.step;
+  draft.flight.step = plan.step;
+  in_flight_.push_back(std::move(draft.flight));
+  output->plan = std::move(plan);
+}
+
+void Scheduler::Impl::AddCopies(PlanDraft* draft) {
+  const auto add = [draft](const CopyOrder& order) {
+    draft->plan.copies.push_back({.to_device = order.direction == CopyDirection::kToDevice,
+                                  .block = BlockId{order.block.id},
+                                  .host_slot = order.host_slot});
+    draft->flight.copy_ids.push_back(order.copy_id);
+    ++draft->flight.work.num_copies;
+  };
+  for (const auto& [order, owner] : restores_) {
+    add(order);
+    --owner->num_copies_to_plan;
+    if (std::exchange(owner->last_copy_step, draft->plan.step) != draft->plan.step) {
+      draft->flight.restored.push_back(owner);
+    }
+    owner->last_plan_step = draft->plan.step;
+  }
+  restores_.clear();
+  for (int i = 0; i < kMaxCopyOutsPerPlan && !copy_outs_.empty(); ++i) {
+    add(copy_outs_.front());
+    copy_outs_.pop_front();
+  }
+}
+
+void Scheduler::Impl::AddDecodes(PlanDraft* draft) {
+  draft->plan.rows.reserve(running_.size() + config_.max_partial_prefills);
+  draft->flight.rows.reserve(running_.size() + config_.max_partial_prefills);
+  for (Sequence* sequence : running_) {
+    if (!sequence->decodes()) continue;
+    if (TokensWithBlocks(*sequence) == 0) {
+      draft->lacks_blocks = true;
+      continue;
+    }
+    AddRow(sequence, 1, draft);
+  }
+}
+
+int Scheduler::Impl::PrefillBudget(const PlanDraft& draft) const {
+  const int num_decodes = draft.flight.work.num_decodes;
+  const int left = config_.max_num_batched_tokens - num_decodes;
+  if (num_decodes == 0 || config_.max_step_slowdown <= 0) return left;
+  const double floor = std::max(1, config_.max_num_batched_tokens / 8);
+  const double measured = step_times_.PrefillTokensWithin(config_.max_step_slowdown, num_decodes);
+  return static_cast<int>(std::min<double>(left, std::max(floor, measured)));
+}
+
+void Scheduler::Impl::AddRunningPrefills(PlanDraft* draft) {
+  // Chunking off: a prompt is whole in its first row, so there are none.
+  // A long prompt takes all that is left, unless others could use it.
+  const int num_prefills = static_cast<int>(
+      std::count_if(running_.begin(), running_.end(),
+                    [](const Sequence* sequence) { return !sequence->decodes(); }));
+  const int num_next = std::min(waiting_.size(), static_cast<int>(free_slots_.size()));
+  draft->shares_prefill = num_prefills + num_next > 1;
+  if (num_prefills == 0) return;
+  for (Sequence* sequence : running_) {
+    // Its last plan may be this one: a decode row was added before.
+    if (sequence->decodes() || sequence->phase != Phase::kRunning ||
+        sequence->last_plan_step == draft->plan.step) {
+      continue;
+    }
+    const int wanted = ChunkOf(*sequence, *draft);
+    int chunk = std::min(wanted, TokensWithBlocks(*sequence));
+    if (chunk < wanted && chunk == 0) draft->lacks_blocks = true;
+    if (chunk > 0 && !FitsMessage(*sequence, chunk, *draft)) chunk = 0;
+    if (chunk < sequence->num_remaining()) {
+      ++draft->num_partial;
+      if (IsLong(*sequence)) ++draft->num_long_partial;
+    }
+    if (chunk > 0) AddRow(sequence, chunk, draft);
+  }
+}
+
+// Tokens of its next row, were there blocks; 0: none in this plan.
+int Scheduler::Impl::ChunkOf(const Sequence& sequence, const PlanDraft& draft) const {
+  const int remaining = sequence.num_remaining();
+  if (!config_.chunked_prefill) {
+    // A prompt beyond the budget runs where nothing else does.
+    const bool fits =
+        draft.flight.rows.empty() || draft.num_tokens + remaining <= config_.max_num_batched_tokens;
+    return fits ? remaining : 0;
+  }
+  const int chunk = std::min(remaining, draft.prefill_tokens_left);
+  if (!draft.shares_prefill || !IsLong(sequence)) return chunk;
+  return std::min(chunk, config_.long_prefill_token_threshold);
+}
+
+// How many more of its tokens have room in its blocks and the local lease.
+int Scheduler::Impl::TokensWithBlocks(const Sequence& sequence) const {
+  const int num_blocks = static_cast<int>(sequence.blocks.size()) + ledger_.num_leased_ahead();
+  return num_blocks * config_.block_size_tokens - sequence.num_planned;
+}
+
+bool Scheduler::Impl::FitsMessage(const Sequence& sequence, int chunk,
+                                  const PlanDraft& draft) const {
+  if (draft.flight.rows.empty()) return true;
+  const int64_t numbers = chunk + BlocksFor(sequence.num_planned + chunk);
+  return draft.num_bytes + kBytesPerRow + numbers * kBytesPerNumber <= kMaxPlanBytes;
+}
+
+void Scheduler::Impl::AddRow(Sequence* sequence, int chunk, PlanDraft* draft) {
+  StepPlan& plan = draft->plan;
+  const size_t num_blocks_before = sequence->blocks.size();
+  const size_t num_blocks = BlocksFor(sequence->num_planned + chunk);
+  while (sequence->blocks.size() < num_blocks) sequence->blocks.push_back(ledger_.Take());
+  const auto ids_from = [sequence](size_t first) {
+    std::vector<BlockId> ids;
+    ids.reserve(sequence->blocks.size() - first);
+    for (size_t i = first; i < sequence->blocks.size(); ++i) {
+      ids.push_back(BlockId{sequence->blocks[i].block.id});
+    }
+    return ids;
+  };
+  if (!sequence->slot_initialised) {
+    SlotInit init{.slot = sequence->slot, .sampling = sequence->request->sampling};
+    init.sampling.choice_index = sequence->key.choice;
+    init.block_table = ids_from(0);
+    draft->num_bytes += static_cast<int64_t>(init.block_table.size()) * kBytesPerNumber;
+    plan.slot_init.push_back(std::move(init));
+    sequence->slot_initialised = true;
+  } else if (sequence->blocks.size() > num_blocks_before) {
+    plan.block_append.push_back({.slot = sequence->slot, .blocks = ids_from(num_blocks_before)});
+  }
+
+  const bool decodes = sequence->decodes();
+  const int begin = sequence->num_planned;
+  const int end = begin + chunk;
+  PlanRow& row = plan.rows.emplace_back();
+  row.slot = sequence->slot;
+  row.position = static_cast<uint32_t>(begin);
+  row.length = static_cast<uint32_t>(chunk);
+  row.sample = end == sequence->length_planned;
+  if (!decodes) {
+    row.tokens.reserve(chunk);
+    sequence->AppendTokens(begin, end, &row.tokens);
+    draft->prefill_tokens_left -= chunk;
+    draft->flight.work.num_prefill_tokens += chunk;
+  } else {
+    ++draft->flight.work.num_decodes;
+  }
+  draft->flight.rows.push_back({sequence, sequence->slot, end, row.sample});
+  draft->num_tokens += chunk;
+  draft->num_bytes += kBytesPerRow + (decodes ? 0 : chunk * kBytesPerNumber);
+
+  sequence->num_planned = end;
+  sequence->last_plan_step = plan.step;
+  if (!row.sample) return;
+  sequence->token_in_slot = true;
+  if (++sequence->length_planned < sequence->max_length()) return;
+  // Known ahead: nothing follows, so the slot can be had again with the next plan.
+  GiveUpSlot(sequence);
+  sequence->phase = Phase::kLastTokenInFlight;
+  ++num_leaving_;
+}
+
+// Chunking off: the first prompt does not fit beside the decodes, and it is its turn.
+bool Scheduler::Impl::NextStepIsPrefillOnly() const {
+  if (last_step_was_prefill_only_) return false;
+  const Sequence* prompt = NextWholePrompt();
+  if (prompt == nullptr) return false;
+  const int num_decodes =
+      static_cast<int>(std::count_if(running_.begin(), running_.end(),
+                                     [](const Sequence* sequence) { return sequence->decodes(); }));
+  return num_decodes + prompt->num_remaining() > config_.max_num_batched_tokens;
+}
+
+const Sequence* Scheduler::Impl::NextWholePrompt() const {
+  if (free_slots_.empty()) return nullptr;
+  for (Sequence* sequence : waiting_) {
+    if (!TenantHasRoom(*sequence, /*pass=*/0) || !MayStart(sequence) ||
+        sequence->num_copies_to_plan > 0) {
+      continue;
+    }
+    const bool ready = !NeedsMatch(*sequence) && !sequence->match_outdated &&
+                       FitsMemory(*sequence, 0, true) &&
+                       TokensWithBlocks(*sequence) >= sequence->num_remaining();
+    return ready ? sequence : nullptr;
+  }
+  return nullptr;
+}
+
+}  // namespace wintserve
