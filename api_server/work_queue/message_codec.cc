@@ -12,6 +12,8 @@
 namespace wintserve {
 namespace {
 
+constexpr uint32_t kMaxId = std::numeric_limits<int32_t>::max();  // of tokens
+
 // Field 3 of ServerMessage, length-delimited, as it stands on the wire.
 constexpr uint8_t kPlanTag = (proto::ServerMessage::kPlanFieldNumber << 3) | 2;
 
@@ -117,6 +119,10 @@ void Fill(const HeartbeatMessage& from, proto::WorkerMessage* message) {
   message->mutable_heartbeat()->set_resident_bytes(from.resident_bytes);
 }
 
+void Fill(const PoolDetachedMessage& from, proto::WorkerMessage* message) {
+  message->mutable_pool_detached()->set_pool_epoch(from.pool_epoch);
+}
+
 void Fill(const FaultMessage& from, proto::WorkerMessage* message) {
   message->mutable_fault()->set_kind(ToProto(from.kind));
   message->mutable_fault()->set_text(from.text);
@@ -157,10 +163,30 @@ absl::StatusOr<StepDone> ReadStepDone(const proto::StepDone& in) {
   out.sampled.reserve(in.result().slot_size());
   for (int i = 0; i < in.result().slot_size(); ++i) {
     const uint32_t token = in.result().token(i);
-    if (token > static_cast<uint32_t>(std::numeric_limits<int32_t>::max())) {
-      return InvalidWorkerMessage(fmt::format("step_done.result.token holds {}", token));
+    if (token > kMaxId) {
+      return InvalidWorkerMessage(
+          fmt::format("step_done.result.token holds {}, above the largest id {}", token, kMaxId));
     }
     out.sampled.push_back({in.result().slot(i), static_cast<int32_t>(token)});
+  }
+  return out;
+}
+
+absl::StatusOr<ConfigureWorker> ReadConfigure(const proto::Configure& in) {
+  ConfigureWorker out{.group_epoch = in.group_epoch(),
+                      .world_size = in.world_size(),
+                      .max_slots = in.max_slots(),
+                      .max_tokens = in.max_tokens(),
+                      .max_sequence_tokens = in.max_sequence_tokens(),
+                      .sampled_vocab_size = in.sampled_vocab_size(),
+                      .stop_ids = {}};
+  out.stop_ids.reserve(in.stop_ids_size());
+  for (const uint32_t id : in.stop_ids()) {
+    if (id > kMaxId) {
+      return InvalidServerMessage(
+          fmt::format("configure.stop_ids holds {}, above the largest id {}", id, kMaxId));
+    }
+    out.stop_ids.push_back(static_cast<int32_t>(id));
   }
   return out;
 }
@@ -191,6 +217,7 @@ std::string EncodeServerMessage(const ConfigureWorker& configure) {
   to->set_max_tokens(configure.max_tokens);
   to->set_max_sequence_tokens(configure.max_sequence_tokens);
   to->set_sampled_vocab_size(configure.sampled_vocab_size);
+  for (const int32_t id : configure.stop_ids) to->add_stop_ids(static_cast<uint32_t>(id));
   return out.SerializeAsString();
 }
 
@@ -199,6 +226,13 @@ std::string EncodeServerMessage(const AttachPool& attach) {
   out.mutable_attach_pool()->set_pool_epoch(attach.pool_epoch);
   out.mutable_attach_pool()->set_memory_socket(attach.memory_socket);
   out.mutable_attach_pool()->set_num_blocks(attach.num_blocks);
+  out.mutable_attach_pool()->set_num_host_slots(attach.num_host_slots);
+  return out.SerializeAsString();
+}
+
+std::string EncodeServerMessage(const DetachPool& detach) {
+  proto::ServerMessage out;
+  out.mutable_detach_pool()->set_pool_epoch(detach.pool_epoch);
   return out.SerializeAsString();
 }
 
@@ -236,6 +270,8 @@ absl::StatusOr<WorkerMessage> DecodeWorkerMessage(std::string_view bytes) {
     case proto::WorkerMessage::kHeartbeat:
       return HeartbeatMessage{in.heartbeat().step_started(), in.heartbeat().step_done(),
                               in.heartbeat().resident_bytes()};
+    case proto::WorkerMessage::kPoolDetached:
+      return PoolDetachedMessage{in.pool_detached().pool_epoch()};
     case proto::WorkerMessage::kFault: {
       const std::optional<FaultKind> kind = FromProto(in.fault().kind());
       if (!kind.has_value()) {
@@ -260,17 +296,17 @@ absl::StatusOr<ServerEvent> DecodeServerMessage(std::string_view bytes) {
     return InvalidServerMessage(fmt::format("{} bytes that are no such message", bytes.size()));
   }
   switch (in.message_case()) {
-    case proto::ServerMessage::kConfigure:
-      return ConfigureWorker{.group_epoch = in.configure().group_epoch(),
-                             .world_size = in.configure().world_size(),
-                             .max_slots = in.configure().max_slots(),
-                             .max_tokens = in.configure().max_tokens(),
-                             .max_sequence_tokens = in.configure().max_sequence_tokens(),
-                             .sampled_vocab_size = in.configure().sampled_vocab_size()};
+    case proto::ServerMessage::kConfigure: {
+      ASSIGN_OR_RETURN(ConfigureWorker configure, ReadConfigure(in.configure()));
+      return configure;
+    }
     case proto::ServerMessage::kAttachPool:
       return AttachPool{.pool_epoch = in.attach_pool().pool_epoch(),
                         .memory_socket = in.attach_pool().memory_socket(),
-                        .num_blocks = in.attach_pool().num_blocks()};
+                        .num_blocks = in.attach_pool().num_blocks(),
+                        .num_host_slots = in.attach_pool().num_host_slots()};
+    case proto::ServerMessage::kDetachPool:
+      return DetachPool{in.detach_pool().pool_epoch()};
     case proto::ServerMessage::kPlan:
       return InvalidServerMessage("plan is not the only field of its message");
     case proto::ServerMessage::kShutdown:

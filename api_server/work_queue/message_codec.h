@@ -13,7 +13,7 @@
 
 namespace wintserve {
 
-inline constexpr uint32_t kWorkQueueProtoVersion = 1;
+inline constexpr uint32_t kWorkQueueProtoVersion = 2;
 
 // Metadata key that carries the instance token, in hexadecimal because metadata is ASCII.
 inline constexpr char kTokenMetadataKey[] = "wintserve-token";
@@ -35,8 +35,8 @@ struct HelloMessage {
   std::string build_id = WorkQueueBuildId();
 };
 
-using WorkerMessage =
-    std::variant<HelloMessage, ReadyMessage, StepDone, HeartbeatMessage, FaultMessage>;
+using WorkerMessage = std::variant<HelloMessage, ReadyMessage, StepDone, HeartbeatMessage,
+                                   PoolDetachedMessage, FaultMessage>;
 
 struct EncodedPlan {
   std::string message;  // a whole ServerMessage
@@ -46,6 +46,7 @@ struct EncodedPlan {
 std::string EncodeWorkerMessage(const WorkerMessage& message);
 std::string EncodeServerMessage(const ConfigureWorker& configure);
 std::string EncodeServerMessage(const AttachPool& attach);
+std::string EncodeServerMessage(const DetachPool& detach);
 std::string EncodeServerMessage(const ShutdownWorker& shutdown);
 EncodedPlan EncodePlanMessage(const StepPlan& plan);
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 #include <variant>
+#include <vector>
 
 #include "api_server/scheduler/plan.h"
 
@@ -34,12 +35,22 @@ struct ConfigureWorker {
   uint32_t max_tokens = 0;
   uint32_t max_sequence_tokens = 0;
   uint32_t sampled_vocab_size = 0;
+  std::vector<int32_t> stop_ids = {};
 };
 
 struct AttachPool {
   uint64_t pool_epoch = 0;
   std::string memory_socket;
   uint32_t num_blocks = 0;
+  uint32_t num_host_slots = 0;
+};
+
+struct DetachPool {
+  uint64_t pool_epoch = 0;
+};
+
+struct PoolDetachedMessage {
+  uint64_t pool_epoch = 0;
 };
 
 // plan_hash: XXH3-64 of the plan's bytes as received.
@@ -50,7 +61,8 @@ struct ReceivedPlan {
 
 struct ShutdownWorker {};
 
-using ServerEvent = std::variant<ConfigureWorker, AttachPool, ReceivedPlan, ShutdownWorker>;
+using ServerEvent =
+    std::variant<ConfigureWorker, AttachPool, DetachPool, ReceivedPlan, ShutdownWorker>;
 
 enum class FaultKind { kCheckpoint, kOutOfMemory, kCollective, kDevice, kInternal };
 

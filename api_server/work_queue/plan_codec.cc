@@ -55,7 +55,8 @@ absl::StatusOr<SamplingParams> ReadSampling(const proto::Sampling& in) {
                         .top_p = in.top_p(),
                         .top_k = static_cast<int32_t>(in.top_k()),
                         .seed = in.seed(),
-                        .choice_index = in.choice_index()};
+                        .choice_index = in.choice_index(),
+                        .first_stop_position = in.first_stop_position()};
 }
 
 absl::Status CheckColumn(std::string_view name, int64_t size, int64_t num_rows) {
@@ -128,6 +129,7 @@ std::string EncodePlan(const StepPlan& plan) {
     to->mutable_sampling()->set_top_k(static_cast<uint32_t>(init.sampling.top_k));
     to->mutable_sampling()->set_seed(init.sampling.seed);
     to->mutable_sampling()->set_choice_index(init.sampling.choice_index);
+    to->mutable_sampling()->set_first_stop_position(init.sampling.first_stop_position);
     AppendBlockIds(init.block_table, to->mutable_block_table());
   }
   for (const PlanRow& row : plan.rows) {
@@ -148,6 +150,12 @@ std::string EncodePlan(const StepPlan& plan) {
     AppendBlockIds(append.blocks, to->mutable_blocks());
   }
   for (const uint32_t slot : plan.slot_release) out.add_slot_release(slot);
+  for (const BlockCopy& copy : plan.copies) {
+    proto::BlockCopy* to = out.add_copies();
+    to->set_to_device(copy.to_device);
+    to->set_block(static_cast<uint32_t>(copy.block));
+    to->set_host_slot(copy.host_slot);
+  }
   return out.SerializeAsString();
 }
 
@@ -176,6 +184,12 @@ absl::StatusOr<StepPlan> DecodePlan(std::string_view plan_bytes) {
   }
   RETURN_IF_ERROR(ReadRows(in, &plan));
   plan.slot_release.assign(in.slot_release().begin(), in.slot_release().end());
+  for (const proto::BlockCopy& copy : in.copies()) {
+    if (copy.block() > kMaxId) {
+      return Invalid("copies holds block {}, above the largest id {}", copy.block(), kMaxId);
+    }
+    plan.copies.push_back({copy.to_device(), static_cast<BlockId>(copy.block()), copy.host_slot()});
+  }
   return plan;
 }
 

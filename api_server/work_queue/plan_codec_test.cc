@@ -14,6 +14,7 @@
 namespace wintserve {
 namespace {
 
+using testing::ElementsAre;
 using testing::HasSubstr;
 
 std::vector<BlockId> RandomBlocks(std::mt19937* rng) {
@@ -30,7 +31,8 @@ StepPlan RandomPlan(std::mt19937* rng) {
                                   .top_p = (1 + (*rng)() % 10) / 10.0f,
                                   .top_k = static_cast<int32_t>((*rng)() % 50),
                                   .seed = static_cast<int64_t>((*rng)()) * ((*rng)() % 2 ? 1 : -1),
-                                  .choice_index = static_cast<uint32_t>((*rng)() % 4)};
+                                  .choice_index = static_cast<uint32_t>((*rng)() % 4),
+                                  .first_stop_position = static_cast<uint32_t>((*rng)() % 5000)};
     plan.slot_init.push_back({static_cast<uint32_t>((*rng)() % 64), sampling, RandomBlocks(rng)});
   }
   for (uint32_t i = 0; i < (*rng)() % 3; ++i) {
@@ -50,6 +52,11 @@ StepPlan RandomPlan(std::mt19937* rng) {
     plan.rows.push_back(row);
   }
   for (uint32_t i = 0; i < (*rng)() % 3; ++i) plan.slot_release.push_back((*rng)() % 64);
+  for (uint32_t i = 0; i < (*rng)() % 4; ++i) {
+    plan.copies.push_back({.to_device = (*rng)() % 2 == 0,
+                           .block = static_cast<BlockId>((*rng)() % 100'000),
+                           .host_slot = static_cast<uint32_t>((*rng)() % 100'000)});
+  }
   return plan;
 }
 
@@ -69,6 +76,8 @@ void ExpectEqual(const StepPlan& a, const StepPlan& b) {
     EXPECT_EQ(a.slot_init[i].sampling.top_k, b.slot_init[i].sampling.top_k);
     EXPECT_EQ(a.slot_init[i].sampling.seed, b.slot_init[i].sampling.seed);
     EXPECT_EQ(a.slot_init[i].sampling.choice_index, b.slot_init[i].sampling.choice_index);
+    EXPECT_EQ(a.slot_init[i].sampling.first_stop_position,
+              b.slot_init[i].sampling.first_stop_position);
   }
   ASSERT_EQ(a.block_append.size(), b.block_append.size());
   for (size_t i = 0; i < a.block_append.size(); ++i) {
@@ -82,6 +91,12 @@ void ExpectEqual(const StepPlan& a, const StepPlan& b) {
     EXPECT_EQ(a.rows[i].length, b.rows[i].length);
     EXPECT_EQ(a.rows[i].sample, b.rows[i].sample);
     EXPECT_EQ(a.rows[i].tokens, b.rows[i].tokens);
+  }
+  ASSERT_EQ(a.copies.size(), b.copies.size());
+  for (size_t i = 0; i < a.copies.size(); ++i) {
+    EXPECT_EQ(a.copies[i].to_device, b.copies[i].to_device);
+    EXPECT_EQ(a.copies[i].block, b.copies[i].block);
+    EXPECT_EQ(a.copies[i].host_slot, b.copies[i].host_slot);
   }
 }
 
@@ -132,16 +147,25 @@ TEST(PlanCodec, RandomAndTruncatedBytesNeverCrash) {
 
 TEST(PlanCodec, DecodesEveryOtherMessageOfTheProtocol) {
   const auto configure =
-      DecodeServerMessage(EncodeServerMessage(ConfigureWorker{1, 2, 3, 4, 5, 6}));
+      DecodeServerMessage(EncodeServerMessage(ConfigureWorker{1, 2, 3, 4, 5, 6, {9, 2}}));
   ASSERT_TRUE(configure.ok());
   EXPECT_EQ(std::get<ConfigureWorker>(*configure).sampled_vocab_size, 6u);
-  const auto attach = DecodeServerMessage(EncodeServerMessage(AttachPool{7, "/run/m.sock", 8}));
+  EXPECT_THAT(std::get<ConfigureWorker>(*configure).stop_ids, ElementsAre(9, 2));
+  const auto attach = DecodeServerMessage(EncodeServerMessage(AttachPool{7, "/run/m.sock", 8, 9}));
   ASSERT_TRUE(attach.ok());
   EXPECT_EQ(std::get<AttachPool>(*attach).memory_socket, "/run/m.sock");
+  EXPECT_EQ(std::get<AttachPool>(*attach).num_blocks, 8u);
+  EXPECT_EQ(std::get<AttachPool>(*attach).num_host_slots, 9u);
+  const auto detach = DecodeServerMessage(EncodeServerMessage(DetachPool{7}));
+  ASSERT_TRUE(detach.ok());
+  EXPECT_EQ(std::get<DetachPool>(*detach).pool_epoch, 7u);
   const auto shutdown = DecodeServerMessage(EncodeServerMessage(ShutdownWorker{}));
   ASSERT_TRUE(shutdown.ok());
   EXPECT_TRUE(std::holds_alternative<ShutdownWorker>(*shutdown));
 
+  const auto detached = DecodeWorkerMessage(EncodeWorkerMessage(PoolDetachedMessage{7}));
+  ASSERT_TRUE(detached.ok());
+  EXPECT_EQ(std::get<PoolDetachedMessage>(*detached).pool_epoch, 7u);
   const auto done =
       DecodeWorkerMessage(EncodeWorkerMessage(StepDone{1, 2, 3, 4, {{5, 6}, {7, 8}}, 9}));
   ASSERT_TRUE(done.ok());
@@ -166,7 +190,8 @@ TEST_P(BadPlanTest, IsRefusedByTheNameOfTheField) {
   const StepPlan good{.step = 1,
                       .slot_init = {{0, SamplingParams{}, {BlockId{1}}}},
                       .block_append = {{1, {BlockId{2}}}},
-                      .rows = {{0, 0, 2, true, {10, 11}}, {1, 5, 1, true, {}}}};
+                      .rows = {{0, 0, 2, true, {10, 11}}, {1, 5, 1, true, {}}},
+                      .copies = {{.to_device = true, .block = BlockId{3}, .host_slot = 4}}};
   proto::StepPlan plan;
   ASSERT_TRUE(plan.ParseFromString(EncodePlan(good)));
   ASSERT_TRUE(DecodePlan(plan.SerializeAsString()).ok());
@@ -205,6 +230,8 @@ INSTANTIATE_TEST_SUITE_P(
         BadPlan{"HugeAppendedBlock",
                 [](auto* p) { p->mutable_block_append(0)->set_blocks(0, 0x80000000u); },
                 "block_append.blocks holds block 2147483648"},
+        BadPlan{"HugeCopiedBlock", [](auto* p) { p->mutable_copies(0)->set_block(0x80000000u); },
+                "copies holds block 2147483648"},
         BadPlan{"NegativeTemperature",
                 [](auto* p) { p->mutable_slot_init(0)->mutable_sampling()->set_temperature(-1); },
                 "temperature is -1"},
@@ -228,6 +255,33 @@ TEST(PlanCodec, RefusesAResultWithUnequalColumns) {
   const auto decoded = DecodeWorkerMessage(message.SerializeAsString());
   EXPECT_EQ(decoded.status().message(),
             "WorkerMessage: step_done.result.token has 0 entries, slot has 1");
+}
+
+TEST(PlanCodec, RefusesIdsThatAreNoTokens) {
+  proto::ServerMessage configure;
+  configure.mutable_configure()->add_stop_ids(2);
+  configure.mutable_configure()->add_stop_ids(0x80000000u);
+  EXPECT_EQ(DecodeServerMessage(configure.SerializeAsString()).status().message(),
+            "ServerMessage: configure.stop_ids holds 2147483648, above the largest id 2147483647");
+  proto::WorkerMessage done;
+  done.mutable_step_done()->mutable_result()->add_slot(1);
+  done.mutable_step_done()->mutable_result()->add_token(0xffffffffu);
+  EXPECT_EQ(DecodeWorkerMessage(done.SerializeAsString()).status().message(),
+            "WorkerMessage: step_done.result.token holds 4294967295, above the largest id "
+            "2147483647");
+}
+
+TEST(PlanCodec, ADecodePlanOf64RowsIsBelow1KiBEvenWhenEveryRowGetsABlock) {
+  StepPlan plan{
+      .group_epoch = ~0ull, .pool_epoch = ~0ull, .step = 1ull << 40, .previous_plan_hash = ~0ull};
+  for (uint32_t slot = 0; slot < 64; ++slot) {
+    plan.rows.push_back({slot, 131'000 + slot, 1, true, {}});
+  }
+  EXPECT_LT(EncodePlanMessage(plan).message.size(), 512u);
+  for (uint32_t slot = 0; slot < 64; ++slot) {
+    plan.block_append.push_back({slot, {static_cast<BlockId>(100'000 + slot)}});
+  }
+  EXPECT_LT(EncodePlanMessage(plan).message.size(), 1024u);
 }
 
 TEST(PlanCodec, RefusesAnUnknownFaultKindAndAnEmptyMessage) {

@@ -77,6 +77,10 @@ WorkQueueEvents LogTo(EventLog* log) {
           [log](uint32_t rank, const HeartbeatMessage& beat) {
             log->Add(fmt::format("beat {} {}", rank, beat.resident_bytes));
           },
+      .on_pool_detached =
+          [log](uint32_t rank, const PoolDetachedMessage& detached) {
+            log->Add(fmt::format("detached {} {}", rank, detached.pool_epoch));
+          },
       .on_fault =
           [log](uint32_t rank, const FaultMessage& fault) {
             log->Add(fmt::format("fault {} {}", rank, fault.text));
@@ -124,6 +128,7 @@ TEST_F(WorkQueueTest, CarriesTheStartUpAndAStepOfTwoRanks) {
   server_->Send(AttachPool{.pool_epoch = 6, .memory_socket = "m", .num_blocks = 7});
   const StepPlan plan{.group_epoch = 5, .step = 1, .rows = {{3, 0, 2, true, {8, 9}}}};
   const uint64_t plan_hash = server_->SendPlan(plan);
+  server_->Send(DetachPool{6});
   server_->Send(ShutdownWorker{});
 
   for (WorkQueueClient* client : {rank0->get(), rank1->get()}) {
@@ -137,6 +142,9 @@ TEST_F(WorkQueueTest, CarriesTheStartUpAndAStepOfTwoRanks) {
     ASSERT_TRUE(received.ok()) << received.status();
     EXPECT_EQ(std::get<ReceivedPlan>(*received).plan_hash, plan_hash);
     EXPECT_THAT(std::get<ReceivedPlan>(*received).plan.rows[0].tokens, ElementsAre(8, 9));
+    auto detach = client->Next();
+    ASSERT_TRUE(detach.ok()) << detach.status();
+    EXPECT_EQ(std::get<DetachPool>(*detach).pool_epoch, 6u);
     auto shutdown = client->Next();
     ASSERT_TRUE(shutdown.ok()) << shutdown.status();
     EXPECT_TRUE(std::holds_alternative<ShutdownWorker>(*shutdown));
@@ -144,10 +152,12 @@ TEST_F(WorkQueueTest, CarriesTheStartUpAndAStepOfTwoRanks) {
   EXPECT_TRUE((*rank0)->SendReady(5, 6).ok());
   EXPECT_TRUE((*rank0)->SendHeartbeat(1, 0, 77).ok());
   EXPECT_TRUE((*rank0)->SendStepDone({.step = 1, .plan_hash = 0xf0}).ok());
+  EXPECT_TRUE((*rank0)->SendPoolDetached(6).ok());
   EXPECT_TRUE((*rank0)->SendFault(FaultKind::kDevice, "broken").ok());
-  const std::vector<std::string> lines = log_.WaitFor(6);
-  EXPECT_THAT(std::vector(lines.begin() + 2, lines.end()),
-              ElementsAre("ready 0 5 6", "beat 0 77", "done 0 1 f0", "fault 0 broken"));
+  const std::vector<std::string> lines = log_.WaitFor(7);
+  EXPECT_THAT(
+      std::vector(lines.begin() + 2, lines.end()),
+      ElementsAre("ready 0 5 6", "beat 0 77", "done 0 1 f0", "detached 0 6", "fault 0 broken"));
 }
 
 TEST_F(WorkQueueTest, RefusesAWrongTokenWithoutSayingMore) {
@@ -272,6 +282,27 @@ TEST_F(WorkQueueTest, ListensBesideASocketThatReservesItsPort) {
   ASSERT_TRUE(server.ok()) << server.status();
   auto client = WorkQueueClient::Attach(address, token_, HelloOfRank(0, 1), kTimeoutMs);
   EXPECT_TRUE(client.ok()) << client.status();
+}
+
+TEST_F(WorkQueueTest, TakesInWhatArrivesWhileItsCallerIsAwayExecuting) {
+  StartServer(1);
+  auto client = Attach(HelloOfRank(0, 1));
+  ASSERT_TRUE(client.ok()) << client.status();
+  constexpr uint64_t kPlans = 200;
+  StepPlan plan;
+  plan.rows.push_back({0, 0, 4096, false, std::vector<int32_t>(4096, 1)});
+  for (plan.step = 1; plan.step <= kPlans; ++plan.step) server_->SendPlan(plan);
+  // Nobody calls Next(); all of it arrives nevertheless, and outlives the server.
+  server_->Send(ShutdownWorker{});
+  server_->Stop(/*grace_ms=*/500);
+  for (uint64_t step = 1; step <= kPlans; ++step) {
+    const auto event = (*client)->Next();
+    ASSERT_TRUE(event.ok()) << step << " " << event.status();
+    EXPECT_EQ(std::get<ReceivedPlan>(*event).plan.step, step);
+  }
+  const auto shutdown = (*client)->Next();
+  ASSERT_TRUE(shutdown.ok()) << shutdown.status();
+  EXPECT_TRUE(std::holds_alternative<ShutdownWorker>(*shutdown));
 }
 
 TEST_F(WorkQueueTest, EchoesAThousandPlansInOrder) {

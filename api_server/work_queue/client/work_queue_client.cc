@@ -68,6 +68,9 @@ class GrpcWorkQueueClient : public WorkQueueClient {
   absl::Status SendReady(uint64_t group_epoch, uint64_t pool_epoch) override {
     return Send(ReadyMessage{group_epoch, pool_epoch});
   }
+  absl::Status SendPoolDetached(uint64_t pool_epoch) override {
+    return Send(PoolDetachedMessage{pool_epoch});
+  }
   absl::Status SendStepDone(const StepDone& done) override { return Send(done); }
   absl::Status SendHeartbeat(uint64_t step_started, uint64_t step_done,
                              uint64_t resident_bytes) override {

@@ -104,6 +104,9 @@ class AttachStream : public AttachReactor, public std::enable_shared_from_this<A
     if (auto* ready = std::get_if<ReadyMessage>(&message)) events.on_ready(rank, *ready);
     if (auto* done = std::get_if<StepDone>(&message)) events.on_step_done(rank, std::move(*done));
     if (auto* beat = std::get_if<HeartbeatMessage>(&message)) events.on_heartbeat(rank, *beat);
+    if (auto* detached = std::get_if<PoolDetachedMessage>(&message)) {
+      events.on_pool_detached(rank, *detached);
+    }
     if (auto* fault = std::get_if<FaultMessage>(&message)) events.on_fault(rank, *fault);
     return absl::OkStatus();
   }
@@ -276,6 +279,7 @@ class GrpcWorkQueueServer : public WorkQueueServer {
     Broadcast(EncodeServerMessage(configure));
   }
   void Send(const AttachPool& attach) override { Broadcast(EncodeServerMessage(attach)); }
+  void Send(const DetachPool& detach) override { Broadcast(EncodeServerMessage(detach)); }
   void Send(const ShutdownWorker& shutdown) override { Broadcast(EncodeServerMessage(shutdown)); }
 
   uint64_t SendPlan(const StepPlan& plan) override {

@@ -26,6 +26,7 @@ struct WorkQueueEvents {
   std::function<void(uint32_t rank, const ReadyMessage&)> on_ready;
   std::function<void(uint32_t rank, StepDone)> on_step_done;
   std::function<void(uint32_t rank, const HeartbeatMessage&)> on_heartbeat;
+  std::function<void(uint32_t rank, const PoolDetachedMessage&)> on_pool_detached;
   std::function<void(uint32_t rank, const FaultMessage&)> on_fault;
   std::function<void(uint32_t rank, const std::string& reason)> on_disconnected;
   // A worker with the right token whose Hello does not fit: another build, world size or
@@ -44,6 +45,7 @@ class WorkQueueServer {
 
   virtual void Send(const ConfigureWorker& configure) = 0;
   virtual void Send(const AttachPool& attach) = 0;
+  virtual void Send(const DetachPool& detach) = 0;
   virtual void Send(const ShutdownWorker& shutdown) = 0;
   // Serialises once and sends the same bytes to every rank. Returns the plan's hash.
   virtual uint64_t SendPlan(const StepPlan& plan) = 0;
