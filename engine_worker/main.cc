@@ -1,9 +1,12 @@
 // One rank: loads its slice of the weights, attaches to the API server, executes plans.
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "api_server/work_queue/client/work_queue_client.h"
@@ -27,6 +30,8 @@ namespace {
 constexpr int64_t kAttachTimeoutMs = 60'000;
 constexpr int64_t kMemoryTimeoutMs = 30'000;
 constexpr int64_t kStopPatienceMs = 2'000;
+// An API server that is stopped with its workers may go before their signals come.
+constexpr std::chrono::milliseconds kStopSkew(1'000);
 
 // Longer messages take several rounds. Two buffers of four ranks are 4 MiB, which a second-level
 // cache does not hold; smaller slots would pay for more rounds than they save.
@@ -69,14 +74,16 @@ absl::StatusOr<std::unique_ptr<Collective>> JoinGroup(const Instance& instance,
 }
 
 WorkerLinks LinksOf(const Instance& instance) {
+  const auto fetch = [&instance](const AttachPool& attach, PoolTier tier) {
+    return FetchPoolMemory(attach.memory_socket, instance.token, attach.pool_epoch, instance.rank,
+                           tier, kMemoryTimeoutMs);
+  };
   return {
       .join_group =
           [&instance](const ConfigureWorker& configure) { return JoinGroup(instance, configure); },
-      .fetch_pool =
-          [&instance](const AttachPool& attach) {
-            return FetchPoolMemory(attach.memory_socket, instance.token, attach.pool_epoch,
-                                   instance.rank, kMemoryTimeoutMs);
-          }};
+      .fetch_pool = [fetch](const AttachPool& attach) { return fetch(attach, PoolTier::kDevice); },
+      .fetch_host_tier =
+          [fetch](const AttachPool& attach) { return fetch(attach, PoolTier::kHost); }};
 }
 
 int Fail(const absl::Status& status, ExitCode code) {
@@ -84,10 +91,8 @@ int Fail(const absl::Status& status, ExitCode code) {
   return code;
 }
 
-int RunEngineWorker(const Instance& instance) {
+int RunEngineWorker(const Instance& instance, StopSignal& stop) {
   InitLog(fmt::format("engine_worker.{}", instance.rank), instance.options.log_level);
-  StopSignal stop;
-
   RankGroup group(instance.rank, instance.options.tensor_parallel_size);
   absl::StatusOr<LoadedModel> loaded = LoadModel(instance.options, &group);
   if (!loaded.ok()) {
@@ -98,10 +103,17 @@ int RunEngineWorker(const Instance& instance) {
   if (!hello.ok()) return Fail(hello.status(), kExitInternal);
   const absl::StatusOr<std::unique_ptr<WorkQueueClient>> queue = WorkQueueClient::Attach(
       "unix:" + instance.work_queue_socket(), instance.token, *hello, kAttachTimeoutMs);
-  if (!queue.ok()) return Fail(queue.status(), kExitInternal);
+  if (!queue.ok()) {
+    if (absl::IsUnavailable(queue.status())) std::this_thread::sleep_for(kStopSkew);
+    return Fail(queue.status(), kExitInternal);
+  }
 
   Worker worker(loaded->model.get(), &group, queue->get(), LinksOf(instance));
-  stop.SetHandler([&worker] { worker.RequestStop(kStopPatienceMs); });
+  stop.SetHandler([&worker] {
+    if (worker.RequestStop(kStopPatienceMs)) return;
+    LOG_INFO("stopped before it was ready");
+    std::_Exit(kExitOk);
+  });
   const absl::Status status = worker.Run();
   stop.SetHandler(nullptr);
   if (!status.ok()) return Fail(status, kExitInternal);
@@ -113,10 +125,11 @@ int RunEngineWorker(const Instance& instance) {
 }  // namespace wintserve
 
 int main(int argc, char** argv) {
+  wintserve::StopSignal stop;
   const absl::StatusOr<wintserve::Instance> instance = wintserve::InstanceFromArgv(argc, argv);
   if (!instance.ok()) {
     std::fprintf(stderr, "%s\n", std::string(instance.status().message()).c_str());
     return wintserve::kExitUsage;
   }
-  return wintserve::RunEngineWorker(*instance);
+  return wintserve::RunEngineWorker(*instance, stop);
 }

@@ -216,6 +216,46 @@ TEST(Ernie45, ARowHasTheSameBitsInAnyBatchAndHoweverItIsChunked) {
   }
 }
 
+// 230 tokens: three whole blocks and a part.
+std::vector<int32_t> LongPrompt() {
+  std::vector<int32_t> ids;
+  for (const auto& prompt : Prompts()) ids.insert(ids.end(), prompt.begin(), prompt.end());
+  CHECK(ids.size() >= 230);
+  ids.resize(230);
+  return ids;
+}
+
+TEST(Ernie45, ALongPromptHasTheSameBitsHoweverItIsChunked) {
+  Group group({.max_batch_tokens = 512});
+  const std::vector<int32_t> prompt = LongPrompt();
+  const std::vector<float> expected = RunRow(&group, prompt, 0, /*sequence=*/0);
+  for (const size_t chunk : {1, 7, 64, 100}) {
+    SCOPED_TRACE(chunk);
+    std::vector<float> logits;
+    for (size_t begin = 0; begin < prompt.size(); begin += chunk) {
+      const size_t end = std::min(prompt.size(), begin + chunk);
+      logits = RunRow(&group, Slice(prompt, begin, end), static_cast<int>(begin), 1);
+    }
+    EXPECT_EQ(logits, expected);
+  }
+}
+
+TEST(Ernie45, APrefixInTheBlocksOfAnotherSequenceGivesTheSameBits) {
+  Group group({.max_batch_tokens = 512});
+  const std::vector<int32_t> prompt = LongPrompt();
+  const std::vector<float> expected = RunRow(&group, prompt, 0, /*sequence=*/0);
+  const std::vector<int32_t> theirs = BlockTable(0);
+  for (size_t num_shared = 1; num_shared <= 3; ++num_shared) {
+    SCOPED_TRACE(num_shared);
+    std::vector<int32_t> blocks = BlockTable(static_cast<int>(num_shared));
+    std::copy_n(theirs.begin(), num_shared, blocks.begin());
+    Batch batch;
+    AddRow(Slice(prompt, num_shared * 64, prompt.size()), static_cast<int>(num_shared * 64), blocks,
+           &batch);
+    EXPECT_EQ(group.Forward(batch)[0], expected);
+  }
+}
+
 TEST(Ernie45, ThreadsDoNotChangeBits) {
   const auto prompts = Prompts();
   std::vector<std::vector<float>> expected;

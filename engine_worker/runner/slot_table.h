@@ -23,15 +23,14 @@ struct Slot {
   bool in_use = false;
   SamplingParams sampling;
   std::vector<int32_t> block_table;
-  std::optional<uint32_t>
-      next_position;                  // unknown until the first row: a cached prefix may precede it
+  // Unknown until the first row: a cached prefix may precede it.
+  std::optional<uint32_t> next_position;
   std::optional<int32_t> last_token;  // sampled at next_position - 1's logits, not computed yet
 };
 
 // Threading: thread-compatible.
 // Errors:    INVALID_ARGUMENT, naming slot, value and what is allowed. A plan that breaks a rule is
-// a
-//            bug of whoever made it; the table is of no use afterwards.
+//            a bug of whoever made it; the table is of no use afterwards.
 class SlotTable {
  public:
   explicit SlotTable(const SlotLimits& limits);

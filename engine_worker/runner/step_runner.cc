@@ -33,11 +33,18 @@ absl::Status CheckRange(const char* name, int64_t value, int64_t maximum) {
       fmt::format("{} is {}, this worker can do 1 … {}", name, value, maximum));
 }
 
+StepRunnerConfig WithSortedStopIds(StepRunnerConfig config) {
+  std::vector<int32_t>& ids = config.stop_ids;
+  std::sort(ids.begin(), ids.end());
+  ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+  return config;
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<StepRunner>> StepRunner::Create(const StepRunnerConfig& config,
                                                                Model* model, Collective* collective,
-                                                               void* kv_pool) {
+                                                               void* kv_pool, void* host_tier) {
   constexpr int64_t kMaxSlots = 1 << 16;
   constexpr int64_t kMaxInt = INT32_MAX;
   RETURN_IF_ERROR(CheckRange("max_slots", config.max_slots, kMaxSlots));
@@ -46,23 +53,35 @@ absl::StatusOr<std::unique_ptr<StepRunner>> StepRunner::Create(const StepRunnerC
       CheckRange("max_sequence_tokens", config.max_sequence_tokens, model->max_position()));
   RETURN_IF_ERROR(CheckRange("sampled_vocab_size", config.sampled_vocab_size, model->vocab_size()));
   RETURN_IF_ERROR(CheckRange("num_blocks", config.num_blocks, kMaxInt));
+  for (const int32_t id : config.stop_ids) {
+    if (id >= 0 && id < model->vocab_size()) continue;
+    return absl::InvalidArgumentError(
+        fmt::format("stop_ids holds {}, this model has ids 0 … {}", id, model->vocab_size() - 1));
+  }
   CHECK(config.block_size_tokens > 0 && model->max_batch_tokens() > 0);
-  return std::unique_ptr<StepRunner>(new StepRunner(config, model, collective, kv_pool));
+  return std::unique_ptr<StepRunner>(
+      new StepRunner(WithSortedStopIds(config), model, collective, kv_pool, host_tier));
 }
 
 StepRunner::StepRunner(const StepRunnerConfig& config, Model* model, Collective* collective,
-                       void* kv_pool)
+                       void* kv_pool, void* host_tier)
     : config_(config),
       model_(model),
       collective_(collective),
       kv_pool_(kv_pool),
       batch_tokens_(std::min(kMaxBatchTokens, model->max_batch_tokens())),
-      slots_(LimitsOf(config, *model)) {
+      copier_({.pool = kv_pool,
+               .num_blocks = config.num_blocks,
+               .host_tier = host_tier,
+               .num_host_slots = config.num_host_slots,
+               .block_bytes = model->kv_block_bytes()}),
+      slots_(LimitsOf(config, *model)),
+      chain_(config.chain) {
   batch_.tokens.reserve(batch_tokens_);
 }
 
 absl::Status StepRunner::WarmUp() {
-  CHECK(last_step_ == 0, "a warm-up after step {}", last_step_);
+  CHECK(chain_.step == config_.chain.step, "a warm-up after step {}", chain_.step);
   const int32_t block = 0;
   Batch batch;
   batch.tokens = {0};
@@ -75,11 +94,12 @@ absl::Status StepRunner::WarmUp() {
 absl::StatusOr<StepDone> StepRunner::Apply(const StepPlan& plan, uint64_t plan_hash) {
   const auto begin = std::chrono::steady_clock::now();
   RETURN_IF_ERROR(CheckChain(plan));
+  RETURN_IF_ERROR(copier_.Check(plan.copies));
   RETURN_IF_ERROR(slots_.BeginStep(plan));
+  copier_.Run(plan.copies);
   RETURN_IF_ERROR(RunRows(plan));
   slots_.FinishStep(plan, sampled_ids_);
-  last_step_ = plan.step;
-  last_plan_hash_ = plan_hash;
+  chain_ = {.step = plan.step, .plan_hash = plan_hash};
 
   StepDone done = {.group_epoch = plan.group_epoch, .step = plan.step, .plan_hash = plan_hash};
   done.sampled_digest =
@@ -105,14 +125,14 @@ absl::Status StepRunner::CheckChain(const StepPlan& plan) const {
     return absl::FailedPreconditionError(fmt::format(
         "plan of pool epoch {:x}, the mapped pool is {:x}", plan.pool_epoch, config_.pool_epoch));
   }
-  if (plan.step != last_step_ + 1) {
+  if (plan.step != chain_.step + 1) {
     return absl::FailedPreconditionError(
-        fmt::format("plan of step {} after step {}", plan.step, last_step_));
+        fmt::format("plan of step {} after step {}", plan.step, chain_.step));
   }
-  if (plan.previous_plan_hash != last_plan_hash_) {
+  if (plan.previous_plan_hash != chain_.plan_hash) {
     return absl::FailedPreconditionError(
         fmt::format("step {} follows a plan with hash {:x}, this rank executed one with {:x}",
-                    plan.step, plan.previous_plan_hash, last_plan_hash_));
+                    plan.step, plan.previous_plan_hash, chain_.plan_hash));
   }
   return absl::OkStatus();
 }
@@ -164,13 +184,7 @@ absl::Status StepRunner::Sample(std::span<const float> logits) {
   CHECK(logits.size() == batch_samples_.size() * vocab_size, "logits {} rows {} vocabulary {}",
         logits.size(), batch_samples_.size(), vocab_size);
   for (const PlanRow* row : batch_samples_) {
-    const SamplingParams& sampling = slots_.slot(row->slot).sampling;
-    const kernels::cpu::SampleRequest request = {.temperature = sampling.temperature,
-                                                 .top_p = sampling.top_p,
-                                                 .top_k = sampling.top_k,
-                                                 .seed = sampling.seed,
-                                                 .position = row->position + row->length,
-                                                 .choice_index = sampling.choice_index};
+    const kernels::cpu::SampleRequest request = RequestOf(*row);
     const absl::StatusOr<int32_t> id =
         sampler_.Sample(logits.first(config_.sampled_vocab_size), request);
     if (!id.ok()) {
@@ -181,6 +195,18 @@ absl::Status StepRunner::Sample(std::span<const float> logits) {
     logits = logits.subspan(vocab_size);
   }
   return absl::OkStatus();
+}
+
+kernels::cpu::SampleRequest StepRunner::RequestOf(const PlanRow& row) const {
+  const SamplingParams& sampling = slots_.slot(row.slot).sampling;
+  kernels::cpu::SampleRequest request = {.temperature = sampling.temperature,
+                                         .top_p = sampling.top_p,
+                                         .top_k = sampling.top_k,
+                                         .seed = sampling.seed,
+                                         .position = row.position + row.length,
+                                         .choice_index = sampling.choice_index};
+  if (request.position < sampling.first_stop_position) request.masked_ids = config_.stop_ids;
+  return request;
 }
 
 absl::Status StepRunner::ShareSampledIds(size_t num_sampled) {

@@ -47,7 +47,7 @@ void DecodeStep(benchmark::State& state, const SamplingParams& sampling) {
                                     .max_tokens = 256,
                                     .max_sequence_tokens = kMaxTokens,
                                     .sampled_vocab_size = static_cast<uint32_t>(vocab_size)},
-                                   &model, collective.get(), nullptr);
+                                   &model, collective.get(), nullptr, nullptr);
   CHECK(runner.ok(), "{}", runner.status().ToString());
   StepPlan plan;
   for (uint32_t slot = 0; slot < num_rows; ++slot) {

@@ -1,18 +1,16 @@
 #include "engine_worker/runner/step_runner.h"
 
-#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <functional>
 #include <map>
-#include <numeric>
 #include <random>
 #include <thread>
 
 #include "common/check.h"
 #include "engine_worker/collectives/shm/shm_collective.h"
 #include "engine_worker/collectives/single_rank_collective.h"
+#include "engine_worker/runner/step_runner_test_util.h"
 #include "tests/fakes/fake_model.h"
 
 namespace wintserve {
@@ -20,74 +18,6 @@ namespace {
 
 using testing::HasSubstr;
 using testing_fakes::FakeModel;
-
-constexpr StepRunnerConfig kConfig = {.group_epoch = 0xa,
-                                      .pool_epoch = 0xb,
-                                      .num_blocks = 40,
-                                      .max_slots = 4,
-                                      .max_tokens = 600,
-                                      .max_sequence_tokens = 600,
-                                      .sampled_vocab_size = 900};
-
-// One rank with a pool of its own; numbers and chains the plans that it is given.
-class Rank {
- public:
-  explicit Rank(std::unique_ptr<Collective> collective = MakeSingleRankCollective(),
-                int max_batch_tokens = 512)
-      : collective_(std::move(collective)),
-        model_(collective_.get(), max_batch_tokens),
-        pool_(kConfig.num_blocks * FakeModel::kBlockTokens) {
-    auto runner = StepRunner::Create(kConfig, &model_, collective_.get(), pool_.data());
-    CHECK(runner.ok(), "{}", runner.status().ToString());
-    runner_ = *std::move(runner);
-  }
-
-  absl::StatusOr<StepDone> Apply(StepPlan plan) {
-    plan.group_epoch = kConfig.group_epoch;
-    plan.pool_epoch = kConfig.pool_epoch;
-    plan.step = ++step_;
-    plan.previous_plan_hash = hash_;
-    hash_ = 1000 + step_;
-    return runner_->Apply(plan, hash_);
-  }
-
-  StepDone MustApply(const StepPlan& plan) {
-    auto done = Apply(plan);
-    CHECK(done.ok(), "{}", done.status().ToString());
-    return *std::move(done);
-  }
-
-  StepRunner& runner() { return *runner_; }
-  FakeModel& model() { return model_; }
-
- private:
-  const std::unique_ptr<Collective> collective_;
-  FakeModel model_;
-  std::vector<int32_t> pool_;
-  std::unique_ptr<StepRunner> runner_;
-  uint64_t step_ = 0;
-  uint64_t hash_ = 0;
-};
-
-std::vector<BlockId> Blocks(std::initializer_list<int> ids) {
-  std::vector<BlockId> blocks;
-  for (const int id : ids) blocks.push_back(BlockId{id});
-  return blocks;
-}
-
-std::vector<int32_t> Prompt(uint32_t seed, int length) {
-  std::mt19937 random(seed);
-  std::vector<int32_t> tokens(length);
-  for (int32_t& token : tokens) token = static_cast<int32_t>(random() % FakeModel::kVocabSize);
-  return tokens;
-}
-
-PlanRow PrefillRow(uint32_t slot, uint32_t position, std::vector<int32_t> tokens, bool sample) {
-  const auto length = static_cast<uint32_t>(tokens.size());
-  return {slot, position, length, sample, std::move(tokens)};
-}
-
-PlanRow DecodeRow(uint32_t slot, uint32_t position) { return {slot, position, 1, true, {}}; }
 
 struct Request {
   std::vector<int32_t> prompt;
@@ -244,6 +174,110 @@ TEST(StepRunner, SamplesOnlyBelowTheSampledVocabulary) {
   }
 }
 
+TEST(StepRunner, CopiesRunBeforeTheRowsInTheirOrder) {
+  const Request request = ThreeRequests()[1];
+  Rank rank;
+  const std::vector<int32_t> expected = RunAlone(request, rank);  // blocks 3, 9, 8, 31
+  rank.MustApply({.copies = {{.to_device = false, .block = BlockId{3}, .host_slot = 2}}});
+  std::ranges::fill(rank.block(3), 0);
+  EXPECT_EQ(rank.model().num_forwards(), 90);  // a plan of copies alone runs no model
+  // Block 9 goes out and comes back to block 20 in the plan whose rows need both.
+  const auto rest = request.prompt.begin() + 127;
+  const StepDone done =
+      rank.MustApply({.slot_init = {{0, request.sampling, Blocks({21, 20, 8})}},
+                      .rows = {PrefillRow(0, 127, {rest, request.prompt.end()}, true)},
+                      .copies = {{.to_device = true, .block = BlockId{21}, .host_slot = 2},
+                                 {.to_device = false, .block = BlockId{9}, .host_slot = 0},
+                                 {.to_device = true, .block = BlockId{20}, .host_slot = 0}}});
+  EXPECT_EQ(done.sampled.at(0).token, expected[0]);
+}
+
+TEST(StepRunner, ABadPlanCopiesNothing) {
+  Rank rank;
+  std::ranges::fill(rank.block(5), 11);
+  EXPECT_FALSE(rank.Apply({.rows = {DecodeRow(3, 0)},
+                           .copies = {{.to_device = true, .block = BlockId{5}, .host_slot = 0}}})
+                   .ok());
+  EXPECT_THAT(rank.block(5), testing::Each(11));
+}
+
+TEST(StepRunner, ABlockMayBeATargetAgainInTheNextPlan) {
+  Rank rank;
+  const StepPlan plan = {.copies = {{.to_device = true, .block = BlockId{5}, .host_slot = 0}}};
+  rank.MustApply(plan);
+  rank.MustApply(plan);
+}
+
+TEST(StepRunner, RefusesCopiesWithoutAHostTier) {
+  const auto collective = MakeSingleRankCollective();
+  FakeModel model(collective.get());
+  std::vector<int32_t> pool(kConfig.num_blocks * FakeModel::kBlockTokens);
+  StepRunnerConfig config = kConfig;
+  config.num_host_slots = 0;
+  auto runner = StepRunner::Create(config, &model, collective.get(), pool.data(), nullptr);
+  ASSERT_TRUE(runner.ok());
+  const StepPlan plan = {.group_epoch = 0xa,
+                         .pool_epoch = 0xb,
+                         .step = 1,
+                         .copies = {{.to_device = true, .block = BlockId{5}, .host_slot = 0}}};
+  EXPECT_EQ((*runner)->Apply(plan, 1).status().message(),
+            "copies: host slot 0, but this pool has no host tier");
+}
+
+TEST(StepRunner, GoesOnWithTheChainOfTheRunnerBefore) {
+  const auto collective = MakeSingleRankCollective();
+  FakeModel model(collective.get());
+  std::vector<int32_t> pool(kConfig.num_blocks * FakeModel::kBlockTokens);
+  StepRunnerConfig config = kConfig;
+  config.num_host_slots = 0;
+  config.chain = {.step = 7, .plan_hash = 0xfeed};
+  auto runner = StepRunner::Create(config, &model, collective.get(), pool.data(), nullptr);
+  ASSERT_TRUE(runner.ok());
+  EXPECT_TRUE((*runner)->WarmUp().ok());
+  const StepPlan plan = {
+      .group_epoch = 0xa, .pool_epoch = 0xb, .step = 8, .previous_plan_hash = 0xfeed};
+  EXPECT_TRUE((*runner)->Apply(plan, 0xbeef).ok());
+  EXPECT_EQ((*runner)->chain().step, 8u);
+  EXPECT_EQ((*runner)->chain().plan_hash, 0xbeefu);
+}
+
+TEST(StepRunner, NoStopIdIsSampledBeforeItsPosition) {
+  const auto collective = MakeSingleRankCollective();
+  FakeModel model(collective.get());
+  std::vector<int32_t> pool(kConfig.num_blocks * FakeModel::kBlockTokens);
+  StepRunnerConfig config = kConfig;
+  config.num_host_slots = 0;
+  const auto greedy_tokens = [&](std::vector<int32_t> stop_ids, uint32_t first_stop_position) {
+    config.stop_ids = std::move(stop_ids);
+    auto runner = StepRunner::Create(config, &model, collective.get(), pool.data(), nullptr);
+    CHECK(runner.ok());
+    const SamplingParams sampling = {.temperature = 0, .first_stop_position = first_stop_position};
+    StepPlan plan = {.group_epoch = 0xa,
+                     .pool_epoch = 0xb,
+                     .slot_init = {{0, sampling, Blocks({4})}},
+                     .rows = {PrefillRow(0, 0, {1, 2, 3}, true)}};
+    std::vector<int32_t> tokens;
+    for (uint32_t step = 1; step <= 4; ++step) {
+      plan.step = step;
+      const auto done = (*runner)->Apply(plan, 0);
+      CHECK(done.ok(), "{}", done.status().ToString());
+      tokens.push_back(done->sampled.at(0).token);
+      plan.slot_init.clear();
+      plan.rows = {DecodeRow(0, 2 + step)};
+    }
+    return tokens;
+  };
+  const std::vector<int32_t> unmasked = greedy_tokens({}, 0);
+  // The first sampled token has position 3: it may be a stop id from first_stop_position 3 on.
+  EXPECT_EQ(greedy_tokens({unmasked[0]}, 3), unmasked);
+  const std::vector<int32_t> masked = greedy_tokens({unmasked[0]}, 4);
+  EXPECT_NE(masked[0], unmasked[0]);
+  // Twice, and in no order.
+  const std::vector<int32_t> both = greedy_tokens({masked[0], unmasked[0], masked[0]}, 4);
+  EXPECT_NE(both[0], unmasked[0]);
+  EXPECT_NE(both[0], masked[0]);
+}
+
 TEST(StepRunner, APlanWithoutRowsIsAStep) {
   Rank rank;
   const StepDone done = rank.MustApply({});
@@ -307,179 +341,6 @@ TEST(StepRunner, LogitsThatAreNotFiniteNameSlotAndPosition) {
   EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
   EXPECT_THAT(status.message(), HasSubstr("slot 1 at position 2: the logit of token 0 is nan"));
 }
-
-// A plan that breaks one rule, after this sequence of good ones: slot 0 has 3 tokens computed and
-// one sampled, slot 1 has 2 tokens computed and none sampled; both own one block.
-struct BadPlan {
-  const char* name;
-  StepPlan plan;
-  const char* message;
-};
-
-class BadPlanTest : public testing::TestWithParam<BadPlan> {};
-
-TEST_P(BadPlanTest, IsRefusedBeforeTheModelRuns) {
-  Rank rank;
-  rank.MustApply({.slot_init = {{0, {}, Blocks({4})}, {1, {}, Blocks({5})}},
-                  .rows = {PrefillRow(0, 0, {1, 2, 3}, true), PrefillRow(1, 0, {1, 2}, false)}});
-  const absl::Status status = rank.Apply(GetParam().plan).status();
-  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(status.message(), GetParam().message);
-  EXPECT_EQ(rank.model().num_forwards(), 1);
-}
-
-std::vector<BadPlan> BadPlans() {
-  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-  return {
-      {"InitOfASlotBeyondTheTable",
-       {.slot_init = {{4, {}, {}}}},
-       "slot_init: slot 4 is not in 0 … 3"},
-      {"InitOfASlotInUse", {.slot_init = {{1, {}, {}}}}, "slot_init: slot 1 was not released"},
-      {"InitTwice",
-       {.slot_init = {{2, {}, {}}, {2, {}, {}}}},
-       "slot_init: slot 2 was not released"},
-      {"BlockBeyondThePool",
-       {.slot_init = {{2, {}, Blocks({40})}}},
-       "slot 2: block 40 is not in 0 … 39"},
-      {"NegativeBlock",
-       {.slot_init = {{2, {}, Blocks({-1})}}},
-       "slot 2: block -1 is not in 0 … 39"},
-      {"TooManyBlocks",
-       {.slot_init = {{2, {}, std::vector<BlockId>(11)}}},
-       "slot 2: a block table of 11 blocks, 600 tokens need at most 10"},
-      {"NegativeTemperature",
-       {.slot_init = {{2, {.temperature = -1}, {}}}},
-       "slot 2: temperature -1 is not a finite number >= 0"},
-      {"NanTemperature",
-       {.slot_init = {{2, {.temperature = kNan}, {}}}},
-       "slot 2: temperature nan is not a finite number >= 0"},
-      {"TopPOfZero", {.slot_init = {{2, {.top_p = 0}, {}}}}, "slot 2: top_p 0 is not in (0, 1]"},
-      {"NanTopP", {.slot_init = {{2, {.top_p = kNan}, {}}}}, "slot 2: top_p nan is not in (0, 1]"},
-      {"NegativeTopK", {.slot_init = {{2, {.top_k = -2}, {}}}}, "slot 2: top_k -2 is negative"},
-      {"AppendToAFreeSlot",
-       {.block_append = {{2, Blocks({1})}}},
-       "block_append: slot 2 is not in use"},
-      {"AppendOfABadBlock",
-       {.block_append = {{0, Blocks({99})}}},
-       "slot 0: block 99 is not in 0 … 39"},
-      {"RowOfAFreeSlot", {.rows = {DecodeRow(3, 0)}}, "row: slot 3 is not in use"},
-      {"RowOfASlotBeyondTheTable",
-       {.rows = {DecodeRow(1u << 31, 0)}},
-       "row: slot 2147483648 is not in use"},
-      {"TwoRowsOfASlot",
-       {.rows = {DecodeRow(0, 3), DecodeRow(0, 4)}},
-       "rows: slot 0 is named twice"},
-      {"RowWithoutTokens", {.rows = {PrefillRow(0, 3, {}, true)}}, "slot 0: a row without tokens"},
-      {"PositionAhead",
-       {.rows = {DecodeRow(0, 4)}},
-       "slot 0: a row at position 4, the sequence is at 3"},
-      {"PositionBehind",
-       {.rows = {DecodeRow(0, 2)}},
-       "slot 0: a row at position 2, the sequence is at 3"},
-      {"BlockTableTooShort",
-       {.rows = {PrefillRow(0, 3, std::vector<int32_t>(62), true)}},
-       "slot 0: a row up to position 65, its block table covers 64"},
-      {"SequenceTooLong",
-       {.slot_init = {{2, {}, std::vector<BlockId>(10)}}, .rows = {PrefillRow(2, 600, {1}, true)}},
-       "slot 2: a row up to position 601, sequences have at most 600 tokens"},
-      {"PositionThatWraps",
-       {.slot_init = {{2, {}, std::vector<BlockId>(10)}},
-        .rows = {PrefillRow(2, 0xffffffff, {1}, true)}},
-       "slot 2: a row up to position 4294967296, sequences have at most 600 tokens"},
-      {"SeveralTokensFromTheSlot",
-       {.rows = {{0, 3, 2, true, {}}}},
-       "slot 0: a row of 2 tokens without any id; only one can come from the slot"},
-      {"NothingSampledInTheSlot",
-       {.rows = {DecodeRow(1, 2)}},
-       "slot 1: no token was sampled there that a row could take up"},
-      {"FewerIdsThanTokens",
-       {.rows = {{0, 3, 2, true, {1}}}},
-       "slot 0: a row of 2 tokens with 1 ids"},
-      {"TokenBeyondTheVocabulary",
-       {.rows = {PrefillRow(0, 3, {1000}, true)}},
-       "slot 0: token 1000 is not in 0 … 999"},
-      {"NegativeToken",
-       {.rows = {PrefillRow(0, 3, {-1}, true)}},
-       "slot 0: token -1 is not in 0 … 999"},
-      {"TooManyTokens",
-       {.slot_init = {{2, {}, std::vector<BlockId>(10)}},
-        .rows = {DecodeRow(0, 3), PrefillRow(2, 0, std::vector<int32_t>(600), true)}},
-       "the plan has 601 tokens, allowed are 600"},
-      {"ReleaseOfAFreeSlot", {.slot_release = {2}}, "slot_release: slot 2 is not in use"},
-      {"ReleaseTwice", {.slot_release = {0, 0}}, "slot_release: slot 0 is named twice"},
-  };
-}
-INSTANTIATE_TEST_SUITE_P(Rules, BadPlanTest, testing::ValuesIn(BadPlans()),
-                         [](const auto& info) { return info.param.name; });
-
-struct BadChain {
-  const char* name;
-  std::function<void(StepPlan*)> spoil;
-  const char* message;
-};
-
-class BadChainTest : public testing::TestWithParam<BadChain> {};
-
-TEST_P(BadChainTest, IsRefused) {
-  const auto collective = MakeSingleRankCollective();
-  FakeModel model(collective.get());
-  std::vector<int32_t> pool(kConfig.num_blocks * FakeModel::kBlockTokens);
-  auto runner = StepRunner::Create(kConfig, &model, collective.get(), pool.data());
-  ASSERT_TRUE(runner.ok());
-  StepPlan plan = {.group_epoch = 0xa, .pool_epoch = 0xb, .step = 1};
-  ASSERT_TRUE((*runner)->Apply(plan, 0xfeed).ok());
-  plan.step = 2;
-  plan.previous_plan_hash = 0xfeed;
-  GetParam().spoil(&plan);
-  const absl::Status status = (*runner)->Apply(plan, 0xbeef).status();
-  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_EQ(status.message(), GetParam().message);
-}
-INSTANTIATE_TEST_SUITE_P(
-    Rules, BadChainTest,
-    testing::Values(BadChain{"OtherGroup", [](StepPlan* plan) { plan->group_epoch = 0xc; },
-                             "plan of group epoch c, this group is a"},
-                    BadChain{"OtherPool", [](StepPlan* plan) { plan->pool_epoch = 0xc; },
-                             "plan of pool epoch c, the mapped pool is b"},
-                    BadChain{"StepRepeated", [](StepPlan* plan) { plan->step = 1; },
-                             "plan of step 1 after step 1"},
-                    BadChain{"StepSkipped", [](StepPlan* plan) { plan->step = 3; },
-                             "plan of step 3 after step 1"},
-                    BadChain{
-                        "OtherHistory", [](StepPlan* plan) { plan->previous_plan_hash = 1; },
-                        "step 2 follows a plan with hash 1, this rank executed one with feed"}),
-    [](const auto& info) { return info.param.name; });
-
-struct BadConfig {
-  const char* name;
-  std::function<void(StepRunnerConfig*)> spoil;
-  const char* message;
-};
-
-class BadConfigTest : public testing::TestWithParam<BadConfig> {};
-
-TEST_P(BadConfigTest, NamesTheNumberAndWhatTheWorkerCanDo) {
-  const auto collective = MakeSingleRankCollective();
-  FakeModel model(collective.get());
-  StepRunnerConfig config = kConfig;
-  GetParam().spoil(&config);
-  const auto runner = StepRunner::Create(config, &model, collective.get(), nullptr);
-  EXPECT_EQ(runner.status().code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(runner.status().message(), GetParam().message);
-}
-INSTANTIATE_TEST_SUITE_P(
-    Rules, BadConfigTest,
-    testing::Values(BadConfig{"NoSlots", [](StepRunnerConfig* config) { config->max_slots = 0; },
-                              "max_slots is 0, this worker can do 1 … 65536"},
-                    BadConfig{"SequencesBeyondTheModel",
-                              [](StepRunnerConfig* config) { config->max_sequence_tokens = 4097; },
-                              "max_sequence_tokens is 4097, this worker can do 1 … 4096"},
-                    BadConfig{"SamplingBeyondTheVocabulary",
-                              [](StepRunnerConfig* config) { config->sampled_vocab_size = 1001; },
-                              "sampled_vocab_size is 1001, this worker can do 1 … 1000"},
-                    BadConfig{"NoBlocks", [](StepRunnerConfig* config) { config->num_blocks = 0; },
-                              "num_blocks is 0, this worker can do 1 … 2147483647"}),
-    [](const auto& info) { return info.param.name; });
 
 }  // namespace
 }  // namespace wintserve

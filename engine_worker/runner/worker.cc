@@ -16,8 +16,8 @@ namespace wintserve {
 namespace {
 
 constexpr std::chrono::milliseconds kHeartbeatPeriod(250);
-// Ranks that are stopped together do not get their signals together: a peer that is gone already
-// need not be a fault.
+// Processes that are stopped together do not get their signals together: a peer or an API server
+// that is gone already need not be a fault.
 constexpr int64_t kStopSkewMs = 1000;
 
 FaultKind KindOf(const absl::Status& status) {
@@ -42,6 +42,15 @@ uint64_t ResidentBytes() {
   return num_read == 2 ? resident_pages * ::sysconf(_SC_PAGESIZE) : 0;
 }
 
+absl::Status CheckSize(const char* what, const MappedMemory& memory, uint32_t count,
+                       const char* unit, int64_t block_bytes) {
+  const int64_t expected_bytes = int64_t{count} * block_bytes;
+  if (memory.size_bytes() == expected_bytes) return absl::OkStatus();
+  return absl::InvalidArgumentError(fmt::format("{} has {} bytes, {} {} of {} bytes need {}", what,
+                                                memory.size_bytes(), count, unit, block_bytes,
+                                                expected_bytes));
+}
+
 }  // namespace
 
 Worker::Worker(Model* model, RankGroup* group, WorkQueueClient* queue, WorkerLinks links)
@@ -62,9 +71,10 @@ absl::Status Worker::Run() {
 absl::Status Worker::Serve() {
   while (true) {
     const absl::StatusOr<ServerEvent> event = queue_->Next();
-    if (!event.ok()) return WaitForStop(0) ? absl::OkStatus() : event.status();
+    if (!event.ok()) return WaitForStop(kStopSkewMs) ? absl::OkStatus() : event.status();
     if (std::holds_alternative<ShutdownWorker>(*event)) return absl::OkStatus();
-    if (!BeginWork()) return absl::OkStatus();
+    const bool is_plan = std::holds_alternative<ReceivedPlan>(*event);
+    if (!BeginWork(is_plan ? Work::kPlan : Work::kPreparation)) return absl::OkStatus();
     const absl::Status status = Handle(*event);
     const bool go_on = EndWork();
     if (!status.ok()) {
@@ -77,28 +87,34 @@ absl::Status Worker::Serve() {
   }
 }
 
-void Worker::RequestStop(int64_t patience_ms) {
+bool Worker::RequestStop(int64_t patience_ms) {
   MutexLock lock(&mutex_);
   stopping_ = true;
   changed_.NotifyAll();
-  if (!working_) {
+  if (work_ == Work::kNone) {
     queue_->Close();
-    return;
+    return true;
   }
-  const bool done = changed_.WaitFor(&mutex_, std::chrono::milliseconds(patience_ms),
-                                     [this]() NO_THREAD_SAFETY_ANALYSIS { return !working_; });
+  if (work_ == Work::kPreparation) {
+    group_->Abort();
+    return false;
+  }
+  const bool done =
+      changed_.WaitFor(&mutex_, std::chrono::milliseconds(patience_ms),
+                       [this]() NO_THREAD_SAFETY_ANALYSIS { return work_ == Work::kNone; });
   if (!done) group_->Abort();
+  return true;
 }
 
-bool Worker::BeginWork() {
+bool Worker::BeginWork(Work work) {
   MutexLock lock(&mutex_);
-  working_ = !stopping_;
-  return working_;
+  if (!stopping_) work_ = work;
+  return !stopping_;
 }
 
 bool Worker::EndWork() {
   MutexLock lock(&mutex_);
-  working_ = false;
+  work_ = Work::kNone;
   changed_.NotifyAll();
   return !stopping_;
 }
@@ -123,6 +139,7 @@ void Worker::BeatUntilEnd() {
 absl::Status Worker::Handle(const ServerEvent& event) {
   if (const auto* configure = std::get_if<ConfigureWorker>(&event)) return Configure(*configure);
   if (const auto* attach = std::get_if<AttachPool>(&event)) return MapPool(*attach);
+  if (const auto* detach = std::get_if<DetachPool>(&event)) return UnmapPool(*detach);
   return Execute(std::get<ReceivedPlan>(event));
 }
 
@@ -142,35 +159,83 @@ absl::Status Worker::Configure(const ConfigureWorker& configure) {
 }
 
 absl::Status Worker::MapPool(const AttachPool& attach) {
-  if (!config_.has_value() || runner_ != nullptr) {
+  if (!config_.has_value() || pool_epoch_.has_value()) {
     return absl::FailedPreconditionError(config_.has_value() ? "a pool is attached already"
                                                              : "a pool before the configuration");
   }
-  ASSIGN_OR_RETURN(pool_, links_.fetch_pool(attach));
-  const int64_t expected_bytes = int64_t{attach.num_blocks} * model_->kv_block_bytes();
-  if (pool_.size_bytes() != expected_bytes) {
-    return absl::InvalidArgumentError(
-        fmt::format("the pool has {} bytes, {} blocks of {} bytes need {}", pool_.size_bytes(),
-                    attach.num_blocks, model_->kv_block_bytes(), expected_bytes));
+  pool_epoch_ = attach.pool_epoch;
+  const absl::Status mapped = MapTiers(attach);
+  // UNAVAILABLE would be a peer of the group, or the API server.
+  if (absl::IsUnavailable(mapped)) return absl::DeadlineExceededError(mapped.message());
+  if (!mapped.ok() && !absl::IsNotFound(mapped)) return mapped;
+  ASSIGN_OR_RETURN(const bool all_mapped, AllMapped(mapped.ok()));
+  if (!all_mapped) {
+    LOG_WARNING("pool epoch {:x} is lost with its cache manager: {}", attach.pool_epoch,
+                mapped.ok() ? "another rank could not map it" : std::string(mapped.message()));
+    host_tier_ = MappedMemory();
+    pool_ = MappedMemory();
+    return absl::OkStatus();  // the API server hears of the loss itself, and detaches
   }
   const StepRunnerConfig config = {.group_epoch = config_->group_epoch,
                                    .pool_epoch = attach.pool_epoch,
                                    .num_blocks = attach.num_blocks,
+                                   .num_host_slots = attach.num_host_slots,
                                    .max_slots = config_->max_slots,
                                    .max_tokens = config_->max_tokens,
                                    .max_sequence_tokens = config_->max_sequence_tokens,
-                                   .sampled_vocab_size = config_->sampled_vocab_size};
-  ASSIGN_OR_RETURN(runner_, StepRunner::Create(config, model_, group_, pool_.data()));
+                                   .sampled_vocab_size = config_->sampled_vocab_size,
+                                   .stop_ids = config_->stop_ids,
+                                   .chain = chain_};
+  ASSIGN_OR_RETURN(runner_,
+                   StepRunner::Create(config, model_, group_, pool_.data(), host_tier_.data()));
   RETURN_IF_ERROR(runner_->WarmUp());
-  LOG_INFO("ready: {} slots, {} blocks of {} bytes", config.max_slots, config.num_blocks,
-           model_->kv_block_bytes());
+  LOG_INFO("ready: {} slots, {} blocks and {} host slots of {} bytes", config.max_slots,
+           config.num_blocks, config.num_host_slots, model_->kv_block_bytes());
   // Next() reports why, should the stream have ended.
   queue_->SendReady(config.group_epoch, config.pool_epoch).IgnoreError();
   return absl::OkStatus();
 }
 
+absl::Status Worker::MapTiers(const AttachPool& attach) {
+  const int64_t block_bytes = model_->kv_block_bytes();
+  ASSIGN_OR_RETURN(pool_, links_.fetch_pool(attach));
+  RETURN_IF_ERROR(CheckSize("the pool", pool_, attach.num_blocks, "blocks", block_bytes));
+  if (attach.num_host_slots == 0) return absl::OkStatus();
+  ASSIGN_OR_RETURN(host_tier_, links_.fetch_host_tier(attach));
+  return CheckSize("the host tier", host_tier_, attach.num_host_slots, "slots", block_bytes);
+}
+
+absl::StatusOr<bool> Worker::AllMapped(bool mapped) {
+  // A rank that went on alone would wait in its warm-up for one that has no pool.
+  float num_mapped = mapped ? 1 : 0;
+  RETURN_IF_ERROR(group_->AllReduceSum(&num_mapped, 1));
+  return num_mapped == static_cast<float>(group_->world_size());
+}
+
+absl::Status Worker::UnmapPool(const DetachPool& detach) {
+  if (!pool_epoch_.has_value()) {
+    return absl::FailedPreconditionError(
+        fmt::format("detach of pool epoch {:x}, but no pool is attached", detach.pool_epoch));
+  }
+  if (detach.pool_epoch != *pool_epoch_) {
+    return absl::FailedPreconditionError(fmt::format(
+        "detach of pool epoch {:x}, the attached pool is {:x}", detach.pool_epoch, *pool_epoch_));
+  }
+  if (runner_ != nullptr) chain_ = runner_->chain();
+  runner_.reset();
+  host_tier_ = MappedMemory();
+  pool_ = MappedMemory();
+  pool_epoch_.reset();
+  LOG_INFO("detached from pool epoch {:x} after step {}", detach.pool_epoch, chain_.step);
+  queue_->SendPoolDetached(detach.pool_epoch).IgnoreError();
+  return absl::OkStatus();
+}
+
 absl::Status Worker::Execute(const ReceivedPlan& received) {
-  if (runner_ == nullptr) return absl::FailedPreconditionError("a plan before the pool");
+  if (runner_ == nullptr) {
+    return absl::FailedPreconditionError(
+        fmt::format("plan of step {}, but no pool is mapped", received.plan.step));
+  }
   step_started_ = received.plan.step;
   ASSIGN_OR_RETURN(const StepDone done, runner_->Apply(received.plan, received.plan_hash));
   step_done_ = done.step;

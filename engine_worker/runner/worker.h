@@ -20,7 +20,11 @@ namespace wintserve {
 // Where a worker gets what it shares with other processes.
 struct WorkerLinks {
   std::function<absl::StatusOr<std::unique_ptr<Collective>>(const ConfigureWorker&)> join_group;
+  // NOT_FOUND: the cache manager no longer has, or never had, this pool. Any other error is a
+  // fault.
   std::function<absl::StatusOr<MappedMemory>(const AttachPool&)> fetch_pool;
+  // Only called for a pool with host slots.
+  std::function<absl::StatusOr<MappedMemory>(const AttachPool&)> fetch_host_tier;
 };
 
 // Ownership: borrows model, group and queue.
@@ -33,17 +37,26 @@ class Worker {
   // API server ended. Any other error went to the API server as a Fault, too.
   absl::Status Run();
 
-  // Makes Run() return after the plan in hand. Blocks until that plan is done; one that takes
+  // True: Run() returns after the plan in hand. Blocks until that plan is done; one that takes
   // longer than `patience_ms` loses its group, because it may be waiting for a rank that is gone.
-  void RequestStop(int64_t patience_ms) EXCLUDES(mutex_);
+  // False: the worker is at work on something else (joining the group, mapping or warming up a
+  // pool), where it may be waiting for another process and has nothing to finish: the caller ends
+  // the process at once. The group is aborted, so that no peer waits for this rank.
+  bool RequestStop(int64_t patience_ms) EXCLUDES(mutex_);
 
  private:
+  enum class Work { kNone, kPreparation, kPlan };
+
   absl::Status Serve();
   absl::Status Handle(const ServerEvent& event);
   absl::Status Configure(const ConfigureWorker& configure);
   absl::Status MapPool(const AttachPool& attach);
+  absl::Status MapTiers(const AttachPool& attach);
+  // Whether every rank could map the pool. Blocks until all have said so.
+  absl::StatusOr<bool> AllMapped(bool mapped);
+  absl::Status UnmapPool(const DetachPool& detach);
   absl::Status Execute(const ReceivedPlan& received);
-  bool BeginWork() EXCLUDES(mutex_);
+  bool BeginWork(Work work) EXCLUDES(mutex_);
   bool EndWork() EXCLUDES(mutex_);
   // True once a stop was requested, at the latest after timeout_ms.
   bool WaitForStop(int64_t timeout_ms) EXCLUDES(mutex_);
@@ -56,14 +69,17 @@ class Worker {
 
   std::optional<ConfigureWorker> config_;
   MappedMemory pool_;
-  std::unique_ptr<StepRunner> runner_;
+  MappedMemory host_tier_;
+  std::optional<uint64_t> pool_epoch_;  // of the attached pool, also if it was gone
+  std::unique_ptr<StepRunner> runner_;  // null: no pool is mapped
+  PlanChain chain_;                     // of the pools before
 
   std::atomic<uint64_t> step_started_ = 0;
   std::atomic<uint64_t> step_done_ = 0;
 
   Mutex mutex_;
   CondVar changed_;
-  bool working_ GUARDED_BY(mutex_) = false;  // on something that came from the queue
+  Work work_ GUARDED_BY(mutex_) = Work::kNone;  // on what came from the queue last
   bool stopping_ GUARDED_BY(mutex_) = false;
   bool ended_ GUARDED_BY(mutex_) = false;
 };

@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <fstream>
 #include <thread>
 
 #include "common/check.h"
@@ -19,17 +20,22 @@ using testing::HasSubstr;
 using testing_fakes::FakeModel;
 using testing_fakes::FakeWorkQueue;
 
-constexpr ConfigureWorker kConfigure = {.group_epoch = 3,
-                                        .world_size = 1,
-                                        .max_slots = 2,
-                                        .max_tokens = 64,
-                                        .max_sequence_tokens = 128,
-                                        .sampled_vocab_size = FakeModel::kVocabSize};
+const ConfigureWorker kConfigure = {.group_epoch = 3,
+                                    .world_size = 1,
+                                    .max_slots = 2,
+                                    .max_tokens = 64,
+                                    .max_sequence_tokens = 128,
+                                    .sampled_vocab_size = FakeModel::kVocabSize};
 const AttachPool kAttachPool = {.pool_epoch = 4, .memory_socket = "unused", .num_blocks = 8};
 
 absl::StatusOr<MappedMemory> NewPool(const AttachPool& attach) {
   return MappedMemory::Create(
       "worker_test", int64_t{attach.num_blocks} * FakeModel::kBlockTokens * sizeof(int32_t));
+}
+
+absl::StatusOr<MappedMemory> NewHostTier(const AttachPool& attach) {
+  return MappedMemory::Create(
+      "worker_test", int64_t{attach.num_host_slots} * FakeModel::kBlockTokens * sizeof(int32_t));
 }
 
 absl::StatusOr<std::unique_ptr<Collective>> JoinAlone(const ConfigureWorker&) {
@@ -39,7 +45,8 @@ absl::StatusOr<std::unique_ptr<Collective>> JoinAlone(const ConfigureWorker&) {
 // A worker of one rank that runs in a thread of its own.
 class WorkerTest : public testing::Test {
  protected:
-  void Start(WorkerLinks links = {.join_group = JoinAlone, .fetch_pool = NewPool}) {
+  void Start(WorkerLinks links = {
+                 .join_group = JoinAlone, .fetch_pool = NewPool, .fetch_host_tier = NewHostTier}) {
     worker_ = std::make_unique<Worker>(&model_, &group_, &queue_, std::move(links));
     thread_ = std::thread([this] { status_ = worker_->Run(); });
   }
@@ -48,9 +55,9 @@ class WorkerTest : public testing::Test {
     return status_;
   }
 
-  void PushPlan(StepPlan plan) {
+  void PushPlan(StepPlan plan, uint64_t pool_epoch = kAttachPool.pool_epoch) {
     plan.group_epoch = kConfigure.group_epoch;
-    plan.pool_epoch = kAttachPool.pool_epoch;
+    plan.pool_epoch = pool_epoch;
     plan.step = ++step_;
     plan.previous_plan_hash = step_ == 1 ? 0 : 100 + step_ - 1;
     queue_.Push(ReceivedPlan{plan, 100 + step_});
@@ -96,36 +103,275 @@ TEST_F(WorkerTest, AStopEndsTheWaitForTheNextPlan) {
   EXPECT_TRUE(End().ok());
 }
 
+// What a worker is at work on until the test lets it go on.
+class Gate {
+ public:
+  void Pass() {
+    MutexLock lock(&mutex_);
+    waiting_ = true;
+    changed_.NotifyAll();
+    changed_.Wait(&mutex_, [this]() NO_THREAD_SAFETY_ANALYSIS { return open_; });
+  }
+  void WaitForSomeone() {
+    MutexLock lock(&mutex_);
+    changed_.Wait(&mutex_, [this]() NO_THREAD_SAFETY_ANALYSIS { return waiting_; });
+  }
+  void Open() {
+    MutexLock lock(&mutex_);
+    open_ = true;
+    changed_.NotifyAll();
+  }
+
+ private:
+  Mutex mutex_;
+  CondVar changed_;
+  bool waiting_ GUARDED_BY(mutex_) = false;
+  bool open_ GUARDED_BY(mutex_) = false;
+};
+
+// A group of one in which the `slow`-th pass waits at a gate.
+class GatedCollective : public Collective {
+ public:
+  GatedCollective(int slow, Gate* gate) : slow_(slow), gate_(gate) {}
+  int rank() const override { return 0; }
+  int world_size() const override { return 1; }
+  absl::Status AllReduceSum(float*, int64_t) override {
+    if (++num_passes_ == slow_) gate_->Pass();
+    return absl::OkStatus();
+  }
+  absl::Status AllGather(const float*, int64_t, float*) override { return absl::OkStatus(); }
+  absl::Status Broadcast(void*, int64_t) override { return absl::OkStatus(); }
+  void Abort() override {}
+
+ private:
+  const int slow_;
+  Gate* const gate_;
+  int num_passes_ = 0;
+};
+
 TEST_F(WorkerTest, AStopLetsThePlanInHandFinish) {
-  Mutex mutex;
-  CondVar changed;
-  bool fetching = false;
-  bool go_on = false;
+  Gate gate;
   queue_.Push(kConfigure);
   queue_.Push(kAttachPool);
-  PushPlan(FirstPlan());  // comes after the stop and is not taken up
-  Start({.join_group = JoinAlone, .fetch_pool = [&](const AttachPool& attach) {
-           MutexLock lock(&mutex);
-           fetching = true;
-           changed.NotifyAll();
-           changed.Wait(&mutex, [&] { return go_on; });
-           return NewPool(attach);
-         }});
-  {
-    MutexLock lock(&mutex);
-    changed.Wait(&mutex, [&] { return fetching; });
-  }
-  std::thread stopper([&] { worker_->RequestStop(60'000); });
-  {
-    MutexLock lock(&mutex);
-    go_on = true;
-    changed.NotifyAll();
-  }
+  PushPlan(FirstPlan());
+  PushPlan({.rows = {{0, 3, 1, true, {}}}});  // comes after the stop and is not taken up
+  Start({.join_group = [&](const ConfigureWorker&) -> absl::StatusOr<std::unique_ptr<Collective>> {
+           return std::make_unique<GatedCollective>(/*slow=*/3,
+                                                    &gate);  // behind mapping and warm-up
+         },
+         .fetch_pool = NewPool,
+         .fetch_host_tier = NewHostTier});
+  gate.WaitForSomeone();
+  bool stopped = false;
+  std::thread stopper([&] { stopped = worker_->RequestStop(60'000); });
+  // Not before the stop is known; a heartbeat is as good a clock as any.
+  queue_.WaitForBeats(queue_.WaitForBeats(1).size() + 1);
+  gate.Open();
   stopper.join();
-  // The stop may come just after the work in hand: then Close() ends the stream behind the plan.
+  EXPECT_TRUE(stopped);
   EXPECT_TRUE(End().ok());
-  EXPECT_EQ(queue_.num_ready(), 1);
+  EXPECT_EQ(queue_.WaitForSteps(1).size(), 1u);
   EXPECT_TRUE(queue_.faults().empty());
+}
+
+TEST_F(WorkerTest, AStopDoesNotWaitForAWorkerThatWaitsForOthers) {
+  Gate gate;
+  queue_.Push(kConfigure);
+  queue_.Push(kAttachPool);
+  Start({.join_group = JoinAlone,
+         .fetch_pool =
+             [&](const AttachPool& attach) {
+               gate.Pass();
+               return NewPool(attach);
+             },
+         .fetch_host_tier = NewHostTier});
+  gate.WaitForSomeone();
+  EXPECT_FALSE(worker_->RequestStop(60'000));
+  gate.Open();
+  EXPECT_TRUE(End().ok());
+}
+
+TEST_F(WorkerTest, ANewPoolStartsWithoutSlotsAndGoesOnWithTheChain) {
+  AttachPool second = kAttachPool;
+  second.pool_epoch = 5;
+  second.num_host_slots = 2;
+  queue_.Push(kConfigure);
+  queue_.Push(kAttachPool);
+  PushPlan(FirstPlan());
+  queue_.Push(DetachPool{kAttachPool.pool_epoch});
+  queue_.Push(second);
+  PushPlan(FirstPlan(), 5);  // its slot is free again
+  PushPlan({.copies = {{.to_device = false, .block = BlockId{5}, .host_slot = 1}}}, 5);
+  queue_.Push(ShutdownWorker{});
+  Start();
+  EXPECT_TRUE(End().ok());
+  EXPECT_EQ(queue_.WaitForDetached(1), std::vector<uint64_t>{kAttachPool.pool_epoch});
+  EXPECT_EQ(queue_.num_ready(), 2);
+  const std::vector<StepDone> steps = queue_.WaitForSteps(3);
+  EXPECT_EQ(steps[1].step, 2u);
+  EXPECT_EQ(steps[1].sampled[0].token, steps[0].sampled[0].token);
+}
+
+TEST_F(WorkerTest, UnmapsBothTiersBeforeItAnswersADetach) {
+  const auto mapped = [] {
+    std::ifstream maps("/proc/self/maps");
+    const std::string text(std::istreambuf_iterator<char>(maps), {});
+    return std::pair(text.find("detach_test_pool") != std::string::npos,
+                     text.find("detach_test_host") != std::string::npos);
+  };
+  AttachPool attach = kAttachPool;
+  attach.num_host_slots = 2;
+  queue_.Push(kConfigure);
+  queue_.Push(attach);
+  PushPlan(FirstPlan());
+  Start({.join_group = JoinAlone,
+         .fetch_pool =
+             [](const AttachPool&) { return MappedMemory::Create("detach_test_pool", 8 * 256); },
+         .fetch_host_tier =
+             [](const AttachPool&) { return MappedMemory::Create("detach_test_host", 2 * 256); }});
+  queue_.WaitForSteps(1);
+  EXPECT_EQ(mapped(), std::pair(true, true));
+  queue_.Push(DetachPool{kAttachPool.pool_epoch});
+  queue_.WaitForDetached(1);
+  EXPECT_EQ(mapped(), std::pair(false, false));
+  queue_.Push(ShutdownWorker{});
+  EXPECT_TRUE(End().ok());
+}
+
+TEST_F(WorkerTest, ADetachWithoutAPoolIsAFault) {
+  queue_.Push(kConfigure);
+  queue_.Push(DetachPool{4});
+  Start();
+  EXPECT_EQ(End().message(), "detach of pool epoch 4, but no pool is attached");
+}
+
+absl::StatusOr<MappedMemory> PoolIsGone(const AttachPool&) {
+  return absl::NotFoundError("pool_epoch 0x4 is not the pool that is open");
+}
+
+// A cache manager that dies after it has opened the pool, and another one after that.
+TEST_F(WorkerTest, APoolThatIsGoneWhenItIsToBeMappedIsWaitedOutAndTheNextOneServes) {
+  AttachPool second = kAttachPool;
+  second.pool_epoch = 5;
+  AttachPool third = kAttachPool;
+  third.pool_epoch = 6;
+  queue_.Push(kConfigure);
+  queue_.Push(kAttachPool);
+  queue_.Push(DetachPool{4});
+  queue_.Push(second);
+  PushPlan(FirstPlan(), 5);
+  queue_.Push(DetachPool{5});
+  queue_.Push(third);
+  queue_.Push(DetachPool{6});
+  queue_.Push(kAttachPool);
+  PushPlan(FirstPlan(), 4);  // the chain goes on over pools that were never mapped
+  queue_.Push(ShutdownWorker{});
+  int num_fetches = 0;
+  Start({.join_group = JoinAlone,
+         .fetch_pool =
+             [&](const AttachPool& attach) {
+               ++num_fetches;
+               return num_fetches % 2 == 1 ? PoolIsGone(attach) : NewPool(attach);
+             },
+         .fetch_host_tier = NewHostTier});
+  EXPECT_TRUE(End().ok()) << status_;
+  EXPECT_EQ(queue_.WaitForDetached(3), (std::vector<uint64_t>{4, 5, 6}));
+  EXPECT_EQ(queue_.num_ready(), 2);
+  EXPECT_EQ(queue_.WaitForSteps(2)[1].step, 2u);
+  EXPECT_TRUE(queue_.faults().empty());
+}
+
+TEST_F(WorkerTest, AHostTierThatIsGoneLeavesThePoolUnmapped) {
+  AttachPool attach = kAttachPool;
+  attach.num_host_slots = 2;
+  queue_.Push(kConfigure);
+  queue_.Push(attach);
+  Start({.join_group = JoinAlone,
+         .fetch_pool =
+             [](const AttachPool&) { return MappedMemory::Create("half_mapped_pool", 8 * 256); },
+         .fetch_host_tier = PoolIsGone});
+  queue_.Push(DetachPool{4});
+  queue_.WaitForDetached(1);
+  std::ifstream maps("/proc/self/maps");
+  EXPECT_THAT(std::string(std::istreambuf_iterator<char>(maps), {}),
+              testing::Not(HasSubstr("half_mapped_pool")));
+  queue_.Push(ShutdownWorker{});
+  EXPECT_TRUE(End().ok());
+  EXPECT_EQ(queue_.num_ready(), 0);
+}
+
+TEST_F(WorkerTest, AMappingThatFailsWhileThePoolIsThereIsAFault) {
+  const struct {
+    absl::Status error;
+    FaultKind kind;
+  } kCases[] = {
+      {absl::ResourceExhaustedError("mmap: Cannot allocate memory"), FaultKind::kOutOfMemory},
+      {absl::FailedPreconditionError("the pool has no host tier"), FaultKind::kInternal},
+      {absl::UnavailableError("no KV pool memory from m.sock: nobody"), FaultKind::kInternal},
+      {absl::UnauthenticatedError("the memory socket demands the token"), FaultKind::kInternal},
+  };
+  for (const auto& [error, kind] : kCases) {
+    SCOPED_TRACE(std::string(error.message()));
+    FakeWorkQueue queue;
+    RankGroup group(0, 1);
+    FakeModel model(&group);
+    queue.Push(kConfigure);
+    queue.Push(kAttachPool);
+    Worker worker(&model, &group, &queue,
+                  {.join_group = JoinAlone,
+                   .fetch_pool = [&](const AttachPool&) { return error; },
+                   .fetch_host_tier = NewHostTier});
+    EXPECT_EQ(worker.Run().message(), error.message());
+    ASSERT_EQ(queue.faults().size(), 1u);
+    EXPECT_EQ(queue.faults()[0].kind, kind);
+  }
+}
+
+TEST_F(WorkerTest, APlanForAPoolThatWasGoneIsAFault) {
+  queue_.Push(kConfigure);
+  queue_.Push(kAttachPool);
+  PushPlan(FirstPlan());
+  Start({.join_group = JoinAlone, .fetch_pool = PoolIsGone, .fetch_host_tier = NewHostTier});
+  EXPECT_EQ(End().message(), "plan of step 1, but no pool is mapped");
+}
+
+TEST_F(WorkerTest, ADetachOfAnotherPoolIsAFault) {
+  queue_.Push(kConfigure);
+  queue_.Push(kAttachPool);
+  queue_.Push(DetachPool{9});
+  Start();
+  EXPECT_EQ(End().message(), "detach of pool epoch 9, the attached pool is 4");
+}
+
+TEST_F(WorkerTest, APlanOfTheDetachedPoolIsAFault) {
+  AttachPool second = kAttachPool;
+  second.pool_epoch = 5;
+  queue_.Push(kConfigure);
+  queue_.Push(kAttachPool);
+  queue_.Push(DetachPool{kAttachPool.pool_epoch});
+  queue_.Push(second);
+  PushPlan(FirstPlan());
+  Start();
+  EXPECT_EQ(End().message(), "plan of pool epoch 4, the mapped pool is 5");
+}
+
+TEST_F(WorkerTest, ASecondPoolBesideTheFirstIsAFault) {
+  queue_.Push(kConfigure);
+  queue_.Push(kAttachPool);
+  queue_.Push(kAttachPool);
+  Start();
+  EXPECT_EQ(End().message(), "a pool is attached already");
+}
+
+TEST_F(WorkerTest, AHostTierOfAnotherSizeIsAFault) {
+  AttachPool attach = kAttachPool;
+  attach.num_host_slots = 3;
+  queue_.Push(kConfigure);
+  queue_.Push(attach);
+  Start({.join_group = JoinAlone, .fetch_pool = NewPool, .fetch_host_tier = [](const AttachPool&) {
+           return MappedMemory::Create("worker_test", 512);
+         }});
+  EXPECT_EQ(End().message(), "the host tier has 512 bytes, 3 slots of 256 bytes need 768");
 }
 
 TEST_F(WorkerTest, TheEndOfTheStreamIsUnavailable) {
@@ -151,7 +397,7 @@ TEST_F(WorkerTest, APlanBeforeThePoolIsAFault) {
   queue_.Push(kConfigure);
   PushPlan(FirstPlan());
   Start();
-  EXPECT_EQ(End().message(), "a plan before the pool");
+  EXPECT_EQ(End().message(), "plan of step 1, but no pool is mapped");
 }
 
 TEST_F(WorkerTest, APoolBeforeTheConfigurationIsAFault) {
@@ -171,9 +417,9 @@ TEST_F(WorkerTest, AConfigurationForOtherRanksIsAFault) {
 TEST_F(WorkerTest, APoolOfAnotherSizeIsAFault) {
   queue_.Push(kConfigure);
   queue_.Push(kAttachPool);
-  Start({.join_group = JoinAlone, .fetch_pool = [](const AttachPool&) {
-           return MappedMemory::Create("worker_test", 4096);
-         }});
+  Start({.join_group = JoinAlone,
+         .fetch_pool = [](const AttachPool&) { return MappedMemory::Create("worker_test", 4096); },
+         .fetch_host_tier = NewHostTier});
   EXPECT_EQ(End().message(), "the pool has 4096 bytes, 8 blocks of 256 bytes need 2048");
 }
 
@@ -215,17 +461,45 @@ class LonelyRankTest : public testing::Test {
   RankGroup group_{0, 2};
   FakeModel model_{&group_};
   FakeWorkQueue queue_;
-  Worker worker_{
-      &model_,
-      &group_,
-      &queue_,
-      {.join_group = [this](const ConfigureWorker&) { return Join(0); }, .fetch_pool = NewPool}};
+  Worker worker_{&model_,
+                 &group_,
+                 &queue_,
+                 {.join_group = [this](const ConfigureWorker&) { return Join(0); },
+                  .fetch_pool = NewPool,
+                  .fetch_host_tier = NewHostTier}};
 };
+
+// Without an agreement rank 0 would wait in its warm-up for the other.
+TEST_F(LonelyRankTest, NoRankKeepsAPoolThatAnotherCouldNotMap) {
+  queue_.Push(DetachPool{kAttachPool.pool_epoch});
+  queue_.Push(ShutdownWorker{});
+  RankGroup other_group{1, 2};
+  FakeModel other_model{&other_group};
+  FakeWorkQueue other_queue;
+  ConfigureWorker configure = kConfigure;
+  configure.world_size = 2;
+  other_queue.Push(configure);
+  other_queue.Push(kAttachPool);
+  other_queue.Push(DetachPool{kAttachPool.pool_epoch});
+  other_queue.Push(ShutdownWorker{});
+  Worker other(&other_model, &other_group, &other_queue,
+               {.join_group = [this](const ConfigureWorker&) { return Join(1); },
+                .fetch_pool = PoolIsGone,
+                .fetch_host_tier = NewHostTier});
+  std::thread other_rank([&] { EXPECT_TRUE(other.Run().ok()); });
+  EXPECT_TRUE(worker_.Run().ok());
+  other_rank.join();
+  for (FakeWorkQueue* queue : {&queue_, &other_queue}) {
+    EXPECT_EQ(queue->WaitForDetached(1), std::vector<uint64_t>{kAttachPool.pool_epoch});
+    EXPECT_EQ(queue->num_ready(), 0);
+    EXPECT_TRUE(queue->faults().empty());
+  }
+}
 
 TEST_F(LonelyRankTest, AStopEndsTheWaitForARankThatIsGone) {
   std::thread stopper([this] {
     queue_.WaitForBeats(2);  // a quarter of a second: the worker waits by then
-    worker_.RequestStop(/*patience_ms=*/10);
+    EXPECT_FALSE(worker_.RequestStop(/*patience_ms=*/60'000));
   });
   EXPECT_TRUE(worker_.Run().ok());
   EXPECT_TRUE(queue_.faults().empty());

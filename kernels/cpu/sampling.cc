@@ -139,6 +139,32 @@ absl::StatusOr<int32_t> Sampler::Sample(std::span<const float> logits,
   if (logits.empty()) return absl::InvalidArgumentError("there are no logits to sample from");
 
   ASSIGN_OR_RETURN(const float maximum, FiniteMaximum(logits));
+  if (request.masked_ids.empty()) return Draw(logits, maximum, request);
+  DropMasked(logits, request.masked_ids);
+  if (unmasked_.empty()) return Draw(logits, maximum, request);
+  ASSIGN_OR_RETURN(const float unmasked_maximum, FiniteMaximum(unmasked_));
+  int32_t id = Draw(unmasked_, unmasked_maximum, request);
+  // Every masked id up to the drawn one moved it down by one.
+  for (const int32_t masked : request.masked_ids) {
+    if (masked <= id) ++id;
+  }
+  return id;
+}
+
+void Sampler::DropMasked(std::span<const float> logits, std::span<const int32_t> masked_ids) {
+  unmasked_.clear();
+  size_t begin = 0;
+  for (const int32_t masked : masked_ids) {
+    const auto end = static_cast<size_t>(masked);
+    if (end >= logits.size()) break;
+    CHECK(end >= begin, "masked ids are not in rising order");
+    unmasked_.insert(unmasked_.end(), logits.begin() + begin, logits.begin() + end);
+    begin = end + 1;
+  }
+  unmasked_.insert(unmasked_.end(), logits.begin() + begin, logits.end());
+}
+
+int32_t Sampler::Draw(std::span<const float> logits, float maximum, const SampleRequest& request) {
   if (request.temperature == 0) {
     return static_cast<int32_t>(std::find(logits.begin(), logits.end(), maximum) - logits.begin());
   }

@@ -292,6 +292,61 @@ TEST(Sampler, TokensBeyondTheSpanAreNeverDrawn) {
   EXPECT_EQ(MustSample(sampled, {.temperature = 0}), 0);
 }
 
+TEST(Sampler, MaskedIdsDropOutAsIfTheVocabularyDidNotHaveThem) {
+  std::mt19937 random(31);
+  for (uint32_t i = 0; i < 500; ++i) {
+    const size_t size = 2 + random() % 400;
+    const std::vector<float> logits = RandomLogits(size, 2, random());
+    std::vector<int32_t> masked;
+    std::vector<int32_t> kept;
+    for (int32_t id = 0; id < std::ssize(logits); ++id) {
+      (random() % 8 == 0 ? masked : kept).push_back(id);
+    }
+    if (kept.empty()) continue;
+    std::vector<float> kept_logits;
+    for (const int32_t id : kept) kept_logits.push_back(logits[id]);
+    masked.push_back(static_cast<int32_t>(size) + 5);  // no id of these logits
+    SampleRequest request = {.temperature = i % 4 == 0 ? 0.0f : 0.8f,
+                             .top_p = i % 3 == 0 ? 0.9f : 1.0f,
+                             .top_k = i % 5 == 0 ? 7 : 0,
+                             .seed = 9,
+                             .position = i};
+    const int32_t expected = kept[MustSample(kept_logits, request)];
+    request.masked_ids = masked;
+    ASSERT_EQ(MustSample(logits, request), expected) << i;
+  }
+}
+
+TEST(Sampler, AMaskedIdIsNotDrawnHoweverLikelyItIsOrHotTheDraw) {
+  const std::vector<float> logits = {0, 100, 0, 99, 0};
+  const std::vector<int32_t> masked = {1, 3};
+  for (const float temperature : {0.0f, 1.0f, 1e38f}) {
+    for (uint32_t position = 0; position < 200; ++position) {
+      const int32_t id = MustSample(
+          logits, {.temperature = temperature, .position = position, .masked_ids = masked});
+      ASSERT_TRUE(id == 0 || id == 2 || id == 4) << id;
+    }
+  }
+}
+
+TEST(Sampler, AMaskOfEveryIdCountsForNothing) {
+  const std::vector<float> logits = {1, 3, 2};
+  const std::vector<int32_t> all = {0, 1, 2};
+  EXPECT_EQ(MustSample(logits, {.temperature = 0, .masked_ids = all}), 1);
+  for (uint32_t position = 0; position < 50; ++position) {
+    EXPECT_EQ(MustSample(logits, {.position = position, .masked_ids = all}),
+              MustSample(logits, {.position = position}));
+  }
+}
+
+TEST(Sampler, AMaskedLogitThatIsNotFiniteIsAnErrorAllTheSame) {
+  const std::vector<float> logits = {1, std::numeric_limits<float>::quiet_NaN(), 2};
+  const std::vector<int32_t> masked = {1};
+  Sampler sampler;
+  EXPECT_EQ(sampler.Sample(logits, {.masked_ids = masked}).status().message(),
+            "the logit of token 1 is nan");
+}
+
 TEST(Sampler, ALogitThatIsNotFiniteIsAnErrorThatNamesTheToken) {
   for (const float bad :
        {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
