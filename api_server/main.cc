@@ -16,6 +16,7 @@
 #include "common/config/instance.h"
 #include "common/exit_code.h"
 #include "common/log.h"
+#include "launcher/client/supervisor_client.h"
 
 namespace wintserve {
 namespace {
@@ -84,6 +85,9 @@ int Serve(const Instance& instance, LLM* llm, std::shared_ptr<prometheus::Regist
   http.api_keys = options.api_keys;
   http.model_names = {options.served_model_name, options.strict_model_name};
   http.max_concurrency = options.max_concurrency;
+  http.isolate_cache_by_key = options.cache_isolation == "key";
+  http.max_request_timeout = std::chrono::milliseconds(options.request_timeout_ms);
+  http.client_stall_timeout = std::chrono::milliseconds(options.client_stall_timeout_ms);
   const auto server = HttpServer::Start(std::move(http), llm, std::move(registry));
   if (!server.ok()) return Fail(server.status());
   LogStartupLines(options.host, options.port, options.metrics_port.value_or(options.port));
@@ -115,6 +119,13 @@ int Generate(const Instance& instance, LLM* llm) {
   return absl::IsInvalidArgument(status) ? kExitUsage : kExitInternal;
 }
 
+void RestartCacheManager(const Instance& instance) {
+  constexpr int64_t kTimeoutMs = 2'000;
+  const absl::Status status =
+      RequestCacheManagerRestart(instance.supervisor_socket(), instance.token, kTimeoutMs);
+  if (!status.ok()) LOG_WARNING("{}", std::string(status.message()));
+}
+
 int Main(int argc, char** argv) {
   // Blocked before the first thread exists, so that every thread inherits it and only the main
   // thread's waits see them.
@@ -132,6 +143,7 @@ int Main(int argc, char** argv) {
 
   const auto registry = std::make_shared<prometheus::Registry>();
   LlmOptions llm_options = LlmOptionsFor(*instance);
+  llm_options.on_cache_hang = [&instance = *instance] { RestartCacheManager(instance); };
   llm_options.on_ready = [] { kill(getpid(), kReadySignal); };
   llm_options.on_fatal = [](const std::string&) { kill(getpid(), kFatalSignal); };
   const auto llm = CreateLlm(std::move(llm_options), registry);

@@ -2,7 +2,6 @@
 
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/use_awaitable.hpp>
-#include <boost/asio/write.hpp>
 #include <boost/beast/http/read.hpp>
 
 namespace wintserve {
@@ -12,6 +11,9 @@ namespace net = boost::asio;
 namespace beast = boost::beast;
 
 constexpr size_t kReadBytes = 4096;
+// The kernel's own choice is several MiB, for each client that does not read. It also lets a write
+// go on only when a third of that is free, which a slow client would take for ever to do.
+constexpr int kSendBufferBytes = 128 << 10;
 constexpr std::chrono::seconds kLingerTimeout(2);
 constexpr size_t kMaxLingerBytes = 64 << 20;
 
@@ -28,6 +30,7 @@ Connection::Connection(net::ip::tcp::socket socket, const HttpOptions& options)
     : options_(options), stream_(std::move(socket)), buffer_(MaxBufferedBytes(options)) {
   ErrorCode ignored;  // the peer may be gone already; reading will tell
   stream_.socket().set_option(net::ip::tcp::no_delay(true), ignored);
+  stream_.socket().set_option(net::socket_base::send_buffer_size(kSendBufferBytes), ignored);
 }
 
 Connection::Awaitable<bool> Connection::WaitForRequest() {
@@ -56,9 +59,14 @@ Connection::Awaitable<Connection::ErrorCode> Connection::ReadBody(Parser& parser
 }
 
 Connection::Awaitable<bool> Connection::Write(std::string bytes) {
-  stream_.expires_after(options_.write_timeout);
-  const auto [error, num_bytes] = co_await net::async_write(stream_, net::buffer(bytes), kAsTuple);
-  co_return !error;
+  for (size_t num_written = 0; num_written < bytes.size();) {
+    stream_.expires_after(options_.client_stall_timeout);
+    const auto [error, num_bytes] =
+        co_await stream_.async_write_some(net::buffer(bytes) + num_written, kAsTuple);
+    if (error) co_return false;
+    num_written += num_bytes;
+  }
+  co_return true;
 }
 
 Connection::Awaitable<bool> Connection::Send(const RequestHead& request, const Reply& reply,

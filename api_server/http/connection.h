@@ -34,7 +34,7 @@ class Connection {
   Awaitable<ErrorCode> ReadHead(Parser& parser);
   Awaitable<ErrorCode> ReadBody(Parser& parser);
 
-  // False: the peer is gone, or took longer than the write timeout.
+  // False: the peer is gone, or took nothing for the client stall timeout.
   Awaitable<bool> Write(std::string bytes);
   // Head and body in one write; the body is left out for HEAD.
   Awaitable<bool> Send(const RequestHead& request, const Reply& reply, bool keep_alive);

@@ -42,7 +42,7 @@ Reply NotReadyReply(const ReadinessReport& report) {
   return ErrorReply(error);
 }
 
-Reply AnswerWithoutGeneration(const ServerContext& context, const RouteMatch& match) {
+Reply AnswerAtOnce(const ServerContext& context, const RouteMatch& match) {
   switch (match.route->action) {
     case Action::kListModels:
       return JsonReply(
@@ -59,9 +59,10 @@ Reply AnswerWithoutGeneration(const ServerContext& context, const RouteMatch& ma
       return Metrics(context);
     case Action::kChat:
     case Action::kCompletions:
+    case Action::kResetPrefixCache:
       break;
   }
-  CHECK(false, "{} is a generation route", match.label());
+  CHECK(false, "{} takes a body", match.label());
   return Reply();
 }
 

@@ -1,4 +1,4 @@
-// The answers that need no generation.
+// The answers that are known at once.
 #pragma once
 
 #include "api_server/http/message.h"
@@ -6,8 +6,8 @@
 
 namespace wintserve {
 
-// REQUIRES: match.route != nullptr && !IsGeneration(match).
-Reply AnswerWithoutGeneration(const ServerContext& context, const RouteMatch& match);
+// REQUIRES: match.route != nullptr && !TakesBody(match).
+Reply AnswerAtOnce(const ServerContext& context, const RouteMatch& match);
 
 // 503 that says what is missing.
 Reply NotReadyReply(const ReadinessReport& report);

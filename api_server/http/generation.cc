@@ -2,16 +2,17 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <boost/asio/as_tuple.hpp>
-#include <boost/asio/co_spawn.hpp>
 #include <boost/asio/experimental/awaitable_operators.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <boost/asio/this_coro.hpp>
 #include <boost/asio/use_awaitable.hpp>
-#include <optional>
+#include <set>
 #include <vector>
 
 #include "api_server/http/endpoints.h"
+#include "api_server/http/on_pool.h"
 #include "api_server/http/update_channel.h"
 #include "api_server/openai/responses.h"
 #include "common/log.h"
@@ -30,9 +31,21 @@ struct PreparedRequest {
   std::vector<GenerationRequest> generations;  // one a prompt
 };
 
+// Whose request it is, what it shares with others and how long it may take.
+void ApplyServerRules(const ServerContext& context, const RequestHead& head,
+                      GenerationRequest* generation) {
+  if (!context.keys.empty()) generation->tenant = context.keys.DigestOf(head.authorization);
+  generation->cache_salt = CacheSaltOf(context, head, generation->cache_salt);
+  const int64_t max_timeout_ms = context.options.max_request_timeout.count();
+  if (max_timeout_ms > 0) {
+    generation->timeout_ms =
+        std::min(generation->timeout_ms.value_or(max_timeout_ms), max_timeout_ms);
+  }
+}
+
 // Parses, renders and encodes: up to a second for a long prompt, so on a pool thread.
-absl::StatusOr<PreparedRequest> Prepare(const ServerContext& context, Endpoint endpoint,
-                                        const std::string& body) {
+absl::StatusOr<PreparedRequest> Prepare(const ServerContext& context, const RequestHead& head,
+                                        Endpoint endpoint, const std::string& body) {
   PreparedRequest prepared;
   ASSIGN_OR_RETURN(prepared.request, ParseRequest(endpoint, body));
   RETURN_IF_ERROR(
@@ -40,23 +53,16 @@ absl::StatusOr<PreparedRequest> Prepare(const ServerContext& context, Endpoint e
   prepared.identity = NewResponseIdentity(endpoint, context.llm->model_name());
   ASSIGN_OR_RETURN(prepared.generations,
                    MakeGenerationRequests(prepared.request, *context.llm, prepared.identity.id));
+  for (GenerationRequest& generation : prepared.generations) {
+    ApplyServerRules(context, head, &generation);
+  }
   return prepared;
-}
-
-awaitable<absl::StatusOr<PreparedRequest>> PrepareOnPool(ServerContext& context, Endpoint endpoint,
-                                                         const std::string& body) {
-  auto work = [&]() -> awaitable<absl::StatusOr<PreparedRequest>> {
-    co_return Prepare(context, endpoint, body);
-  };
-  absl::StatusOr<PreparedRequest> prepared =
-      co_await net::co_spawn(context.text_pool, std::move(work), use_awaitable);
-  co_return prepared;
 }
 
 // What went wrong inside stays inside; what the client did, or can do about it, is told.
 ApiError PublicError(const absl::Status& status, const RequestHead& head) {
   ApiError error = ToApiError(status);
-  if (error.http_status < 500) return error;
+  if (error.http_status < 500 || absl::IsDeadlineExceeded(status)) return error;
   LOG_ERROR("request {} failed: {}", head.request_id, status.ToString());
   if (error.http_status == 500) {
     error.message = fmt::format("The server failed to answer; request id {}", head.request_id);
@@ -64,15 +70,28 @@ ApiError PublicError(const absl::Status& status, const RequestHead& head) {
   return error;
 }
 
+Reply PublicErrorReply(const absl::Status& status, const RequestHead& head) {
+  const int retry_after_seconds = absl::IsResourceExhausted(status) ? RetryAfterSeconds(status) : 1;
+  return ErrorReply(PublicError(status, head), retry_after_seconds);
+}
+
+// First error among the updates, or OK.
+absl::Status ErrorIn(const std::vector<PromptUpdate>& updates) {
+  for (const PromptUpdate& update : updates) RETURN_IF_ERROR(update.update.error);
+  return absl::OkStatus();
+}
+
 // The generations of one HTTP request, from Submit to the last update. Cancels them when destroyed.
 class Generations {
  public:
-  Generations(LLM* llm, net::any_io_executor executor, int64_t max_pending_bytes,
-              Connection* connection)
-      : llm_(llm),
+  Generations(const ServerContext& context, net::any_io_executor executor, Connection* connection)
+      : llm_(context.llm),
+        client_stall_timeout_(context.options.client_stall_timeout),
+        connection_(connection),
         news_(executor),
-        channel_(std::make_shared<UpdateChannel>(executor, max_pending_bytes,
-                                                 [this, connection] { OnNews(connection); })) {}
+        stall_(executor),
+        channel_(std::make_shared<UpdateChannel>(executor, context.options.max_pending_stream_bytes,
+                                                 [this] { OnNews(); })) {}
   Generations(const Generations&) = delete;
   Generations& operator=(const Generations&) = delete;
   ~Generations() {
@@ -95,38 +114,67 @@ class Generations {
   // All updates that have come; waits for the first of them, at most `timeout`. Empty: nothing
   // came.
   awaitable<std::vector<PromptUpdate>> Next(std::chrono::milliseconds timeout) {
-    std::vector<PromptUpdate> updates = channel_->Take();
+    std::vector<PromptUpdate> updates = Take();
     const auto deadline = std::chrono::steady_clock::now() + timeout;
     while (updates.empty() && std::chrono::steady_clock::now() < deadline) {
       news_.expires_at(deadline);
       // Ends at the deadline or by OnNews; when this coroutine is cancelled, the next co_await
       // throws.
       co_await news_.async_wait(net::as_tuple(use_awaitable));
-      updates = channel_->Take();
+      updates = Take();
       const net::cancellation_state cancellation = co_await net::this_coro::cancellation_state;
       if (cancellation.cancelled() != net::cancellation_type::none) break;
     }
     co_return updates;
   }
 
+  // Waits until every prompt is in the queue, or one has failed. All that has come until then.
+  awaitable<std::vector<PromptUpdate>> UntilAccepted() {
+    std::vector<PromptUpdate> all;
+    std::set<size_t> heard;
+    while (heard.size() < handles_.size() && ErrorIn(all).ok()) {
+      std::vector<PromptUpdate> updates = co_await Next(kWaitForQueue);
+      for (PromptUpdate& update : updates) {
+        heard.insert(update.prompt_index);
+        all.push_back(std::move(update));
+      }
+    }
+    co_return all;
+  }
+
  private:
-  void OnNews(Connection* connection) {
-    // A write to the slow reader may be all that the coroutine waits for: closing ends it.
-    if (channel_->overflowed()) connection->Close();
+  // Only how often an idle wait looks around.
+  static constexpr std::chrono::seconds kWaitForQueue{60};
+
+  std::vector<PromptUpdate> Take() {
+    if (is_stalled_) stall_.cancel();
+    is_stalled_ = false;
+    return channel_->Take();
+  }
+
+  void OnNews() {
     news_.cancel();
+    if (is_stalled_ || !channel_->is_over_limit()) return;
+    is_stalled_ = true;
+    stall_.expires_after(client_stall_timeout_);
+    stall_.async_wait([connection = connection_, weak_channel = std::weak_ptr(channel_)](
+                          boost::system::error_code cancelled) {
+      // A channel that is over the limit is not closed, so the connection is still there. A write
+      // to the slow reader is what the coroutine waits for: closing ends it.
+      const auto channel = weak_channel.lock();
+      if (!cancelled && channel != nullptr && channel->is_over_limit()) connection->Close();
+    });
   }
 
   LLM* const llm_;
+  const std::chrono::milliseconds client_stall_timeout_;
+  Connection* const connection_;
   net::steady_timer news_;
+  net::steady_timer stall_;  // runs while is_stalled_
+  bool is_stalled_ = false;  // more has been pending than may be, since the last Take
   const std::shared_ptr<UpdateChannel> channel_;
   std::vector<RequestHandle> handles_;
 };
-
-// First error among the updates, or OK.
-absl::Status ErrorIn(const std::vector<PromptUpdate>& updates) {
-  for (const PromptUpdate& update : updates) RETURN_IF_ERROR(update.update.error);
-  return absl::OkStatus();
-}
 
 // Who asks, and by which connection to answer.
 struct Exchange {
@@ -142,8 +190,7 @@ awaitable<Outcome> SendReply(const Exchange& exchange, Reply reply) {
 }
 
 awaitable<Outcome> SendError(const Exchange& exchange, const absl::Status& error) {
-  const Outcome outcome =
-      co_await SendReply(exchange, ErrorReply(PublicError(error, exchange.head)));
+  const Outcome outcome = co_await SendReply(exchange, PublicErrorReply(error, exchange.head));
   co_return outcome;
 }
 
@@ -161,7 +208,7 @@ awaitable<Outcome> SendWholeAnswer(const Exchange& exchange, const PreparedReque
   if (error.ok()) {
     reply.body = assembler.Body();
   } else {
-    reply = ErrorReply(PublicError(error, exchange.head));
+    reply = PublicErrorReply(error, exchange.head);
   }
   const Outcome outcome = co_await SendReply(exchange, std::move(reply));
   co_return outcome;
@@ -207,8 +254,8 @@ awaitable<Outcome> SendStream(const Exchange& exchange, const PreparedRequest& p
   const std::chrono::milliseconds interval = exchange.context.options.keep_alive_interval;
   StreamAssembler assembler(prepared.identity, prepared.request);
 
-  // The head waits for the first news, so that an early failure still gets a status of its own.
-  std::vector<PromptUpdate> updates = co_await generations.Next(interval);
+  // The head waits for the queue, whose refusal has a status of its own.
+  std::vector<PromptUpdate> updates = co_await generations.UntilAccepted();
   if (const absl::Status error = ErrorIn(updates); !error.ok()) {
     const Outcome outcome = co_await SendError(exchange, error);
     co_return outcome;
@@ -218,7 +265,7 @@ awaitable<Outcome> SendStream(const Exchange& exchange, const PreparedRequest& p
   std::string bytes = SerializeHead(exchange.head, StreamHead(), keep_alive, /*content_length=*/-1);
   for (;;) {
     const StreamRound round = NextRound(updates, exchange.head, &assembler);
-    // An update that says nothing yet (its text is held back) makes no event.
+    // An update that says nothing yet (it is queued, or its text is held back) makes no event.
     if (!round.events.empty()) bytes += Chunk(exchange.head, round.events);
     if (round.is_last) bytes += LastChunk(exchange.head);
     const bool sent = bytes.empty() || co_await exchange.connection.Write(std::move(bytes));
@@ -234,8 +281,7 @@ awaitable<Outcome> SendStream(const Exchange& exchange, const PreparedRequest& p
 awaitable<Outcome> GenerateAndSend(const Exchange& exchange, PreparedRequest& prepared) {
   using net::experimental::awaitable_operators::operator||;
   const net::any_io_executor executor = co_await net::this_coro::executor;
-  Generations generations(exchange.context.llm, executor,
-                          exchange.context.options.max_pending_stream_bytes, &exchange.connection);
+  Generations generations(exchange.context, executor, &exchange.connection);
   const absl::Status submitted = generations.Submit(std::move(prepared.generations));
   if (!submitted.ok()) {
     const Outcome outcome = co_await SendError(exchange, submitted);
@@ -249,7 +295,7 @@ awaitable<Outcome> GenerateAndSend(const Exchange& exchange, PreparedRequest& pr
   co_return first.index() == 1 ? std::get<1>(first) : Outcome{kStatusClientClosed, false};
 }
 
-awaitable<Outcome> Answer(const Exchange& exchange, Endpoint endpoint, const std::string& body) {
+awaitable<Outcome> Answer(const Exchange& exchange, Endpoint endpoint, std::string body) {
   ServerContext& context = exchange.context;
   const ReadinessReport readiness = context.llm->Readiness();
   if (!readiness.ready) {
@@ -260,14 +306,16 @@ awaitable<Outcome> Answer(const Exchange& exchange, Endpoint endpoint, const std
   if (!permit) {
     const absl::Status too_many = absl::ResourceExhaustedError(
         fmt::format("Too many requests: at most {} may be open", context.admission.max_open()));
-    const Outcome outcome = co_await SendError(exchange, too_many);
+    const Outcome outcome = co_await SendReply(exchange, ErrorReply(ToApiError(too_many)));
     co_return outcome;
   }
-  absl::StatusOr<PreparedRequest> prepared = co_await PrepareOnPool(context, endpoint, body);
+  absl::StatusOr<PreparedRequest> prepared = co_await OnPool(
+      context.text_pool, [&] { return Prepare(context, exchange.head, endpoint, body); });
   if (!prepared.ok()) {
     const Outcome outcome = co_await SendError(exchange, prepared.status());
     co_return outcome;
   }
+  body = std::string();  // may be large, and the answer may take long
   const Outcome outcome = co_await GenerateAndSend(exchange, *prepared);
   co_return outcome;
 }
@@ -277,7 +325,7 @@ awaitable<Outcome> Answer(const Exchange& exchange, Endpoint endpoint, const std
 awaitable<Outcome> ServeGeneration(ServerContext& context, Connection& connection,
                                    const RequestHead& head, Endpoint endpoint, std::string body) {
   const Exchange exchange{context, connection, head};
-  const Outcome outcome = co_await Answer(exchange, endpoint, body);
+  const Outcome outcome = co_await Answer(exchange, endpoint, std::move(body));
   if (outcome.status == kStatusClientClosed) {
     context.metrics.CountAborted();
   } else if (outcome.status >= 400) {

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <map>
 #include <nlohmann/json.hpp>
-#include <thread>
+#include <set>
 
 #include "api_server/http/http_client_test_util.h"
 
@@ -119,17 +119,35 @@ TEST(Stream, ToAnHttp10ClientEndsWithTheConnection) {
   EXPECT_THAT(answer, testing::EndsWith("data: [DONE]\n\n"));
 }
 
-TEST(Stream, SaysThatItIsAliveWhenTheModelIsSilent) {
+TEST(Stream, HasItsHeadAndComesToLifeWhileItWaitsInTheQueue) {
   HttpOptions options;
   options.keep_alive_interval = milliseconds(30);
   TestServer server(options);
   server.llm().HoldUpdates();
   RawClient client(server.port());
   client.Send(ChatPost(kStreaming));
-  client.ReadUntil(": keep-alive\n\n");
+  EXPECT_THAT(client.ReadUntil("\r\n\r\n"), StartsWith("HTTP/1.1 200 OK\r\n"));
+  EXPECT_THAT(client.ReadUntil(": keep-alive\n\n"), HasSubstr(": keep-alive\n\n"));
   EXPECT_THAT(client.ReadUntil(": keep-alive\n\n"), HasSubstr(": keep-alive\n\n"));
   server.llm().Send(1, TextUpdate(0, "late", FinishReason::kStop));
   EXPECT_THAT(client.ReadUntil("[DONE]"), HasSubstr("late"));
+}
+
+TEST(Stream, HasNoHeadBeforeEveryPromptIsInTheQueue) {
+  HttpOptions options;
+  options.keep_alive_interval = milliseconds(10);
+  TestServer server(options);
+  server.llm().HoldRequests();
+  RawClient client(server.port());
+  client.Send(Post("/v1/completions", R"({"prompt":["a","b"],"stream":true})"));
+  ASSERT_TRUE(server.llm().WaitForSubmitted(2));
+  server.llm().Send(1, AcceptedUpdate());
+  server.llm().Send(1, TextUpdate(0, "x"));
+  server.llm().Send(2, ErrorUpdate(QueueFullError(3)));
+  const Response response = client.Receive().value_or(Response());
+  EXPECT_EQ(response.status, 429);
+  EXPECT_EQ(response.Header("Retry-After"), "3");
+  EXPECT_TRUE(server.llm().WaitForCancelled(1)) << "the prompt that was accepted";
 }
 
 TEST(Stream, InterleavesTheChoicesOfAllPrompts) {
@@ -156,23 +174,65 @@ TEST(Stream, AnErrorInTheMiddleIsAnEventBeforeDone) {
   ASSERT_TRUE(server.llm().WaitForSubmitted(1));
   server.llm().Send(1, TextUpdate(0, "begin"));
   client.ReadUntil("begin");
-  GenerationUpdate broken;
-  broken.finished = true;
-  broken.error = absl::UnavailableError("engine worker 0 died");
-  server.llm().Send(1, broken);
+  server.llm().Send(1, ErrorUpdate(absl::UnavailableError("engine worker 0 died")));
   const std::string rest = client.ReadUntil("0\r\n\r\n");
   EXPECT_THAT(rest, HasSubstr(R"(data: {"error":{"message":"engine worker 0 died","type":)"
                               R"("server_error","param":null,"code":"service_unavailable"}})"
                               "\n\ndata: [DONE]\n\n"));
 }
 
-TEST(Stream, AnErrorBeforeTheFirstTokenHasItsOwnStatus) {
+struct Refusal {
+  const char* name;
+  absl::Status error;
+  int status;
+  const char* retry_after;
+  const char* body;
+};
+
+class Refusals : public testing::TestWithParam<Refusal> {};
+
+TEST_P(Refusals, OfTheQueueHaveTheirOwnStatusStreamingOrNot) {
   TestServer server;
-  server.llm().SetPieces({""});
-  server.llm().SetFinalError(absl::UnavailableError("engine worker 0 died"));
-  const Response response = Fetch(server.port(), ChatPost(kStreaming));
-  EXPECT_EQ(response.status, 503);
-  EXPECT_EQ(response.Header("Retry-After"), "1");
+  server.llm().SetQueueError(GetParam().error);
+  for (const char* fields : {"", kStreaming}) {
+    const Response response = Fetch(server.port(), ChatPost(fields));
+    EXPECT_EQ(response.status, GetParam().status) << fields;
+    EXPECT_EQ(response.Header("Retry-After"), GetParam().retry_after) << fields;
+    EXPECT_EQ(response.Header("x-should-retry"), GetParam().status == 504 ? "false" : "") << fields;
+    EXPECT_EQ(response.Header("Content-Type"), "application/json") << fields;
+    EXPECT_EQ(response.body, GetParam().body) << fields;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, Refusals,
+    testing::Values(Refusal{"Full", QueueFullError(17), 429, "17",
+                            R"({"error":{"message":"the queue is full","type":"rate_limit_error",)"
+                            R"("param":null,"code":"rate_limit_exceeded"}})"},
+                    Refusal{"TimeIsUp", absl::DeadlineExceededError("its 2 s are up"), 504, "",
+                            R"({"error":{"message":"its 2 s are up","type":"timeout_error",)"
+                            R"("param":null,"code":"timeout"}})"},
+                    Refusal{"NobodyServes", absl::UnavailableError("engine worker 0 died"), 503,
+                            "1",
+                            R"({"error":{"message":"engine worker 0 died","type":"server_error",)"
+                            R"("param":null,"code":"service_unavailable"}})"}),
+    [](const auto& info) { return info.param.name; });
+
+TEST(Stream, WhoseTimeIsUpEndsWithAnErrorEvent) {
+  TestServer server;
+  server.llm().HoldUpdates();
+  RawClient client(server.port());
+  client.Send(ChatPost(kStreaming));
+  client.ReadUntil("\r\n\r\n");
+  server.llm().Send(1, TextUpdate(0, "begin"));
+  client.ReadUntil("begin");
+  server.llm().Send(1, ErrorUpdate(absl::DeadlineExceededError("its 2 s are up")));
+  EXPECT_THAT(client.ReadUntil("0\r\n\r\n"),
+              HasSubstr(R"(data: {"error":{"message":"its 2 s are up","type":"timeout_error",)"
+                        R"("param":null,"code":"timeout"}})"
+                        "\n\ndata: [DONE]\n\n"));
+  EXPECT_THAT(Fetch(server.port(), Get("/metrics")).body,
+              HasSubstr(R"(fastdeploy:request_failure_total{reason="timeout"} 1)"));
 }
 
 TEST(Generation, HidesOurInternalsButGivesTheRequestId) {
@@ -190,7 +250,8 @@ TEST(Generation, PassesTheRequestOnAndUtf8BothWays) {
   const Response response =
       Fetch(server.port(),
             Post("/v1/completions", R"({"prompt":"春眠","max_tokens":5,"temperature":0,"seed":-7,)"
-                                    R"("stop":"\n","user":"u"})"));
+                                    R"("stop":"\n","user":"u","priority":-1,"min_tokens":2,)"
+                                    R"("ignore_eos":true,"cache_salt":"s","timeout":1.5})"));
   EXPECT_EQ(json::parse(response.body)["choices"][0]["text"], "处处闻啼鸟");
   EXPECT_THAT(response.body, HasSubstr("处处闻啼鸟"));  // as UTF-8, not as \u escapes
   const GenerationRequest request = server.llm().submitted().at(0);
@@ -200,6 +261,91 @@ TEST(Generation, PassesTheRequestOnAndUtf8BothWays) {
   EXPECT_EQ(request.seed, -7);
   EXPECT_THAT(request.stop, testing::ElementsAre("\n"));
   EXPECT_THAT(request.id, StartsWith("cmpl-"));
+  EXPECT_EQ(request.tenant, "u");
+  EXPECT_EQ(request.priority, -1);
+  EXPECT_EQ(request.min_tokens, 2);
+  EXPECT_TRUE(request.ignore_eos);
+  EXPECT_EQ(request.cache_salt, "s");
+  EXPECT_EQ(request.timeout_ms, 1500);
+}
+
+struct TimeLimit {
+  const char* name;
+  int max_ms;
+  const char* fields;
+  std::optional<int64_t> expected_ms;
+};
+
+class TimeLimits : public testing::TestWithParam<TimeLimit> {};
+
+TEST_P(TimeLimits, AreTheRequestsWithinTheServers) {
+  HttpOptions options;
+  options.max_request_timeout = milliseconds(GetParam().max_ms);
+  TestServer server(options);
+  EXPECT_EQ(Fetch(server.port(), ChatPost(GetParam().fields)).status, 200);
+  EXPECT_EQ(server.llm().submitted().at(0).timeout_ms, GetParam().expected_ms);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, TimeLimits,
+                         testing::Values(TimeLimit{"None", 0, "", std::nullopt},
+                                         TimeLimit{"Requests", 0, R"(,"timeout":2)", 2000},
+                                         TimeLimit{"Servers", 5000, "", 5000},
+                                         TimeLimit{"Shorter", 5000, R"(,"timeout":2)", 2000},
+                                         TimeLimit{"Longer", 5000, R"(,"timeout":9)", 5000}),
+                         [](const auto& info) { return info.param.name; });
+
+std::string WithKey(const std::string& key) { return "Authorization: Bearer " + key + "\r\n"; }
+
+// What the LLM is told about one request of each key, salted with `salt`.
+std::vector<GenerationRequest> RequestsOfTwoKeys(bool isolate, const std::string& salt) {
+  HttpOptions options;
+  options.api_keys = {"first-key", "second-key"};
+  options.isolate_cache_by_key = isolate;
+  TestServer server(options);
+  const std::string body = R"({"prompt":"a","user":"u","cache_salt":")" + salt + "\"}";
+  for (const std::string& key : options.api_keys) {
+    EXPECT_EQ(Fetch(server.port(), Post("/v1/completions", body, WithKey(key))).status, 200);
+  }
+  return server.llm().submitted();
+}
+
+TEST(Tenant, IsTheKeyWhereThereAreKeysButNeverTheKeyItself) {
+  const auto requests = RequestsOfTwoKeys(/*isolate=*/false, "s");
+  ASSERT_EQ(requests.size(), 2u);
+  EXPECT_THAT(requests[0].tenant, testing::MatchesRegex("[0-9a-f]{64}"));
+  EXPECT_NE(requests[0].tenant, requests[1].tenant);
+  EXPECT_THAT(requests[0].tenant, Not(HasSubstr("first-key")));
+  EXPECT_EQ(requests[0].cache_salt, "s") << "shared between keys";
+  EXPECT_EQ(requests[1].cache_salt, "s");
+}
+
+TEST(Tenant, SharesNoCacheWhenIsolated) {
+  const auto plain = RequestsOfTwoKeys(/*isolate=*/true, "");
+  const auto salted = RequestsOfTwoKeys(/*isolate=*/true, "s");
+  ASSERT_EQ(plain.size() + salted.size(), 4u);
+  const std::set<std::string> salts = {plain[0].cache_salt, plain[1].cache_salt,
+                                       salted[0].cache_salt, salted[1].cache_salt};
+  EXPECT_EQ(salts.size(), 4u);
+  for (const std::string& salt : salts) EXPECT_THAT(salt, testing::MatchesRegex("[0-9a-f]{64}"));
+  EXPECT_EQ(salted[0].cache_salt, RequestsOfTwoKeys(true, "s")[0].cache_salt);
+}
+
+TEST(Generation, ReportsCachedTokensInEveryUsage) {
+  TestServer server;
+  server.llm().SetNumCachedTokens(5);
+  for (const char* path : {"/v1/chat/completions", "/v1/completions"}) {
+    const std::string prompt = R"("messages":[{"role":"user","content":"hi"}],"prompt":"hi")";
+    const json body =
+        json::parse(Fetch(server.port(), Post(path, "{" + prompt + R"(,"n":2})")).body);
+    EXPECT_EQ(body["usage"]["prompt_tokens_details"]["cached_tokens"], 5) << path;
+    const std::vector<json> events =
+        EventsOf(Fetch(server.port(), Post(path, "{" + prompt +
+                                                     R"(,"n":2,"stream":true,"stream_options":)"
+                                                     R"({"include_usage":true}})"))
+                     .body);
+    ASSERT_FALSE(events.empty());
+    EXPECT_EQ(events.back()["usage"]["prompt_tokens_details"]["cached_tokens"], 5) << path;
+  }
 }
 
 TEST(Generation, AcceptsChunkedBodies) {
@@ -298,37 +444,6 @@ TEST(Generation, ADepartureCancelsEveryPromptOfTheRequest) {
   ASSERT_TRUE(server.llm().WaitForSubmitted(3));
   client.Close();
   EXPECT_TRUE(server.llm().WaitForCancelled(3));
-}
-
-TEST(Generation, ASlowReaderIsCutWhenTooMuchWaitsForIt) {
-  HttpOptions options;
-  options.max_pending_stream_bytes = 256 << 10;
-  TestServer server(options);
-  server.llm().HoldUpdates();
-  RawClient client(server.port(), /*receive_buffer_bytes=*/4096);
-  client.Send(ChatPost(kStreaming));
-  ASSERT_TRUE(server.llm().WaitForSubmitted(1));
-  const std::string text(64 << 10, 'a');
-  // Far more than the kernel's buffers and the server's bound together.
-  size_t num_sent = 0;
-  for (; num_sent < 1000 && server.llm().cancelled().empty(); ++num_sent) {
-    server.llm().Send(1, TextUpdate(0, text));
-    std::this_thread::sleep_for(milliseconds(1));
-  }
-  EXPECT_TRUE(server.llm().WaitForCancelled(1));
-}
-
-TEST(Generation, AReaderThatTakesNothingForTooLongIsCut) {
-  HttpOptions options;
-  options.write_timeout = milliseconds(200);
-  options.max_pending_stream_bytes = int64_t{1} << 30;
-  TestServer server(options);
-  server.llm().HoldUpdates();
-  RawClient client(server.port(), /*receive_buffer_bytes=*/4096);
-  client.Send(ChatPost(kStreaming));
-  ASSERT_TRUE(server.llm().WaitForSubmitted(1));
-  server.llm().Send(1, TextUpdate(0, std::string(32 << 20, 'a')));
-  EXPECT_TRUE(server.llm().WaitForCancelled(1));
 }
 
 TEST(Generation, ServesTwoHundredStreamsAtOnce) {

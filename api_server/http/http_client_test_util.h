@@ -51,6 +51,9 @@ class RawClient {
   std::optional<Response> Receive(bool head_only = false);
   // Reads until `text` has come; returns all up to and with it, or what came before the end.
   std::string ReadUntil(const std::string& text);
+  // Takes what has come, up to 16 KiB, and keeps it for the next read. False: the server has
+  // closed.
+  bool ReadSome() { return ReadMore(); }
   // Everything until the server closes.
   std::string ReadToEnd();
   void Close() { fd_.Reset(); }

@@ -32,6 +32,8 @@ const char* FailureReason(int status) {
       return "too_many_requests";
     case 503:
       return "unavailable";
+    case 504:
+      return "timeout";
     default:
       return status < 500 ? "invalid_request" : "internal";
   }

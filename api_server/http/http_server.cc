@@ -132,6 +132,7 @@ class BeastHttpServer : public HttpServer {
     for (std::thread& thread : threads_) thread.join();
     threads_.clear();
     context_.text_pool.join();
+    context_.blocking_pool.join();
   }
 
  private:

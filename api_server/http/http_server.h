@@ -28,17 +28,19 @@ struct HttpOptions {
   int max_concurrency = 512;  // open generation requests; beyond: 429
   int64_t max_body_bytes = 8 << 20;
   int64_t max_header_bytes = 16 << 10;
-  // What a stream may have waiting for a slow reader before it is cut.
-  int64_t max_pending_stream_bytes = 4 << 20;
+  bool isolate_cache_by_key = false;                 // prompts of different API keys share no KV
+  std::chrono::milliseconds max_request_timeout{0};  // and the default of "timeout"; 0: none
+  // What may wait for a slow reader. A stream that has more for client_stall_timeout is cut.
+  int64_t max_pending_stream_bytes = 64 << 10;
 
-  std::chrono::milliseconds idle_timeout{75'000};        // between requests of one connection
-  std::chrono::milliseconds read_timeout{60'000};        // for a header, and for a body
-  std::chrono::milliseconds write_timeout{60'000};       // for one write to make its way
-  std::chrono::milliseconds keep_alive_interval{5'000};  // a comment line after so much silence
+  std::chrono::milliseconds idle_timeout{75'000};          // between requests of one connection
+  std::chrono::milliseconds read_timeout{60'000};          // for a header, and for a body
+  std::chrono::milliseconds client_stall_timeout{30'000};  // for a write to get any further
+  std::chrono::milliseconds keep_alive_interval{5'000};    // a comment line after so much silence
 };
 
 // Owns the sockets, the IO threads and a small pool for text work. Every request that it submitted
-// to the LLM is cancelled as soon as its client is gone.
+// to the LLM is cancelled as soon as its client is gone, or has read nothing for too long.
 //
 // Threading: Start, StopAccepting, WaitUntilIdle and Stop from one thread; none of them from an IO
 // thread.

@@ -26,14 +26,16 @@ std::string HttpDate() {
 
 }  // namespace
 
-Reply ErrorReply(const ApiError& error) {
+Reply ErrorReply(const ApiError& error, int retry_after_seconds) {
   Reply reply;
   reply.status = error.http_status;
   reply.body = ErrorBody(error);
   if (error.http_status == 401) reply.headers.emplace_back("WWW-Authenticate", "Bearer");
   if (error.http_status == 429 || error.http_status == 503) {
-    reply.headers.emplace_back("Retry-After", "1");
+    reply.headers.emplace_back("Retry-After", std::to_string(retry_after_seconds));
   }
+  // The time that the client allowed is over. Its library would ask again twice, unasked.
+  if (error.http_status == 504) reply.headers.emplace_back("x-should-retry", "false");
   return reply;
 }
 

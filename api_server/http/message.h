@@ -36,7 +36,8 @@ struct Reply {
   std::vector<std::pair<std::string, std::string>> headers;  // beyond those of every answer
 };
 
-Reply ErrorReply(const ApiError& error);
+// 429 and 503 also say when to come again, 504 that OpenAI's client should not.
+Reply ErrorReply(const ApiError& error, int retry_after_seconds = 1);
 // An invalid_request_error of HTTP itself: 404, 405, 413, …
 Reply ErrorReply(int status, std::string_view code, std::string_view message);
 

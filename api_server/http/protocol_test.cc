@@ -90,6 +90,16 @@ INSTANTIATE_TEST_SUITE_P(
                     "http_version_not_supported"},
         BadExchange{"OtherExpectation", Post("/v1/completions", "{}", "Expect: tea\r\n"), 417,
                     "expectation_failed"},
+        BadExchange{"ResetByGet", Get("/reset_prefix_cache"), 405, "method_not_allowed"},
+        BadExchange{"ResetNotJson", Post("/reset_prefix_cache", "all"), 400, "invalid_json"},
+        BadExchange{"ResetWithAMisspeltField", Post("/reset_prefix_cache", R"({"salt":"a"})"), 400,
+                    "invalid_value"},
+        BadExchange{"ResetWithABadSalt", Post("/reset_prefix_cache", R"({"cache_salt":5})"), 400,
+                    "invalid_value"},
+        BadExchange{"ResetForm",
+                    "POST /reset_prefix_cache HTTP/1.1\r\nHost: t\r\nContent-Type: "
+                    "text/plain\r\nContent-Length: 1\r\n\r\na",
+                    415, "unsupported_media_type"},
         BadExchange{"EmptyBody", Post("/v1/completions", ""), 400, "invalid_json"},
         BadExchange{"NotJson", Post("/v1/chat/completions", "hello"), 400, "invalid_json"},
         BadExchange{"MissingMessages", Post("/v1/chat/completions", "{}"), 400,
@@ -156,6 +166,54 @@ TEST(Routes, VersionSaysOurs) {
   EXPECT_EQ(json::parse(Fetch(server.port(), Get("/version")).body)["version"], WINTSERVE_VERSION);
 }
 
+TEST(ResetPrefixCache, DropsOneSaltOrAll) {
+  TestServer server;
+  server.llm().SetResetAnswer(42);
+  const std::string no_body = "POST /reset_prefix_cache HTTP/1.1\r\nHost: t\r\n\r\n";
+  for (const std::string& request :
+       {no_body, Post("/reset_prefix_cache", ""), Post("/reset_prefix_cache", "{}"),
+        Post("/reset_prefix_cache", R"({"cache_salt":null})"),
+        Post("/reset_prefix_cache", R"({"cache_salt":"s"})"),
+        Post("/reset_prefix_cache", R"({"cache_salt":""})")}) {
+    const Response response = Fetch(server.port(), request);
+    EXPECT_EQ(response.status, 200);
+    EXPECT_EQ(response.body, R"({"num_blocks":42})");
+  }
+  EXPECT_THAT(server.llm().resets(), testing::ElementsAre(std::nullopt, std::nullopt, std::nullopt,
+                                                          std::nullopt, "s", ""));
+}
+
+TEST(ResetPrefixCache, QuotesOnlyTheBeginningOfAnUnknownName) {
+  TestServer server;
+  const std::string body = "{\"" + std::string(100'000, 'x') + "\":1}";
+  const Response response = Fetch(server.port(), Post("/reset_prefix_cache", body));
+  EXPECT_EQ(response.status, 400);
+  EXPECT_EQ(json::parse(response.body)["error"]["message"],
+            std::string(64, 'x') + ": only cache_salt is known here");
+}
+
+TEST(ResetPrefixCache, MeansTheSaltThatRequestsOfThatKeyHave) {
+  HttpOptions options;
+  options.api_keys = {"key"};
+  options.isolate_cache_by_key = true;
+  TestServer server(options);
+  const std::string key = "Authorization: Bearer key\r\n";
+  const std::string salted = R"("cache_salt":"s")";
+  Fetch(server.port(), Post("/v1/completions", R"({"prompt":"a",)" + salted + "}", key));
+  EXPECT_EQ(Fetch(server.port(), Post("/reset_prefix_cache", "{" + salted + "}", key)).status, 200);
+  ASSERT_EQ(server.llm().submitted().size(), 1u);
+  EXPECT_THAT(server.llm().resets(), testing::ElementsAre(server.llm().submitted()[0].cache_salt));
+}
+
+TEST(ResetPrefixCache, Is503WithoutACacheManager) {
+  TestServer server;
+  server.llm().SetResetAnswer(absl::UnavailableError("the cache manager is not there"));
+  const Response response = Fetch(server.port(), Post("/reset_prefix_cache", ""));
+  EXPECT_EQ(response.status, 503);
+  EXPECT_EQ(response.Header("Retry-After"), "1");
+  EXPECT_EQ(ErrorOf(response)["message"], "the cache manager is not there");
+}
+
 // Every sample line is "name{labels} number".
 void ExpectPrometheusText(const std::string& text) {
   std::istringstream lines(text);
@@ -203,6 +261,7 @@ TEST(Metrics, AreOnTheirOwnPortWhereThereIsOne) {
   EXPECT_EQ(Fetch(server.port(), Get("/metrics")).status, 404);
   EXPECT_EQ(Fetch(server.metrics_port(), Get("/metrics")).status, 200);
   EXPECT_EQ(Fetch(server.metrics_port(), Get("/v1/models")).status, 404);
+  EXPECT_EQ(Fetch(server.metrics_port(), Post("/reset_prefix_cache", "")).status, 404);
 }
 
 TEST(Auth, GuardsEverythingUnderV1) {
@@ -220,6 +279,8 @@ TEST(Auth, GuardsEverythingUnderV1) {
   EXPECT_EQ(Fetch(server.port(), Get("/v1/nowhere")).status, 401);
   EXPECT_EQ(Fetch(server.port(), Get("/%761/models")).status, 401);
   EXPECT_EQ(Fetch(server.port(), ChatPost()).status, 401);
+  EXPECT_EQ(Fetch(server.port(), Post("/reset_prefix_cache", "")).status, 401);
+  EXPECT_TRUE(server.llm().resets().empty());
   EXPECT_EQ(Fetch(server.port(), Get("/v1/models", "Authorization: Bearer first-key\r\n")).status,
             200);
   EXPECT_EQ(Fetch(server.port(), Get("/v1/models", "Authorization: bearer second-key\r\n")).status,

@@ -20,6 +20,7 @@ constexpr Route kRoutes[] = {
     {Action::kLive, "/live", "GET, HEAD", true, false},
     {Action::kVersion, "/version", "GET, HEAD", true, false},
     {Action::kMetrics, "/metrics", "GET, HEAD", false, true},
+    {Action::kResetPrefixCache, "/reset_prefix_cache", "POST", true, false},
 };
 
 constexpr std::string_view kIdPlaceholder = ":id";
@@ -87,7 +88,9 @@ bool IsAllowed(const Route& route, const std::string& method) {
   return false;
 }
 
-bool NeedsKey(const std::string& path) { return path == "/v1" || absl::StartsWith(path, "/v1/"); }
+bool NeedsKey(const std::string& path) {
+  return path == "/v1" || absl::StartsWith(path, "/v1/") || path == "/reset_prefix_cache";
+}
 
 bool IsJson(absl::string_view content_type) {
   const absl::string_view media_type =
@@ -155,7 +158,7 @@ std::optional<Reply> CheckHead(const RequestHead& head, const RouteMatch& match,
   if (!head.expect.empty() && !head.expects_continue) {
     return ErrorReply(417, "expectation_failed", "Expect: only 100-continue is understood");
   }
-  if (IsGeneration(match)) return CheckBodyType(head);
+  if (TakesBody(match)) return CheckBodyType(head);
   return std::nullopt;
 }
 

@@ -18,7 +18,8 @@ enum class Action {
   kHealth,
   kLive,
   kVersion,
-  kMetrics
+  kMetrics,
+  kResetPrefixCache
 };
 
 // Which of the two sockets a client came in by.
@@ -45,6 +46,12 @@ RouteMatch FindRoute(std::string_view target, Port port);
 inline bool IsGeneration(const RouteMatch& match) {
   return match.route != nullptr &&
          (match.route->action == Action::kChat || match.route->action == Action::kCompletions);
+}
+
+// Its body is JSON.
+inline bool TakesBody(const RouteMatch& match) {
+  return IsGeneration(match) ||
+         (match.route != nullptr && match.route->action == Action::kResetPrefixCache);
 }
 
 // What is wrong with the request as far as its head tells: Host, key, path, method, type

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <set>
+#include <string>
 
 #include "api_server/http/admission.h"
 #include "api_server/http/auth.h"
@@ -30,6 +31,8 @@ struct ServerContext {
   HttpMetrics metrics;
   Admission admission;
   boost::asio::thread_pool text_pool;
+  // For calls that block on another process: however long they take, prompts are still encoded.
+  boost::asio::thread_pool blocking_pool{1};
   std::atomic<bool> draining{false};  // connections close with their present answer
 };
 
@@ -37,6 +40,14 @@ struct ServerContext {
 // the server may have begun to drain while it was made.
 inline bool MayKeepAlive(const ServerContext& context, const RequestHead& head) {
   return head.keep_alive && !context.draining;
+}
+
+// The salt of a request that asks for `cache_salt` (or none: empty).
+inline std::string CacheSaltOf(const ServerContext& context, const RequestHead& head,
+                               const std::string& cache_salt) {
+  return context.options.isolate_cache_by_key && !context.keys.empty()
+             ? SaltOfKey(context.keys.DigestOf(head.authorization), cache_salt)
+             : cache_salt;
 }
 
 // One event loop and the connections that live on it. `connections` is touched by its thread alone.

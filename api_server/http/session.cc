@@ -10,6 +10,7 @@
 #include "api_server/http/connection.h"
 #include "api_server/http/endpoints.h"
 #include "api_server/http/generation.h"
+#include "api_server/http/reset_prefix_cache.h"
 #include "api_server/http/server_context.h"
 #include "common/log.h"
 
@@ -153,9 +154,12 @@ class Session {
       const Endpoint endpoint =
           match.route->action == Action::kChat ? Endpoint::kChat : Endpoint::kCompletions;
       outcome = co_await ServeGeneration(context_, connection_, head, endpoint, std::move(body));
+    } else if (match.route->action == Action::kResetPrefixCache) {
+      Reply reply = co_await ResetPrefixCache(context_, head, body);
+      outcome = co_await SendPlain(head, std::move(reply), MayKeepAlive(context_, head));
     } else {
-      outcome = co_await SendPlain(head, AnswerWithoutGeneration(context_, match),
-                                   MayKeepAlive(context_, head));
+      outcome =
+          co_await SendPlain(head, AnswerAtOnce(context_, match), MayKeepAlive(context_, head));
     }
     co_return outcome;
   }

@@ -1,17 +1,39 @@
 #include "api_server/http/update_channel.h"
 
+#include <algorithm>
 #include <boost/asio/post.hpp>
 #include <utility>
 
 namespace wintserve {
 namespace {
 
-int64_t SizeOf(const GenerationUpdate& update) {
-  int64_t bytes = sizeof(update);
-  for (const ChoiceDelta& delta : update.choices) {
-    bytes += static_cast<int64_t>(sizeof(delta) + delta.text.size() +
-                                  delta.token_ids.size() * sizeof(int32_t));
+int64_t SizeOf(const ChoiceDelta& delta) {
+  return static_cast<int64_t>(delta.text.size() + delta.token_ids.size() * sizeof(int32_t));
+}
+
+// Appends the news of a choice to those that wait. Returns the bytes that this adds.
+int64_t Merge(ChoiceDelta delta, std::vector<ChoiceDelta>* pending) {
+  const int64_t bytes = SizeOf(delta);
+  const auto same = std::find_if(pending->begin(), pending->end(), [&](const ChoiceDelta& other) {
+    return other.index == delta.index;
+  });
+  if (same == pending->end()) {
+    pending->push_back(std::move(delta));
+    return bytes + static_cast<int64_t>(sizeof(ChoiceDelta));
   }
+  same->text += delta.text;
+  same->token_ids.insert(same->token_ids.end(), delta.token_ids.begin(), delta.token_ids.end());
+  if (delta.finish_reason.has_value()) same->finish_reason = delta.finish_reason;
+  return bytes;
+}
+
+// As if both had come at once.
+int64_t Merge(GenerationUpdate update, GenerationUpdate* pending) {
+  std::vector<ChoiceDelta> choices = std::move(pending->choices);
+  int64_t bytes = 0;
+  for (ChoiceDelta& delta : update.choices) bytes += Merge(std::move(delta), &choices);
+  *pending = std::move(update);  // its counts and its end are the newer ones
+  pending->choices = std::move(choices);
   return bytes;
 }
 
@@ -19,10 +41,8 @@ int64_t SizeOf(const GenerationUpdate& update) {
 
 void UpdateChannel::Push(size_t prompt_index, GenerationUpdate update) {
   MutexLock lock(&mutex_);
-  if (closed_ || overflowed_) return;
-  pending_bytes_ += SizeOf(update);
-  overflowed_ = pending_bytes_ > max_pending_bytes_;
-  pending_.push_back({prompt_index, std::move(update)});
+  if (closed_) return;
+  pending_bytes_ += Merge(std::move(update), &pending_[prompt_index]);
   if (notified_) return;
   notified_ = true;
   // Under the lock: Close cannot come between, so the executor is still alive.
@@ -40,19 +60,24 @@ void UpdateChannel::Notify() {
 
 std::vector<PromptUpdate> UpdateChannel::Take() {
   MutexLock lock(&mutex_);
+  std::vector<PromptUpdate> updates;
+  for (auto& [prompt_index, update] : pending_)
+    updates.push_back({prompt_index, std::move(update)});
+  pending_.clear();
   pending_bytes_ = 0;
-  return std::exchange(pending_, {});
+  return updates;
 }
 
-bool UpdateChannel::overflowed() const {
+bool UpdateChannel::is_over_limit() const {
   MutexLock lock(&mutex_);
-  return overflowed_;
+  return pending_bytes_ > max_pending_bytes_;
 }
 
 void UpdateChannel::Close() {
   MutexLock lock(&mutex_);
   closed_ = true;
   pending_.clear();
+  pending_bytes_ = 0;
 }
 
 }  // namespace wintserve

@@ -2,9 +2,7 @@
 
 #include <fmt/core.h>
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <random>
 #include <unordered_map>
 #include <utility>
@@ -13,6 +11,8 @@
 #include "api_server/llm/generation_config.h"
 #include "api_server/llm/llm_factory.h"
 #include "api_server/llm/metrics.h"
+#include "api_server/llm/model_digest.h"
+#include "api_server/llm/request_check.h"
 #include "api_server/text/tokenizer.h"
 #include "cache_manager/client/cache_client.h"
 #include "common/mutex.h"
@@ -21,8 +21,11 @@
 namespace wintserve {
 namespace {
 
-constexpr int64_t kCacheConnectTimeoutMs =
-    1'000;  // of one try; bounds how long shutting down can take
+// Of one try; bounds how long shutting down can take.
+constexpr int64_t kCacheConnectTimeoutMs = 1'000;
+constexpr int64_t kCacheFlushTimeoutMs = 5'000;
+constexpr double kBytesPerGib = 1 << 30;
+constexpr double kMaxSwapSpaceGib = 1 << 20;  // its bytes fit 64 bits
 
 // Not 0, which stands for "none" in a message that lacks the field.
 uint64_t RandomEpoch() {
@@ -30,40 +33,18 @@ uint64_t RandomEpoch() {
   return (uint64_t{random()} << 32 | random()) | 1;
 }
 
-int64_t RandomSeed() {
-  std::random_device random;
-  return static_cast<int64_t>(uint64_t{random()} << 32 | random());
-}
-
 class LlmImpl : public LLM {
  public:
   LlmImpl(LlmOptions options, std::unique_ptr<Tokenizer> tokenizer, GenerationConfig generation,
-          std::shared_ptr<prometheus::Registry> registry)
+          std::shared_ptr<prometheus::Registry> registry, CacheFlusher flush_cache)
       : options_(std::move(options)),
         tokenizer_(std::move(tokenizer)),
         generation_(std::move(generation)),
+        flush_cache_(std::move(flush_cache)),
         metrics_(std::move(registry)) {}
 
   absl::Status Start(CacheConnector connect_cache) {
-    std::vector<int32_t> eos_ids = generation_.eos_ids;
-    if (tokenizer_->eos_id() >= 0) eos_ids.push_back(tokenizer_->eos_id());
-    EngineConfig config{.work_queue = {.unix_socket = options_.work_queue_socket,
-                                       .tcp_address = options_.work_queue_address,
-                                       .token = options_.token,
-                                       .world_size = static_cast<uint32_t>(options_.world_size)},
-                        .startup = {.world_size = static_cast<uint32_t>(options_.world_size),
-                                    .max_model_len = options_.max_model_len,
-                                    .max_num_seqs = options_.max_num_seqs,
-                                    .max_num_batched_tokens = options_.max_num_batched_tokens,
-                                    .block_size_tokens = options_.block_size_tokens,
-                                    .tokenizer_vocab_size = tokenizer_->vocab_size(),
-                                    .num_blocks_override = options_.num_blocks_override,
-                                    .group_epoch = RandomEpoch()},
-                        .eos_ids = std::move(eos_ids),
-                        .connect_cache = std::move(connect_cache),
-                        .on_ready = options_.on_ready,
-                        .on_fatal = options_.on_fatal};
-    ASSIGN_OR_RETURN(engine_, Engine::Start(std::move(config), &metrics_));
+    ASSIGN_OR_RETURN(engine_, Engine::Start(MakeEngineConfig(std::move(connect_cache)), &metrics_));
     return absl::OkStatus();
   }
 
@@ -72,7 +53,8 @@ class LlmImpl : public LLM {
     if (const ReadinessReport readiness = engine_->Readiness(); !readiness.ready) {
       return absl::UnavailableError("not ready: " + readiness.reason);
     }
-    RETURN_IF_ERROR(CheckRequest(request));
+    const RequestLimits limits = request_limits();
+    RETURN_IF_ERROR(CheckRequest(request, limits));
     const RequestHandle handle = ++last_handle_;
     ASSIGN_OR_RETURN(const std::shared_ptr<std::atomic<bool>> cancelled, OpenRequest(handle));
     auto deliver = [this, handle, cancelled,
@@ -83,7 +65,7 @@ class LlmImpl : public LLM {
     };
     RequestOutput output(*tokenizer_, request, std::move(deliver));
     absl::Status status = engine_->Submit(std::make_unique<ActiveRequest>(
-        ToScheduled(std::move(request), handle), std::move(output)));
+        ToScheduled(std::move(request), handle, limits, EngineNowUs()), std::move(output)));
     if (!status.ok()) {
       CloseRequest(handle);
       return status;
@@ -96,6 +78,10 @@ class LlmImpl : public LLM {
       cancelled->store(true);
       engine_->Cancel(handle);
     }
+  }
+
+  absl::StatusOr<uint64_t> ResetPrefixCache(const std::optional<std::string>& salt) override {
+    return flush_cache_(salt);
   }
 
   ReadinessReport Readiness() const override { return engine_->Readiness(); }
@@ -121,58 +107,53 @@ class LlmImpl : public LLM {
   const std::string& model_path() const override { return options_.model_path; }
 
  private:
-  // REQUIRES: the engine has been ready.
-  absl::Status CheckRequest(const GenerationRequest& request) const {
-    const EngineLimits limits = engine_->limits();
-    const auto& ids = request.prompt_ids;
-    if (ids.empty()) return absl::InvalidArgumentError("the prompt has no tokens");
-    if (ids.size() > static_cast<size_t>(limits.max_model_len - 1)) {
-      return absl::InvalidArgumentError(
-          fmt::format("Input text is too long: {} tokens, at most {} (max_model_len {} leaves room "
-                      "for one output token)",
-                      ids.size(), limits.max_model_len - 1, limits.max_model_len));
-    }
-    for (const int32_t id : ids) {
-      if (id >= 0 && id < limits.vocab_size) continue;
-      return absl::InvalidArgumentError(fmt::format(
-          "the prompt holds token id {}, must be from 0 to {}", id, limits.vocab_size - 1));
-    }
-    // Written so that NaN fails too.
-    if (!(request.temperature >= 0) || !std::isfinite(request.temperature)) {
-      return absl::InvalidArgumentError(
-          fmt::format("temperature is {}, must be at least 0", request.temperature));
-    }
-    if (!(request.top_p >= 0 && request.top_p <= 1)) {
-      return absl::InvalidArgumentError(
-          fmt::format("top_p is {}, must be from 0 to 1", request.top_p));
-    }
-    if (request.top_k < -1) {
-      return absl::InvalidArgumentError(
-          fmt::format("top_k is {}, must be -1 or more", request.top_k));
-    }
-    if (request.num_choices < 1) {
-      return absl::InvalidArgumentError(
-          fmt::format("n is {}, must be at least 1", request.num_choices));
-    }
-    if (request.max_tokens.has_value() && *request.max_tokens < 1) {
-      return absl::InvalidArgumentError(
-          fmt::format("max_tokens is {}, must be at least 1", *request.max_tokens));
-    }
-    return absl::OkStatus();
+  EngineConfig MakeEngineConfig(CacheConnector connect_cache) const {
+    std::vector<int32_t> stop_ids = generation_.eos_ids;
+    if (tokenizer_->eos_id() >= 0) stop_ids.push_back(tokenizer_->eos_id());
+    const auto world_size = static_cast<uint32_t>(options_.world_size);
+    EngineConfig config;
+    config.work_queue = {.unix_socket = options_.work_queue_socket,
+                         .tcp_address = options_.work_queue_address,
+                         .token = options_.token,
+                         .world_size = world_size};
+    config.startup = {.world_size = world_size,
+                      .max_model_len = options_.max_model_len,
+                      .max_num_seqs = options_.max_num_seqs,
+                      .max_num_batched_tokens = options_.max_num_batched_tokens,
+                      .chunked_prefill = options_.chunked_prefill,
+                      .block_size_tokens = options_.block_size_tokens,
+                      .tokenizer_vocab_size = tokenizer_->vocab_size(),
+                      .stop_ids = stop_ids,
+                      .model_digest = ModelDigest(options_.model_path, *tokenizer_),
+                      .host_bytes = static_cast<uint64_t>(options_.swap_space_gib * kBytesPerGib),
+                      .num_blocks_override = options_.num_blocks_override,
+                      .group_epoch = RandomEpoch()};
+    config.scheduler = {.max_num_seqs = options_.max_num_seqs,
+                        .max_num_batched_tokens = options_.max_num_batched_tokens,
+                        .block_size_tokens = options_.block_size_tokens,
+                        .eos_ids = std::move(stop_ids),
+                        .async_depth = options_.async_depth,
+                        .chunked_prefill = options_.chunked_prefill,
+                        .prefix_caching = options_.prefix_caching,
+                        .max_partial_prefills = options_.max_partial_prefills,
+                        .max_long_partial_prefills = options_.max_long_partial_prefills,
+                        .long_prefill_token_threshold = options_.long_prefill_token_threshold,
+                        .max_seqs_per_tenant = options_.max_seqs_per_tenant,
+                        .max_queue_requests = options_.max_queue_requests,
+                        .max_queue_tokens = options_.max_queue_tokens};
+    config.connect_cache = std::move(connect_cache);
+    config.on_ready = options_.on_ready;
+    config.on_cache_hang = options_.on_cache_hang;
+    config.on_fatal = options_.on_fatal;
+    return config;
   }
 
-  ScheduledRequest ToScheduled(GenerationRequest request, RequestHandle handle) const {
-    const int room = engine_->limits().max_model_len - static_cast<int>(request.prompt_ids.size());
-    const bool greedy = request.temperature == 0 || request.top_p == 0;
-    ScheduledRequest scheduled{.id = handle,
-                               .prompt_ids = std::move(request.prompt_ids),
-                               .num_choices = request.num_choices,
-                               .max_tokens = std::min(request.max_tokens.value_or(room), room)};
-    scheduled.sampling = {.temperature = greedy ? 0.0f : request.temperature,
-                          .top_p = greedy ? 1.0f : request.top_p,
-                          .top_k = std::max(0, request.top_k),
-                          .seed = request.seed.has_value() ? *request.seed : RandomSeed()};
-    return scheduled;
+  // Of an engine that has been ready.
+  RequestLimits request_limits() const {
+    const EngineLimits limits = engine_->limits();
+    return {.max_model_len = limits.max_model_len,
+            .vocab_size = limits.vocab_size,
+            .max_timeout_ms = options_.request_timeout_ms};
   }
 
   absl::StatusOr<std::shared_ptr<std::atomic<bool>>> OpenRequest(RequestHandle handle)
@@ -199,6 +180,7 @@ class LlmImpl : public LLM {
   const LlmOptions options_;
   const std::unique_ptr<Tokenizer> tokenizer_;
   const GenerationConfig generation_;
+  const CacheFlusher flush_cache_;
   EngineMetrics metrics_;
   std::atomic<RequestHandle> last_handle_ = 0;
   Mutex mutex_;
@@ -220,6 +202,14 @@ absl::Status CheckLimits(const LlmOptions& options) {
     return absl::InvalidArgumentError(
         fmt::format("--max-num-batched-tokens is {}, must be at least --max-num-seqs ({})",
                     options.max_num_batched_tokens, options.max_num_seqs));
+  }
+  if (options.async_depth < 0) {
+    return absl::InvalidArgumentError(
+        fmt::format("--async-depth is {}, must be at least 0", options.async_depth));
+  }
+  if (!(options.swap_space_gib >= 0 && options.swap_space_gib <= kMaxSwapSpaceGib)) {
+    return absl::InvalidArgumentError(fmt::format("--swap-space is {} GiB, must be from 0 to {}",
+                                                  options.swap_space_gib, kMaxSwapSpaceGib));
   }
   return absl::OkStatus();
 }
@@ -246,17 +236,30 @@ LlmOptions LlmOptionsFor(const Instance& instance) {
   out.max_open_requests = options.max_concurrency;
   out.block_size_tokens = options.block_size;
   out.num_blocks_override = options.num_gpu_blocks_override;
+  out.max_queue_requests = options.max_queue_requests;
+  out.max_queue_tokens = options.max_queue_tokens;
+  out.max_seqs_per_tenant = options.max_num_seqs_per_user;
+  out.max_partial_prefills = options.max_num_partial_prefills;
+  out.max_long_partial_prefills = options.max_long_partial_prefills;
+  out.long_prefill_token_threshold = options.long_prefill_token_threshold;
+  out.request_timeout_ms = options.request_timeout_ms;
+  out.prefix_caching = options.enable_prefix_caching;
+  out.chunked_prefill = options.enable_chunked_prefill;
+  out.async_depth = options.async_depth;
+  out.swap_space_gib = options.swap_space_gib;
   return out;
 }
 
 absl::StatusOr<std::unique_ptr<LLM>> CreateLlmWith(LlmOptions options,
                                                    std::unique_ptr<Tokenizer> tokenizer,
                                                    std::shared_ptr<prometheus::Registry> registry,
-                                                   CacheConnector connect_cache) {
+                                                   CacheConnector connect_cache,
+                                                   CacheFlusher flush_cache) {
   RETURN_IF_ERROR(CheckLimits(options));
   ASSIGN_OR_RETURN(GenerationConfig generation, LoadGenerationConfig(options.model_path));
-  auto llm = std::make_unique<LlmImpl>(std::move(options), std::move(tokenizer),
-                                       std::move(generation), std::move(registry));
+  auto llm =
+      std::make_unique<LlmImpl>(std::move(options), std::move(tokenizer), std::move(generation),
+                                std::move(registry), std::move(flush_cache));
   RETURN_IF_ERROR(llm->Start(std::move(connect_cache)));
   return llm;
 }
@@ -270,8 +273,12 @@ absl::StatusOr<std::unique_ptr<LLM>> CreateLlm(LlmOptions options,
                                                                         CacheEvents events) {
     return ConnectCacheClient(target, token, api_epoch, std::move(events), kCacheConnectTimeoutMs);
   };
+  auto flush = [target = options.cache_target,
+                token = options.token](const std::optional<std::string>& salt) {
+    return FlushPrefixCache(target, token, salt, kCacheFlushTimeoutMs);
+  };
   return CreateLlmWith(std::move(options), std::move(tokenizer), std::move(registry),
-                       std::move(connect));
+                       std::move(connect), std::move(flush));
 }
 
 }  // namespace wintserve

@@ -37,19 +37,37 @@ struct LlmOptions {
   int max_open_requests = 512;
   int block_size_tokens = 64;
   std::optional<int> num_blocks_override = {};
+  int max_queue_requests = 0;
+  int64_t max_queue_tokens = 0;
+  int max_seqs_per_tenant = 0;
+  int max_partial_prefills = 2;
+  int max_long_partial_prefills = 1;
+  int long_prefill_token_threshold = 0;
+  int64_t request_timeout_ms = 0;
+
+  // Features; see ServeOptions
+  bool prefix_caching = true;
+  bool chunked_prefill = true;
+  int async_depth = 1;
+  double swap_space_gib = 0;
 
   // Called once, from the engine's thread, when Readiness().ready has become true.
   std::function<void()> on_ready = {};
+  // The cache manager seems to be there without answering: has it started anew if so. From a thread
+  // of its own, which may block; the engine goes on meanwhile.
+  std::function<void()> on_cache_hang = {};
   // Called once, from the engine's thread, when the instance can serve no more and has to be
-  // started anew: a worker or the cache manager is lost, or the ranks disagree. `reason` is one
-  // line for the operator. Must not block, nor destroy the LLM.
+  // started anew: a worker is lost, the ranks disagree, or no KV pool can be created. `reason` is
+  // one line for the operator. Must not block, nor destroy the LLM.
   std::function<void(const std::string& reason)> on_fatal = {};
 };
 
 LlmOptions LlmOptionsFor(const Instance& instance);
 
 // Loads the tokenizer and generation_config.json, starts listening for engine workers and returns
-// at once: Readiness() says what is still being waited for. Destroying the LLM tells the workers to
+// at once: Readiness() says what is still being waited for. A cache manager that is lost later does
+// not make it unready: sequences go on in the blocks that they hold, and are computed again once a
+// new one has created a pool. Destroying the LLM tells the workers to
 // exit, ends every open request with UNAVAILABLE (on_update is called until then) and joins its
 // threads. NOT_FOUND, INVALID_ARGUMENT: a file of the model, by name, or a limit. UNAVAILABLE: an
 // address.

@@ -2,7 +2,6 @@
 // manager.
 #pragma once
 
-#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -15,11 +14,14 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "api_server/llm/cache_link.h"
 #include "api_server/llm/inbox.h"
 #include "api_server/llm/llm_factory.h"
 #include "api_server/llm/metrics.h"
+#include "api_server/llm/pool_lifecycle.h"
 #include "api_server/llm/request_output.h"
 #include "api_server/llm/startup.h"
+#include "api_server/llm/step_tracker.h"
 #include "api_server/scheduler/scheduler.h"
 #include "api_server/work_queue/server/work_queue_server.h"
 #include "cache_manager/client/cache_client.h"
@@ -30,25 +32,28 @@ namespace wintserve {
 struct EngineConfig {
   WorkQueueServerOptions work_queue;
   StartupConfig startup;
-  std::vector<int32_t> eos_ids;
+  // Policy and limits; what only the workers and the pool can tell is filled in.
+  SchedulerConfig scheduler;
   CacheConnector connect_cache;
   std::function<void()> on_ready;                           // see LlmOptions
+  std::function<void()> on_cache_hang;                      // see LlmOptions
   std::function<void(const std::string& reason)> on_fatal;  // see LlmOptions
 };
 
-// One open request, from Submit to its last update.
-struct ActiveRequest {
-  using TimePoint = std::chrono::steady_clock::time_point;
+// The engine's clock, microseconds.
+int64_t EngineNowUs();
 
+// One open request, from Submit to its last update. Times are of the engine's clock.
+struct ActiveRequest {
   ActiveRequest(ScheduledRequest scheduled_in, RequestOutput output_in)
       : scheduled(std::move(scheduled_in)), output(std::move(output_in)) {}
 
   ScheduledRequest scheduled;
   RequestOutput output;
-  TimePoint arrived = std::chrono::steady_clock::now();
-  std::optional<TimePoint> started;  // its first prefill was planned
-  std::optional<TimePoint> first_token;
-  std::map<uint32_t, TimePoint> last_token;  // by choice
+  int64_t arrived_us = EngineNowUs();
+  std::optional<int64_t> started_us;  // its first prefill was planned
+  std::optional<int64_t> first_token_us;
+  std::map<uint32_t, int64_t> last_token_us;  // by choice
 };
 
 // What the engine knows once it is ready; fixed from then on.
@@ -73,7 +78,6 @@ class Engine {
   EngineLimits limits() const EXCLUDES(readiness_mutex_);
 
  private:
-  using TimePoint = ActiveRequest::TimePoint;
   struct Arrival {
     std::unique_ptr<ActiveRequest> request;
   };
@@ -87,12 +91,13 @@ class Engine {
     uint32_t rank;
     ReadyMessage ready;
   };
+  struct WorkerDetached {
+    uint32_t rank;
+    PoolDetachedMessage detached;
+  };
   struct WorkerStepDone {
     uint32_t rank;
     StepDone done;
-  };
-  struct WorkerLost {
-    std::string reason;
   };
   struct CacheConnected {
     std::unique_ptr<CacheClient> client;
@@ -100,55 +105,61 @@ class Engine {
   struct PoolOpened {
     absl::StatusOr<OpenedPool> pool;
   };
-  struct BlocksLeased {
-    uint64_t tag;
-    std::vector<PoolBlock> blocks;
+  // Called with the scheduler, which is there: no answer comes before a pool.
+  struct CacheAnswer {
+    std::function<void(Scheduler*)> deliver;
+  };
+  struct BlocksAvailable {
+    uint32_t count;
   };
   struct CacheLost {
     absl::Status status;
   };
-  struct StopEngine {};
-  using Event =
-      std::variant<Arrival, Cancellation, WorkerAttached, WorkerReady, WorkerStepDone, WorkerLost,
-                   CacheConnected, PoolOpened, BlocksLeased, CacheLost, StopEngine>;
-
-  // The plan that the workers run.
-  struct StepInFlight {
-    uint64_t step = 0;
-    uint64_t plan_hash = 0;
-    int num_tokens = 0;
-    int num_sequences = 0;
-    TimePoint sent = {};
-    std::vector<std::optional<StepDone>> done = {};  // by rank
-    uint32_t num_done = 0;
+  struct Broken {  // a worker or the cache manager, for good
+    std::string reason;
   };
+  struct StopEngine {};
+  using Event = std::variant<Arrival, Cancellation, WorkerAttached, WorkerReady, WorkerDetached,
+                             WorkerStepDone, CacheConnected, PoolOpened, CacheAnswer,
+                             BlocksAvailable, CacheLost, Broken, StopEngine>;
 
   Engine(EngineConfig config, EngineMetrics* metrics);
   absl::Status Open();
   WorkQueueEvents WorkerEvents();
   CacheEvents CacheManagerEvents();
-  void ConnectCache();
 
   void Run();
   void Handle(Arrival event);
   void Handle(Cancellation event);
   void Handle(WorkerAttached event);
   void Handle(WorkerReady event);
+  void Handle(WorkerDetached event);
   void Handle(WorkerStepDone event);
-  void Handle(WorkerLost event);
   void Handle(CacheConnected event);
   void Handle(PoolOpened event);
-  void Handle(BlocksLeased event);
+  void Handle(CacheAnswer event);
+  void Handle(BlocksAvailable event);
   void Handle(CacheLost event);
+  void Handle(Broken event);
   void Handle(StopEngine event);
 
-  void AdvanceStartup();
+  // The pool: engine_pool.cc.
+  void AdvancePool();
+  void Perform(PoolLifecycle::Action action);
+  void UseNewPool();
+  SchedulerConfig SchedulerConfigOf(const OpenedPool& pool) const;
   void BecomeReady();
-  void FinishStep();
-  absl::Status CheckRanksAgree() const;
-  void TakeToken(const SequenceToken& news, TimePoint now);
+  void ReconcileSession();
+  void SendToCache(std::vector<CacheCommand> commands);
+
+  // Steps.
+  void FinishSteps();
+  void TakeToken(const SequenceToken& news, int64_t now_us);
   void Schedule();
   void SendPlan(StepPlan plan);
+  void TakeStart(const SequenceStart& start, int64_t now_us);
+  std::optional<std::chrono::steady_clock::time_point> NextDeadline() const;
+
   void DeliverUpdates();
   void FailRequest(uint64_t request_id, const absl::Status& error);
   void FailAll(const absl::Status& error);
@@ -162,15 +173,16 @@ class Engine {
 
   // Of the engine's thread.
   GroupStartup startup_;
-  std::unique_ptr<CacheClient> cache_;
+  PoolLifecycle pool_;
+  std::unique_ptr<CacheClient> cache_;    // null while there is no session
+  uint32_t num_blocks_available_ = 0;     // at the cache manager, as last told
   std::unique_ptr<Scheduler> scheduler_;  // null before the engine is ready
+  StepTracker steps_;
   std::map<uint64_t, std::unique_ptr<ActiveRequest>> requests_;
-  std::vector<uint64_t> updated_;  // requests with news to deliver
-  std::optional<StepInFlight> step_;
-  std::optional<TimePoint> last_step_ended_;  // within this turn of the loop
+  std::vector<uint64_t> updated_;         // requests with news to deliver
+  std::optional<int64_t> step_ended_us_;  // within this turn of the loop
   uint64_t last_plan_hash_ = 0;
   bool configured_ = false;
-  bool pool_requested_ = false;
   bool failed_ = false;
   bool stopping_ = false;
 
@@ -178,12 +190,8 @@ class Engine {
   ReadinessReport readiness_ GUARDED_BY(readiness_mutex_);
   EngineLimits limits_ GUARDED_BY(readiness_mutex_);
 
-  Mutex stop_mutex_;
-  CondVar stop_wanted_;
-  bool stop_connecting_ GUARDED_BY(stop_mutex_) = false;
-
   std::unique_ptr<WorkQueueServer> work_queue_;
-  std::thread cache_connector_;
+  std::unique_ptr<CacheLink> cache_link_;
   std::thread thread_;
 };
 

@@ -1,6 +1,8 @@
 // Many threads push, one takes: how everything reaches the engine's thread.
 #pragma once
 
+#include <chrono>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -21,10 +23,17 @@ class Inbox {
     return true;
   }
 
-  // Waits for at least one item; all that are there, in order of arrival.
-  std::vector<T> WaitAndTake() EXCLUDES(mutex_) {
+  // Waits for at least one item; all that are there, in order of arrival. Empty: the deadline has
+  // come first.
+  std::vector<T> WaitAndTake(std::optional<std::chrono::steady_clock::time_point> deadline = {})
+      EXCLUDES(mutex_) {
     MutexLock lock(&mutex_);
-    arrived_.Wait(&mutex_, [this]() NO_THREAD_SAFETY_ANALYSIS { return !items_.empty(); });
+    const auto any = [this]() NO_THREAD_SAFETY_ANALYSIS { return !items_.empty(); };
+    if (deadline.has_value()) {
+      arrived_.WaitFor(&mutex_, *deadline - std::chrono::steady_clock::now(), any);
+    } else {
+      arrived_.Wait(&mutex_, any);
+    }
     return std::exchange(items_, {});
   }
 

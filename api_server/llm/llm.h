@@ -32,6 +32,12 @@ struct GenerationRequest {
   std::optional<int> max_tokens = {};  // absent or too large: what the model length leaves
   std::vector<std::string> stop = {};
   bool include_stop_in_output = false;
+  int min_tokens = 0;  // no stop token before; stop strings count at any time
+  bool ignore_eos = false;
+  int priority = 0;                        // lower comes first
+  std::string tenant = {};                 // API key or user
+  std::string cache_salt = {};             // prompts share KV only under the same salt
+  std::optional<int64_t> timeout_ms = {};  // from Submit to the last token
 };
 
 enum class FinishReason { kStop, kLength };
@@ -69,13 +75,20 @@ class LLM {
 
   // INVALID_ARGUMENT: the prompt is longer than max_model_len - 1, or holds an unknown id.
   // UNAVAILABLE: not ready, or shutting down.  RESOURCE_EXHAUSTED: too many requests.
-  // `on_update` is called from the engine's thread, in order, until one has finished == true; it
-  // must not block. One call may still be under way when Cancel returns, none starts afterwards.
+  // The first update has no choices: the request is in the queue. Or it has an error:
+  // RESOURCE_EXHAUSTED when the queue is full (RetryAfterSeconds says when to come again),
+  // DEADLINE_EXCEEDED (also later) when its time is up. `on_update` is called from the engine's
+  // thread, in order, until one has finished == true; it must not block. One call may still be
+  // under way when Cancel returns, none starts afterwards.
   virtual absl::StatusOr<RequestHandle> Submit(GenerationRequest request,
                                                std::function<void(GenerationUpdate)> on_update) = 0;
 
   // The request leaves the next plan; its blocks return. Unknown or finished handles are ignored.
   virtual void Cancel(RequestHandle handle) = 0;
+
+  // Drops what the prefix cache holds, of one salt or all. Blocks for a round trip. Returns the
+  // number of cached blocks that match no more. UNAVAILABLE: no cache manager.
+  virtual absl::StatusOr<uint64_t> ResetPrefixCache(const std::optional<std::string>& salt) = 0;
 
   virtual ReadinessReport Readiness() const = 0;
 
@@ -92,5 +105,9 @@ class LLM {
   virtual const std::string& model_name() const = 0;  // public name, as in responses
   virtual const std::string& model_path() const = 0;
 };
+
+// Of a RESOURCE_EXHAUSTED from an LLM: whole seconds, at least 1. Comes with the scheduler, which
+// knows how fast its queue moves; declared here for those who see the LLM alone.
+int RetryAfterSeconds(const absl::Status& status);
 
 }  // namespace wintserve

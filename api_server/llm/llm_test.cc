@@ -1,221 +1,32 @@
-// LLM with real work-queue streams, a fake worker at the other end and a fake cache manager.
+// What requests get from the LLM.
 #include <fmt/core.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <prometheus/registry.h>
-#include <stdlib.h>
 
-#include <filesystem>
-#include <map>
+#include <atomic>
 #include <random>
-#include <thread>
 
-#include "api_server/llm/llm_factory.h"
-#include "common/mutex.h"
-#include "tests/fakes/fake_cache.h"
-#include "tests/fakes/fake_tokenizer.h"
-#include "tests/fakes/fake_worker.h"
+#include "api_server/llm/llm_test_util.h"
 
 namespace wintserve {
 namespace {
 
 using testing::Each;
-using testing::ElementsAre;
-using testing::HasSubstr;
 using testing::SizeIs;
 
-constexpr auto kPatience = std::chrono::seconds(10);
-
-// The text of a sequence is the alphabet, by position; "E…" prompts end at position 10.
-int32_t NextLetter(const std::vector<int32_t>& history) {
-  if (history[0] == FakeTokenizer::IdOfByte('E') && history.size() == 10)
-    return FakeTokenizer::kEos;
-  return FakeTokenizer::IdOfByte(static_cast<char>('a' + history.size() % 26));
-}
-
-std::string Letters(int first_position, int count) {
-  std::string text;
-  for (int i = 0; i < count; ++i) text += static_cast<char>('a' + (first_position + i) % 26);
-  return text;
-}
-
-// Collects the updates of one request.
-class Updates {
- public:
-  std::function<void(GenerationUpdate)> Callback() {
-    return [this](GenerationUpdate update) {
-      MutexLock lock(&mutex_);
-      EXPECT_FALSE(finished_) << "an update after the last";
-      for (const ChoiceDelta& delta : update.choices) {
-        Choice& choice = choices_[delta.index];
-        EXPECT_FALSE(choice.finish.has_value());
-        choice.text += delta.text;
-        choice.num_tokens += static_cast<int>(delta.token_ids.size());
-        choice.finish = delta.finish_reason;
-      }
-      finished_ = update.finished;
-      last_ = std::move(update);
-      ++num_updates_;
-      changed_.NotifyAll();
-    };
-  }
-  bool WaitFinished() {
-    MutexLock lock(&mutex_);
-    return changed_.WaitFor(&mutex_, kPatience, [this] { return finished_; });
-  }
-  bool WaitForTokens(int count) {
-    MutexLock lock(&mutex_);
-    return changed_.WaitFor(&mutex_, kPatience, [&] { return choices_[0].num_tokens >= count; });
-  }
-  struct Choice {
-    std::string text = {};
-    int num_tokens = 0;
-    std::optional<FinishReason> finish = {};
-  };
-  Choice choice(int index) {
-    MutexLock lock(&mutex_);
-    return choices_[index];
-  }
-  GenerationUpdate last() {
-    MutexLock lock(&mutex_);
-    return last_;
-  }
-  int num_updates() {
-    MutexLock lock(&mutex_);
-    return num_updates_;
-  }
-
- private:
-  Mutex mutex_;
-  CondVar changed_;
-  std::map<int, Choice> choices_;
-  GenerationUpdate last_;
-  bool finished_ = false;
-  int num_updates_ = 0;
-};
-
-// Holds plans back until it is opened.
-class Gate {
- public:
-  void Open() {
-    MutexLock lock(&mutex_);
-    open_ = true;
-    changed_.NotifyAll();
-  }
-  void Pass() {
-    MutexLock lock(&mutex_);
-    changed_.Wait(&mutex_, [this] { return open_; });
-  }
-
- private:
-  Mutex mutex_;
-  CondVar changed_;
-  bool open_ = false;
-};
-
-class LlmTest : public testing::Test {
- protected:
-  LlmTest() {
-    std::string path = (std::filesystem::temp_directory_path() / "llm_XXXXXX").string();
-    EXPECT_NE(::mkdtemp(path.data()), nullptr);
-    directory_ = path;
-    options_.model_path = path;
-    options_.model_name = "fake";
-    options_.work_queue_socket = path + "/q.sock";
-    options_.token = "secret";
-    options_.max_model_len = 200;
-    options_.max_num_seqs = 4;
-    options_.max_num_batched_tokens = 64;
-    options_.on_fatal = [this](const std::string& reason) {
-      MutexLock lock(&mutex_);
-      fatal_ = reason;
-      changed_.NotifyAll();
-    };
-  }
-  ~LlmTest() override {
-    llm_.reset();
-    workers_.clear();
-    std::filesystem::remove_all(directory_);
-  }
-
-  void Create() {
-    auto llm = CreateLlmWith(options_, std::make_unique<FakeTokenizer>(),
-                             std::make_shared<prometheus::Registry>(), cache_.Connector());
-    ASSERT_TRUE(llm.ok()) << llm.status();
-    llm_ = *std::move(llm);
-  }
-  FakeWorkerOptions WorkerOptions(uint32_t rank = 0) {
-    return {.target = "unix:" + options_.work_queue_socket,
-            .token = options_.token,
-            .hello = FakeHello(rank, options_.world_size),
-            .next_token = NextLetter};
-  }
-  void AddWorker(FakeWorkerOptions options) {
-    workers_.push_back(std::make_unique<FakeWorker>(std::move(options)));
-  }
-  // One rank, ready.
-  void StartServing() { StartServing(WorkerOptions()); }
-  void StartServing(FakeWorkerOptions worker) {
-    Create();
-    AddWorker(std::move(worker));
-    ASSERT_TRUE(WaitUntilReady()) << llm_->Readiness().reason;
-  }
-  bool WaitUntilReady() {
-    return WaitForReadiness([](const ReadinessReport& report) { return report.ready; });
-  }
-  bool WaitForReason(const std::string& reason) {
-    return WaitForReadiness([&](const ReadinessReport& report) { return report.reason == reason; });
-  }
-  // Readiness has no event to wait for, as it is made for probes.
-  bool WaitForReadiness(const std::function<bool(const ReadinessReport&)>& condition) {
-    const auto deadline = std::chrono::steady_clock::now() + kPatience;
-    while (!condition(llm_->Readiness())) {
-      if (std::chrono::steady_clock::now() > deadline) return false;
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
-    return true;
-  }
-  std::string WaitForFatal() {
-    MutexLock lock(&mutex_);
-    changed_.WaitFor(&mutex_, kPatience, [this] { return !fatal_.empty(); });
-    return fatal_;
-  }
-
-  GenerationRequest Request(const std::string& prompt, int max_tokens) {
-    return {.id = "test",
-            .prompt_ids = tokenizer_.Encode(prompt),
-            .temperature = 0,
-            .max_tokens = max_tokens};
-  }
-  RequestHandle Submit(const GenerationRequest& request, Updates* updates) {
-    auto handle = llm_->Submit(request, updates->Callback());
-    EXPECT_TRUE(handle.ok()) << handle.status();
-    return handle.value_or(0);
-  }
-
-  std::filesystem::path directory_;
-  LlmOptions options_;
-  FakeTokenizer tokenizer_;
-  FakeCache cache_;
-  Mutex mutex_;
-  CondVar changed_;
-  std::string fatal_;
-  std::unique_ptr<LLM> llm_;
-  std::vector<std::unique_ptr<FakeWorker>> workers_;
-};
-
 TEST_F(LlmTest, StreamsEveryTokenOfARequestInOrder) {
+  options_.async_depth = 0;  // a step is over before the next one: no two tokens share an update
   StartServing();
   Updates updates;
   Submit(Request("hello", 20), &updates);
   ASSERT_TRUE(updates.WaitFinished());
   EXPECT_EQ(updates.choice(0).text, Letters(5, 20));
   EXPECT_EQ(updates.choice(0).finish, FinishReason::kLength);
-  EXPECT_EQ(updates.num_updates(), 20);  // one a step
+  EXPECT_EQ(updates.num_updates(), 1 + 20);  // one when accepted, one a step
   EXPECT_EQ(updates.last().num_prompt_tokens, 5);
   EXPECT_EQ(updates.last().num_completion_tokens, 20);
   EXPECT_TRUE(updates.last().error.ok());
-  EXPECT_TRUE(cache_.WaitUntilAllFree());
+  EXPECT_TRUE(cache_.WaitUntilAllAvailable());
 }
 
 TEST_F(LlmTest, AStopTokenCountsButHasNoText) {
@@ -240,7 +51,7 @@ TEST_F(LlmTest, AStopStringEndsAChoiceAndFreesItsBlocks) {
     EXPECT_EQ(updates.choice(0).text, include ? "defghi" : "def");
     EXPECT_EQ(updates.choice(0).finish, FinishReason::kStop);
     EXPECT_EQ(updates.last().num_completion_tokens, 6);
-    EXPECT_TRUE(cache_.WaitUntilAllFree());
+    EXPECT_TRUE(cache_.WaitUntilAllAvailable());
   }
 }
 
@@ -274,7 +85,7 @@ TEST_F(LlmTest, ManyMoreRequestsThanSlotsAllGetExactlyTheirText) {
     ASSERT_TRUE(all[i]->WaitFinished());
     EXPECT_EQ(all[i]->choice(0).text, Letters(lengths[i].first, lengths[i].second));
   }
-  EXPECT_TRUE(cache_.WaitUntilAllFree());
+  EXPECT_TRUE(cache_.WaitUntilAllAvailable());
 }
 
 TEST_F(LlmTest, CancelEndsTheUpdatesAndReturnsTheBlocks) {
@@ -284,7 +95,7 @@ TEST_F(LlmTest, CancelEndsTheUpdatesAndReturnsTheBlocks) {
   ASSERT_TRUE(updates.WaitForTokens(3));
   llm_->Cancel(handle);
   llm_->Cancel(handle);  // ignored
-  EXPECT_TRUE(cache_.WaitUntilAllFree());
+  EXPECT_TRUE(cache_.WaitUntilAllAvailable());
   const int num_updates = updates.num_updates();
   Updates next;
   Submit(Request("abc", 5), &next);
@@ -293,46 +104,15 @@ TEST_F(LlmTest, CancelEndsTheUpdatesAndReturnsTheBlocks) {
   EXPECT_FALSE(updates.last().finished);
 }
 
-struct BadRequest {
-  const char* name;
-  std::function<void(GenerationRequest*)> spoil;
-  const char* error;
-};
-
-class BadRequestTest : public LlmTest, public testing::WithParamInterface<BadRequest> {};
-
-TEST_P(BadRequestTest, IsRefusedByName) {
+TEST_F(LlmTest, ABadRequestIsRefusedAtOnce) {
   StartServing();
   GenerationRequest request = Request("abc", 5);
-  GetParam().spoil(&request);
+  request.min_tokens = 6;
   const absl::Status status =
       llm_->Submit(request, [](GenerationUpdate) { FAIL() << "no update is due"; }).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(status.message(), GetParam().error);
+  EXPECT_EQ(status.message(), "min_tokens is 6, must be from 0 to max_tokens (5)");
 }
-
-INSTANTIATE_TEST_SUITE_P(
-    All, BadRequestTest,
-    testing::Values(
-        BadRequest{"EmptyPrompt", [](auto* r) { r->prompt_ids.clear(); },
-                   "the prompt has no tokens"},
-        BadRequest{"PromptTooLong", [](auto* r) { r->prompt_ids.assign(200, 100); },
-                   "Input text is too long: 200 tokens, at most 199 (max_model_len 200 leaves room "
-                   "for one output token)"},
-        BadRequest{"UnknownId", [](auto* r) { r->prompt_ids[1] = 1000; },
-                   "the prompt holds token id 1000, must be from 0 to 999"},
-        BadRequest{"NegativeId", [](auto* r) { r->prompt_ids[1] = -1; },
-                   "the prompt holds token id -1, must be from 0 to 999"},
-        BadRequest{"NegativeTemperature", [](auto* r) { r->temperature = -0.5f; },
-                   "temperature is -0.5, must be at least 0"},
-        BadRequest{"TopPAboveOne", [](auto* r) { r->top_p = 1.5f; },
-                   "top_p is 1.5, must be from 0 to 1"},
-        BadRequest{"TopKBelowMinusOne", [](auto* r) { r->top_k = -2; },
-                   "top_k is -2, must be -1 or more"},
-        BadRequest{"NoChoice", [](auto* r) { r->num_choices = 0; }, "n is 0, must be at least 1"},
-        BadRequest{"NoTokens", [](auto* r) { r->max_tokens = 0; },
-                   "max_tokens is 0, must be at least 1"}),
-    [](const auto& info) { return info.param.name; });
 
 TEST_F(LlmTest, ThePromptMayLeaveRoomForOneTokenOnly) {
   StartServing();
@@ -425,159 +205,178 @@ TEST_F(LlmTest, RefusesMoreOpenRequestsThanTheLimit) {
   EXPECT_TRUE(third.WaitFinished());
 }
 
-TEST_F(LlmTest, ReadinessNamesWhatIsMissingAtEveryStage) {
-  options_.world_size = 2;
-  cache_.SetReachable(false);
-  Create();
-  EXPECT_TRUE(WaitForReason("waiting for engine workers: 0 of 2 connected"));
-  AddWorker(WorkerOptions(0));
-  EXPECT_TRUE(WaitForReason("waiting for engine workers: 1 of 2 connected"));
-  FakeWorkerOptions second = WorkerOptions(1);
-  second.never_ready = true;
-  AddWorker(second);
-  EXPECT_TRUE(WaitForReason("waiting for the cache manager"));
-  const absl::Status status = llm_->Submit(Request("abc", 5), [](GenerationUpdate) {}).status();
-  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
-  EXPECT_EQ(status.message(), "not ready: waiting for the cache manager");
-  cache_.SetReachable(true);
-  EXPECT_TRUE(WaitForReason("engine worker 1 is warming up"));
-  EXPECT_THAT(cache_.spec().block_bytes_by_rank, ElementsAre(4096, 4096));
-}
+struct Features {
+  const char* name;
+  int async_depth;
+  bool chunked_prefill;
+  bool prefix_caching;
+};
 
-TEST_F(LlmTest, TwoRanksRunTheSamePlans) {
-  options_.world_size = 2;
-  Create();
-  AddWorker(WorkerOptions(1));
-  AddWorker(WorkerOptions(0));
-  ASSERT_TRUE(WaitUntilReady());
-  Updates updates;
-  Submit(Request("abc", 30), &updates);
-  ASSERT_TRUE(updates.WaitFinished());
-  EXPECT_EQ(updates.choice(0).text, Letters(3, 30));
-}
+class FeaturesTest : public LlmTest, public testing::WithParamInterface<Features> {};
 
-TEST_F(LlmTest, DifferentTokensOnARankStopTheEngine) {
-  options_.world_size = 2;
-  Create();
-  FakeWorkerOptions astray = WorkerOptions(1);
-  astray.next_token = [](const std::vector<int32_t>& history) {
-    return NextLetter(history) + (history.size() == 8 ? 1 : 0);
-  };
-  AddWorker(WorkerOptions(0));
-  AddWorker(astray);
-  ASSERT_TRUE(WaitUntilReady());
-  Updates updates;
-  Submit(Request("abc", 30), &updates);
-  ASSERT_TRUE(updates.WaitFinished());
-  EXPECT_EQ(updates.choice(0).text, Letters(3, 5));  // what all ranks agree on
-  EXPECT_EQ(updates.last().error.code(), absl::StatusCode::kUnavailable);
-  EXPECT_THAT(WaitForFatal(),
-              HasSubstr("engine workers 0 and 1 went on with different tokens after step 6"));
-  EXPECT_FALSE(llm_->Readiness().ready);
-}
-
-TEST_F(LlmTest, AnotherPlanHashStopsTheEngine) {
-  FakeWorkerOptions worker = WorkerOptions();
-  worker.spoil = [](StepDone* done) { done->plan_hash ^= 1; };
-  StartServing(worker);
-  Updates updates;
-  Submit(Request("abc", 30), &updates);
-  ASSERT_TRUE(updates.WaitFinished());
-  EXPECT_THAT(WaitForFatal(), HasSubstr("engine worker 0 ran another plan as step 1"));
-}
-
-TEST_F(LlmTest, AResultOutOfPlaceStopsTheEngine) {
-  FakeWorkerOptions worker = WorkerOptions();
-  worker.spoil = [](StepDone* done) { done->sampled[0].token = 5000; };
-  StartServing(worker);
-  Updates updates;
-  Submit(Request("abc", 30), &updates);
-  ASSERT_TRUE(updates.WaitFinished());
-  EXPECT_THAT(WaitForFatal(),
-              HasSubstr("engine worker 0 is out of step: step 1 sampled token 5000"));
-}
-
-TEST_F(LlmTest, ADeadWorkerEndsEveryRequestAndIsNamed) {
-  FakeWorkerOptions worker = WorkerOptions();
-  worker.before_step = [](const StepPlan& plan) { return plan.step < 4; };
-  StartServing(worker);
-  Updates running;
-  std::vector<std::unique_ptr<Updates>> waiting;
-  Submit(Request("abc", 30), &running);
-  for (int i = 0; i < 6; ++i) {
-    waiting.push_back(std::make_unique<Updates>());
-    Submit(Request("abc", 30), waiting.back().get());
-  }
-  ASSERT_TRUE(running.WaitForTokens(3));
-  workers_[0]->Kill();
-  ASSERT_TRUE(running.WaitFinished());
-  EXPECT_EQ(running.last().error.code(), absl::StatusCode::kUnavailable);
-  EXPECT_THAT(std::string(running.last().error.message()), HasSubstr("engine worker 0 is gone"));
-  for (auto& updates : waiting) ASSERT_TRUE(updates->WaitFinished());
-  EXPECT_THAT(WaitForFatal(), HasSubstr("engine worker 0 is gone"));
-  EXPECT_THAT(llm_->Readiness().reason, HasSubstr("engine worker 0 is gone"));
-  EXPECT_EQ(llm_->Submit(Request("abc", 5), [](GenerationUpdate) {}).status().code(),
-            absl::StatusCode::kUnavailable);
-}
-
-TEST_F(LlmTest, AFaultOfAWorkerIsPassedOn) {
+TEST_P(FeaturesTest, DoNotChangeTheText) {
+  options_.async_depth = GetParam().async_depth;
+  options_.chunked_prefill = GetParam().chunked_prefill;
+  options_.prefix_caching = GetParam().prefix_caching;
+  options_.num_blocks_override = 8;  // forces preemption
   StartServing();
-  ASSERT_TRUE(workers_[0]->SendFault(FaultKind::kOutOfMemory, "no 3 GiB left").ok());
-  EXPECT_EQ(WaitForFatal(), "engine worker 0 reports a fault (out of memory): no 3 GiB left");
+  std::vector<std::unique_ptr<Updates>> all;
+  const auto length = [](int i) { return 1 + i * 37 % 150; };
+  for (int i = 0; i < 30; ++i) {
+    all.push_back(std::make_unique<Updates>());
+    Submit(Request(std::string(length(i), 'x'), 45), all[i].get());
+  }
+  for (int i = 0; i < 30; ++i) {
+    ASSERT_TRUE(all[i]->WaitFinished());
+    EXPECT_TRUE(all[i]->last().error.ok()) << all[i]->last().error;
+    EXPECT_EQ(all[i]->choice(0).text, Letters(length(i), 45));
+  }
+  EXPECT_TRUE(cache_.WaitUntilAllAvailable());
+  EXPECT_THAT(cache_.refusals(), testing::IsEmpty());
 }
 
-TEST_F(LlmTest, ALostCacheManagerEndsEveryRequest) {
+INSTANTIATE_TEST_SUITE_P(All, FeaturesTest,
+                         testing::Values(Features{"Default", 1, true, true},
+                                         Features{"Strict", 0, true, true},
+                                         Features{"WholePrompts", 1, false, true},
+                                         Features{"NoCache", 1, true, false},
+                                         Features{"Plain", 0, false, false}),
+                         [](const auto& info) { return info.param.name; });
+
+TEST_F(LlmTest, ASecondRequestOfTheSamePromptComputesItsLastTokensOnly) {
+  StartServing();
+  const auto run = [&](const std::string& salt) {
+    Updates updates;
+    GenerationRequest request = Request(std::string(130, 'x'), 5);
+    request.cache_salt = salt;
+    Submit(request, &updates);
+    EXPECT_TRUE(updates.WaitFinished());
+    EXPECT_TRUE(cache_.WaitUntilAllAvailable());  // a flush would overtake its commits
+    EXPECT_EQ(updates.choice(0).text, Letters(130, 5));
+    return updates.last().num_cached_tokens;
+  };
+  EXPECT_EQ(run(""), 0);
+  EXPECT_EQ(run(""), 128);
+  EXPECT_EQ(run("alice"), 0);
+  EXPECT_EQ(Metric("fastdeploy:prefix_gpu_cache_token_num_total"), "128");
+  EXPECT_EQ(*llm_->ResetPrefixCache("alice"), 2u);
+  EXPECT_EQ(run(""), 128);
+  EXPECT_EQ(run("alice"), 0);
+  EXPECT_EQ(*llm_->ResetPrefixCache(std::nullopt), 4u);
+  EXPECT_EQ(run(""), 0);
+}
+
+TEST_F(LlmTest, WithoutPrefixCachingNothingIsFound) {
+  options_.prefix_caching = false;
+  StartServing();
+  for (int i = 0; i < 2; ++i) {
+    Updates updates;
+    Submit(Request(std::string(130, 'x'), 5), &updates);
+    ASSERT_TRUE(updates.WaitFinished());
+    EXPECT_EQ(updates.last().num_cached_tokens, 0);
+  }
+}
+
+TEST_F(LlmTest, MinTokensAndIgnoreEosKeepAStopTokenFromEndingTheText) {
+  StartServing();
+  Updates held;
+  GenerationRequest request = Request("Ending", 30);
+  request.min_tokens = 20;
+  Submit(request, &held);
+  ASSERT_TRUE(held.WaitFinished());
+  EXPECT_EQ(held.choice(0).num_tokens, 30);
+  EXPECT_EQ(held.choice(0).finish, FinishReason::kLength);
+  Updates ignored;
+  request.min_tokens = 0;
+  request.ignore_eos = true;
+  Submit(request, &ignored);
+  ASSERT_TRUE(ignored.WaitFinished());
+  EXPECT_EQ(ignored.choice(0).num_tokens, 30);
+}
+
+TEST_F(LlmTest, ACancelledRequestIsInNoPlanThatIsMadeLater) {
+  struct Seen {
+    std::atomic<uint64_t> last_step = 0;
+  };
+  auto seen = std::make_shared<Seen>();  // the worker may run a last plan after the test's end
   FakeWorkerOptions worker = WorkerOptions();
-  worker.before_step = [](const StepPlan& plan) { return plan.step < 4; };
+  worker.step_delay = std::chrono::milliseconds(2);
+  worker.before_step = [seen](const StepPlan& plan) {
+    if (!plan.rows.empty()) seen->last_step = plan.step;
+    return true;
+  };
   StartServing(worker);
   Updates updates;
-  Submit(Request("abc", 30), &updates);
+  const RequestHandle handle = Submit(Request("abc", 190), &updates);
   ASSERT_TRUE(updates.WaitForTokens(3));
-  cache_.Die();
-  ASSERT_TRUE(updates.WaitFinished());
-  EXPECT_EQ(updates.last().error.message(), "the cache manager is lost: killed");
-  EXPECT_EQ(WaitForFatal(), "the cache manager is lost: killed");
+  llm_->Cancel(handle);
+  const uint64_t at_cancel = seen->last_step;
+  ASSERT_TRUE(cache_.WaitUntilAllAvailable());
+  // What was in flight, and a plan that was being made.
+  EXPECT_LE(seen->last_step, at_cancel + 2);
 }
 
-TEST_F(LlmTest, APoolTooSmallForOneRequestStopsTheStartUp) {
-  options_.num_blocks_override = 3;
-  Create();
-  AddWorker(WorkerOptions());
-  EXPECT_EQ(WaitForFatal(),
-            "--num-gpu-blocks-override 3 holds no sequence of --max-model-len 200: 4 blocks of 64 "
-            "tokens are needed");
+// Sets the worker's clock still until the test opens the gate.
+class StalledTest : public LlmTest {
+ protected:
+  void StartStalled() {
+    FakeWorkerOptions worker = WorkerOptions();
+    worker.before_step = [gate = gate_, begun = begun_](const StepPlan&) {
+      begun->Open();
+      gate->Pass();
+      return true;
+    };
+    options_.max_num_seqs = 1;
+    StartServing(worker);
+    Submit(Request("abc", 5), &running_);
+    begun_->Pass();
+  }
+  ~StalledTest() override { gate_->Open(); }
+
+  // The worker may run a last plan after the test's end.
+  const std::shared_ptr<Gate> gate_ = std::make_shared<Gate>();
+  const std::shared_ptr<Gate> begun_ = std::make_shared<Gate>();
+  Updates running_;
+};
+
+TEST_F(StalledTest, AFullQueueRefusesWithATimeToComeAgain) {
+  options_.max_queue_requests = 1;
+  StartStalled();
+  Updates waiting;
+  Submit(Request("abc", 5), &waiting);
+  Updates refused;
+  Submit(Request("abc", 5), &refused);
+  ASSERT_TRUE(refused.WaitFinished());
+  EXPECT_EQ(refused.num_updates(), 1);
+  EXPECT_EQ(refused.last().error.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_GE(RetryAfterSeconds(refused.last().error), 1);
+  gate_->Open();
+  ASSERT_TRUE(waiting.WaitFinished());
+  EXPECT_TRUE(waiting.last().error.ok());
 }
 
-TEST_F(LlmTest, ShuttingDownEndsOpenRequestsAndTellsTheWorkers) {
-  FakeWorkerOptions worker = WorkerOptions();
-  worker.before_step = [](const StepPlan& plan) { return plan.step < 4; };
-  StartServing(worker);
-  Updates updates;
-  Submit(Request("abc", 30), &updates);
-  ASSERT_TRUE(updates.WaitForTokens(3));
-  llm_.reset();
-  ASSERT_TRUE(updates.WaitFinished());
-  EXPECT_EQ(updates.last().error.code(), absl::StatusCode::kUnavailable);
-  EXPECT_TRUE(workers_[0]->WaitForShutdown());
-  EXPECT_EQ(fatal_, "");
-}
-
-TEST_F(LlmTest, ShuttingDownBeforeAnybodyHasConnectedIsQuick) {
-  cache_.SetReachable(false);
-  Create();
+TEST_F(StalledTest, ARequestWhoseTimeIsUpEndsThoughNothingElseHappens) {
+  StartStalled();
+  Updates waiting;
+  GenerationRequest request = Request("abc", 5);
+  request.timeout_ms = 50;
   const auto start = std::chrono::steady_clock::now();
-  llm_.reset();
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+  Submit(request, &waiting);
+  ASSERT_TRUE(waiting.WaitFinished());
+  EXPECT_GE(std::chrono::steady_clock::now() - start, std::chrono::milliseconds(50));
+  EXPECT_EQ(waiting.last().error.code(), absl::StatusCode::kDeadlineExceeded);
+  gate_->Open();
+  ASSERT_TRUE(running_.WaitFinished());
+  EXPECT_TRUE(running_.last().error.ok());
 }
 
-TEST_F(LlmTest, RefusesARowBudgetBelowTheNumberOfSequences) {
-  options_.max_num_batched_tokens = 3;
-  const absl::Status status =
-      CreateLlmWith(options_, std::make_unique<FakeTokenizer>(),
-                    std::make_shared<prometheus::Registry>(), cache_.Connector())
-          .status();
-  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(status.message(), "--max-num-batched-tokens is 3, must be at least --max-num-seqs (4)");
+TEST_F(StalledTest, TheServersMaximumIsTheDefaultTimeout) {
+  options_.request_timeout_ms = 50;
+  StartStalled();
+  Updates waiting;
+  Submit(Request("abc", 5), &waiting);
+  ASSERT_TRUE(waiting.WaitFinished());
+  EXPECT_EQ(waiting.last().error.code(), absl::StatusCode::kDeadlineExceeded);
 }
 
 }  // namespace

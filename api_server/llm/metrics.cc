@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 namespace wintserve {
 namespace {
@@ -43,6 +44,9 @@ struct EngineMetrics::Series {
 
   const std::shared_ptr<prometheus::Registry> registry;
   EngineFacts facts;
+  SchedulerStats last;  // totals that the counters have reached
+  uint64_t lookups = 0;
+  uint64_t lookups_with_hit = 0;
 
 #define COUNTER(member, help) \
   prometheus::Counter& member = Counter(registry.get(), "fastdeploy:" #member, help)
@@ -61,10 +65,17 @@ struct EngineMetrics::Series {
   GAUGE(max_batch_size, "Slots.");
   GAUGE(available_batch_size, "Free slots.");
   GAUGE(gpu_cache_usage_perc, "Share of the KV blocks in use, 0 to 1.");
-  GAUGE(available_gpu_block_num, "KV blocks that a request could get.");
-  GAUGE(free_gpu_block_num, "KV blocks that hold nothing.");
+  GAUGE(available_gpu_block_num, "KV blocks that a request could get, cached ones included.");
+  GAUGE(free_gpu_block_num, "KV blocks that no request holds, cached ones included.");
   GAUGE(max_gpu_block_num, "KV blocks of the pool.");
   GAUGE(available_gpu_resource, "Share of the KV blocks that a request could get, 0 to 1.");
+  GAUGE(hit_req_rate, "Share of the requests that found part of their prompt cached, 0 to 1.");
+  GAUGE(hit_token_rate, "Share of the prompt tokens that were cached, 0 to 1.");
+  GAUGE(gpu_hit_token_rate, "Share of the prompt tokens that were cached in KV blocks, 0 to 1.");
+  GAUGE(cpu_hit_token_rate, "Share of the prompt tokens that were cached in host memory, 0 to 1.");
+  COUNTER(prefix_cache_token_num_total, "Prompt tokens that were cached.");
+  COUNTER(prefix_gpu_cache_token_num_total, "Prompt tokens that were cached in KV blocks.");
+  COUNTER(prefix_cpu_cache_token_num_total, "Prompt tokens that were cached in host memory.");
   HISTOGRAM(time_to_first_token_seconds, kTimeToFirstTokenSeconds, "Arrival to first token.");
   HISTOGRAM(time_per_output_token_seconds, kTimePerOutputTokenSeconds,
             "From a token of a choice to its next.");
@@ -80,6 +91,29 @@ struct EngineMetrics::Series {
 #undef COUNTER
 #undef GAUGE
 #undef HISTOGRAM
+
+  prometheus::Counter& preemptions =
+      Counter(registry.get(), "wintserve:preemptions_total",
+              "Sequences that gave up their blocks and are computed again.");
+  prometheus::Counter& overshoot_rows =
+      Counter(registry.get(), "wintserve:overshoot_rows_total",
+              "Rows that were computed for a sequence that had ended.");
+  prometheus::Gauge& lease_blocks =
+      Gauge(registry.get(), "wintserve:lease_blocks",
+            "KV blocks leased ahead of need, not yet given to a sequence.");
+  prometheus::Gauge& sequences_matching = Gauge(registry.get(), "wintserve:sequences_matching",
+                                                "Sequences whose prefix is being looked up.");
+  prometheus::Gauge& sequences_restoring =
+      Gauge(registry.get(), "wintserve:sequences_restoring",
+            "Sequences whose prefix is being copied from host memory.");
+  prometheus::Gauge& plans_in_flight = Gauge(registry.get(), "wintserve:plans_in_flight",
+                                             "Plans that the engine workers have not done yet.");
+  prometheus::Counter& cache_losses =
+      Counter(registry.get(), "wintserve:cache_sessions_lost_total",
+              "Sessions with the cache manager that ended unasked.");
+  prometheus::Counter& pool_replacements =
+      Counter(registry.get(), "wintserve:kv_pool_replacements_total",
+              "KV pools that a new cache manager created in place of a lost one.");
 
   prometheus::Histogram& step_seconds =
       Histogram(registry.get(), "wintserve:step_seconds",
@@ -108,6 +142,8 @@ void EngineMetrics::RecordFacts(const EngineFacts& facts) {
       .Register(*series_->registry)
       .Add({{"block_size", std::to_string(facts.block_size_tokens)},
             {"num_gpu_blocks", std::to_string(facts.num_blocks)},
+            {"num_cpu_blocks", std::to_string(facts.num_host_blocks)},
+            {"enable_prefix_caching", facts.prefix_caching ? "True" : "False"},
             {"pool_bytes", std::to_string(facts.pool_bytes)},
             {"max_num_seqs", std::to_string(facts.max_num_seqs)},
             {"max_model_len", std::to_string(facts.max_model_len)},
@@ -162,17 +198,52 @@ void EngineMetrics::RecordSchedule(double schedule_seconds) {
   series_->schedule_seconds.Observe(schedule_seconds);
 }
 
+void EngineMetrics::RecordCacheLookup(bool hit) {
+  ++series_->lookups;
+  if (hit) ++series_->lookups_with_hit;
+  series_->hit_req_rate.Set(static_cast<double>(series_->lookups_with_hit) /
+                            static_cast<double>(series_->lookups));
+}
+
+void EngineMetrics::RecordCacheLoss() { series_->cache_losses.Increment(); }
+
+void EngineMetrics::RecordPoolReplacement() { series_->pool_replacements.Increment(); }
+
 void EngineMetrics::RecordState(const SchedulerStats& stats) {
   const EngineFacts& facts = series_->facts;
-  const int num_free = facts.num_blocks - stats.num_blocks_held;
-  const double free_share = static_cast<double>(num_free) / std::max(1, facts.num_blocks);
+  const int num_available = stats.num_blocks_available + stats.num_blocks_leased_ahead;
+  const double num_blocks = std::max(1, facts.num_blocks);
+  const int num_unheld = facts.num_blocks - stats.num_blocks_held + stats.num_blocks_leased_ahead;
   series_->num_requests_running.Set(stats.num_running);
   series_->num_requests_waiting.Set(stats.num_waiting);
   series_->available_batch_size.Set(facts.max_num_seqs - stats.num_running);
-  series_->gpu_cache_usage_perc.Set(1 - free_share);
-  series_->available_gpu_block_num.Set(num_free);
-  series_->free_gpu_block_num.Set(num_free);
-  series_->available_gpu_resource.Set(free_share);
+  series_->gpu_cache_usage_perc.Set(1 - num_unheld / num_blocks);
+  series_->available_gpu_block_num.Set(num_available);
+  series_->free_gpu_block_num.Set(num_unheld);
+  series_->available_gpu_resource.Set(num_available / num_blocks);
+  series_->lease_blocks.Set(stats.num_blocks_leased_ahead);
+  series_->sequences_matching.Set(stats.num_matching);
+  series_->sequences_restoring.Set(stats.num_restoring);
+  series_->plans_in_flight.Set(stats.num_plans_in_flight);
+  RecordTotals(stats);
+}
+
+void EngineMetrics::RecordTotals(const SchedulerStats& stats) {
+  const SchedulerStats last = std::exchange(series_->last, stats);
+  series_->preemptions.Increment(stats.preemptions - last.preemptions);
+  series_->overshoot_rows.Increment(stats.overshoot_rows - last.overshoot_rows);
+  if (stats.queried_tokens == last.queried_tokens) return;
+  const uint64_t device_hits = stats.device_hit_tokens - last.device_hit_tokens;
+  const uint64_t host_hits = stats.host_hit_tokens - last.host_hit_tokens;
+  series_->prefix_gpu_cache_token_num_total.Increment(device_hits);
+  series_->prefix_cpu_cache_token_num_total.Increment(host_hits);
+  series_->prefix_cache_token_num_total.Increment(device_hits + host_hits);
+  const auto queried = static_cast<double>(stats.queried_tokens);
+  const double device_rate = stats.device_hit_tokens / queried;
+  const double host_rate = stats.host_hit_tokens / queried;
+  series_->gpu_hit_token_rate.Set(device_rate);
+  series_->cpu_hit_token_rate.Set(host_rate);
+  series_->hit_token_rate.Set(device_rate + host_rate);
 }
 
 }  // namespace wintserve

@@ -21,10 +21,12 @@ struct EngineFacts {
   int max_num_batched_tokens = 0;
   int block_size_tokens = 0;
   int num_blocks = 0;
+  int num_host_blocks = 0;
   uint64_t pool_bytes = 0;  // over all ranks
+  bool prefix_caching = false;
 };
 
-// Threading: thread-safe. Durations are in seconds.
+// Threading: one thread records; reading the registry is thread-safe. Durations are in seconds.
 class EngineMetrics {
  public:
   explicit EngineMetrics(std::shared_ptr<prometheus::Registry> registry);
@@ -33,6 +35,8 @@ class EngineMetrics {
   void RecordFacts(const EngineFacts& facts);
   void RecordArrival(int num_prompt_tokens, int max_tokens);
   void RecordStart(double queue_seconds);
+  // Once a request, at its first admission. hit: part of its prompt was cached.
+  void RecordCacheLookup(bool hit);
   void RecordFirstToken(double since_arrival_seconds, double since_start_seconds);
   void RecordGeneratedTokens(int num_tokens);
   void RecordNextToken(double since_last_token_seconds);
@@ -44,9 +48,15 @@ class EngineMetrics {
   // schedule: done -> next plan sent.
   void RecordSchedule(double schedule_seconds);
   void RecordState(const SchedulerStats& stats);
+  // The session with the cache manager ended; its pool was replaced by a new one.
+  void RecordCacheLoss();
+  void RecordPoolReplacement();
 
  private:
   struct Series;
+
+  void RecordTotals(const SchedulerStats& stats);
+
   std::unique_ptr<Series> series_;
 };
 

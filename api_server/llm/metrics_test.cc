@@ -18,7 +18,9 @@ TEST(EngineMetrics, ExposesTheNamesThatDashboardsAskFor) {
                        .max_num_batched_tokens = 64,
                        .block_size_tokens = 64,
                        .num_blocks = 10,
-                       .pool_bytes = 40960});
+                       .num_host_blocks = 3,
+                       .pool_bytes = 40960,
+                       .prefix_caching = true});
   metrics.RecordArrival(/*num_prompt_tokens=*/7, /*max_tokens=*/20);
   metrics.RecordStart(0.1);
   metrics.RecordFirstToken(0.3, 0.2);
@@ -27,7 +29,29 @@ TEST(EngineMetrics, ExposesTheNamesThatDashboardsAskFor) {
   metrics.RecordSuccess(1, 0.9, 0.7, 7, 2);
   metrics.RecordStep(0.005, 0.004, 3, 11);
   metrics.RecordSchedule(0.00007);
-  metrics.RecordState({.num_running = 3, .num_waiting = 2, .num_blocks_held = 4});
+  metrics.RecordCacheLookup(/*hit=*/false);
+  metrics.RecordCacheLookup(/*hit=*/true);
+  metrics.RecordCacheLoss();
+  metrics.RecordPoolReplacement();
+  SchedulerStats stats = {.num_running = 3,
+                          .num_waiting = 2,
+                          .num_matching = 1,
+                          .num_restoring = 2,
+                          .num_blocks_held = 6,
+                          .num_blocks_leased_ahead = 2,
+                          .num_blocks_available = 3,
+                          .num_plans_in_flight = 2,
+                          .preemptions = 1,
+                          .overshoot_rows = 4,
+                          .queried_tokens = 200,
+                          .device_hit_tokens = 64};
+  metrics.RecordState(stats);
+  stats.preemptions = 3;
+  stats.queried_tokens = 400;
+  stats.device_hit_tokens = 100;
+  stats.host_hit_tokens = 200;
+  metrics.RecordState(stats);
+  metrics.RecordState(stats);  // nothing new
   const std::string text = prometheus::TextSerializer().Serialize(registry->Collect());
   for (const char* line : {
            "fastdeploy:requests_number_total 1",
@@ -40,10 +64,25 @@ TEST(EngineMetrics, ExposesTheNamesThatDashboardsAskFor) {
            "fastdeploy:max_batch_size 4",
            "fastdeploy:available_batch_size 1",
            "fastdeploy:gpu_cache_usage_perc 0.4",
-           "fastdeploy:available_gpu_block_num 6",
+           "fastdeploy:available_gpu_block_num 5",
            "fastdeploy:free_gpu_block_num 6",
            "fastdeploy:max_gpu_block_num 10",
-           "fastdeploy:available_gpu_resource 0.6",
+           "fastdeploy:available_gpu_resource 0.5",
+           "fastdeploy:hit_req_rate 0.5",
+           "fastdeploy:hit_token_rate 0.75",
+           "fastdeploy:gpu_hit_token_rate 0.25",
+           "fastdeploy:cpu_hit_token_rate 0.5",
+           "fastdeploy:prefix_cache_token_num_total 300",
+           "fastdeploy:prefix_gpu_cache_token_num_total 100",
+           "fastdeploy:prefix_cpu_cache_token_num_total 200",
+           "wintserve:preemptions_total 3",
+           "wintserve:overshoot_rows_total 4",
+           "wintserve:lease_blocks 2",
+           "wintserve:sequences_matching 1",
+           "wintserve:sequences_restoring 2",
+           "wintserve:plans_in_flight 2",
+           "wintserve:cache_sessions_lost_total 1",
+           "wintserve:kv_pool_replacements_total 1",
            "fastdeploy:time_to_first_token_seconds_bucket{le=\"0.5\"} 1",
            "fastdeploy:time_to_first_token_seconds_bucket{le=\"2560\"} 1",
            "fastdeploy:time_per_output_token_seconds_bucket{le=\"80\"} 1",

@@ -47,22 +47,30 @@ void RequestOutput::FinishChoice(Choice* choice, FinishReason reason, ChoiceDelt
   --num_unfinished_;
 }
 
+GenerationUpdate RequestOutput::Update() const {
+  return {.num_prompt_tokens = num_prompt_tokens_,
+          .num_completion_tokens = num_completion_tokens_,
+          .num_cached_tokens = num_cached_tokens_};
+}
+
+void RequestOutput::Accept() { on_update_(Update()); }
+
 void RequestOutput::Deliver() {
   if (deltas_.empty()) return;
   for (const ChoiceDelta& delta : deltas_) choices_[delta.index].delta = -1;
-  on_update_({.choices = std::exchange(deltas_, {}),
-              .num_prompt_tokens = num_prompt_tokens_,
-              .num_completion_tokens = num_completion_tokens_,
-              .finished = finished()});
+  GenerationUpdate update = Update();
+  update.choices = std::exchange(deltas_, {});
+  update.finished = finished();
+  on_update_(std::move(update));
 }
 
 void RequestOutput::Fail(const absl::Status& error) {
   num_unfinished_ = 0;
-  on_update_({.choices = std::exchange(deltas_, {}),
-              .num_prompt_tokens = num_prompt_tokens_,
-              .num_completion_tokens = num_completion_tokens_,
-              .finished = true,
-              .error = error});
+  GenerationUpdate update = Update();
+  update.choices = std::exchange(deltas_, {});
+  update.finished = true;
+  update.error = error;
+  on_update_(std::move(update));
 }
 
 ChoiceDelta& RequestOutput::DeltaOf(uint32_t choice) {

@@ -20,6 +20,11 @@ class RequestOutput {
   RequestOutput(const Tokenizer& tokenizer, const GenerationRequest& request,
                 std::function<void(GenerationUpdate)> on_update);
 
+  // The first update: the request is in the queue.
+  void Accept();
+  // Of the first choice; in every later update.
+  void set_num_cached_tokens(int count) { num_cached_tokens_ = count; }
+
   // Takes one sampled token. True: it completed a stop string, so the choice has finished although
   // the token is not the sequence's last. A stop token counts but has no text.
   bool Append(const SequenceToken& news);
@@ -41,6 +46,7 @@ class RequestOutput {
     int delta = -1;  // its place in the update that is being made; -1: none yet
   };
 
+  GenerationUpdate Update() const;  // without news
   ChoiceDelta& DeltaOf(uint32_t choice);
   void FinishChoice(Choice* choice, FinishReason reason, ChoiceDelta* delta);
 
@@ -49,6 +55,7 @@ class RequestOutput {
   std::vector<Choice> choices_;
   int num_unfinished_;
   int num_completion_tokens_ = 0;
+  int num_cached_tokens_ = 0;
   std::vector<ChoiceDelta> deltas_;
 };
 

@@ -29,6 +29,19 @@ class RequestOutputTest : public testing::Test {
   std::vector<GenerationUpdate> updates_;
 };
 
+TEST_F(RequestOutputTest, TheFirstUpdateSaysThatTheRequestIsAccepted) {
+  RequestOutput output = Make(1);
+  output.Accept();
+  ASSERT_THAT(updates_, SizeIs(1));
+  EXPECT_THAT(updates_[0].choices, SizeIs(0));
+  EXPECT_FALSE(updates_[0].finished);
+  output.set_num_cached_tokens(64);
+  output.Fail(absl::DeadlineExceededError("late"));
+  EXPECT_EQ(updates_[1].num_cached_tokens, 64);
+  EXPECT_TRUE(updates_[1].finished);
+  EXPECT_EQ(updates_[1].error.message(), "late");
+}
+
 TEST_F(RequestOutputTest, DeliversOneUpdateForAllChoicesOfAStep) {
   RequestOutput output = Make(2);
   output.Append(News('a', 1));

@@ -19,10 +19,10 @@ absl::Status Unfit(const WorkerHello& hello, const std::string& what) {
 }  // namespace
 
 GroupStartup::GroupStartup(const StartupConfig& config)
-    : config_(config), max_model_len_(config.max_model_len), workers_(config.world_size) {}
+    : config_(config), max_model_len_(config.max_model_len), hellos_(config.world_size) {}
 
 absl::Status GroupStartup::OnHello(const WorkerHello& hello) {
-  CHECK(hello.rank < workers_.size(), "rank={}", hello.rank);
+  CHECK(hello.rank < hellos_.size(), "rank={}", hello.rank);
   if (hello.vocab_size == 0 || hello.max_position < 2 || hello.kv_block_bytes == 0) {
     return Unfit(hello,
                  fmt::format("vocab_size {}, max_position {}, kv_block_bytes {}: none may be "
@@ -43,71 +43,56 @@ absl::Status GroupStartup::OnHello(const WorkerHello& hello) {
                                     config_.max_num_seqs));
   }
   if (hello.max_tokens < max_plan_tokens()) {
-    return Unfit(hello, fmt::format("runs {} tokens in a step, --max-num-batched-tokens {} and "
-                                    "--max-model-len {} ask for {}",
-                                    hello.max_tokens, config_.max_num_batched_tokens,
-                                    max_model_len_, max_plan_tokens()));
+    const std::string cause =
+        config_.chunked_prefill
+            ? fmt::format("--max-num-batched-tokens {} asks", config_.max_num_batched_tokens)
+            : fmt::format(
+                  "without chunked prefill, --max-num-batched-tokens {} and "
+                  "--max-model-len {} ask",
+                  config_.max_num_batched_tokens, max_model_len_);
+    return Unfit(hello, fmt::format("runs {} tokens in a step, {} for {}", hello.max_tokens, cause,
+                                    max_plan_tokens()));
   }
-  workers_[hello.rank].hello = hello;
-  return absl::OkStatus();
-}
-
-absl::Status GroupStartup::OnReady(uint32_t rank, const ReadyMessage& ready) {
-  CHECK(rank < workers_.size(), "rank={}", rank);
-  if (!pool_.has_value() || ready.group_epoch != config_.group_epoch ||
-      ready.pool_epoch != pool_->pool_epoch) {
-    return absl::InternalError(
-        fmt::format("engine worker {} is ready for group epoch {:x} and pool epoch {:x}, which "
-                    "it was not asked for",
-                    rank, ready.group_epoch, ready.pool_epoch));
-  }
-  workers_[rank].ready = true;
+  hellos_[hello.rank] = hello;
   return absl::OkStatus();
 }
 
 bool GroupStartup::all_attached() const {
-  return std::all_of(workers_.begin(), workers_.end(),
-                     [](const Worker& worker) { return worker.hello.has_value(); });
-}
-
-bool GroupStartup::done() const {
-  return std::all_of(workers_.begin(), workers_.end(),
-                     [](const Worker& worker) { return worker.ready; });
+  return std::all_of(hellos_.begin(), hellos_.end(),
+                     [](const auto& hello) { return hello.has_value(); });
 }
 
 std::string GroupStartup::WaitingFor() const {
-  const auto attached = std::count_if(workers_.begin(), workers_.end(), [](const Worker& worker) {
-    return worker.hello.has_value();
-  });
-  if (!all_attached()) {
-    return fmt::format("waiting for engine workers: {} of {} connected", attached, workers_.size());
-  }
-  if (!cache_connected_) return "waiting for the cache manager";
-  if (!pool_.has_value()) return "waiting for the cache manager to create the KV pool";
-  for (size_t rank = 0; rank < workers_.size(); ++rank) {
-    if (!workers_[rank].ready) return fmt::format("engine worker {} is warming up", rank);
-  }
-  return "";
+  const auto attached = std::count_if(hellos_.begin(), hellos_.end(),
+                                      [](const auto& hello) { return hello.has_value(); });
+  if (all_attached()) return "";
+  return fmt::format("waiting for engine workers: {} of {} connected", attached, hellos_.size());
 }
 
 ConfigureWorker GroupStartup::configuration() const {
   CHECK(all_attached());
-  return {.group_epoch = config_.group_epoch,
-          .world_size = config_.world_size,
-          .max_slots = static_cast<uint32_t>(config_.max_num_seqs),
-          .max_tokens = max_plan_tokens(),
-          .max_sequence_tokens = static_cast<uint32_t>(max_model_len_),
-          .sampled_vocab_size = static_cast<uint32_t>(sampled_vocab_size())};
+  ConfigureWorker configure{.group_epoch = config_.group_epoch,
+                            .world_size = config_.world_size,
+                            .max_slots = static_cast<uint32_t>(config_.max_num_seqs),
+                            .max_tokens = max_plan_tokens(),
+                            .max_sequence_tokens = static_cast<uint32_t>(max_model_len_),
+                            .sampled_vocab_size = static_cast<uint32_t>(sampled_vocab_size())};
+  for (const int32_t id : config_.stop_ids) {
+    if (id >= 0 && id < sampled_vocab_size()) configure.stop_ids.push_back(id);
+  }
+  return configure;
 }
 
 absl::StatusOr<PoolSpec> GroupStartup::pool_spec() const {
   CHECK(all_attached());
   PoolSpec spec;
+  spec.root_seed = root_seed();
+  spec.host_bytes = config_.host_bytes;
+  spec.block_size_tokens = config_.block_size_tokens;
   std::vector<uint64_t> available_bytes_by_rank;
-  spec.kv_layout_digest = workers_[0].hello->kv_layout_digest;
-  for (const Worker& worker : workers_) {
-    spec.block_bytes_by_rank.push_back(worker.hello->kv_block_bytes);
-    available_bytes_by_rank.push_back(worker.hello->kv_bytes_available);
+  for (const auto& hello : hellos_) {
+    spec.block_bytes_by_rank.push_back(hello->kv_block_bytes);
+    available_bytes_by_rank.push_back(hello->kv_bytes_available);
   }
   ASSIGN_OR_RETURN(spec.num_blocks,
                    DecideNumBlocks({.max_num_seqs = config_.max_num_seqs,
@@ -119,30 +104,38 @@ absl::StatusOr<PoolSpec> GroupStartup::pool_spec() const {
   return spec;
 }
 
-AttachPool GroupStartup::attach_pool() const {
-  CHECK(pool_.has_value());
-  return {pool_->pool_epoch, pool_->memory_socket, pool_->num_blocks};
+std::string GroupStartup::root_seed() const {
+  return fmt::format("weights={:016x} kv_layout={:016x} block_tokens={} ranks={} model={}",
+                     hellos_[0]->weights_digest, hellos_[0]->kv_layout_digest,
+                     config_.block_size_tokens, config_.world_size, config_.model_digest);
 }
 
 uint64_t GroupStartup::block_bytes() const {
   CHECK(all_attached());
   uint64_t bytes = 0;
-  for (const Worker& worker : workers_) bytes += worker.hello->kv_block_bytes;
+  for (const auto& hello : hellos_) bytes += hello->kv_block_bytes;
+  return bytes;
+}
+
+uint64_t GroupStartup::largest_block_bytes() const {
+  CHECK(all_attached());
+  uint64_t bytes = 0;
+  for (const auto& hello : hellos_) bytes = std::max(bytes, hello->kv_block_bytes);
   return bytes;
 }
 
 int GroupStartup::vocab_size() const {
   CHECK(all_attached());
-  return static_cast<int>(workers_[0].hello->vocab_size);
+  return static_cast<int>(hellos_[0]->vocab_size);
 }
 
 int GroupStartup::sampled_vocab_size() const {
   return std::min(vocab_size(), config_.tokenizer_vocab_size);
 }
 
-// A prompt is run whole, whatever the row budget says.
 uint32_t GroupStartup::max_plan_tokens() const {
-  return static_cast<uint32_t>(std::max(config_.max_num_batched_tokens, max_model_len_));
+  const int whole_prompt = config_.chunked_prefill ? 0 : max_model_len_;
+  return static_cast<uint32_t>(std::max(config_.max_num_batched_tokens, whole_prompt));
 }
 
 }  // namespace wintserve

@@ -17,32 +17,41 @@ StartupConfig Config() {
           .max_num_batched_tokens = 256,
           .block_size_tokens = 64,
           .tokenizer_vocab_size = 900,
+          .stop_ids = {2, 950, 7},
+          .model_digest = "abc",
+          .host_bytes = 123,
           .group_epoch = 5};
 }
 
-TEST(GroupStartup, GoesFromTheFirstHelloToReady) {
+TEST(GroupStartup, GoesFromTheFirstHelloToTheLast) {
   GroupStartup startup(Config());
   EXPECT_EQ(startup.WaitingFor(), "waiting for engine workers: 0 of 2 connected");
   ASSERT_TRUE(startup.OnHello(FakeHello(1, 2)).ok());
   EXPECT_EQ(startup.WaitingFor(), "waiting for engine workers: 1 of 2 connected");
+  EXPECT_FALSE(startup.all_attached());
   ASSERT_TRUE(startup.OnHello(FakeHello(0, 2)).ok());
-  EXPECT_EQ(startup.WaitingFor(), "waiting for the cache manager");
-  EXPECT_FALSE(startup.can_open_pool());
-  startup.OnCacheConnected();
-  EXPECT_TRUE(startup.can_open_pool());
-  EXPECT_EQ(startup.WaitingFor(), "waiting for the cache manager to create the KV pool");
-  EXPECT_EQ(startup.pool_spec()->num_blocks, 16u * 32);
-  startup.OnPoolOpened({.pool_epoch = 6, .memory_socket = "m", .num_blocks = 512});
-  EXPECT_EQ(startup.WaitingFor(), "engine worker 0 is warming up");
-  ASSERT_TRUE(startup.OnReady(0, {5, 6}).ok());
-  EXPECT_EQ(startup.WaitingFor(), "engine worker 1 is warming up");
-  ASSERT_TRUE(startup.OnReady(1, {5, 6}).ok());
-  EXPECT_TRUE(startup.done());
+  EXPECT_TRUE(startup.all_attached());
   EXPECT_EQ(startup.WaitingFor(), "");
 }
 
-TEST(GroupStartup, TheWorkersAreToldToTakeTheLongestPromptWhole) {
+TEST(GroupStartup, ThePoolSpecNamesWhatMakesKvComparable) {
   GroupStartup startup(Config());
+  ASSERT_TRUE(startup.OnHello(FakeHello(0, 2)).ok());
+  ASSERT_TRUE(startup.OnHello(FakeHello(1, 2)).ok());
+  const PoolSpec spec = *startup.pool_spec();
+  EXPECT_EQ(spec.num_blocks, 16u * 32);
+  EXPECT_EQ(spec.host_bytes, 123u);
+  EXPECT_EQ(spec.block_size_tokens, 64);
+  EXPECT_FALSE(spec.resume_only);
+  EXPECT_EQ(spec.root_seed,
+            "weights=0000000000000007 kv_layout=0000000000000008 block_tokens=64 ranks=2 "
+            "model=abc");
+}
+
+TEST(GroupStartup, WithoutChunkedPrefillTheWorkersTakeTheLongestPromptWhole) {
+  StartupConfig config = Config();
+  config.chunked_prefill = false;
+  GroupStartup startup(config);
   WorkerHello hello = FakeHello(0, 2);
   hello.max_position = 1000;
   ASSERT_TRUE(startup.OnHello(hello).ok());
@@ -53,6 +62,14 @@ TEST(GroupStartup, TheWorkersAreToldToTakeTheLongestPromptWhole) {
   EXPECT_EQ(configure.max_slots, 16u);
   EXPECT_EQ(configure.sampled_vocab_size, 900u);  // the tokenizer's, not the model's 1000
   EXPECT_EQ(configure.group_epoch, 5u);
+  EXPECT_THAT(configure.stop_ids, testing::ElementsAre(2, 7));  // 950 is never sampled
+}
+
+TEST(GroupStartup, WithChunkedPrefillTheBudgetIsTheMost) {
+  GroupStartup startup(Config());
+  ASSERT_TRUE(startup.OnHello(FakeHello(0, 2)).ok());
+  ASSERT_TRUE(startup.OnHello(FakeHello(1, 2)).ok());
+  EXPECT_EQ(startup.configuration().max_tokens, 256u);
 }
 
 TEST(GroupStartup, SizesThePoolByTheMemoryThatTheWorkersHaveFound) {
@@ -62,15 +79,6 @@ TEST(GroupStartup, SizesThePoolByTheMemoryThatTheWorkersHaveFound) {
   ASSERT_TRUE(startup.OnHello(FakeHello(0, 2)).ok());
   ASSERT_TRUE(startup.OnHello(hello).ok());
   EXPECT_EQ(startup.pool_spec()->num_blocks, 100u);
-}
-
-TEST(GroupStartup, RefusesReadyForAnotherEpoch) {
-  GroupStartup startup(Config());
-  EXPECT_FALSE(startup.OnReady(0, {5, 6}).ok());
-  startup.OnPoolOpened({.pool_epoch = 6, .memory_socket = "m", .num_blocks = 512});
-  EXPECT_FALSE(startup.OnReady(0, {4, 6}).ok());
-  EXPECT_FALSE(startup.OnReady(0, {5, 7}).ok());
-  EXPECT_TRUE(startup.OnReady(0, {5, 6}).ok());
 }
 
 struct UnfitWorker {
@@ -100,10 +108,21 @@ INSTANTIATE_TEST_SUITE_P(
                     "its KV blocks hold 16 tokens, --block-size is 64"},
         UnfitWorker{"FewSlots", [](auto* h) { h->max_slots = 8; },
                     "holds 8 sequences, --max-num-seqs is 16"},
-        UnfitWorker{"FewTokens", [](auto* h) { h->max_tokens = 1024; },
-                    "runs 1024 tokens in a step, --max-num-batched-tokens 256 and --max-model-len "
-                    "2048 ask for 2048"}),
+        UnfitWorker{"FewTokens", [](auto* h) { h->max_tokens = 128; },
+                    "runs 128 tokens in a step, --max-num-batched-tokens 256 asks for 256"}),
     [](const auto& info) { return info.param.name; });
+
+TEST(GroupStartup, RefusesAWorkerThatCannotTakeAWholePrompt) {
+  StartupConfig config = Config();
+  config.chunked_prefill = false;
+  GroupStartup startup(config);
+  WorkerHello hello = FakeHello(1, 2);
+  hello.max_tokens = 1024;
+  EXPECT_THAT(std::string(startup.OnHello(hello).message()),
+              testing::HasSubstr("runs 1024 tokens in a step, without chunked prefill, "
+                                 "--max-num-batched-tokens 256 and --max-model-len 2048 ask for "
+                                 "2048"));
+}
 
 }  // namespace
 }  // namespace wintserve

@@ -42,6 +42,8 @@ HttpMeaning MeaningOf(absl::StatusCode code) {
       return {429, "rate_limit_error"};
     case absl::StatusCode::kUnavailable:
       return {503, "server_error"};
+    case absl::StatusCode::kDeadlineExceeded:
+      return {504, "timeout_error"};
     default:
       return {500, "server_error"};
   }
@@ -55,6 +57,8 @@ const char* DefaultCode(absl::StatusCode code) {
       return "rate_limit_exceeded";
     case absl::StatusCode::kUnavailable:
       return "service_unavailable";
+    case absl::StatusCode::kDeadlineExceeded:
+      return "timeout";
     default:
       return "internal_error";
   }

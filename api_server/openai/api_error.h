@@ -29,7 +29,7 @@ absl::Status StatusWithCode(absl::StatusCode status_code, std::string_view code,
                             std::string_view message, std::string_view param = "");
 
 // INVALID_ARGUMENT 400, UNAUTHENTICATED 401, NOT_FOUND 404, RESOURCE_EXHAUSTED 429, UNAVAILABLE
-// 503, everything else 500. The message is the status's own.
+// 503, DEADLINE_EXCEEDED 504, everything else 500. The message is the status's own.
 ApiError ToApiError(const absl::Status& status);
 
 // The JSON body. Invalid UTF-8 in the message (a client's bytes, quoted) becomes U+FFFD.

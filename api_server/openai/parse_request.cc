@@ -1,6 +1,8 @@
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
 
@@ -17,6 +19,7 @@ using nlohmann::json;
 
 constexpr int64_t kMinInt64 = std::numeric_limits<int64_t>::min();
 constexpr int64_t kMaxInt64 = std::numeric_limits<int64_t>::max();
+constexpr int64_t kMinInt32 = std::numeric_limits<int32_t>::min();
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 
 constexpr std::array<std::string_view, 5> kRoles = {"system", "developer", "user", "assistant",
@@ -209,6 +212,45 @@ absl::Status ParseSampling(const json& body, ApiRequest* request) {
   return absl::OkStatus();
 }
 
+absl::StatusOr<int64_t> ParseMinTokens(const json& body, const std::optional<int64_t>& max_tokens) {
+  ASSIGN_OR_RETURN(const std::optional<int64_t> min_tokens,
+                   ReadInteger(body, "min_tokens", 0, kMaxInt64));
+  if (max_tokens.has_value() && min_tokens.value_or(0) > *max_tokens) {
+    return InvalidField("min_tokens", fmt::format("must be at most max_tokens, {}, got {}",
+                                                  *max_tokens, *min_tokens));
+  }
+  return min_tokens.value_or(0);
+}
+
+absl::StatusOr<std::optional<int64_t>> ParseTimeout(const json& body) {
+  const json* field = FindField(body, "timeout");
+  if (field == nullptr) return std::optional<int64_t>();
+  const double seconds = field->is_number() ? field->get<double>() : 0;
+  if (seconds <= 0) {
+    return InvalidField("timeout",
+                        fmt::format("must be a number of seconds above 0, got {}", Quoted(*field)));
+  }
+  return static_cast<int64_t>(std::ceil(std::min(seconds, kMaxTimeoutSeconds) * 1000));
+}
+
+absl::StatusOr<std::string> ParseUser(const json& body) {
+  ASSIGN_OR_RETURN(std::string user, ReadString(body, "user"));
+  if (user.size() <= kMaxUserBytes) return user;
+  return InvalidField("user", fmt::format("must be at most {} bytes, got {}: {}", kMaxUserBytes,
+                                          user.size(), Quoted(body["user"])));
+}
+
+absl::Status ParseScheduling(const json& body, ApiRequest* request) {
+  ASSIGN_OR_RETURN(request->min_tokens, ParseMinTokens(body, request->max_tokens));
+  ASSIGN_OR_RETURN(request->ignore_eos, ReadBool(body, "ignore_eos"));
+  ASSIGN_OR_RETURN(const std::optional<int64_t> priority,
+                   ReadInteger(body, "priority", kMinInt32, kMaxInt32));
+  request->priority = static_cast<int32_t>(priority.value_or(0));
+  ASSIGN_OR_RETURN(request->cache_salt, ParseCacheSalt(body));
+  ASSIGN_OR_RETURN(request->timeout_ms, ParseTimeout(body));
+  return absl::OkStatus();
+}
+
 absl::Status ParseChoiceCount(const json& body, ApiRequest* request) {
   ASSIGN_OR_RETURN(const std::optional<int64_t> n, ReadInteger(body, "n", 1, kMaxChoicesPerPrompt));
   request->num_choices_per_prompt = static_cast<int>(n.value_or(1));
@@ -233,6 +275,16 @@ absl::Status ParsePrompt(const json& body, ApiRequest* request) {
 
 }  // namespace
 
+absl::StatusOr<std::string> ParseCacheSalt(const json& body) {
+  ASSIGN_OR_RETURN(std::string salt, ReadString(body, "cache_salt"));
+  const bool is_printable =
+      std::all_of(salt.begin(), salt.end(), [](char c) { return ' ' <= c && c <= '~'; });
+  if (salt.size() <= kMaxCacheSaltBytes && is_printable) return salt;
+  return InvalidField("cache_salt", fmt::format("must be at most {} printable ASCII characters, "
+                                                "got {}",
+                                                kMaxCacheSaltBytes, Quoted(body["cache_salt"])));
+}
+
 absl::StatusOr<ApiRequest> ParseRequest(Endpoint endpoint, std::string_view body_text) {
   ASSIGN_OR_RETURN(const json body, ParseJsonObject(body_text));
   ApiRequest request;
@@ -240,10 +292,11 @@ absl::StatusOr<ApiRequest> ParseRequest(Endpoint endpoint, std::string_view body
   ASSIGN_OR_RETURN(request.model, ReadString(body, "model"));
   RETURN_IF_ERROR(ParsePrompt(body, &request));
   RETURN_IF_ERROR(ParseSampling(body, &request));
+  RETURN_IF_ERROR(ParseScheduling(body, &request));
   RETURN_IF_ERROR(ParseChoiceCount(body, &request));
   ASSIGN_OR_RETURN(request.stream, ReadBool(body, "stream"));
   ASSIGN_OR_RETURN(request.stream_options, ParseStreamOptions(body, request.stream));
-  ASSIGN_OR_RETURN(request.user, ReadString(body, "user"));
+  ASSIGN_OR_RETURN(request.user, ParseUser(body));
   RETURN_IF_ERROR(RefuseUnsupportedFields(body, endpoint));
   return request;
 }

@@ -175,6 +175,39 @@ INSTANTIATE_TEST_SUITE_P(
     TestName);
 
 INSTANTIATE_TEST_SUITE_P(
+    Scheduling, BadRequests,
+    testing::Values(
+        BadRequest{"PriorityText", kC, Chat(R"("priority":"high")"), "priority", kValue,
+                   R"(must be an integer from -2147483648 to 2147483647, got "high")"},
+        BadRequest{"PriorityBeyond32Bits", kP, Completion(R"("priority":2147483648)"), "priority",
+                   kValue, "got 2147483648"},
+        BadRequest{"IgnoreEosNumber", kC, Chat(R"("ignore_eos":1)"), "ignore_eos", kValue,
+                   "must be true or false, got 1"},
+        BadRequest{"NegativeMinTokens", kC, Chat(R"("min_tokens":-1)"), "min_tokens", kValue,
+                   "from 0"},
+        BadRequest{"MinAboveMaxTokens", kP, Completion(R"("min_tokens":7,"max_tokens":5)"),
+                   "min_tokens", kValue, "min_tokens: must be at most max_tokens, 5, got 7"},
+        BadRequest{"MinAboveMaxCompletionTokens", kC,
+                   Chat(R"("min_tokens":7,"max_completion_tokens":6)"), "min_tokens", kValue,
+                   "at most max_tokens, 6, got 7"},
+        BadRequest{"SaltNumber", kC, Chat(R"("cache_salt":5)"), "cache_salt", kValue,
+                   "must be a string, got 5"},
+        BadRequest{"LongSalt", kC, Chat(R"("cache_salt":")" + std::string(129, 'a') + "\""),
+                   "cache_salt", kValue, "at most 128 printable ASCII characters, got \"aaa"},
+        BadRequest{"SaltWithLineBreak", kC, Chat(R"("cache_salt":"a\nb")"), "cache_salt", kValue,
+                   R"(got "a\nb")"},
+        BadRequest{"SaltBeyondAscii", kP, Completion(R"("cache_salt":"盐")"), "cache_salt", kValue,
+                   "printable ASCII"},
+        BadRequest{"LongUser", kC, Chat(R"("user":")" + std::string(1025, 'u') + "\""), "user",
+                   kValue, "user: must be at most 1024 bytes, got 1025: \"uuu"},
+        BadRequest{"ZeroTimeout", kC, Chat(R"("timeout":0)"), "timeout", kValue,
+                   "timeout: must be a number of seconds above 0, got 0"},
+        BadRequest{"NegativeTimeout", kC, Chat(R"("timeout":-0.5)"), "timeout", kValue, "got -0.5"},
+        BadRequest{"TimeoutText", kP, Completion(R"("timeout":"5s")"), "timeout", kValue,
+                   R"(got "5s")"}),
+    TestName);
+
+INSTANTIATE_TEST_SUITE_P(
     Unsupported, BadRequests,
     testing::Values(
         BadRequest{"ChatLogprobs", kC, Chat(R"("logprobs":true)"), "logprobs", kUnsupported,
@@ -221,7 +254,8 @@ TEST(ParseRequest, ReadsEveryField) {
       "model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 7,
       "temperature": 0.5, "top_p": 0.25, "top_k": 40, "seed": -9223372036854775808,
       "stop": ["a", "b"], "include_stop_str_in_output": true, "n": 3, "stream": true,
-      "stream_options": {"include_usage": true, "continuous_usage_stats": true}, "user": "u"})");
+      "stream_options": {"include_usage": true, "continuous_usage_stats": true}, "user": "u",
+      "min_tokens": 7, "ignore_eos": true, "priority": -3, "cache_salt": "s ~", "timeout": 1.5})");
   EXPECT_EQ(request.model, "m");
   EXPECT_EQ(request.max_tokens, 7);
   EXPECT_EQ(request.temperature, 0.5);
@@ -235,17 +269,31 @@ TEST(ParseRequest, ReadsEveryField) {
   EXPECT_TRUE(request.stream_options.include_usage);
   EXPECT_TRUE(request.stream_options.continuous_usage_stats);
   EXPECT_EQ(request.user, "u");
+  EXPECT_EQ(request.min_tokens, 7);
+  EXPECT_TRUE(request.ignore_eos);
+  EXPECT_EQ(request.priority, -3);
+  EXPECT_EQ(request.cache_salt, "s ~");
+  EXPECT_EQ(request.timeout_ms, 1500);
+}
+
+TEST(ParseRequest, ATimeoutIsNeverRoundedToNoneNorBeyondWhatFits) {
+  EXPECT_EQ(Parsed(kC, Chat(R"("timeout":1e-9)")).timeout_ms, 1);
+  EXPECT_EQ(Parsed(kC, Chat(R"("timeout":1e300)")).timeout_ms, 1'000'000'000'000);
 }
 
 TEST(ParseRequest, TakesNullAndAbsentAlikeAndIgnoresUnknownFields) {
   const ApiRequest request = Parsed(kC, Chat(R"("model":null,"temperature":null,"top_p":null,
       "seed":null,"stop":null,"n":null,"stream":null,"stream_options":null,"user":null,
+      "min_tokens":null,"ignore_eos":null,"priority":null,"cache_salt":null,"timeout":null,
       "max_tokens":null,"tools":null,"metadata":{"a":[1]},"some_extension":true)"));
   EXPECT_EQ(request.model, "");
   EXPECT_FALSE(request.temperature.has_value());
   EXPECT_FALSE(request.max_tokens.has_value());
   EXPECT_EQ(request.num_choices_per_prompt, 1);
   EXPECT_FALSE(request.stream);
+  EXPECT_EQ(request.min_tokens, 0);
+  EXPECT_EQ(request.priority, 0);
+  EXPECT_FALSE(request.timeout_ms.has_value());
 }
 
 TEST(ParseRequest, AcceptsNeutralValuesOfUnsupportedFields) {

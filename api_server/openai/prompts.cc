@@ -47,6 +47,16 @@ absl::Status CheckPrompt(const TokenIds& ids, const LLM& llm, const std::string&
   return absl::OkStatus();
 }
 
+absl::Status CheckMinTokens(const ApiRequest& request, size_t num_prompt_tokens, const LLM& llm) {
+  const int64_t room = llm.max_model_len() - static_cast<int64_t>(num_prompt_tokens);
+  if (request.min_tokens <= room) return absl::OkStatus();
+  return InvalidField(
+      "min_tokens",
+      fmt::format("must be at most {}, which a prompt of {} tokens leaves of max_model_len {}, "
+                  "got {}",
+                  room, num_prompt_tokens, llm.max_model_len(), request.min_tokens));
+}
+
 // Everything but the prompt.
 GenerationRequest SamplingOf(const ApiRequest& request, const GenerationDefaults& defaults) {
   GenerationRequest generation;
@@ -62,6 +72,14 @@ GenerationRequest SamplingOf(const ApiRequest& request, const GenerationDefaults
   }
   generation.stop = request.stop;
   generation.include_stop_in_output = request.include_stop_in_output;
+  // CheckMinTokens refuses what is too large.
+  generation.min_tokens =
+      static_cast<int>(std::min<int64_t>(request.min_tokens, std::numeric_limits<int>::max()));
+  generation.ignore_eos = request.ignore_eos;
+  generation.priority = request.priority;
+  generation.tenant = request.user;
+  generation.cache_salt = request.cache_salt;
+  generation.timeout_ms = request.timeout_ms;
   return generation;
 }
 
@@ -90,6 +108,7 @@ absl::StatusOr<std::vector<GenerationRequest>> MakeGenerationRequests(const ApiR
     generation.id = request.prompts.size() == 1 ? id : absl::StrCat(id, "-", i);
     ASSIGN_OR_RETURN(generation.prompt_ids, EncodePrompt(request.prompts[i], llm, param));
     RETURN_IF_ERROR(CheckPrompt(generation.prompt_ids, llm, param));
+    RETURN_IF_ERROR(CheckMinTokens(request, generation.prompt_ids.size(), llm));
   }
   return generations;
 }

@@ -21,9 +21,10 @@ struct ModelNames {
 // alias, the model's path, "", "default" and "null" are known.
 absl::Status CheckModelName(std::string_view model, const LLM& llm, const ModelNames& names);
 
-// One GenerationRequest a prompt, in order; `id` names them in the log. Renders and encodes, so it
-// runs on a pool thread. INVALID_ARGUMENT (context_length_exceeded): longer than max_model_len - 1
-// tokens; or an unknown token id, an empty prompt, a message that the template cannot render.
+// One GenerationRequest a prompt, in order; `id` names them in the log; the tenant is `user`.
+// Renders and encodes, so it runs on a pool thread. INVALID_ARGUMENT (context_length_exceeded):
+// longer than max_model_len - 1 tokens; or an unknown token id, an empty prompt, a message that the
+// template cannot render, more min_tokens than the prompt leaves room for.
 absl::StatusOr<std::vector<GenerationRequest>> MakeGenerationRequests(const ApiRequest& request,
                                                                       const LLM& llm,
                                                                       const std::string& id);

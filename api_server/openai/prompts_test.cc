@@ -58,6 +58,26 @@ TEST(MakeGenerationRequests, TakesDefaultsFromTheModelAndClampsHugeLimits) {
   EXPECT_EQ(generations->front().max_tokens, std::numeric_limits<int>::max());
 }
 
+TEST(MakeGenerationRequests, PassesOnHowToSchedule) {
+  const FakeLlm llm;
+  ApiRequest request = CompletionOf("a");
+  request.user = "u";
+  request.min_tokens = 3;
+  request.ignore_eos = true;
+  request.priority = -2;
+  request.cache_salt = "s";
+  request.timeout_ms = 1500;
+  const auto generations = MakeGenerationRequests(request, llm, "id");
+  ASSERT_TRUE(generations.ok());
+  const GenerationRequest& generation = generations->front();
+  EXPECT_EQ(generation.tenant, "u");
+  EXPECT_EQ(generation.min_tokens, 3);
+  EXPECT_TRUE(generation.ignore_eos);
+  EXPECT_EQ(generation.priority, -2);
+  EXPECT_EQ(generation.cache_salt, "s");
+  EXPECT_EQ(generation.timeout_ms, 1500);
+}
+
 TEST(MakeGenerationRequests, MakesOneOfEachPrompt) {
   const FakeLlm llm;
   ApiRequest request = CompletionOf("a");
@@ -103,6 +123,12 @@ ApiRequest TwoPromptsTheSecondEmpty() {
   return request;
 }
 
+ApiRequest WithMinTokens(int64_t min_tokens) {
+  ApiRequest request = CompletionOf("123456");
+  request.min_tokens = min_tokens;
+  return request;
+}
+
 INSTANTIATE_TEST_SUITE_P(
     All, BadPrompts,
     testing::Values(
@@ -113,6 +139,10 @@ INSTANTIATE_TEST_SUITE_P(
                   "at least one token"},
         BadPrompt{"IdOutsideVocabulary", CompletionOf(TokenIds{1, 256}), "prompt", "invalid_value",
                   "token id 256 is outside the vocabulary, 0 to 255"},
+        BadPrompt{"MoreMinTokensThanRoom", WithMinTokens(3), "min_tokens", "invalid_value",
+                  "must be at most 2, which a prompt of 6 tokens leaves of max_model_len 8, got 3"},
+        BadPrompt{"MinTokensBeyond32Bits", WithMinTokens(int64_t{1} << 40), "min_tokens",
+                  "invalid_value", "got 1099511627776"},
         BadPrompt{"RoleWithoutWords", ToolMessage(), "messages", "invalid_value",
                   "no words for the role tool"}),
     [](const auto& info) { return info.param.name; });
@@ -121,6 +151,7 @@ TEST(MakeGenerationRequests, AcceptsAPromptThatLeavesOneToken) {
   FakeLlm llm;
   llm.SetMaxModelLen(8);
   EXPECT_TRUE(MakeGenerationRequests(CompletionOf("1234567"), llm, "id").ok());
+  EXPECT_TRUE(MakeGenerationRequests(WithMinTokens(2), llm, "id").ok());
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -25,6 +26,9 @@ inline constexpr int kMaxChoicesPerPrompt = 128;    // n
 inline constexpr int kMaxChoicesPerRequest = 1024;  // prompts * n
 inline constexpr int kMaxStopStrings = 16;
 inline constexpr int kMaxStopStringBytes = 256;
+inline constexpr int kMaxUserBytes = 1024;  // it is kept once a prompt
+inline constexpr int kMaxCacheSaltBytes = 128;
+inline constexpr double kMaxTimeoutSeconds = 1e9;  // a longer one is as good as this
 
 struct StreamOptions {
   bool include_usage = false;
@@ -46,7 +50,17 @@ struct ApiRequest {
   bool stream = false;
   StreamOptions stream_options;
   std::string user;
+
+  // Beyond OpenAI's API.
+  int64_t min_tokens = 0;  // at most max_tokens
+  bool ignore_eos = false;
+  int32_t priority = 0;                    // lower comes first
+  std::string cache_salt;                  // printable ASCII; prompts share KV under the same one
+  std::optional<int64_t> timeout_ms = {};  // at least 1
 };
+
+// The optional field "cache_salt" of any body; absent: empty. REQUIRES: body.is_object().
+absl::StatusOr<std::string> ParseCacheSalt(const nlohmann::json& body);
 
 // INVALID_ARGUMENT with param and code (api_error.h): see the table in parse_request_test.cc. Token
 // ids are checked to be integers of 32 bits here and against the vocabulary in

@@ -5,6 +5,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "api_server/openai/api_error.h"
 #include "api_server/openai/ids.h"
 
 namespace wintserve {
@@ -32,6 +33,14 @@ GenerationUpdate Update(std::vector<ChoiceDelta> choices, int num_completion_tok
   update.num_cached_tokens = 2;
   update.finished = finished;
   return update;
+}
+
+TEST(ToApiError, ADeadlineIsATimeoutError) {
+  const ApiError error = ToApiError(absl::DeadlineExceededError("its 2 s are up"));
+  EXPECT_EQ(error.http_status, 504);
+  EXPECT_EQ(ErrorBody(error),
+            R"({"error":{"message":"its 2 s are up","type":"timeout_error","param":null,)"
+            R"("code":"timeout"}})");
 }
 
 TEST(NewResponseIdentity, IdsAreUuidsWithTheEndpointsPrefix) {
@@ -79,6 +88,18 @@ TEST(ResponseAssembler, CompletionChoicesArePromptMajorAndUsageIsTheSum) {
   }
   EXPECT_EQ(body["usage"]["prompt_tokens"], 10);
   EXPECT_EQ(body["usage"]["completion_tokens"], 5);
+  EXPECT_EQ(body["usage"]["prompt_tokens_details"]["cached_tokens"], 4)
+      << "two prompts; not once more for each choice";
+}
+
+TEST(ResponseAssembler, TheUpdateThatSaysAcceptedAddsNothing) {
+  ResponseAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 1));
+  assembler.Add(0, Update({}, 0, false));
+  EXPECT_FALSE(assembler.finished());
+  assembler.Add(0, Update({{0, "a", {}, FinishReason::kStop}}, 1, true));
+  const auto body = nlohmann::json::parse(assembler.Body());
+  EXPECT_EQ(body["choices"][0]["message"]["content"], "a");
+  EXPECT_EQ(body["usage"]["prompt_tokens"], 5);
 }
 
 std::string Chunk(const std::string& choice, const std::string& after = "") {
@@ -111,6 +132,14 @@ TEST(StreamAssembler, FollowsOpenAisOrder) {
                             R"("total_tokens":8,"prompt_tokens_details":{"cached_tokens":2}})")));
 }
 
+TEST(StreamAssembler, TheUpdateThatSaysAcceptedMakesNoChunk) {
+  StreamAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 1));
+  std::vector<std::string> payloads;
+  assembler.Add(0, Update({}, 0, false), &payloads);
+  EXPECT_TRUE(payloads.empty());
+  EXPECT_FALSE(assembler.finished());
+}
+
 TEST(StreamAssembler, HasNoUsageKeyUnlessAsked) {
   StreamAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 1));
   std::vector<std::string> payloads;
@@ -130,7 +159,9 @@ TEST(StreamAssembler, PutsRunningUsageOnEveryChunkWhenAsked) {
   assembler.Add(0, Update({{0, "b", {}, FinishReason::kStop}}, 2, true), &payloads);
   std::vector<int> completion_tokens;
   for (const std::string& payload : payloads) {
-    completion_tokens.push_back(nlohmann::json::parse(payload)["usage"]["completion_tokens"]);
+    const auto usage = nlohmann::json::parse(payload)["usage"];
+    completion_tokens.push_back(usage["completion_tokens"]);
+    EXPECT_EQ(usage["prompt_tokens_details"]["cached_tokens"], 2);
   }
   EXPECT_THAT(completion_tokens, ElementsAre(1, 2, 2, 2));
 }

@@ -100,8 +100,15 @@ absl::StatusOr<std::string> ResolveName(const std::string& written,
   for (const std::string& candidate : names) {
     if (candidate.starts_with(name)) matches.push_back("--" + candidate);
   }
-  if (matches.size() == 1) return matches[0].substr(2);
-  if (matches.size() > 1) {
+  if (!matches.empty()) {
+    // Of names that continue one of them, that one: --max-num-s is --max-num-seqs.
+    const std::string shortest = *std::min_element(
+        matches.begin(), matches.end(),
+        [](const std::string& a, const std::string& b) { return a.size() < b.size(); });
+    const bool is_meant =
+        std::all_of(matches.begin(), matches.end(),
+                    [&](const std::string& match) { return match.starts_with(shortest); });
+    if (is_meant) return shortest.substr(2);
     return absl::InvalidArgumentError(
         fmt::format("--{}: could be {}", ForErrorLine(written), absl::StrJoin(matches, ", ")));
   }
@@ -235,37 +242,80 @@ struct Port {
   int port;
 };
 
-std::optional<Failure> CheckTogether(const Draft& draft, const Sources& sources) {
-  ServeOptions& options = draft.command->options;
-  auto fail = [&](const std::string& name, const std::string& reason) {
-    const auto source = sources.find(name);
-    return source == sources.end() ? Failure(kExitUsage, fmt::format("--{}: {}", name, reason))
-                                   : Failure(source->second.exit_code,
-                                             fmt::format("{}: {}", source->second.place, reason));
-  };
-  if (!draft.given.contains("max-num-batched-tokens")) {
-    options.max_num_batched_tokens = std::max(options.max_num_batched_tokens, options.max_num_seqs);
-  } else if (options.max_num_batched_tokens < options.max_num_seqs) {
-    return fail("max-num-batched-tokens",
-                fmt::format("must be at least --max-num-seqs, {} (got {})", options.max_num_seqs,
-                            options.max_num_batched_tokens));
-  }
+// The first rule that the options break; the name is the flag's that is at fault.
+struct BrokenRule {
+  std::string flag;
+  std::string reason;
+};
 
-  // Two zeros are two free ports.
-  if (options.port != 0 && options.metrics_port == options.port) options.metrics_port.reset();
+std::optional<BrokenRule> CheckPorts(const ServeOptions& options) {
   const Port ports[] = {{"port", options.port},
                         {"metrics-port", options.metrics_port.value_or(0)},
                         {"engine-worker-queue-port", options.engine_worker_queue_port},
                         {"cache-queue-port", options.cache_queue_port}};
   for (const Port& second : ports) {
     for (const Port* first = ports; first != &second; ++first) {
+      // Two zeros are two free ports.
       if (second.port != 0 && second.port == first->port) {
-        return fail(second.name,
-                    fmt::format("must differ from --{} (both {})", first->name, first->port));
+        return BrokenRule{second.name,
+                          fmt::format("must differ from --{} (both {})", first->name, first->port)};
       }
     }
   }
   return std::nullopt;
+}
+
+std::optional<BrokenRule> CheckLimits(const ServeOptions& options) {
+  if (options.max_num_batched_tokens < options.max_num_seqs) {
+    return BrokenRule{"max-num-batched-tokens",
+                      fmt::format("must be at least --max-num-seqs, {} (got {})",
+                                  options.max_num_seqs, options.max_num_batched_tokens)};
+  }
+  if (options.max_long_partial_prefills > options.max_num_partial_prefills) {
+    return BrokenRule{
+        "max-long-partial-prefills",
+        fmt::format("must be at most --max-num-partial-prefills, {} (got {})",
+                    options.max_num_partial_prefills, options.max_long_partial_prefills)};
+  }
+  if (options.long_prefill_token_threshold >= options.max_model_len) {
+    return BrokenRule{"long-prefill-token-threshold",
+                      fmt::format("must be below --max-model-len, {} (got {})",
+                                  options.max_model_len, options.long_prefill_token_threshold)};
+  }
+  return std::nullopt;
+}
+
+std::optional<BrokenRule> CheckCaching(const ServeOptions& options) {
+  if (options.enable_prefix_caching) {
+    if (options.cache_isolation == "key" && options.api_keys.empty()) {
+      return BrokenRule{"cache-isolation", "key needs at least one --api-key"};
+    }
+    return std::nullopt;
+  }
+  constexpr char kNeedsCaching[] = "has nothing to work on with --no-enable-prefix-caching";
+  if (options.swap_space_gib > 0) return BrokenRule{"swap-space", kNeedsCaching};
+  if (options.cache_isolation != "none") return BrokenRule{"cache-isolation", kNeedsCaching};
+  return std::nullopt;
+}
+
+void FillDefaults(const Draft& draft) {
+  ServeOptions& options = draft.command->options;
+  if (!draft.given.contains("max-num-batched-tokens")) {
+    options.max_num_batched_tokens = std::max(options.max_num_batched_tokens, options.max_num_seqs);
+  }
+  if (options.port != 0 && options.metrics_port == options.port) options.metrics_port.reset();
+}
+
+std::optional<Failure> CheckTogether(const ServeOptions& options, const Sources& sources) {
+  std::optional<BrokenRule> broken = CheckPorts(options);
+  if (!broken.has_value()) broken = CheckLimits(options);
+  if (!broken.has_value()) broken = CheckCaching(options);
+  if (!broken.has_value()) return std::nullopt;
+  const auto source = sources.find(broken->flag);
+  return source == sources.end()
+             ? Failure(kExitUsage, fmt::format("--{}: {}", broken->flag, broken->reason))
+             : Failure(source->second.exit_code,
+                       fmt::format("{}: {}", source->second.place, broken->reason));
 }
 
 void AddNotes(const std::function<const char*(const char*)>& get_env, Draft* draft) {
@@ -377,7 +427,8 @@ CommandLine ParseVerb(Verb verb, const std::vector<std::string>& args,
       }
     }
   }
-  if (const auto failure = CheckTogether(draft, sources)) return failure->ToCommandLine();
+  FillDefaults(draft);
+  if (const auto failure = CheckTogether(command.options, sources)) return failure->ToCommandLine();
   if (verb == Verb::kGenerate && command.generate.prompt.empty()) {
     return Failure(kExitUsage, "--prompt: needs a text").ToCommandLine();
   }

@@ -18,7 +18,6 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using ::testing::SizeIs;
-using ::testing::UnorderedElementsAre;
 using Args = std::vector<std::string>;
 using Environment = std::map<std::string, std::string>;
 
@@ -66,12 +65,10 @@ TEST(CommandLine, TheDocumentedCommandIsServed) {
   EXPECT_EQ(command.options.max_model_len, 32768);
   EXPECT_EQ(command.options.max_num_seqs, 256);
   EXPECT_FALSE(command.options.use_cudagraph);
+  EXPECT_TRUE(command.options.enable_prefix_caching);
+  EXPECT_TRUE(command.options.enable_chunked_prefill);
   EXPECT_THAT(command.notes,
-              UnorderedElementsAre(
-                  "--use-cudagraph: there are no CUDA graphs on --device cpu; ignored",
-                  "--enable-prefix-caching: prefix caching is not in this version; ignored",
-                  "--enable-chunked-prefill: a prompt runs whole in one step in this version; "
-                  "ignored"));
+              ElementsAre("--use-cudagraph: there are no CUDA graphs on --device cpu; ignored"));
 }
 
 TEST(CommandLine, WithoutFlagsTheDefaultsOfTheCpuHold) {
@@ -82,18 +79,21 @@ TEST(CommandLine, WithoutFlagsTheDefaultsOfTheCpuHold) {
   EXPECT_EQ(command.options.max_num_seqs, 16);
   EXPECT_EQ(command.options.max_num_batched_tokens, 256);
   EXPECT_EQ(command.options.drain_timeout_ms, 55'000);
+  EXPECT_TRUE(command.options.enable_prefix_caching);
+  EXPECT_TRUE(command.options.enable_chunked_prefill);
+  EXPECT_EQ(command.options.async_depth, 1);
+  EXPECT_EQ(command.options.max_queue_requests, 0);
+  EXPECT_EQ(command.options.long_prefill_token_threshold, 0)
+      << "the engine knows the model's length";
   EXPECT_THAT(command.notes, IsEmpty());
 }
 
 TEST(CommandLine, ReadsEverySpelling) {
   const Args spellings[] = {
-      {"--max-num-seqs", "7"},
-      {"--max-num-seqs=7"},
-      {"--max_num_seqs=7"},
-      {"--max_num_seqs", "7"},
-      {"--max-num-s", "7"},
-      {"--max-num_s=7"},
-      {"--max-num-seqs=9", "--max-num-seqs=7"},
+      {"--max-num-seqs", "7"}, {"--max-num-seqs=7"},
+      {"--max_num_seqs=7"},    {"--max_num_seqs", "7"},
+      {"--max-num-s", "7"},  // though --max-num-seqs-per-user begins so too
+      {"--max-num_s=7"},       {"--max-num-seqs=9", "--max-num-seqs=7"},
   };
   for (const Args& args : spellings) {
     SCOPED_TRACE(args[0]);
@@ -150,9 +150,30 @@ TEST(CommandLine, SetsWhatTheFlagSays) {
   EXPECT_EQ(Serve({"--cpu-threads", "3"}).options.cpu_threads, 3);
   EXPECT_EQ(Serve({"--quantization", "wint2"}).error, "");
   EXPECT_EQ(Serve({"--quantization", R"({"quantization":"wint2"})"}).error, "");
+  EXPECT_FALSE(Serve({"--no-enable-prefix-caching"}).options.enable_prefix_caching);
+  EXPECT_FALSE(Serve({"--no-enable-chunked-prefill"}).options.enable_chunked_prefill);
+  EXPECT_EQ(Serve({"--swap-space", "1.5"}).options.swap_space_gib, 1.5);
+  EXPECT_EQ(Serve({"--max-num-partial-prefills=3"}).options.max_num_partial_prefills, 3);
+  EXPECT_EQ(Serve({"--max-long-partial-prefills=2"}).options.max_long_partial_prefills, 2);
+  EXPECT_EQ(Serve({"--long-prefill-token-threshold=9"}).options.long_prefill_token_threshold, 9);
+  EXPECT_EQ(Serve({"--max-queue-tokens=5000000000"}).options.max_queue_tokens, 5'000'000'000);
+  EXPECT_EQ(Serve({"--max-num-seqs-per-user=2"}).options.max_num_seqs_per_user, 2);
+  EXPECT_EQ(Serve({"--async-depth=0"}).options.async_depth, 0);
+  EXPECT_EQ(Serve({"--cache-isolation=key", "--api-key=k"}).options.cache_isolation, "key");
+  EXPECT_EQ(Serve({"--request-timeout=2.5"}).options.request_timeout_ms, 2500);
+  EXPECT_EQ(Serve({"--request-timeout=0.0001"}).options.request_timeout_ms, 1) << "0 is no limit";
+  EXPECT_EQ(Serve({"--client-stall-timeout=0.5"}).options.client_stall_timeout_ms, 500);
   EXPECT_TRUE(Serve({"--device", "cuda", "--use-cudagraph"}).options.use_cudagraph);
   EXPECT_TRUE(Serve({"--device=cuda", R"(--graph-optimization-config={"use_cudagraph":true})"})
                   .options.use_cudagraph);
+}
+
+TEST(CommandLine, TheQueueBoundHasTwoNames) {
+  EXPECT_EQ(Serve({"--max-queue-requests=7"}).options.max_queue_requests, 7);
+  EXPECT_EQ(Serve({"--scheduler-max-size=7"}).options.max_queue_requests, 7);
+  EXPECT_EQ(Serve({"--scheduler-max-size=-5"}).options.max_queue_requests, 0);
+  EXPECT_EQ(Serve({"--max-queue-requests=7", "--scheduler-max-size=9"}).options.max_queue_requests,
+            7);
 }
 
 TEST(CommandLine, MetricsPortEqualToPortMeansOnPort) {
@@ -196,6 +217,24 @@ TEST(CommandLine, OneLineSaysWhatIsWrong) {
       {{"--max-num-seqs", "0"}, "must be 1..256 (got 0)"},
       {{"--max-num-seqs=8", "--max-num-batched-tokens=7"},
        "error: --max-num-batched-tokens: must be at least --max-num-seqs, 8 (got 7)"},
+      {{"--max-num-partial-prefills=0"}, "must be 1..256 (got 0)"},
+      {{"--max-long-partial-prefills=3"},
+       "error: --max-long-partial-prefills: must be at most --max-num-partial-prefills, 2 (got 3)"},
+      {{"--max-model-len=100", "--long-prefill-token-threshold=100"},
+       "error: --long-prefill-token-threshold: must be below --max-model-len, 100 (got 100)"},
+      {{"--max-queue-requests=-1"}, "error: --max-queue-requests: must be 0..1000000 (got -1)"},
+      {{"--scheduler-max-size=2000000"},
+       "error: --scheduler-max-size: must be at most 1000000 (got 2000000)"},
+      {{"--max-num-seqs-per-user=257"}, "must be 0..256 (got 257)"},
+      {{"--async-depth=2"}, "error: --async-depth: must be 0..1 (got 2)"},
+      {{"--cache-isolation=user"}, "error: --cache-isolation: must be one of none, key (got user)"},
+      {{"--cache-isolation=key"}, "error: --cache-isolation: key needs at least one --api-key"},
+      {{"--cache-isolation=key", "--api-key=k", "--no-enable-prefix-caching"},
+       "error: --cache-isolation: has nothing to work on with --no-enable-prefix-caching"},
+      {{"--swap-space=4", "--no-enable-prefix-caching"},
+       "error: --swap-space: has nothing to work on with --no-enable-prefix-caching"},
+      {{"--request-timeout=-1"}, "error: --request-timeout: must be 0..86400 (got -1)"},
+      {{"--client-stall-timeout=0"}, "error: --client-stall-timeout: must be 0.1..86400 (got 0)"},
       {{"--tensor-parallel-size", "3"}, "error: --tensor-parallel-size: must be 1, 2 or 4 (got 3)"},
       {{"--device", "tpu"}, "error: --device: must be one of cpu, cuda (got tpu)"},
       {{"--block-size", "32"}, "error: --block-size: must be 64 (got 32)"},
@@ -349,11 +388,11 @@ TEST(CommandLine, KnowsEveryDocumentedFlag) {
 }
 
 TEST(CommandLine, AFeatureThatIsNotBuiltSaysSoOnce) {
-  EXPECT_THAT(Serve({"--swap-space=4"}).notes,
-              ElementsAre("--swap-space: the host cache tier is not in this version; ignored"));
-  EXPECT_THAT(Serve({"--swap-space=4", "--swap-space", "5"}).notes, SizeIs(1));
-  for (const char* harmless : {"--swap-space=0.0", "--kv-cache-ratio=0.750",
-                               "--max-waiting-time=-1", "--enable-mm=false", "--revision=master"}) {
+  EXPECT_THAT(Serve({"--workers=4"}).notes,
+              ElementsAre("--workers: one API server process serves every connection; ignored"));
+  EXPECT_THAT(Serve({"--workers=4", "--workers", "5"}).notes, SizeIs(1));
+  for (const char* harmless : {"--workers=1", "--kv-cache-ratio=0.750", "--max-waiting-time=-1",
+                               "--enable-mm=false", "--revision=master"}) {
     EXPECT_THAT(Serve({harmless}).notes, IsEmpty()) << harmless;
   }
   EXPECT_THAT(Serve({}, {{"FD_LOG_DIR", "/log"}}).notes,

@@ -28,10 +28,14 @@ absl::Status OutOfBounds(const Flag& flag, std::string_view kind, const std::str
   // Any bound beyond 32 bits is "no bound" to a person.
   constexpr double kUnbounded = std::numeric_limits<int32_t>::max();
   std::string allowed;
-  if (flag.max < kUnbounded) {
+  const bool has_min = flag.min > -kUnbounded;
+  const bool has_max = flag.max < kUnbounded;
+  if (has_min && has_max) {
     allowed = fmt::format("{}..{}", flag.min, flag.max);
-  } else if (flag.min > -kUnbounded) {
+  } else if (has_min) {
     allowed = fmt::format("at least {}", flag.min);
+  } else if (has_max) {
+    allowed = fmt::format("at most {}", flag.max);
   }
   return absl::InvalidArgumentError(fmt::format("must be {}{}{} (got {})", kind,
                                                 kind.empty() || allowed.empty() ? "" : ", ",

@@ -1,5 +1,5 @@
 // One setting: its spelling, type, bounds, default, help, and what it does to the options. The
-// table of all of them (flag_table.cc) serves the command line, the YAML file and the help text
+// table of all of them serves the command line, the YAML file and the help text
 // alike.
 #pragma once
 

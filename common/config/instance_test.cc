@@ -38,8 +38,18 @@ Instance UnusualInstance() {
   options.max_num_seqs = 7;
   options.max_num_batched_tokens = 8;
   options.max_concurrency = 9;
-  options.enable_prefix_caching = true;
-  options.enable_chunked_prefill = true;
+  options.max_queue_requests = 12;
+  options.max_queue_tokens = int64_t{1} << 33;
+  options.max_num_seqs_per_user = 13;
+  options.max_num_partial_prefills = 14;
+  options.max_long_partial_prefills = 15;
+  options.long_prefill_token_threshold = 16;
+  options.request_timeout_ms = 17;
+  options.enable_prefix_caching = false;
+  options.enable_chunked_prefill = false;
+  options.async_depth = 0;
+  options.cache_isolation = "key";
+  options.client_stall_timeout_ms = 18;
   options.use_cudagraph = true;
   options.block_size = 10;
   options.num_gpu_blocks_override = 11;
@@ -130,7 +140,7 @@ TEST(Instance, RefusesWhatItDidNotWrite) {
       {"option of another type", changed([](auto& j) { j["options"]["port"] = "x"; }), kAllSeals,
        "options.port: wrong type"},
       {"option of a newer version", changed([](auto& j) { j["options"]["new"] = 1; }), kAllSeals,
-       "27 fields, expected 26"},
+       "37 fields, expected 36"},
       {"list of the wrong thing", changed([](auto& j) { j["options"]["api_keys"] = {1}; }),
        kAllSeals, "options.api_keys: wrong type"},
       {"an array", "[]", kAllSeals, "array"},

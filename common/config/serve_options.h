@@ -34,11 +34,21 @@ struct ServeOptions {
   int max_model_len = 2048;  // prompt + output tokens
   int max_num_seqs = 16;
   int max_num_batched_tokens = 256;
-  int max_concurrency = 512;  // open generation requests; beyond: 429
+  int max_concurrency = 512;      // open generation requests; beyond: 429
+  int max_queue_requests = 0;     // waiting; beyond: 429; 0: no limit of its own
+  int64_t max_queue_tokens = 0;   // prompt tokens of waiting requests; 0: no limit
+  int max_num_seqs_per_user = 0;  // running at once for one API key or `user`; 0: no limit
+  int max_num_partial_prefills = 2;
+  int max_long_partial_prefills = 1;
+  int long_prefill_token_threshold = 0;  // 0: 4% of max_model_len
+  int64_t request_timeout_ms = 0;        // longest `timeout` of a request, and its default; 0: none
 
   // Features
-  bool enable_prefix_caching = false;   // not built: the flag is accepted and noted
-  bool enable_chunked_prefill = false;  // likewise
+  bool enable_prefix_caching = true;
+  bool enable_chunked_prefill = true;
+  int async_depth = 1;                   // steps planned ahead; 0: strict
+  std::string cache_isolation = "none";  // none | key: prompts of different API keys share no KV
+  int64_t client_stall_timeout_ms = 30'000;  // a stream whose client reads nothing for so long ends
   bool use_cudagraph = false;
   int block_size = 64;
   std::optional<int> num_gpu_blocks_override;

@@ -31,8 +31,18 @@ void VisitFields(Options& options, Visit&& visit) {
   visit("max_num_seqs", options.max_num_seqs);
   visit("max_num_batched_tokens", options.max_num_batched_tokens);
   visit("max_concurrency", options.max_concurrency);
+  visit("max_queue_requests", options.max_queue_requests);
+  visit("max_queue_tokens", options.max_queue_tokens);
+  visit("max_num_seqs_per_user", options.max_num_seqs_per_user);
+  visit("max_num_partial_prefills", options.max_num_partial_prefills);
+  visit("max_long_partial_prefills", options.max_long_partial_prefills);
+  visit("long_prefill_token_threshold", options.long_prefill_token_threshold);
+  visit("request_timeout_ms", options.request_timeout_ms);
   visit("enable_prefix_caching", options.enable_prefix_caching);
   visit("enable_chunked_prefill", options.enable_chunked_prefill);
+  visit("async_depth", options.async_depth);
+  visit("cache_isolation", options.cache_isolation);
+  visit("client_stall_timeout_ms", options.client_stall_timeout_ms);
   visit("use_cudagraph", options.use_cudagraph);
   visit("block_size", options.block_size);
   visit("num_gpu_blocks_override", options.num_gpu_blocks_override);

@@ -1,0 +1,171 @@
+// The LLM when its cache manager dies, hangs, or comes back.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <thread>
+
+#include "api_server/llm/llm_test_util.h"
+
+namespace wintserve {
+namespace {
+
+class CacheLossTest : public LlmTest {
+ protected:
+  CacheLossTest() { options_.num_blocks_override = 32; }
+  ~CacheLossTest() override {
+    EXPECT_THAT(cache_.refusals(), testing::IsEmpty());
+    EXPECT_TRUE(cache_.CheckInvariants().ok()) << cache_.CheckInvariants();
+  }
+  FakeWorkerOptions SlowWorker(uint32_t rank = 0) {
+    FakeWorkerOptions worker = WorkerOptions(rank);
+    worker.step_delay = std::chrono::milliseconds(1);
+    return worker;
+  }
+};
+
+// A7: every rank lets go of the lost pool, then a new one is created and everything is computed
+// again; what was streamed before stands.
+TEST_F(CacheLossTest, StreamsGoOnWithTheRightTextWhenTheCacheManagerDies) {
+  for (const uint32_t world_size : {1u, 2u}) {
+    SCOPED_TRACE(world_size);
+    options_.world_size = static_cast<int>(world_size);
+    registry_ = std::make_shared<prometheus::Registry>();
+    Create();
+    for (uint32_t rank = 0; rank < world_size; ++rank) AddWorker(SlowWorker(rank));
+    ASSERT_TRUE(WaitUntilReady());
+    std::vector<std::unique_ptr<Updates>> all;
+    for (int i = 0; i < 6; ++i) {  // more than slots
+      all.push_back(std::make_unique<Updates>());
+      Submit(Request(std::string(70 + i, 'x'), 120), all[i].get());
+    }
+    ASSERT_TRUE(all[0]->WaitForTokens(20));
+    cache_.Die();
+    for (int i = 0; i < 6; ++i) {
+      ASSERT_TRUE(all[i]->WaitFinished());
+      EXPECT_TRUE(all[i]->last().error.ok()) << all[i]->last().error;
+      EXPECT_EQ(all[i]->choice(0).text, Letters(70 + i, 120));
+    }
+    EXPECT_TRUE(cache_.WaitUntilAllAvailable());
+    EXPECT_EQ(Metric("wintserve:kv_pool_replacements_total"), "1");
+    llm_.reset();
+    workers_.clear();
+  }
+  EXPECT_EQ(fatal_, "");
+}
+
+TEST_F(CacheLossTest, DecodingGoesOnWhileThereIsNoCacheManager) {
+  StartServing(SlowWorker());
+  Updates updates;
+  Submit(Request(std::string(70, 'x'), 120), &updates);
+  ASSERT_TRUE(updates.WaitForTokens(5));
+  cache_.SetReachable(false);
+  cache_.Die();
+  // The lease covers the next plans: the block that it computes in lasts to position 128.
+  ASSERT_TRUE(updates.WaitForTokens(55));
+  EXPECT_TRUE(llm_->Readiness().ready);
+  cache_.SetReachable(true);
+  ASSERT_TRUE(updates.WaitFinished());
+  EXPECT_EQ(updates.choice(0).text, Letters(70, 120));
+}
+
+// A10: the session comes back within its grace, with everything that was held.
+TEST_F(CacheLossTest, ASessionThatComesBackInTimeKeepsThePool) {
+  StartServing(SlowWorker());
+  Updates updates;
+  Submit(Request(std::string(130, 'x'), 60), &updates);
+  ASSERT_TRUE(updates.WaitForTokens(10));
+  cache_.DropSession();
+  ASSERT_TRUE(updates.WaitFinished());
+  EXPECT_EQ(updates.choice(0).text, Letters(130, 60));
+  Updates again;
+  Submit(Request(std::string(130, 'x'), 60), &again);
+  ASSERT_TRUE(again.WaitFinished());
+  EXPECT_EQ(again.choice(0).text, Letters(130, 60));
+  EXPECT_EQ(again.last().num_cached_tokens, 128);
+  EXPECT_EQ(Metric("wintserve:cache_sessions_lost_total"), "1");
+  EXPECT_EQ(Metric("wintserve:kv_pool_replacements_total"), "0");
+  EXPECT_TRUE(cache_.WaitUntilAllAvailable());
+}
+
+TEST_F(CacheLossTest, ManyLossesOfBothKindsLoseNothing) {
+  StartServing(SlowWorker());
+  std::vector<std::unique_ptr<Updates>> all;
+  for (int i = 0; i < 8; ++i) {
+    all.push_back(std::make_unique<Updates>());
+    Submit(Request(std::string(65 + 10 * i, 'x'), 60), all[i].get());
+  }
+  for (int i = 0; i < 8; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10 * i));
+    if (i % 2 == 0) cache_.DropSession();
+    if (i % 2 == 1) cache_.Die();
+  }
+  for (int i = 0; i < 8; ++i) {
+    ASSERT_TRUE(all[i]->WaitFinished());
+    EXPECT_TRUE(all[i]->last().error.ok()) << all[i]->last().error;
+    EXPECT_EQ(all[i]->choice(0).text, Letters(65 + 10 * i, 60));
+  }
+  EXPECT_TRUE(cache_.WaitUntilAllAvailable());
+}
+
+// The cache manager dies after it has opened the pool and before a rank has mapped it: at the first
+// start, and whenever the pool is replaced.
+TEST_F(CacheLossTest, ALossBeforeEveryRankHasMappedThePoolReplacesIt) {
+  options_.world_size = 2;
+  Create();
+  std::atomic<int> num_attached = 0;
+  AddWorker(SlowWorker(0));
+  FakeWorkerOptions late = SlowWorker(1);
+  late.can_map = [&](const AttachPool&) {
+    if (++num_attached % 2 == 0) return true;
+    cache_.Die();
+    return false;
+  };
+  AddWorker(late);
+  ASSERT_TRUE(WaitUntilReady());
+  EXPECT_EQ(num_attached, 2);
+  Updates updates;
+  Submit(Request(std::string(70, 'x'), 60), &updates);
+  ASSERT_TRUE(updates.WaitForTokens(10));
+  cache_.Die();
+  ASSERT_TRUE(updates.WaitFinished());
+  EXPECT_EQ(updates.choice(0).text, Letters(70, 60));
+  EXPECT_EQ(num_attached, 4);
+  EXPECT_EQ(Metric("wintserve:kv_pool_replacements_total"), "1");
+  EXPECT_TRUE(cache_.WaitUntilAllAvailable());
+  EXPECT_EQ(fatal_, "");
+}
+
+TEST_F(CacheLossTest, AnIdleEngineServesTheNextRequestFromANewPool) {
+  StartServing();
+  Updates first;
+  Submit(Request(std::string(130, 'x'), 5), &first);
+  ASSERT_TRUE(first.WaitFinished());
+  cache_.Die();
+  Updates second;
+  Submit(Request(std::string(130, 'x'), 5), &second);
+  ASSERT_TRUE(second.WaitFinished());
+  EXPECT_EQ(second.choice(0).text, Letters(130, 5));
+}
+
+TEST_F(LlmTest, ACacheManagerThatRefusesTheNextSessionStopsTheEngine) {
+  auto refuse = std::make_shared<std::atomic<bool>>(false);
+  auto llm = CreateLlmWith(
+      options_, std::make_unique<FakeTokenizer>(), registry_,
+      [connect = cache_.Connector(), refuse](
+          uint64_t epoch, CacheEvents events) -> absl::StatusOr<std::unique_ptr<CacheClient>> {
+        if (refuse->load()) return absl::UnauthenticatedError("another instance's token");
+        return connect(epoch, std::move(events));
+      },
+      [](const auto&) { return 0; });
+  ASSERT_TRUE(llm.ok()) << llm.status();
+  llm_ = *std::move(llm);
+  AddWorker(WorkerOptions());
+  ASSERT_TRUE(WaitUntilReady());
+  refuse->store(true);
+  cache_.Die();
+  EXPECT_EQ(WaitForFatal(), "no session with the cache manager: another instance's token");
+}
+
+}  // namespace
+}  // namespace wintserve

@@ -1,0 +1,158 @@
+// The LLM from its start to its end: who is waited for, what ends it.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <chrono>
+
+#include "api_server/llm/llm_test_util.h"
+
+namespace wintserve {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+
+TEST_F(LlmTest, ReadinessNamesWhatIsMissingAtEveryStage) {
+  options_.world_size = 2;
+  cache_.SetReachable(false);
+  Create();
+  EXPECT_TRUE(WaitForReason("waiting for engine workers: 0 of 2 connected"));
+  AddWorker(WorkerOptions(0));
+  EXPECT_TRUE(WaitForReason("waiting for engine workers: 1 of 2 connected"));
+  FakeWorkerOptions second = WorkerOptions(1);
+  second.never_ready = true;
+  AddWorker(second);
+  EXPECT_TRUE(WaitForReason("waiting for the cache manager"));
+  const absl::Status status = llm_->Submit(Request("abc", 5), [](GenerationUpdate) {}).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(status.message(), "not ready: waiting for the cache manager");
+  cache_.SetReachable(true);
+  EXPECT_TRUE(WaitForReason("engine worker 1 is warming up"));
+  EXPECT_THAT(cache_.spec().block_bytes_by_rank, ElementsAre(4096, 4096));
+}
+
+TEST_F(LlmTest, TwoRanksRunTheSamePlans) {
+  options_.world_size = 2;
+  Create();
+  AddWorker(WorkerOptions(1));
+  AddWorker(WorkerOptions(0));
+  ASSERT_TRUE(WaitUntilReady());
+  Updates updates;
+  Submit(Request("abc", 30), &updates);
+  ASSERT_TRUE(updates.WaitFinished());
+  EXPECT_EQ(updates.choice(0).text, Letters(3, 30));
+}
+
+TEST_F(LlmTest, DifferentTokensOnARankStopTheEngine) {
+  options_.world_size = 2;
+  Create();
+  FakeWorkerOptions astray = WorkerOptions(1);
+  astray.next_token = [](const std::vector<int32_t>& history) {
+    return NextLetter(history) + (history.size() == 8 ? 1 : 0);
+  };
+  AddWorker(WorkerOptions(0));
+  AddWorker(astray);
+  ASSERT_TRUE(WaitUntilReady());
+  Updates updates;
+  Submit(Request("abc", 30), &updates);
+  ASSERT_TRUE(updates.WaitFinished());
+  EXPECT_EQ(updates.choice(0).text, Letters(3, 5));  // what all ranks agree on
+  EXPECT_EQ(updates.last().error.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(WaitForFatal(),
+              HasSubstr("engine workers 0 and 1 went on with different tokens after step 6"));
+  EXPECT_FALSE(llm_->Readiness().ready);
+}
+
+TEST_F(LlmTest, AnotherPlanHashStopsTheEngine) {
+  FakeWorkerOptions worker = WorkerOptions();
+  worker.spoil = [](StepDone* done) { done->plan_hash ^= 1; };
+  StartServing(worker);
+  Updates updates;
+  Submit(Request("abc", 30), &updates);
+  ASSERT_TRUE(updates.WaitFinished());
+  EXPECT_THAT(WaitForFatal(), HasSubstr("engine worker 0 ran another plan as step 1"));
+}
+
+TEST_F(LlmTest, AResultOutOfPlaceStopsTheEngine) {
+  FakeWorkerOptions worker = WorkerOptions();
+  worker.spoil = [](StepDone* done) { done->sampled[0].token = 5000; };
+  StartServing(worker);
+  Updates updates;
+  Submit(Request("abc", 30), &updates);
+  ASSERT_TRUE(updates.WaitFinished());
+  EXPECT_THAT(WaitForFatal(),
+              HasSubstr("engine worker 0 is out of step: step 1 sampled token 5000"));
+}
+
+TEST_F(LlmTest, ADeadWorkerEndsEveryRequestAndIsNamed) {
+  FakeWorkerOptions worker = WorkerOptions();
+  worker.before_step = [](const StepPlan& plan) { return plan.step < 4; };
+  StartServing(worker);
+  Updates running;
+  std::vector<std::unique_ptr<Updates>> waiting;
+  Submit(Request("abc", 30), &running);
+  for (int i = 0; i < 6; ++i) {
+    waiting.push_back(std::make_unique<Updates>());
+    Submit(Request("abc", 30), waiting.back().get());
+  }
+  ASSERT_TRUE(running.WaitForTokens(3));
+  workers_[0]->Kill();
+  ASSERT_TRUE(running.WaitFinished());
+  EXPECT_EQ(running.last().error.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(running.last().error.message()), HasSubstr("engine worker 0 is gone"));
+  for (auto& updates : waiting) ASSERT_TRUE(updates->WaitFinished());
+  EXPECT_THAT(WaitForFatal(), HasSubstr("engine worker 0 is gone"));
+  EXPECT_THAT(llm_->Readiness().reason, HasSubstr("engine worker 0 is gone"));
+  EXPECT_EQ(llm_->Submit(Request("abc", 5), [](GenerationUpdate) {}).status().code(),
+            absl::StatusCode::kUnavailable);
+}
+
+TEST_F(LlmTest, AFaultOfAWorkerIsPassedOn) {
+  StartServing();
+  ASSERT_TRUE(workers_[0]->SendFault(FaultKind::kOutOfMemory, "no 3 GiB left").ok());
+  EXPECT_EQ(WaitForFatal(), "engine worker 0 reports a fault (out of memory): no 3 GiB left");
+}
+
+TEST_F(LlmTest, APoolTooSmallForOneRequestStopsTheStartUp) {
+  options_.num_blocks_override = 3;
+  Create();
+  AddWorker(WorkerOptions());
+  EXPECT_EQ(WaitForFatal(),
+            "--num-gpu-blocks-override 3 holds no sequence of --max-model-len 200: 4 blocks of 64 "
+            "tokens are needed");
+}
+
+TEST_F(LlmTest, ShuttingDownEndsOpenRequestsAndTellsTheWorkers) {
+  FakeWorkerOptions worker = WorkerOptions();
+  worker.before_step = [](const StepPlan& plan) { return plan.step < 4; };
+  StartServing(worker);
+  Updates updates;
+  Submit(Request("abc", 30), &updates);
+  ASSERT_TRUE(updates.WaitForTokens(3));
+  llm_.reset();
+  ASSERT_TRUE(updates.WaitFinished());
+  EXPECT_EQ(updates.last().error.code(), absl::StatusCode::kUnavailable);
+  EXPECT_TRUE(workers_[0]->WaitForShutdown());
+  EXPECT_EQ(fatal_, "");
+}
+
+TEST_F(LlmTest, ShuttingDownBeforeAnybodyHasConnectedIsQuick) {
+  cache_.SetReachable(false);
+  Create();
+  const auto start = std::chrono::steady_clock::now();
+  llm_.reset();
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+}
+
+TEST_F(LlmTest, RefusesARowBudgetBelowTheNumberOfSequences) {
+  options_.max_num_batched_tokens = 3;
+  const absl::Status status = CreateLlmWith(options_, std::make_unique<FakeTokenizer>(),
+                                            std::make_shared<prometheus::Registry>(),
+                                            cache_.Connector(), [](const auto&) { return 0; })
+                                  .status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(status.message(), "--max-num-batched-tokens is 3, must be at least --max-num-seqs (4)");
+}
+
+}  // namespace
+}  // namespace wintserve

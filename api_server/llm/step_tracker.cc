@@ -1,0 +1,72 @@
+#include "api_server/llm/step_tracker.h"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "common/check.h"
+
+namespace wintserve {
+
+void StepTracker::Add(const StepPlan& plan, uint64_t plan_hash, int64_t now_us) {
+  CHECK(plan.step == last_step() + 1, "step={} last={}", plan.step, last_step());
+  Step step{.plan_hash = plan_hash,
+            .num_sequences = static_cast<int>(plan.rows.size()),
+            .sent_us = now_us};
+  for (const PlanRow& row : plan.rows) step.num_tokens += static_cast<int>(row.length);
+  step.done.resize(num_done_.size());
+  in_flight_.push_back(std::move(step));
+}
+
+absl::Status StepTracker::Take(uint32_t rank, StepDone done) {
+  CHECK(rank < num_done_.size(), "rank={}", rank);
+  const uint64_t expected = num_done_[rank] + 1;
+  if (done.step != expected || expected > last_step() || done.group_epoch != group_epoch_) {
+    return absl::InternalError(fmt::format(
+        "engine worker {} reports step {} of group epoch {:x} done; it was sent steps up to {} of "
+        "{:x} and has done {}",
+        rank, done.step, done.group_epoch, last_step(), group_epoch_, num_done_[rank]));
+  }
+  Step& step = in_flight_[done.step - num_finished_ - 1];
+  if (done.plan_hash != step.plan_hash) {
+    return absl::InternalError(
+        fmt::format("engine worker {} ran another plan as step {}: hash {:016x}, sent was {:016x}",
+                    rank, done.step, done.plan_hash, step.plan_hash));
+  }
+  step.done[rank] = std::move(done);
+  ++num_done_[rank];
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::optional<FinishedStep>> StepTracker::TakeFinished(int64_t now_us) {
+  if (idle()) return std::nullopt;
+  Step& step = in_flight_.front();
+  if (!std::all_of(step.done.begin(), step.done.end(),
+                   [](const auto& done) { return done.has_value(); })) {
+    return std::nullopt;
+  }
+  FinishedStep finished{.step = num_finished_ + 1,
+                        .sampled = std::move(step.done[0]->sampled),
+                        .num_sequences = step.num_sequences,
+                        .num_tokens = step.num_tokens,
+                        .latency_us = now_us - step.sent_us,
+                        .running_us = now_us - std::max(step.sent_us, last_finished_us_)};
+  const uint64_t digest = step.done[0]->sampled_digest;
+  for (uint32_t rank = 0; rank < step.done.size(); ++rank) {
+    const StepDone& done = *step.done[rank];
+    finished.execute_us = std::max(finished.execute_us, done.execute_us);
+    if (digest != 0 && done.sampled_digest != 0 && done.sampled_digest != digest) {
+      return absl::InternalError(
+          fmt::format("engine workers 0 and {} went on with different tokens after step {}: digest "
+                      "{:016x} and {:016x}",
+                      rank, finished.step, digest, done.sampled_digest));
+    }
+  }
+  in_flight_.pop_front();
+  ++num_finished_;
+  last_finished_us_ = now_us;
+  return finished;
+}
+
+}  // namespace wintserve

@@ -1,0 +1,63 @@
+// The plans that the workers have been sent, until every rank has done them.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <optional>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "api_server/scheduler/plan.h"
+
+namespace wintserve {
+
+struct FinishedStep {
+  uint64_t step = 0;
+  std::vector<SampledToken> sampled;  // of rank 0
+  int num_sequences = 0;
+  int num_tokens = 0;
+  uint32_t execute_us = 0;  // of the slowest rank
+  int64_t latency_us = 0;   // from sending the plan until every rank had done it
+  int64_t running_us = 0;   // of that, the time after the step before it was done
+};
+
+// Steps finish in order: one that a fast rank has done waits for the slow ones, and for the steps
+// before it.
+// Threading: thread-compatible. Time: microseconds of any clock that does not go back.
+class StepTracker {
+ public:
+  StepTracker(uint32_t world_size, uint64_t group_epoch)
+      : group_epoch_(group_epoch), num_done_(world_size) {}
+
+  // The plan went out to every rank as `plan_hash`. REQUIRES: plan.step is the last one's + 1.
+  void Add(const StepPlan& plan, uint64_t plan_hash, int64_t now_us);
+
+  // INTERNAL: not the next step of that rank, or it ran another plan than was sent; one line that
+  // names the rank.
+  absl::Status Take(uint32_t rank, StepDone done);
+
+  // The oldest step in flight, once every rank has done it. INTERNAL: the ranks went on with
+  // different tokens.
+  absl::StatusOr<std::optional<FinishedStep>> TakeFinished(int64_t now_us);
+
+  bool idle() const { return in_flight_.empty(); }
+  uint64_t last_step() const { return num_finished_ + in_flight_.size(); }
+
+ private:
+  struct Step {
+    uint64_t plan_hash = 0;
+    int num_sequences = 0;
+    int num_tokens = 0;
+    int64_t sent_us = 0;
+    std::vector<std::optional<StepDone>> done = {};  // by rank
+  };
+
+  const uint64_t group_epoch_;
+  std::vector<uint64_t> num_done_;  // steps, by rank
+  std::deque<Step> in_flight_;      // from step num_finished_ + 1 on
+  uint64_t num_finished_ = 0;
+  int64_t last_finished_us_ = 0;
+};
+
+}  // namespace wintserve
