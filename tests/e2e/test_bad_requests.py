@@ -12,6 +12,11 @@ import pytest
     ({"messages": "hello"}, "messages"),
     ({"messages": [{"role": "pirate", "content": "hi"}]}, "messages[0]"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"extra_body": {"priority": "high"}}, "priority"),
+    ({"extra_body": {"timeout": 0}}, "timeout"),
+    ({"extra_body": {"min_tokens": 9}, "max_tokens": 5}, "min_tokens"),
+    ({"extra_body": {"ignore_eos": "yes"}}, "ignore_eos"),
+    ({"extra_body": {"cache_salt": "a\nb"}}, "cache_salt"),
 ], ids=lambda v: str(v)[:40])
 def test_bad_field_is_a_400_that_names_it(client, fields, param):
     request = {"model": "poet", "messages": [{"role": "user", "content": "hi"}], **fields}

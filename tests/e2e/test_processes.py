@@ -1,9 +1,15 @@
 """Start, stop, and the death of every process: what a supervisor and an operator see."""
+import json
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -54,7 +60,10 @@ def test_signal_during_start_up_exits_0(start):
     server.assert_runtime_dir_empty()
 
 
-@pytest.mark.parametrize("name", PROCESS_NAMES)
+NOT_REPLACED = [name for name in PROCESS_NAMES if name != "wintserve-cache-manager"]
+
+
+@pytest.mark.parametrize("name", NOT_REPLACED)
 def test_killed_child_ends_the_instance_with_70_and_says_who(start, name):
     server = start("--tensor-parallel-size", 2).wait_ready()
     os.kill(server.pids_of(name)[-1], signal.SIGKILL)
@@ -65,13 +74,135 @@ def test_killed_child_ends_the_instance_with_70_and_says_who(start, name):
                for line in server.log().splitlines()), server.log()
 
 
-@pytest.mark.parametrize("name", PROCESS_NAMES)
+@pytest.mark.parametrize("name", NOT_REPLACED)
 def test_child_killed_while_loading_ends_the_instance(start, name):
     server = start()
     wait_for(lambda: server.pids_of(name), 10, f"{name} exists")
     os.kill(server.pids_of(name)[0], signal.SIGKILL)
     assert server.process.wait(20) == 70, server.log()
     server.assert_nothing_left()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hanging"])
+def test_streams_survive_the_cache_manager(start, how):
+    server = start("--tensor-parallel-size", 2).wait_ready()
+    request = {"prompt": "the moon over the river " * 20, "temperature": 0, "max_tokens": 600,
+               "ignore_eos": True}
+
+    def text(on_chunk=lambda n: None):
+        body = json.dumps({**request, "stream": True}).encode()
+        http = urllib.request.Request(f"{server.url}/v1/completions", body,
+                                      {"Content-Type": "application/json"})
+        parts = []
+        with urllib.request.urlopen(http, timeout=120) as response:
+            for line in response:
+                if line.startswith(b"data: {"):
+                    parts.append(json.loads(line[6:])["choices"][0]["text"])
+                    on_chunk(len(parts))
+        return "".join(parts)
+
+    def end_cache_manager(num_chunks):
+        if num_chunks == 30:
+            os.kill(server.pids_of("wintserve-cache-manager")[0], how)
+    expected = text()
+    first = server.pids_of("wintserve-cache-manager")
+    assert text(end_cache_manager) == expected, server.log()
+    assert server.get("/health")[0] == 200
+    wait_for(lambda: server.pids_of("wintserve-cache-manager") not in ([], first), 20,
+             "another cache manager runs")
+    wait_for(lambda: server.metric("wintserve:kv_pool_replacements_total") == 1, 20,
+             "its pool is in use")
+    assert text() == expected, server.log()
+
+
+def memory_files(server):
+    """{name: inodes} of the shared memory that processes of the instance map or hold open."""
+    found = {}
+    for pid in server.processes():
+        try:
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            links = [(os.readlink(fd), os.stat(fd).st_ino) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+        except OSError:
+            continue
+        files = [(line.split("/memfd:", 1)[1], int(line.split()[4])) for line in lines if "/memfd:" in line]
+        files += [(link.removeprefix("/memfd:"), inode) for link, inode in links if link.startswith("/memfd:")]
+        for name, inode in files:
+            if name.startswith("wintserve-kv") or name.startswith("wintserve-host"):
+                found.setdefault(name.split()[0], set()).add(inode)
+    return found
+
+
+def zombies_of(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [child for child in children
+            if Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"]
+
+
+def test_streams_survive_a_cache_manager_that_dies_again_and_again(start):
+    server = start("--tensor-parallel-size", 2, "--swap-space", 0.01, "--max-model-len", 2048).wait_ready()
+    prompts = [f"chapter {i}. the moon over the river " + "and the stars " * (7 * i) for i in range(6)]
+
+    def text(prompt):
+        body = json.dumps({"prompt": prompt, "temperature": 0, "max_tokens": 400, "ignore_eos": True,
+                           "stream": True}).encode()
+        http = urllib.request.Request(f"{server.url}/v1/completions", body,
+                                      {"Content-Type": "application/json"})
+        with urllib.request.urlopen(http, timeout=180) as response:
+            return "".join(json.loads(line[6:])["choices"][0]["text"]
+                           for line in response if line.startswith(b"data: {"))
+
+    seed = random.randrange(1 << 32)
+    moments = random.Random(seed)
+
+    def kill_one(dead):
+        """Sometimes just as it has created a pool that no worker maps yet, sometimes later."""
+        seen = server.log().count(": created, ")
+        pids = []
+
+        def another():
+            pids[:] = [pid for pid in server.pids_of("wintserve-cache-manager") if pid not in dead]
+            return pids
+        wait_for(another, 20, "a cache manager runs")
+        if dead and len(dead) % 2 == 1:
+            deadline = time.monotonic() + 2
+            while server.log().count(": created, ") == seen and time.monotonic() < deadline:
+                pass
+        else:
+            time.sleep(moments.uniform(0, 1.5))
+        os.kill(pids[0], signal.SIGKILL)
+        dead.append(pids[0])
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        expected = list(pool.map(text, prompts))
+        memory = memory_files(server)
+        streams = [pool.submit(text, prompt) for prompt in prompts]
+        dead = []
+        for _ in range(5):
+            kill_one(dead)
+        assert [stream.result() for stream in streams] == expected, f"seed {seed}\n{server.log()}"
+    assert server.process.poll() is None and server.get("/health")[0] == 200
+    assert text(prompts[0]) == expected[0], f"seed {seed}\n{server.log()}"
+    after = memory_files(server)  # of the last pool alone
+    assert {name: len(inodes) for name, inodes in after.items()} == {name: 1 for name in memory}, after
+    assert not zombies_of(server.process.pid)
+
+
+def test_a_cache_manager_that_dies_before_the_last_rank_has_mapped_the_first_pool(start):
+    server = start("--tensor-parallel-size", 2)
+    wait_for(lambda: len(server.pids_of("wintserve-engine-worker")) == 2, 10, "workers exist")
+    early, late = server.pids_of("wintserve-engine-worker")
+    os.kill(early, signal.SIGSTOP)
+    wait_for(lambda: "of 2 is attached" in server.log(), 30, "a worker is attached")
+    os.kill(late, signal.SIGSTOP)  # for less than the 3 s after which it counts as gone
+    os.kill(early, signal.SIGCONT)
+    wait_for(lambda: ": created, " in server.log(), 30, "the first pool")
+    os.kill(server.pids_of("wintserve-cache-manager")[0], signal.SIGKILL)
+    os.kill(late, signal.SIGCONT)
+    server.wait_ready()
+    assert server.log().count(": created, ") == 2, server.log()
+    lost = [line for line in server.log().splitlines() if "engine_worker" in line and "WARNING" in line]
+    assert len(lost) == 2 and all("is lost with its cache manager" in line for line in lost), server.log()
+    assert sum("another rank could not map it" in line for line in lost) == 1, server.log()
 
 
 def test_killed_launcher_takes_its_children_along_and_the_next_start_sweeps(start):
@@ -102,8 +233,9 @@ def test_two_instances_on_the_same_queue_port_are_refused(start):
     (["--max-num-sequences", "4"], 64, ["--max-num-sequences"]),
     (["--port", "99999999"], 64, ["--port", "99999999"]),
     (["--tensor-parallel-size", "3"], 64, ["--tensor-parallel-size", "3"]),
+    (["--swap-space", "4", "--no-enable-prefix-caching"], 64, ["--swap-space", "--no-enable-prefix-caching"]),
     (["--model", "/no/such/model"], 66, ["/no/such/model"]),
-], ids=["unknown", "port", "ranks", "model"])
+], ids=["unknown", "port", "ranks", "together", "model"])
 def test_bad_flag_is_one_line(flags, code, pieces):
     result = run_serve(*flags)
     assert result.returncode == code, result.stderr

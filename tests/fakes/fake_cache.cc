@@ -1,49 +1,188 @@
 #include "tests/fakes/fake_cache.h"
 
-#include <chrono>
+#include <fmt/format.h>
+
+#include <iterator>
+#include <numeric>
 #include <utility>
 
 #include "common/check.h"
 
 namespace wintserve {
+namespace {
+
+constexpr size_t kMaxCopiesPerPush = 32;
+
+uint32_t NumHostSlots(const PoolSpec& spec) {
+  const uint64_t block_bytes = std::accumulate(spec.block_bytes_by_rank.begin(),
+                                               spec.block_bytes_by_rank.end(), uint64_t{0});
+  return block_bytes == 0 ? 0 : static_cast<uint32_t>(spec.host_bytes / block_bytes);
+}
+
+// Events are optional for a test that does not look at them.
+template <typename Event, typename... Arguments>
+void Tell(bool wanted, const Event& event, Arguments&&... arguments) {
+  if (wanted && event) event(std::forward<Arguments>(arguments)...);
+}
+
+}  // namespace
 
 class FakeCache::Client : public CacheClient {
  public:
-  explicit Client(FakeCache* cache) : cache_(cache) {}
-  ~Client() override { Close(); }
+  Client(FakeCache* cache, std::shared_ptr<Session> session)
+      : cache_(cache), session_(std::move(session)) {}
+
+  ~Client() override {
+    Close();
+    MutexLock lock(&cache_->mutex_);
+    cache_->changed_.Wait(&cache_->mutex_, [this]() NO_THREAD_SAFETY_ANALYSIS {
+      return session_->ended || cache_->held_;
+    });
+    cache_->EndSession(session_.get());
+  }
 
   void OpenPool(const PoolSpec& spec) override {
-    cache_->calls_.Push({.kind = Call::kOpen, .spec = spec});
+    Send([this, spec]() NO_THREAD_SAFETY_ANALYSIS { cache_->Open(*session_, spec); });
   }
+
+  void Peek(uint64_t tag, const std::string& salt, std::span<const int32_t> tokens) override {
+    Send([=, this, tokens = std::vector(tokens.begin(), tokens.end())]() NO_THREAD_SAFETY_ANALYSIS {
+      PrefixCache* const cache = cache_->CacheOf(*session_, "Peek");
+      const PeekResult result = cache == nullptr ? PeekResult() : cache->Peek(salt, tokens);
+      Answer(session_->events.on_peeked, tag, result);
+    });
+  }
+
+  void Match(uint64_t tag, const std::string& salt, std::span<const int32_t> tokens,
+             bool allow_restore) override {
+    Send([=, this, tokens = std::vector(tokens.begin(), tokens.end())]() NO_THREAD_SAFETY_ANALYSIS {
+      PrefixCache* const cache = cache_->CacheOf(*session_, "Match");
+      Answer(session_->events.on_matched, tag,
+             cache == nullptr ? MatchResult() : cache->Match(salt, tokens, allow_restore));
+    });
+  }
+
   void LeaseBlocks(uint64_t tag, uint32_t count) override {
-    cache_->calls_.Push({.kind = Call::kLease, .tag = tag, .count = count});
+    Send([=, this]() NO_THREAD_SAFETY_ANALYSIS {
+      std::vector<PoolBlock> blocks;
+      if (PrefixCache* const cache = cache_->CacheOf(*session_, "LeaseBlocks"); cache != nullptr) {
+        auto leased = cache->Lease(count);
+        cache_->Check(leased.status(), "LeaseBlocks");
+        if (leased.ok()) blocks = *std::move(leased);
+      }
+      Answer(session_->events.on_leased, tag, std::move(blocks));
+    });
   }
+
+  void Commit(uint64_t tag, CommitRequest request) override {
+    Send([=, this, request = std::move(request)]() NO_THREAD_SAFETY_ANALYSIS {
+      std::vector<CommittedBlock> committed(request.blocks.size());
+      if (PrefixCache* const cache = cache_->CacheOf(*session_, "Commit"); cache != nullptr) {
+        auto result = cache->Commit(request);
+        cache_->Check(result.status(), "Commit");
+        if (result.ok()) committed = *std::move(result);
+      }
+      Answer(session_->events.on_committed, tag, std::move(committed));
+    });
+  }
+
+  void Release(std::vector<uint64_t> entries) override {
+    Do("Release",
+       [entries = std::move(entries)](PrefixCache* cache) { return cache->Release(entries); });
+  }
+
   void ReturnBlocks(std::vector<PoolBlock> blocks) override {
-    cache_->calls_.Push({.kind = Call::kReturn, .blocks = std::move(blocks)});
+    Do("ReturnBlocks",
+       [blocks = std::move(blocks)](PrefixCache* cache) { return cache->Return(blocks); });
   }
-  // Waits for an event that is being told: none comes afterwards.
+
+  void CopyDone(std::vector<uint64_t> copy_ids) override {
+    Do("CopyDone",
+       [this, copy_ids = std::move(copy_ids)](PrefixCache* cache) NO_THREAD_SAFETY_ANALYSIS {
+         for (const uint64_t copy_id : copy_ids) {
+           cache_->pool_.write_backs.erase(copy_id);
+           // One that is no longer under way was reported before a session broke, or fenced.
+           cache->CopyDone(copy_id).IgnoreError();
+         }
+         return absl::OkStatus();
+       });
+  }
+
+  void Reconcile(std::vector<PinCount> pins, std::vector<PoolBlock> leased,
+                 uint64_t last_copy_id) override {
+    Send([this, last_copy_id, pins = std::move(pins), leased = std::move(leased)]()
+             NO_THREAD_SAFETY_ANALYSIS {
+               Pool& pool = cache_->pool_;
+               if (pool.session != session_.get() || !pool.must_reconcile) {
+                 cache_->Check(absl::FailedPreconditionError("nothing to reconcile"), "Reconcile");
+               } else {
+                 const absl::Status status = pool.cache->Reconcile(pins, leased);
+                 cache_->Check(status, "Reconcile");
+                 pool.must_reconcile = !status.ok();
+                 pool.num_lost_write_backs = static_cast<size_t>(std::distance(
+                     pool.write_backs.upper_bound(last_copy_id), pool.write_backs.end()));
+               }
+               cache_->TellAvailable(*session_);
+             });
+  }
+
+  void Fence() override {
+    Do("Fence", [](PrefixCache* cache) {
+      cache->Fence();
+      return absl::OkStatus();
+    });
+  }
+
   void Close() override {
-    MutexLock lock(&cache_->mutex_);
-    cache_->events_ = {};
+    {
+      MutexLock lock(&cache_->mutex_);
+      if (std::exchange(session_->closing, true)) return;
+    }
+    Send([this]() NO_THREAD_SAFETY_ANALYSIS { cache_->EndSession(session_.get()); });
   }
 
  private:
+  void Send(std::function<void()> serve) { cache_->Send(session_, std::move(serve)); }
+
+  template <typename Event, typename Result>
+  void Answer(const Event& event, uint64_t tag, Result result) NO_THREAD_SAFETY_ANALYSIS {
+    cache_->TellAvailable(*session_);
+    Tell(!session_->closing, event, tag, std::move(result));
+  }
+
+  // A request whose answer says nothing.
+  void Do(const char* request, std::function<absl::Status(PrefixCache*)> run) {
+    Send([=, this]() NO_THREAD_SAFETY_ANALYSIS {
+      if (PrefixCache* const cache = cache_->CacheOf(*session_, request); cache != nullptr) {
+        cache_->Check(run(cache), request);
+      }
+      cache_->TellAvailable(*session_);
+    });
+  }
+
   FakeCache* const cache_;
+  const std::shared_ptr<Session> session_;
 };
 
 FakeCache::FakeCache() : thread_([this] { Run(); }) {}
 
 FakeCache::~FakeCache() {
-  calls_.Push({.kind = Call::kStop});
+  {
+    MutexLock lock(&mutex_);
+    stopping_ = true;
+    changed_.NotifyAll();
+  }
   thread_.join();
 }
 
-CacheConnector FakeCache::Connector() {
-  return [this](uint64_t, CacheEvents events) -> absl::StatusOr<std::unique_ptr<CacheClient>> {
+FakeCache::ConnectFunction FakeCache::Connector() {
+  return [this](uint64_t api_epoch,
+                CacheEvents events) -> absl::StatusOr<std::unique_ptr<CacheClient>> {
     MutexLock lock(&mutex_);
     if (!reachable_) return absl::UnavailableError("no cache manager");
-    events_ = std::move(events);
-    return std::make_unique<Client>(this);
+    auto session = std::make_shared<Session>(Session{api_epoch, std::move(events)});
+    sessions_.push_back(session);
+    return std::make_unique<Client>(this, std::move(session));
   };
 }
 
@@ -52,62 +191,175 @@ void FakeCache::SetReachable(bool reachable) {
   reachable_ = reachable;
 }
 
-void FakeCache::Die() { calls_.Push({.kind = Call::kDie}); }
-
-bool FakeCache::WaitUntilAllFree() {
+void FakeCache::SetDelay(std::chrono::microseconds delay) {
   MutexLock lock(&mutex_);
-  return freed_.WaitFor(&mutex_, std::chrono::seconds(10), [this]() NO_THREAD_SAFETY_ANALYSIS {
-    return free_.size() == spec_.num_blocks;
+  delay_ = delay;
+}
+
+void FakeCache::Hold(bool held) {
+  MutexLock lock(&mutex_);
+  held_ = held;
+  changed_.NotifyAll();
+}
+
+void FakeCache::DropSession() {
+  MutexLock lock(&mutex_);
+  BreakSession("the stream broke", /*resumable=*/true);
+}
+
+void FakeCache::Die() {
+  MutexLock lock(&mutex_);
+  BreakSession("the cache manager died", /*resumable=*/false);
+}
+
+uint64_t FakeCache::Flush(const std::optional<std::string>& salt) {
+  MutexLock lock(&mutex_);
+  return pool_.cache == nullptr ? 0 : pool_.cache->Flush(salt);
+}
+
+bool FakeCache::WaitUntilAllAvailable() {
+  MutexLock lock(&mutex_);
+  return changed_.WaitFor(&mutex_, std::chrono::seconds(10), [this]() NO_THREAD_SAFETY_ANALYSIS {
+    return pool_.cache != nullptr && pool_.cache->num_available() == pool_.spec.num_blocks;
   });
 }
 
 PoolSpec FakeCache::spec() const {
   MutexLock lock(&mutex_);
-  return spec_;
+  return pool_.spec;
 }
 
-void FakeCache::Run() {
-  for (;;) {
-    for (Call& call : calls_.WaitAndTake()) {
-      if (call.kind == Call::kStop) return;
-      Serve(std::move(call));
-    }
-  }
-}
-
-// Events are told under the lock, so that Close() can wait for them; the engine only pushes.
-void FakeCache::Serve(Call call) {
+PrefixCacheStats FakeCache::stats() const {
   MutexLock lock(&mutex_);
-  switch (call.kind) {
-    case Call::kOpen:
-      spec_ = call.spec;
-      for (uint32_t i = 0; i < spec_.num_blocks; ++i) free_.push_back({static_cast<int32_t>(i), 0});
-      if (events_.on_opened) {
-        events_.on_opened(OpenedPool{
-            .pool_epoch = 99, .memory_socket = "unused", .num_blocks = spec_.num_blocks});
-      }
-      return;
-    case Call::kLease: {
-      std::vector<PoolBlock> blocks;
-      if (call.count <= free_.size()) {
-        blocks.assign(free_.end() - call.count, free_.end());
-        free_.resize(free_.size() - call.count);
-      }
-      if (events_.on_leased) events_.on_leased(call.tag, std::move(blocks));
-      return;
+  return pool_.cache == nullptr ? PrefixCacheStats() : pool_.cache->stats();
+}
+
+absl::Status FakeCache::CheckInvariants() const {
+  MutexLock lock(&mutex_);
+  return pool_.cache == nullptr ? absl::OkStatus() : pool_.cache->CheckInvariants();
+}
+
+std::vector<std::string> FakeCache::refusals() const {
+  MutexLock lock(&mutex_);
+  return refusals_;
+}
+
+void FakeCache::Send(std::shared_ptr<Session> session, std::function<void()> serve) {
+  MutexLock lock(&mutex_);
+  if (session->ended) return;
+  requests_.push_back({std::move(session), Clock::now() + delay_, std::move(serve)});
+  changed_.NotifyAll();
+}
+
+// Events are told under the lock, so that nothing is told once Close() has returned.
+void FakeCache::Run() {
+  MutexLock lock(&mutex_);
+  while (true) {
+    changed_.Wait(&mutex_, [this]() NO_THREAD_SAFETY_ANALYSIS {
+      return stopping_ || (!requests_.empty() && !held_);
+    });
+    if (stopping_) return;
+    const auto wait = requests_.front().due - Clock::now();
+    const bool interrupted = wait > Clock::duration::zero() &&
+                             changed_.WaitFor(&mutex_, wait, [this]() NO_THREAD_SAFETY_ANALYSIS {
+                               return stopping_ || held_ || requests_.empty();
+                             });
+    if (interrupted) continue;
+    const Request request = std::move(requests_.front());
+    requests_.pop_front();
+    if (!request.session->ended) {
+      request.serve();
+      PushCopyOuts(*request.session);
     }
-    case Call::kReturn:
-      for (const PoolBlock& block : call.blocks) free_.push_back({block.id, block.generation + 1});
-      CHECK(free_.size() <= spec_.num_blocks, "free={}", free_.size());
-      freed_.NotifyAll();
-      return;
-    case Call::kDie:
-      if (events_.on_closed) events_.on_closed(absl::UnavailableError("killed"));
-      events_ = {};
-      return;
-    case Call::kStop:
-      return;
+    std::erase_if(sessions_, [](const auto& session) { return session->ended; });
+    changed_.NotifyAll();
   }
+}
+
+PrefixCache* FakeCache::CacheOf(const Session& session, const char* request) {
+  if (pool_.session == &session && !pool_.must_reconcile) return pool_.cache.get();
+  Check(absl::FailedPreconditionError(pool_.session == &session ? "Reconcile comes first"
+                                                                : "OpenPool comes first"),
+        request);
+  return nullptr;
+}
+
+void FakeCache::Check(const absl::Status& status, const char* request) {
+  if (!status.ok()) refusals_.push_back(fmt::format("{}: {}", request, status.ToString()));
+}
+
+void FakeCache::Open(const Session& session, const PoolSpec& spec) {
+  absl::StatusOr<OpenedPool> opened = TryOpen(session, spec);
+  TellAvailable(session);
+  Tell(!session.closing, session.events.on_opened, std::move(opened));
+}
+
+absl::StatusOr<OpenedPool> FakeCache::TryOpen(const Session& session, const PoolSpec& spec) {
+  if (pool_.session == &session) {
+    return absl::FailedPreconditionError("this session has the pool open already");
+  }
+  const bool taken = pool_.cache != nullptr && pool_.resumable;
+  if (taken && pool_.api_epoch != session.api_epoch) {
+    return absl::FailedPreconditionError("another session has the pool open");
+  }
+  if (!taken && spec.resume_only) {
+    return absl::NotFoundError(fmt::format("no pool of api_epoch {:x}", session.api_epoch));
+  }
+  if (!taken) {
+    pool_ = Pool();
+    pool_.spec = spec;
+    pool_.api_epoch = session.api_epoch;
+    pool_.pool_epoch = ++last_pool_epoch_;
+    pool_.cache =
+        std::make_unique<PrefixCache>(PrefixCacheConfig{.num_blocks = spec.num_blocks,
+                                                        .num_host_slots = NumHostSlots(spec),
+                                                        .block_size_tokens = spec.block_size_tokens,
+                                                        .root_seed = spec.root_seed});
+  }
+  pool_.session = &session;
+  pool_.must_reconcile = taken;
+  return OpenedPool{.pool_epoch = pool_.pool_epoch,
+                    .memory_socket = "unused",
+                    .num_blocks = spec.num_blocks,
+                    .num_host_slots = NumHostSlots(spec),
+                    .resumed = taken};
+}
+
+void FakeCache::TellAvailable(const Session& session) {
+  const uint32_t available = pool_.session == &session ? pool_.cache->num_available() : 0;
+  Tell(!session.closing, session.events.on_available, available);
+}
+
+void FakeCache::PushCopyOuts(const Session& session) {
+  if (pool_.session != &session || pool_.must_reconcile || session.closing) return;
+  std::vector<CopyOrder> copies;
+  for (auto lost = pool_.write_backs.rbegin(); pool_.num_lost_write_backs > 0; ++lost) {
+    copies.insert(copies.begin(), lost->second);
+    --pool_.num_lost_write_backs;
+  }
+  if (copies.empty()) copies = pool_.cache->TakeCopyOuts(kMaxCopiesPerPush);
+  if (copies.empty()) return;
+  for (const CopyOrder& copy : copies) pool_.write_backs.insert_or_assign(copy.copy_id, copy);
+  TellAvailable(session);
+  Tell(true, session.events.on_copy_out, std::move(copies));
+}
+
+void FakeCache::EndSession(Session* session) {
+  session->ended = true;
+  if (pool_.session != session) return;
+  pool_.session = nullptr;
+  pool_.resumable = false;
+}
+
+void FakeCache::BreakSession(const char* reason, bool resumable) {
+  for (const auto& session : std::exchange(sessions_, {})) {
+    session->ended = true;
+    Tell(!session->closing, session->events.on_closed, absl::UnavailableError(reason));
+  }
+  requests_.clear();
+  pool_.session = nullptr;
+  pool_.resumable = pool_.resumable && resumable;
+  changed_.NotifyAll();
 }
 
 }  // namespace wintserve

@@ -19,6 +19,13 @@ GenerationUpdate TextUpdate(int index, std::string text,
   return update;
 }
 
+GenerationUpdate ErrorUpdate(absl::Status error) {
+  GenerationUpdate update;
+  update.finished = true;
+  update.error = std::move(error);
+  return update;
+}
+
 FakeLlm::FakeLlm() : thread_([this] { DeliverLoop(); }) {}
 
 FakeLlm::~FakeLlm() {
@@ -45,6 +52,12 @@ void FakeLlm::SetSubmitError(absl::Status status) {
   submit_error_ = std::move(status);
 }
 
+void FakeLlm::SetQueueError(absl::Status status, size_t num_accepted) {
+  MutexLock lock(&mutex_);
+  queue_error_ = std::move(status);
+  num_accepted_before_error_ = num_accepted;
+}
+
 void FakeLlm::SetFinalError(absl::Status status) {
   MutexLock lock(&mutex_);
   final_error_ = std::move(status);
@@ -60,9 +73,25 @@ void FakeLlm::SetMaxModelLen(int max_model_len) {
   max_model_len_ = max_model_len;
 }
 
+void FakeLlm::SetNumCachedTokens(int num_cached_tokens) {
+  MutexLock lock(&mutex_);
+  num_cached_tokens_ = num_cached_tokens;
+}
+
+void FakeLlm::SetResetAnswer(absl::StatusOr<uint64_t> answer) {
+  MutexLock lock(&mutex_);
+  reset_answer_ = std::move(answer);
+}
+
 void FakeLlm::HoldUpdates() {
   MutexLock lock(&mutex_);
   hold_updates_ = true;
+}
+
+void FakeLlm::HoldRequests() {
+  MutexLock lock(&mutex_);
+  hold_updates_ = true;
+  hold_requests_ = true;
 }
 
 void FakeLlm::Send(RequestHandle handle, GenerationUpdate update) {
@@ -79,6 +108,11 @@ std::vector<GenerationRequest> FakeLlm::submitted() const {
 std::vector<RequestHandle> FakeLlm::cancelled() const {
   MutexLock lock(&mutex_);
   return cancelled_;
+}
+
+std::vector<std::optional<std::string>> FakeLlm::resets() const {
+  MutexLock lock(&mutex_);
+  return resets_;
 }
 
 size_t FakeLlm::num_updates() const {
@@ -105,7 +139,12 @@ absl::StatusOr<RequestHandle> FakeLlm::Submit(GenerationRequest request,
   submitted_.push_back(request);
   const RequestHandle handle = submitted_.size();
   running_[handle] = {std::move(on_update)};
-  if (!hold_updates_) ScheduleScript(handle, request);
+  if (!queue_error_.ok() && submitted_.size() > num_accepted_before_error_) {
+    deliveries_.emplace(Clock::now(), Delivery{handle, ErrorUpdate(queue_error_)});
+  } else {
+    if (!hold_requests_) deliveries_.emplace(Clock::now(), Delivery{handle, AcceptedUpdate()});
+    if (!hold_updates_) ScheduleScript(handle, request);
+  }
   changed_.NotifyAll();
   return handle;
 }
@@ -116,6 +155,7 @@ void FakeLlm::ScheduleScript(RequestHandle handle, const GenerationRequest& requ
   for (size_t i = 0; i < pieces_.size(); ++i) {
     GenerationUpdate update;
     update.num_prompt_tokens = num_prompt_tokens;
+    update.num_cached_tokens = num_cached_tokens_;
     update.num_completion_tokens = static_cast<int>(i + 1) * request.num_choices;
     update.finished = i + 1 == pieces_.size();
     if (update.finished) update.error = final_error_;
@@ -135,6 +175,12 @@ void FakeLlm::Cancel(RequestHandle handle) {
   if (running_.erase(handle) == 0) return;
   cancelled_.push_back(handle);
   changed_.NotifyAll();
+}
+
+absl::StatusOr<uint64_t> FakeLlm::ResetPrefixCache(const std::optional<std::string>& salt) {
+  MutexLock lock(&mutex_);
+  resets_.push_back(salt);
+  return reset_answer_;
 }
 
 void FakeLlm::DeliverLoop() {

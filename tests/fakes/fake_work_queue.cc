@@ -31,6 +31,13 @@ absl::Status FakeWorkQueue::SendReady(uint64_t /*group_epoch*/, uint64_t /*pool_
   return absl::OkStatus();
 }
 
+absl::Status FakeWorkQueue::SendPoolDetached(uint64_t pool_epoch) {
+  MutexLock lock(&mutex_);
+  detached_.push_back(pool_epoch);
+  changed_.NotifyAll();
+  return absl::OkStatus();
+}
+
 absl::Status FakeWorkQueue::SendStepDone(const StepDone& done) {
   MutexLock lock(&mutex_);
   steps_.push_back(done);
@@ -62,6 +69,12 @@ std::vector<FakeWorkQueue::Beat> FakeWorkQueue::WaitForBeats(size_t count) {
   MutexLock lock(&mutex_);
   changed_.Wait(&mutex_, [&]() NO_THREAD_SAFETY_ANALYSIS { return beats_.size() >= count; });
   return beats_;
+}
+
+std::vector<uint64_t> FakeWorkQueue::WaitForDetached(size_t count) {
+  MutexLock lock(&mutex_);
+  changed_.Wait(&mutex_, [&]() NO_THREAD_SAFETY_ANALYSIS { return detached_.size() >= count; });
+  return detached_;
 }
 
 int FakeWorkQueue::num_ready() {

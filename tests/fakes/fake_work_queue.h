@@ -29,6 +29,7 @@ class FakeWorkQueue : public WorkQueueClient {
 
   absl::StatusOr<ServerEvent> Next() override;
   absl::Status SendReady(uint64_t group_epoch, uint64_t pool_epoch) override;
+  absl::Status SendPoolDetached(uint64_t pool_epoch) override;
   absl::Status SendStepDone(const StepDone& done) override;
   absl::Status SendHeartbeat(uint64_t step_started, uint64_t step_done,
                              uint64_t resident_bytes) override;
@@ -39,6 +40,8 @@ class FakeWorkQueue : public WorkQueueClient {
   std::vector<StepDone> WaitForSteps(size_t count);
   std::vector<Beat> WaitForBeats(size_t count);
 
+  std::vector<uint64_t> WaitForDetached(size_t count);  // pool epochs
+
   int num_ready();
   std::vector<Fault> faults();
 
@@ -48,6 +51,7 @@ class FakeWorkQueue : public WorkQueueClient {
   std::deque<ServerEvent> events_ GUARDED_BY(mutex_);
   bool ended_ GUARDED_BY(mutex_) = false;
   int num_ready_ GUARDED_BY(mutex_) = 0;
+  std::vector<uint64_t> detached_ GUARDED_BY(mutex_);
   std::vector<StepDone> steps_ GUARDED_BY(mutex_);
   std::vector<Beat> beats_ GUARDED_BY(mutex_);
   std::vector<Fault> faults_ GUARDED_BY(mutex_);

@@ -1,14 +1,30 @@
 #include "tests/fakes/fake_worker.h"
 
+#include <fmt/format.h>
+
+#include <algorithm>
 #include <utility>
 
 #include "api_server/work_queue/plan_codec.h"
 #include "common/check.h"
+#include "common/status_macros.h"
 
 namespace wintserve {
 namespace {
 
 constexpr int64_t kAttachTimeoutMs = 10'000;
+constexpr uint32_t kBlockTokens = 64;
+
+template <typename... Args>
+absl::Status Wrong(fmt::format_string<Args...> format, Args&&... args) {
+  return absl::FailedPreconditionError(fmt::format(format, std::forward<Args>(args)...));
+}
+
+// Costs memory from its first write on, so a pool may be as large as a real one.
+absl::StatusOr<MappedMemory> TokenMemory(uint32_t num_blocks) {
+  if (num_blocks == 0) return MappedMemory();
+  return MappedMemory::Create("fake_worker", int64_t{num_blocks} * kBlockTokens * sizeof(int32_t));
+}
 
 }  // namespace
 
@@ -32,7 +48,6 @@ FakeWorker::FakeWorker(FakeWorkerOptions options) : options_(std::move(options))
       WorkQueueClient::Attach(options_.target, options_.token, options_.hello, kAttachTimeoutMs);
   CHECK(client.ok(), "{}", client.status().ToString());
   client_ = *std::move(client);
-  history_.resize(options_.hello.max_slots);
   thread_ = std::thread([this] { Run(); });
 }
 
@@ -53,48 +68,139 @@ bool FakeWorker::WaitForShutdown() {
 }
 
 void FakeWorker::Run() {
-  uint64_t group_epoch = 0;
   for (;;) {
     const absl::StatusOr<ServerEvent> event = client_->Next();
     if (!event.ok()) return;
-    if (const auto* configure = std::get_if<ConfigureWorker>(&*event)) {
-      group_epoch = configure->group_epoch;
-    } else if (const auto* attach = std::get_if<AttachPool>(&*event)) {
-      if (!options_.never_ready) (void)client_->SendReady(group_epoch, attach->pool_epoch);
-    } else if (const auto* received = std::get_if<ReceivedPlan>(&*event)) {
-      if (options_.before_step && !options_.before_step(received->plan)) continue;
-      (void)client_->SendStepDone(Execute(*received));
-    } else {
+    if (std::holds_alternative<ShutdownWorker>(*event)) {
       shut_down_ = true;
       client_->Close();
+      return;
+    }
+    if (const absl::Status status = Handle(*event); !status.ok()) {
+      (void)client_->SendFault(FaultKind::kInternal, std::string(status.message()));
       return;
     }
   }
 }
 
-StepDone FakeWorker::Execute(const ReceivedPlan& received) {
+absl::Status FakeWorker::Handle(const ServerEvent& event) {
+  if (const auto* configure = std::get_if<ConfigureWorker>(&event)) {
+    config_ = *configure;
+    return absl::OkStatus();
+  }
+  if (const auto* attach = std::get_if<AttachPool>(&event)) return Attach(*attach);
+  if (const auto* detach = std::get_if<DetachPool>(&event)) return Detach(*detach);
+  return Execute(std::get<ReceivedPlan>(event));
+}
+
+absl::Status FakeWorker::Attach(const AttachPool& attach) {
+  if (!config_.has_value() || pool_epoch_.has_value()) {
+    return Wrong("AttachPool of pool epoch {:x} {}", attach.pool_epoch,
+                 config_.has_value() ? "before DetachPool" : "before Configure");
+  }
+  pool_epoch_ = attach.pool_epoch;
+  if (options_.can_map && !options_.can_map(attach)) return absl::OkStatus();
+  ASSIGN_OR_RETURN(MappedMemory blocks, TokenMemory(attach.num_blocks));
+  ASSIGN_OR_RETURN(MappedMemory host_tier, TokenMemory(attach.num_host_slots));
+  const BlockTiers tiers{.pool = blocks.data(),
+                         .num_blocks = attach.num_blocks,
+                         .host_tier = host_tier.data(),
+                         .num_host_slots = attach.num_host_slots,
+                         .block_bytes = kBlockTokens * sizeof(int32_t)};
+  const SlotLimits limits{.max_slots = config_->max_slots,
+                          .max_tokens = config_->max_tokens,
+                          .max_sequence_tokens = config_->max_sequence_tokens,
+                          .num_blocks = attach.num_blocks,
+                          .block_size_tokens = kBlockTokens,
+                          .vocab_size = static_cast<int32_t>(options_.hello.vocab_size)};
+  pool_.emplace(
+      Pool{std::move(blocks), std::move(host_tier), BlockCopier(tiers), SlotTable(limits)});
+  if (!options_.never_ready) (void)client_->SendReady(config_->group_epoch, attach.pool_epoch);
+  return absl::OkStatus();
+}
+
+absl::Status FakeWorker::Detach(const DetachPool& detach) {
+  if (pool_epoch_ != detach.pool_epoch) {
+    return Wrong("DetachPool of pool epoch {:x}, which is not attached", detach.pool_epoch);
+  }
+  pool_epoch_.reset();
+  pool_.reset();
+  if (!options_.never_detached) (void)client_->SendPoolDetached(detach.pool_epoch);
+  return absl::OkStatus();
+}
+
+absl::Status FakeWorker::CheckChain(const StepPlan& plan) const {
+  if (!pool_.has_value() || plan.pool_epoch != pool_epoch_) {
+    return Wrong("step {} is of pool epoch {:x}, which is not attached", plan.step,
+                 plan.pool_epoch);
+  }
+  if (plan.group_epoch != config_->group_epoch) {
+    return Wrong("step {} is of group epoch {:x}, not {:x}", plan.step, plan.group_epoch,
+                 config_->group_epoch);
+  }
+  if (plan.step != last_step_ + 1 || plan.previous_plan_hash != last_plan_hash_) {
+    return Wrong("step {} after a plan with hash {:x}, here it was step {} with {:x}", plan.step,
+                 plan.previous_plan_hash, last_step_, last_plan_hash_);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status FakeWorker::Execute(const ReceivedPlan& received) {
   const StepPlan& plan = received.plan;
-  CHECK(plan.previous_plan_hash == last_plan_hash_, "step={}", plan.step);
-  last_plan_hash_ = received.plan_hash;
+  if (options_.before_step && !options_.before_step(plan)) return absl::OkStatus();
+  RETURN_IF_ERROR(CheckChain(plan));
+  RETURN_IF_ERROR(pool_->copier.Check(plan.copies));
+  RETURN_IF_ERROR(pool_->slots.BeginStep(plan));
+  pool_->copier.Run(plan.copies);
+  std::this_thread::sleep_for(options_.step_delay);
   StepDone done{
       .group_epoch = plan.group_epoch, .step = plan.step, .plan_hash = received.plan_hash};
-  for (const SlotInit& init : plan.slot_init) history_[init.slot].clear();
   std::vector<int32_t> ids;
   for (const PlanRow& row : plan.rows) {
-    std::vector<int32_t>& history = history_[row.slot];
-    history.insert(history.end(), row.tokens.begin(), row.tokens.end());
-    // A token from the slot is in the history since it was sampled.
-    CHECK(history.size() == row.position + row.length, "slot={} position={}", row.slot,
-          row.position);
+    ASSIGN_OR_RETURN(const std::vector<int32_t> history, RunRow(row));
     if (!row.sample) continue;
-    const int32_t token = options_.next_token(history);
-    history.push_back(token);
-    ids.push_back(token);
-    if (options_.hello.rank == 0) done.sampled.push_back({row.slot, token});
+    ids.push_back(NextToken(history, pool_->slots.slot(row.slot).sampling));
+    if (options_.hello.rank == 0) done.sampled.push_back({row.slot, ids.back()});
   }
+  pool_->slots.FinishStep(plan, ids);
+  last_step_ = plan.step;
+  last_plan_hash_ = received.plan_hash;
   done.sampled_digest = SampledDigest(ids);
   if (options_.spoil) options_.spoil(&done);
-  return done;
+  (void)client_->SendStepDone(done);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<int32_t>> FakeWorker::RunRow(const PlanRow& row) {
+  const Slot& slot = pool_->slots.slot(row.slot);
+  auto* const memory = static_cast<int32_t*>(pool_->blocks.data());
+  const auto entry = [&](uint32_t position) -> int32_t& {
+    return memory[int64_t{slot.block_table[position / kBlockTokens]} * kBlockTokens +
+                  position % kBlockTokens];
+  };
+  for (uint32_t i = 0; i < row.length; ++i) {
+    entry(row.position + i) = (row.tokens.empty() ? *slot.last_token : row.tokens[i]) + 1;
+  }
+  std::vector<int32_t> history(row.position + row.length);
+  for (uint32_t position = 0; position < history.size(); ++position) {
+    history[position] = entry(position) - 1;
+    if (history[position] < 0) {
+      return Wrong("slot {}: position {} was never written", row.slot, position);
+    }
+  }
+  return history;
+}
+
+int32_t FakeWorker::NextToken(const std::vector<int32_t>& history,
+                              const SamplingParams& sampling) const {
+  int32_t token = options_.next_token(history);
+  if (history.size() >= sampling.first_stop_position) return token;
+  const std::vector<int32_t>& stop_ids = config_->stop_ids;
+  const auto vocab_size = static_cast<int32_t>(options_.hello.vocab_size);
+  while (std::find(stop_ids.begin(), stop_ids.end(), token) != stop_ids.end()) {
+    token = (token + 1) % vocab_size;
+  }
+  return token;
 }
 
 }  // namespace wintserve

@@ -1,15 +1,20 @@
 // An engine worker without a model: speaks the real step protocol from a thread of its own.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "api_server/work_queue/client/work_queue_client.h"
+#include "common/mapped_memory.h"
+#include "engine_worker/runner/block_copier.h"
+#include "engine_worker/runner/slot_table.h"
 
 namespace wintserve {
 
@@ -17,20 +22,29 @@ struct FakeWorkerOptions {
   std::string target;
   std::string token;
   WorkerHello hello;
-  // The token that follows a slot's history (prompt and sampled tokens).
+  // The token that follows a slot's history (prompt and sampled tokens). A stop id before the
+  // slot's first_stop_position becomes the next id that is none.
   std::function<int32_t(const std::vector<int32_t>& history)> next_token;
   // Called before a plan is answered; it may wait. False: this plan is never answered.
   std::function<bool(const StepPlan& plan)> before_step = {};
+  // What the forward pass of a step would take; the plans behind it wait as they do in a worker.
+  std::chrono::microseconds step_delay{0};
   // The last word on an answer, to spoil it.
   std::function<void(StepDone* done)> spoil = {};
+  // False: the cache manager is gone when the pool is to be mapped, so that it never is.
+  std::function<bool(const AttachPool& attach)> can_map = {};
   bool never_ready = false;
+  bool never_detached = false;  // DetachPool is obeyed, but not answered
 };
 
 // A Hello that fits an engine of FakeWorker's defaults: 4 KiB blocks of 64 tokens, 1000 ids.
 WorkerHello FakeHello(uint32_t rank, uint32_t world_size);
 
 // Attaches, gets ready and executes plans until the server says Shutdown, the stream ends or
-// Kill().
+// Kill(). Its KV blocks hold the tokens themselves, and a history is read back through the slot's
+// block table: a wrong block, copy, chunk or cached prefix changes every later token. As strict as
+// a real worker: whatever is wrong with a message, or a position that was never written in this
+// pool, is sent as a Fault, and ends it.
 class FakeWorker {
  public:
   explicit FakeWorker(FakeWorkerOptions options);
@@ -43,12 +57,29 @@ class FakeWorker {
   bool WaitForShutdown();
 
  private:
+  struct Pool {
+    MappedMemory blocks;     // int32 [num_blocks, kBlockTokens], each token + 1
+    MappedMemory host_tier;  // int32 [num_host_slots, kBlockTokens]
+    BlockCopier copier;
+    SlotTable slots;
+  };
+
   void Run();
-  StepDone Execute(const ReceivedPlan& received);
+  absl::Status Handle(const ServerEvent& event);
+  absl::Status Attach(const AttachPool& attach);
+  absl::Status Detach(const DetachPool& detach);
+  absl::Status Execute(const ReceivedPlan& received);
+  absl::Status CheckChain(const StepPlan& plan) const;
+  // Writes the row's tokens to its blocks. Returns everything from position 0 to the row's end.
+  absl::StatusOr<std::vector<int32_t>> RunRow(const PlanRow& row);
+  int32_t NextToken(const std::vector<int32_t>& history, const SamplingParams& sampling) const;
 
   const FakeWorkerOptions options_;
   std::unique_ptr<WorkQueueClient> client_;
-  std::vector<std::vector<int32_t>> history_;  // by slot
+  std::optional<ConfigureWorker> config_;
+  std::optional<uint64_t> pool_epoch_;  // of the attached pool
+  std::optional<Pool> pool_;            // none: it could not be mapped
+  uint64_t last_step_ = 0;
   uint64_t last_plan_hash_ = 0;
   bool shut_down_ = false;
   std::thread thread_;

@@ -1,0 +1,53 @@
+// Everything that one seed decides about a run, but for the events themselves.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "api_server/scheduler/scheduler.h"
+
+namespace wintserve::simulation {
+
+struct SimulationConfig {
+  uint64_t seed = 0;
+
+  SchedulerConfig scheduler;
+  int num_ranks = 1;
+  int max_sequence_tokens = 0;
+  int num_host_slots = 0;
+
+  // Load.
+  int num_requests = 0;
+  int64_t mean_interarrival_us = 0;
+  int num_documents = 0;  // that prompts begin with
+  int num_tenants = 1;
+  int num_salts = 1;
+  int max_prompt_tokens = 0;
+  int max_answer_tokens = 0;
+  double eos_chance = 0;  // of a token
+  double deadline_chance = 0;
+  double cancel_chance = 0;
+  double bypass_chance = 0;  // of a request that must not be matched
+
+  // Speed. Ranks take step_us + a part for every token, times a random factor.
+  int64_t step_us = 0;
+  int64_t token_us = 0;
+  int64_t cache_latency_us = 0;   // mean, one way
+  double cache_stall_chance = 0;  // a message takes 100 times as long
+  int64_t worker_latency_us = 0;  // mean, one way
+
+  // Faults of the cache manager.
+  int num_drops = 0;   // of the session
+  int num_deaths = 0;  // of the process
+  int num_flushes = 0;
+  int64_t grace_us = 0;  // pins and leases outlive a session by this much
+  int64_t max_outage_us = 0;
+
+  int64_t arrivals_us() const { return num_requests * mean_interarrival_us; }
+  std::string ToString() const;
+};
+
+// The same seed always gives the same configuration.
+SimulationConfig RandomConfig(uint64_t seed);
+
+}  // namespace wintserve::simulation

@@ -1,0 +1,279 @@
+#include "tests/simulation/instance.h"
+
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "tests/simulation/trace.h"
+
+namespace wintserve::simulation {
+namespace {
+
+// Far beyond what any seed needs; a run that gets there goes round in circles.
+constexpr uint64_t kMaxEvents = 2'000'000;
+constexpr int64_t kMaxIdleUs = 120'000'000;
+constexpr int kMaxPlansAtOnce = 100;
+
+}  // namespace
+
+Instance::Instance(const SimulationConfig& config, Report::Tracing tracing)
+    : config_(config),
+      report_(&clock_, tracing),
+      references_(config_),
+      scheduler_(config_.scheduler),
+      ledger_(config_, &references_, &report_),
+      cache_(config_, &clock_, &report_,
+             {.on_reply = [this](const CacheReply& reply,
+                                 uint32_t available) { OnCacheReply(reply, available); },
+              .on_lost = [this] { OnCacheLost(); },
+              .on_resumed = [this] { OnCacheResumed(); },
+              .on_pool_gone = [this] { OnPoolGone(); },
+              .on_pool_opened = [this](int num_blocks) { OnPoolOpened(num_blocks); }}),
+      ranks_(config_, &references_, &clock_, &report_,
+             [this](uint64_t step, const std::vector<SampledToken>& sampled, int64_t step_us) {
+               OnStepDone(step, sampled, step_us);
+             }),
+      clients_(config_, &references_, &clock_, &report_,
+               {.submit =
+                    [this](const ScheduledRequest& request) {
+                      return scheduler_.Submit(request, clock_.now_us());
+                    },
+                .cancel_request = [this](uint64_t request) { scheduler_.Cancel(request); },
+                .cancel_choice = [this](const SequenceKey& key) { scheduler_.Cancel(key); },
+                .done = [this] { Pump(); }}) {
+  ranks_.AttachPool(pool_epoch_, config_.scheduler.num_blocks);
+}
+
+void Instance::Run() {
+  clients_.Start();
+  ScheduleFaults();
+  const int64_t last_us = config_.arrivals_us() + kMaxIdleUs;
+  while (report_.ok() && clock_.RunNext()) {
+    if (++report_.counters.events > kMaxEvents || clock_.now_us() > last_us) {
+      report_.Violation("I8", "the run does not come to an end");
+    }
+  }
+  if (report_.ok()) CheckQuiescent();
+  const SchedulerStats stats = scheduler_.stats();
+  report_.counters.preemptions = stats.preemptions;
+  report_.counters.overshoot_rows = stats.overshoot_rows;
+  report_.counters.device_hit_tokens = stats.device_hit_tokens;
+  report_.counters.host_hit_tokens = stats.host_hit_tokens;
+  cache_.AddTotals(&report_.counters);
+}
+
+void Instance::ScheduleFaults() {
+  Random random(config_.seed, /*stream=*/5);
+  const int64_t last_us = config_.arrivals_us() * 5 / 4 + 20 * config_.step_us;
+  for (int i = 0; i < config_.num_drops; ++i) {
+    clock_.At(random.Between(0, last_us), [this] { cache_.BreakSession(); });
+  }
+  for (int i = 0; i < config_.num_deaths; ++i) {
+    clock_.At(random.Between(0, last_us), [this] { cache_.Die(); });
+  }
+  for (int i = 0; i < config_.num_flushes; ++i) {
+    std::optional<std::string> salt;
+    if (random.Chance(0.5)) salt = config_.num_salts > 1 ? "s1" : "";
+    clock_.At(random.Between(0, last_us), [this, salt] { cache_.Flush(salt); });
+  }
+}
+
+void Instance::Pump() {
+  for (int i = 0; report_.ok(); ++i) {
+    if (i == kMaxPlansAtOnce) report_.Violation("I8", "{} plans at once", i);
+    SchedulerOutput output = scheduler_.Schedule(clock_.now_us());
+    CheckScheduler();
+    for (const CacheCommand& command : output.cache) Send(command);
+    const bool made_plan = output.plan.has_value();
+    if (made_plan) Send(*std::move(output.plan));
+    for (const SequenceStart& start : output.started) {
+      report_.Trace("sequence {}.{} starts with {} tokens cached", start.sequence.request,
+                    start.sequence.choice, start.num_cached_tokens);
+      clients_.OnStarted(start);
+    }
+    for (const SequenceFailure& failure : output.failed) {
+      report_.Trace("sequence {}.{} fails", failure.sequence.request, failure.sequence.choice);
+      clients_.OnFailed(failure);
+    }
+    if (!made_plan) break;
+  }
+  clients_.CheckDeadlines();
+  ArmDeadline();
+}
+
+void Instance::Send(const CacheCommand& command) {
+  if (report_.tracing()) report_.Trace("-> cache: {}", Describe(command));
+  ledger_.OnCommand(command, has_session_);
+  if (has_session_) cache_.Send(command);
+}
+
+void Instance::Send(StepPlan plan) {
+  if (report_.tracing()) report_.Trace("-> ranks: {}", Describe(plan));
+  if (waiting_ != Waiting::kForNothing)
+    report_.Violation("plan", "step {} is made while paused", plan.step);
+  if (plan.step != ++last_step_) {
+    report_.Violation("I6", "step {} is made after step {}", plan.step, last_step_ - 1);
+  }
+  plan.pool_epoch = pool_epoch_;
+  ++report_.counters.plans;
+  ledger_.OnPlan(plan);
+  ranks_.Send(std::move(plan));
+  const size_t allowed = 1 + static_cast<size_t>(config_.scheduler.async_depth);
+  if (ranks_.num_plans_in_flight() > allowed) {
+    report_.Violation("plan", "{} plans are in flight, allowed are {}",
+                      ranks_.num_plans_in_flight(), allowed);
+  }
+}
+
+void Instance::ArmDeadline() {
+  const std::optional<int64_t> next_us = scheduler_.NextDeadlineUs();
+  if (!next_us.has_value() || (armed_deadline_us_ && *armed_deadline_us_ <= *next_us)) return;
+  if (*next_us < clock_.now_us()) {
+    report_.Violation("I8", "the deadline {} has passed and its sequence goes on", *next_us);
+    return;
+  }
+  armed_deadline_us_ = next_us;
+  // One microsecond later, so that a deadline has passed by any reading of it.
+  clock_.At(*next_us + 1, [this, armed_us = *next_us] {
+    if (armed_deadline_us_ == armed_us) armed_deadline_us_.reset();
+    Pump();
+  });
+}
+
+void Instance::OnCacheReply(const CacheReply& reply, uint32_t num_available) {
+  if (report_.tracing()) report_.Trace("<- cache: {}", Describe(reply));
+  if (!has_session_) report_.Violation("simulator", "a reply without a session");
+  if (const auto* matched = std::get_if<Matched>(&reply)) {
+    const MatchCommand* match = ledger_.FindMatch(matched->tag);
+    if (match == nullptr) {
+      report_.Violation("simulator", "an answer to match {}, which was not asked", matched->tag);
+      return;
+    }
+    if (!clients_.IsWanted(match->salt, match->tokens)) ++report_.counters.tombstones;
+  }
+  scheduler_.OnAvailable(num_available);
+  ledger_.OnReply(reply);
+  if (const auto* peeked = std::get_if<Peeked>(&reply)) {
+    scheduler_.OnPeeked(peeked->tag, peeked->result);
+  } else if (const auto* matched = std::get_if<Matched>(&reply)) {
+    scheduler_.OnMatched(matched->tag, matched->result);
+  } else if (const auto* leased = std::get_if<Leased>(&reply)) {
+    scheduler_.OnLeased(leased->tag, leased->blocks);
+  } else if (const auto* committed = std::get_if<Committed>(&reply)) {
+    scheduler_.OnCommitted(committed->tag, committed->blocks);
+  } else if (const auto* copy_out = std::get_if<CopyOut>(&reply)) {
+    scheduler_.OnCopyOut(copy_out->copies);
+  }
+  Pump();
+}
+
+void Instance::OnCacheLost() {
+  report_.Trace("the session is lost");
+  has_session_ = false;
+  waiting_ = Waiting::kForNothing;
+  scheduler_.SetPaused(false);
+  ledger_.OnSessionLost();
+  scheduler_.OnCacheLost();
+  Pump();
+}
+
+void Instance::OnCacheResumed() {
+  waiting_ = Waiting::kToResume;
+  Pause();
+}
+
+void Instance::OnPoolGone() {
+  waiting_ = Waiting::kToOpenPool;
+  Pause();
+}
+
+void Instance::Pause() {
+  scheduler_.SetPaused(true);
+  if (ranks_.num_plans_in_flight() == 0) OnDrained();
+}
+
+void Instance::OnDrained() {
+  if (waiting_ == Waiting::kToOpenPool) {
+    cache_.OpenPool();
+  } else if (waiting_ == Waiting::kToResume) {
+    waiting_ = Waiting::kForNothing;
+    HeldBlocks held = scheduler_.OnCacheResumed();
+    if (report_.tracing()) report_.Trace("-> cache: {}, fence", Describe(held));
+    ledger_.OnSessionResumed(held);
+    has_session_ = true;
+    cache_.Send(std::move(held));
+    cache_.Send(FenceRequest{});
+    scheduler_.SetPaused(false);
+    Pump();
+  }
+}
+
+void Instance::OnPoolOpened(int num_blocks) {
+  ++report_.counters.pools_replaced;
+  waiting_ = Waiting::kForNothing;
+  ranks_.AttachPool(++pool_epoch_, num_blocks);
+  ledger_.OnPoolReplaced(num_blocks);
+  scheduler_.OnPoolReplaced(num_blocks);
+  has_session_ = true;
+  scheduler_.SetPaused(false);
+  Pump();
+}
+
+void Instance::OnStepDone(uint64_t step, const std::vector<SampledToken>& sampled,
+                          int64_t step_us) {
+  report_.Trace("<- ranks: step {} is done", step);
+  ledger_.OnPlanDone(step);
+  absl::StatusOr<std::vector<SequenceToken>> tokens =
+      scheduler_.OnStepDone(step, sampled, step_us, clock_.now_us());
+  if (!tokens.ok()) {
+    report_.Violation("I6", "step {}: {}", step, tokens.status().ToString());
+    return;
+  }
+  for (const SequenceToken& token : *tokens) clients_.OnToken(token);
+  Pump();
+  if (ranks_.num_plans_in_flight() == 0) OnDrained();
+}
+
+void Instance::CheckScheduler() {
+  const absl::Status status = scheduler_.CheckInvariants();
+  if (!status.ok()) report_.Violation("scheduler", "{}", status.ToString());
+  if (static_cast<size_t>(scheduler_.num_plans_in_flight()) < ranks_.num_plans_in_flight()) {
+    report_.Violation("scheduler", "{} plans are in flight, the scheduler knows {}",
+                      ranks_.num_plans_in_flight(), scheduler_.num_plans_in_flight());
+  }
+}
+
+void Instance::CheckQuiescent() {
+  clients_.CheckAllEnded();
+  const SchedulerStats stats = scheduler_.stats();
+  if (stats.num_running != 0 || stats.num_waiting != 0 || stats.num_waiting_tokens != 0 ||
+      stats.num_matching != 0 || stats.num_restoring != 0 || stats.num_plans_in_flight != 0 ||
+      stats.num_blocks_held != stats.num_blocks_leased_ahead) {
+    report_.Violation("I8",
+                      "nothing is left to do, but the scheduler has {} running, {} waiting "
+                      "of {} tokens, {} matching, {} restoring, {} plans, {} blocks of which {} "
+                      "are in stock",
+                      stats.num_running, stats.num_waiting, stats.num_waiting_tokens,
+                      stats.num_matching, stats.num_restoring, stats.num_plans_in_flight,
+                      stats.num_blocks_held, stats.num_blocks_leased_ahead);
+  }
+  ledger_.CheckQuiescent(stats.num_blocks_leased_ahead);
+  if (cache_.pool() == nullptr || !has_session_) {
+    report_.Violation("simulator", "the cache manager never came back");
+    return;
+  }
+  const PrefixCacheStats pool = cache_.pool()->stats();
+  if (pool.num_committed_pinned != 0 || pool.num_restoring != 0 || pool.num_copying_out != 0 ||
+      pool.num_quarantined != 0 || pool.num_host_filling != 0 || pool.num_host_quarantined != 0 ||
+      pool.num_leased != static_cast<uint32_t>(stats.num_blocks_leased_ahead)) {
+    report_.Violation("I2",
+                      "nothing is left to do, but the cache manager has {} pinned, {} "
+                      "restoring, {} copying out, {} quarantined, {} leased blocks (the scheduler "
+                      "has {}), {} filling and {} quarantined host slots",
+                      pool.num_committed_pinned, pool.num_restoring, pool.num_copying_out,
+                      pool.num_quarantined, pool.num_leased, stats.num_blocks_leased_ahead,
+                      pool.num_host_filling, pool.num_host_quarantined);
+  }
+}
+
+}  // namespace wintserve::simulation

@@ -1,0 +1,71 @@
+// One serving instance on a virtual clock: the real scheduler and the real prefix cache, between
+// them and around them simulated processes, connections and clients.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "api_server/scheduler/scheduler.h"
+#include "tests/simulation/cache_process.h"
+#include "tests/simulation/clients.h"
+#include "tests/simulation/config.h"
+#include "tests/simulation/event_queue.h"
+#include "tests/simulation/ledger.h"
+#include "tests/simulation/rank_group.h"
+#include "tests/simulation/reference.h"
+#include "tests/simulation/report.h"
+
+namespace wintserve::simulation {
+
+// Does for the scheduler what the API server's engine thread does.
+class Instance {
+ public:
+  Instance(const SimulationConfig& config, Report::Tracing tracing);
+
+  // Until nothing is left to happen, or the first violation.
+  void Run();
+  const Report& report() const { return report_; }
+
+ private:
+  void ScheduleFaults();
+  // Lets the scheduler decide until it makes no plan.
+  void Pump();
+  void Send(const CacheCommand& command);
+  void Send(StepPlan plan);
+  void ArmDeadline();
+
+  void OnCacheReply(const CacheReply& reply, uint32_t num_available);
+  void OnCacheLost();
+  void OnCacheResumed();
+  void OnPoolGone();
+  void OnPoolOpened(int num_blocks);
+  void OnStepDone(uint64_t step, const std::vector<SampledToken>& sampled, int64_t step_us);
+  // What had to wait until no plan was in flight.
+  void OnDrained();
+  void Pause();
+
+  void CheckScheduler();
+  void CheckQuiescent();
+
+  const SimulationConfig config_;
+  EventQueue clock_;
+  Report report_;
+  References references_;
+  Scheduler scheduler_;
+  Ledger ledger_;
+  CacheProcess cache_;
+  RankGroup ranks_;
+  Clients clients_;
+
+  enum class Waiting { kForNothing, kToResume, kToOpenPool };
+
+  bool has_session_ = true;                 // as the scheduler was told
+  Waiting waiting_ = Waiting::kForNothing;  // until no plan is in flight; paused meanwhile
+  uint64_t pool_epoch_ = 1;
+  uint64_t last_step_ = 0;
+  std::optional<int64_t> armed_deadline_us_;
+};
+
+}  // namespace wintserve::simulation

@@ -1,0 +1,249 @@
+#include "tests/simulation/rank.h"
+
+#include <algorithm>
+#include <set>
+
+namespace wintserve::simulation {
+namespace {
+
+// Of everything that a plan says.
+uint64_t DigestOf(const StepPlan& plan) {
+  uint64_t digest = MixBits(plan.step, plan.pool_epoch);
+  const auto add = [&digest](int64_t value) {
+    digest = MixBits(digest, static_cast<uint64_t>(value));
+  };
+  const auto add_blocks = [&add](const std::vector<BlockId>& blocks) {
+    add(static_cast<int64_t>(blocks.size()));
+    for (const BlockId block : blocks) add(static_cast<int64_t>(block));
+  };
+  for (const SlotInit& init : plan.slot_init) {
+    add(init.slot);
+    add(init.sampling.seed);
+    add(init.sampling.choice_index);
+    add_blocks(init.block_table);
+  }
+  for (const BlockAppend& append : plan.block_append) {
+    add(append.slot);
+    add_blocks(append.blocks);
+  }
+  for (const PlanRow& row : plan.rows) {
+    add(row.slot);
+    add(row.position);
+    add(row.length);
+    add(row.sample ? 1 : 0);
+    for (const int32_t token : row.tokens) add(token);
+  }
+  for (const uint32_t slot : plan.slot_release) add(slot);
+  for (const BlockCopy& copy : plan.copies) {
+    add(copy.to_device ? 1 : 0);
+    add(static_cast<int64_t>(copy.block));
+    add(copy.host_slot);
+  }
+  return digest;
+}
+
+}  // namespace
+
+SimulatedRank::SimulatedRank(const SimulationConfig& config, int rank, const References* references,
+                             Report* report)
+    : config_(config),
+      rank_(rank),
+      references_(*references),
+      report_(*report),
+      block_size_(static_cast<uint32_t>(config.scheduler.block_size_tokens)) {}
+
+void SimulatedRank::AttachPool(uint64_t pool_epoch, int num_blocks) {
+  pool_epoch_ = pool_epoch;
+  slots_.assign(static_cast<size_t>(config_.scheduler.max_num_seqs), Slot{});
+  const Block garbage(block_size_, Cell{.history = MixBits(pool_epoch, 77)});
+  blocks_.assign(static_cast<size_t>(num_blocks), garbage);
+  host_slots_.assign(static_cast<size_t>(config_.num_host_slots), garbage);
+}
+
+RankResult SimulatedRank::Execute(const StepPlan& plan) {
+  RankResult result;
+  if (plan.step != last_step_ + 1) {
+    report_.Violation("I6", "rank {}: step {} comes after step {}", rank_, plan.step, last_step_);
+  }
+  if (plan.pool_epoch != pool_epoch_) {
+    report_.Violation("I3", "rank {}: step {} names pool {}, mapped is pool {}", rank_, plan.step,
+                      plan.pool_epoch, pool_epoch_);
+  }
+  last_step_ = plan.step;
+  for (const BlockCopy& copy : plan.copies) RunCopy(copy);
+  for (const SlotInit& init : plan.slot_init) Init(init);
+  for (const BlockAppend& append : plan.block_append) {
+    if (InUse("block_append", append.slot)) Append(append.slot, append.blocks);
+  }
+  std::set<uint32_t> named;
+  uint64_t num_tokens = 0;
+  for (const PlanRow& row : plan.rows) {
+    if (!named.insert(row.slot).second) {
+      report_.Violation("plan", "step {}: two rows of slot {}", plan.step, row.slot);
+    }
+    num_tokens += row.length;
+    if (CheckRow(row)) RunRow(row, &result);
+  }
+  const auto max_tokens = static_cast<uint64_t>(config_.scheduler.max_num_batched_tokens);
+  if (num_tokens > max_tokens) {
+    report_.Violation("plan", "step {} has {} tokens, allowed are {}", plan.step, num_tokens,
+                      max_tokens);
+  }
+  for (const uint32_t slot : plan.slot_release) Release(slot);
+  plan_digest_ = MixBits(plan_digest_, DigestOf(plan));
+  result.plan_digest = plan_digest_;
+  return result;
+}
+
+void SimulatedRank::RunCopy(const BlockCopy& copy) {
+  const auto block = static_cast<size_t>(copy.block);
+  if (block >= blocks_.size() || copy.host_slot >= host_slots_.size()) {
+    report_.Violation("plan", "a copy between block {} and host slot {}; there are {} and {}",
+                      block, copy.host_slot, blocks_.size(), host_slots_.size());
+    return;
+  }
+  if (copy.to_device) {
+    blocks_[block] = host_slots_[copy.host_slot];
+  } else {
+    host_slots_[copy.host_slot] = blocks_[block];
+  }
+}
+
+void SimulatedRank::Init(const SlotInit& init) {
+  if (init.slot >= slots_.size()) {
+    report_.Violation("plan", "slot_init: slot {} is not in 0 … {}", init.slot, slots_.size() - 1);
+    return;
+  }
+  Slot& slot = slots_[init.slot];
+  if (slot.in_use) {
+    report_.Violation("plan", "slot_init: slot {} was not released", init.slot);
+    return;
+  }
+  slot.in_use = true;
+  slot.sampling = init.sampling;
+  slot.sequence = references_.Find(init.sampling);
+  if (slot.sequence == nullptr) {
+    report_.Violation("plan", "slot_init: slot {} is of no sequence: seed {}, choice {}", init.slot,
+                      init.sampling.seed, init.sampling.choice_index);
+    return;
+  }
+  const SamplingParams& wanted = slot.sequence->sampling;
+  if (init.sampling.temperature != wanted.temperature || init.sampling.top_p != wanted.top_p ||
+      init.sampling.top_k != wanted.top_k ||
+      init.sampling.first_stop_position != wanted.first_stop_position) {
+    report_.Violation("I7",
+                      "slot_init: slot {} samples unlike the request {} (stop ids from {}, "
+                      "asked from {})",
+                      init.slot, slot.sequence->key.request, init.sampling.first_stop_position,
+                      wanted.first_stop_position);
+  }
+  Append(init.slot, init.block_table);
+}
+
+void SimulatedRank::Append(uint32_t index, const std::vector<BlockId>& blocks) {
+  std::vector<int32_t>& table = slots_[index].table;
+  for (const BlockId block : blocks) {
+    const auto id = static_cast<int32_t>(block);
+    if (id < 0 || static_cast<size_t>(id) >= blocks_.size()) {
+      report_.Violation("plan", "slot {}: block {} is not in 0 … {}", index, id,
+                        blocks_.size() - 1);
+      return;
+    }
+    table.push_back(id);
+  }
+  const uint32_t max_tokens = static_cast<uint32_t>(config_.max_sequence_tokens);
+  if (table.size() > (max_tokens + block_size_ - 1) / block_size_) {
+    report_.Violation("plan", "slot {}: a table of {} blocks, sequences have at most {} tokens",
+                      index, table.size(), max_tokens);
+  }
+}
+
+bool SimulatedRank::InUse(const char* where, uint32_t slot) const {
+  if (slot < slots_.size() && slots_[slot].in_use) return true;
+  report_.Violation("plan", "{}: slot {} is not in use", where, slot);
+  return false;
+}
+
+bool SimulatedRank::CheckRow(const PlanRow& row) const {
+  if (!InUse("row", row.slot)) return false;
+  const Slot& slot = slots_[row.slot];
+  if (slot.sequence == nullptr) return false;
+  const auto fail = [&](const auto& text) {
+    report_.Violation("plan", "slot {}, row of {} at position {}: {}", row.slot, row.length,
+                      row.position, text);
+    return false;
+  };
+  if (row.length == 0) return fail("no tokens");
+  if (slot.next_position.has_value() && row.position != *slot.next_position) {
+    return fail(fmt::format("the sequence is at {}", *slot.next_position));
+  }
+  const size_t end = size_t{row.position} + row.length;
+  if (end > slot.table.size() * block_size_) {
+    return fail(fmt::format("its block table covers {}", slot.table.size() * block_size_));
+  }
+  if (end >= slot.sequence->tokens.size() + 1) {
+    return fail(
+        fmt::format("the sequence never has more than {} tokens", slot.sequence->tokens.size()));
+  }
+  if (row.tokens.empty()) {
+    if (row.length != 1) return fail("only one token can come from the slot");
+    if (!slot.last_token.has_value()) return fail("no token was sampled there");
+  } else if (row.tokens.size() != row.length) {
+    return fail(fmt::format("{} ids", row.tokens.size()));
+  }
+  return CheckMemory(slot, row.position);
+}
+
+bool SimulatedRank::CheckMemory(const Slot& slot, uint32_t position) const {
+  const ReferenceSequence& sequence = *slot.sequence;
+  for (uint32_t i = 0; i < position; ++i) {
+    const Cell& cell = CellAt(slot, i);
+    if (cell.position == i && cell.history == sequence.history[i]) continue;
+    report_.Violation("I4",
+                      "rank {}, sequence {}.{} at position {}: block {} holds token {} of "
+                      "position {} where the sequence has token {} at position {}{}",
+                      rank_, sequence.key.request, sequence.key.choice, position,
+                      slot.table[i / block_size_], cell.token, cell.position, sequence.tokens[i], i,
+                      cell.token == sequence.tokens[i] ? " (after another history)" : "");
+    return false;
+  }
+  return true;
+}
+
+void SimulatedRank::RunRow(const PlanRow& row, RankResult* result) {
+  Slot& slot = slots_[row.slot];
+  uint64_t history = row.position == 0 ? kEmptyHistory : CellAt(slot, row.position - 1).history;
+  for (uint32_t i = 0; i < row.length; ++i) {
+    const uint32_t position = row.position + i;
+    const int32_t token = row.tokens.empty() ? *slot.last_token : row.tokens[i];
+    if (token != slot.sequence->tokens[position]) {
+      report_.Violation("I7", "rank {}, sequence {}.{}: token {} at position {}, it should be {}",
+                        rank_, slot.sequence->key.request, slot.sequence->key.choice, token,
+                        position, slot.sequence->tokens[position]);
+    }
+    history = ExtendHistory(history, token);
+    CellAt(slot, position) = Cell{.position = position, .token = token, .history = history};
+  }
+  slot.next_position = row.position + row.length;
+  slot.last_token.reset();
+  if (row.sample) {
+    const int32_t token = references_.model().Sample(slot.sampling, *slot.next_position, history);
+    slot.last_token = token;
+    result->sampled.push_back({.slot = row.slot, .token = token});
+    result->sampled_digest = MixBits(result->sampled_digest, static_cast<uint64_t>(token));
+  }
+}
+
+void SimulatedRank::Release(uint32_t slot) {
+  if (InUse("slot_release", slot)) slots_[slot] = Slot{};
+}
+
+SimulatedRank::Cell& SimulatedRank::CellAt(const Slot& slot, uint32_t position) {
+  return blocks_[static_cast<size_t>(slot.table[position / block_size_])][position % block_size_];
+}
+
+const SimulatedRank::Cell& SimulatedRank::CellAt(const Slot& slot, uint32_t position) const {
+  return blocks_[static_cast<size_t>(slot.table[position / block_size_])][position % block_size_];
+}
+
+}  // namespace wintserve::simulation

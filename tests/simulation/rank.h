@@ -1,0 +1,79 @@
+// A simulated worker: executes plans in order, checks each of them as strictly as a real one does,
+// and checks what a real one cannot: that the KV memory it reads holds the right sequence.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "api_server/scheduler/plan.h"
+#include "tests/simulation/config.h"
+#include "tests/simulation/reference.h"
+#include "tests/simulation/report.h"
+
+namespace wintserve::simulation {
+
+struct RankResult {
+  std::vector<SampledToken> sampled;
+  uint64_t sampled_digest = 0;
+  uint64_t plan_digest = 0;  // of all plans so far
+};
+
+// Everything that a worker process would lose by dying is in here, so a new object is a new
+// process.
+class SimulatedRank {
+ public:
+  SimulatedRank(const SimulationConfig& config, int rank, const References* references,
+                Report* report);
+
+  // Maps another pool: no slot is in use, memory holds garbage.
+  void AttachPool(uint64_t pool_epoch, int num_blocks);
+
+  // The whole plan at once. What is wrong with it goes to the report.
+  RankResult Execute(const StepPlan& plan);
+
+ private:
+  // K and V of one token. `history` stands for its content, which depends on all tokens up to it.
+  struct Cell {
+    uint32_t position = 0;
+    int32_t token = -1;
+    uint64_t history = 0;
+  };
+  using Block = std::vector<Cell>;
+
+  struct Slot {
+    bool in_use = false;
+    const ReferenceSequence* sequence = nullptr;
+    SamplingParams sampling;
+    std::vector<int32_t> table;
+    std::optional<uint32_t> next_position;  // unknown until the first row
+    std::optional<int32_t> last_token;      // sampled, not yet computed
+  };
+
+  void RunCopy(const BlockCopy& copy);
+  void Init(const SlotInit& init);
+  void Append(uint32_t slot, const std::vector<BlockId>& blocks);
+  bool CheckRow(const PlanRow& row) const;
+  // Reads what attention would read: all positions before the row's.
+  bool CheckMemory(const Slot& slot, uint32_t position) const;
+  void RunRow(const PlanRow& row, RankResult* result);
+  void Release(uint32_t slot);
+  bool InUse(const char* where, uint32_t slot) const;
+  Cell& CellAt(const Slot& slot, uint32_t position);
+  const Cell& CellAt(const Slot& slot, uint32_t position) const;
+
+  const SimulationConfig& config_;
+  const int rank_;
+  const References& references_;
+  Report& report_;
+  const uint32_t block_size_;
+
+  uint64_t pool_epoch_ = 0;
+  uint64_t last_step_ = 0;
+  uint64_t plan_digest_ = 0;
+  std::vector<Slot> slots_;
+  std::vector<Block> blocks_;
+  std::vector<Block> host_slots_;
+};
+
+}  // namespace wintserve::simulation
