@@ -4,8 +4,8 @@ TEST_JOBS ?= 2
 BUILD := build/$(PRESET)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve setup python-env build test test-asan test-tsan test-poet-bf16 format \
-        format-check tidy bench clean
+.PHONY: help serve setup python-env build test test-long test-asan test-tsan test-poet-bf16 \
+        format format-check tidy bench bench-scheduling clean
 
 help:  ## Print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,6 +34,13 @@ test: build python-env  ## Build, compile every header alone, run all tests but 
 	@ninja -C $(BUILD) check_headers
 	ctest --preset $(PRESET) -j$(TEST_JOBS) --no-tests=error -LE gpu
 
+# Each part prints its own summary; a failing seed prints the command that replays it.
+test-long: setup $(BUILD)/build.ninja  ## 10,000 seeds of the simulator (tests/simulation), on all cores
+	@ninja -C $(BUILD) simulation_test
+	seq 1 500 9501 | xargs -P "$$(nproc)" -I FIRST env SIMULATION_FIRST_SEED=FIRST \
+	  SIMULATION_SEEDS=500 timeout 1800 $(BUILD)/tests/simulation_test \
+	  --gtest_filter=Simulation.KeepsEveryInvariant
+
 test-asan: python-env  ## Unit tests with the address and undefined-behaviour sanitizers
 	$(MAKE) build PRESET=asan
 	ctest --preset asan -j$(TEST_JOBS) --no-tests=error
@@ -60,6 +67,10 @@ bench: build  ## Every micro-benchmark, then the rates of a running server (benc
 	@for program in kernels_bench sampling_bench step_overhead_bench; do \
 	  $(BUILD)/bench/$$program || exit 1; done
 	@bench/serving $(BUILD)
+
+bench-scheduling: build  ## Batching and prefix cache through HTTP: JSON and plot in build/cpu
+	@tools/setup/python_env.sh build/bench-venv bench/requirements.txt
+	@build/bench-venv/bin/python bench/scheduling --build $(BUILD)
 
 clean:  ## Remove the build directories of all presets, keep the Python environment
 	rm -rf build/cpu build/cuda build/asan build/tsan

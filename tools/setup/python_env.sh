@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Creates build/venv with the Python packages of tests/requirements.txt. Does nothing while the
+# Creates a virtual environment with the packages of a requirements file. Does nothing while the
 # requirements are unchanged.
+#   tools/setup/python_env.sh [VENV REQUIREMENTS]     by default build/venv, tests/requirements.txt
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-venv=build/venv
-requirements=tests/requirements.txt
+venv=${1:-build/venv}
+requirements=${2:-tests/requirements.txt}
 stamp="${venv}/requirements.sha256"
 
 wanted="$(sha256sum "${requirements}")"
@@ -15,7 +16,7 @@ echo "python_env: installing ${requirements} into ${venv}" >&2
 rm -rf "${venv}"
 python3 -m venv "${venv}"
 "${venv}/bin/pip" install --quiet --disable-pip-version-check -r "${requirements}" || {
-  echo "python_env: cannot install ${requirements}; the end-to-end tests need these packages" >&2
+  echo "python_env: cannot install the packages of ${requirements}" >&2
   exit 1
 }
 echo "${wanted}" >"${stamp}"
