@@ -198,6 +198,20 @@ TEST(PoolLifecycle, ARankMayBecomeReadyForALostPoolBeforeItLetsGoOfIt) {
               HasSubstr("engine worker 1 is ready for pool 0000000000000001"));
 }
 
+// The loss and the answers of ranks may come together, before any action is asked for.
+TEST(PoolLifecycle, ARankMayBecomeReadyBetweenTheLossAndTheOrderToLetGo) {
+  PoolLifecycle pool = Attaching();
+  pool.OnLost();
+  EXPECT_TRUE(pool.OnReady(0, 1).ok());
+  EXPECT_FALSE(pool.OnReady(0, 1).ok());
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kDetachPool));
+  EXPECT_TRUE(pool.OnReady(1, 1).ok());
+  ASSERT_TRUE(pool.OnDetached(0, 1).ok());
+  ASSERT_TRUE(pool.OnDetached(1, 1).ok());
+  pool.OnConnected();
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
+}
+
 // The stream broke, but the cache manager lives: within the grace it still has the pool.
 TEST(PoolLifecycle, APoolThatOutlivesALossWhileWorkersAttachIsAttachedOnceMore) {
   PoolLifecycle pool = Attaching();
