@@ -58,6 +58,9 @@ function(room_test name)
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 120)
   endif()
+  if(SANITIZE)
+    math(EXPR ARG_TIMEOUT "${ARG_TIMEOUT} * 3")  # checked debug code, on shared machines
+  endif()
   set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
   if(SANITIZE MATCHES thread)
     set_tests_properties(${name} PROPERTIES ENVIRONMENT
