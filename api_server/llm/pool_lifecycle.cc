@@ -48,8 +48,8 @@ void PoolLifecycle::OnPoolGone() {
 }
 
 absl::Status PoolLifecycle::OnReady(uint32_t rank, uint64_t pool_epoch) {
-  const bool expected = state_ == State::kAttaching || state_ == State::kDraining ||
-                        state_ == State::kDetaching;
+  const bool expected =
+      state_ == State::kAttaching || state_ == State::kDraining || state_ == State::kDetaching;
   return Mark(expected, "is ready for", rank, pool_epoch, &ready_);
 }
 
