@@ -71,11 +71,9 @@ absl::Status FakeWorld::Submit(ScheduledRequest request) {
 }
 
 uint64_t FakeWorld::Submit(int prompt_len, int max_tokens, int num_choices) {
-  std::vector<int32_t> prompt(prompt_len);
-  std::iota(prompt.begin(), prompt.end(), 100);
   const uint64_t id = last_id_ + 1;
   const absl::Status status = Submit({.id = id,
-                                      .prompt_ids = std::move(prompt),
+                                      .prompt_ids = Prompt(prompt_len),
                                       .sampling = {.seed = static_cast<int64_t>(id)},
                                       .num_choices = num_choices,
                                       .max_tokens = max_tokens,
@@ -402,6 +400,24 @@ void FakeWorld::ExpectAllTokens() {
       EXPECT_EQ(tokens_[key], expected) << "request " << id << " choice " << choice;
     }
   }
+}
+
+std::vector<int32_t> Prompt(int length, int first) {
+  std::vector<int32_t> prompt(length);
+  std::iota(prompt.begin(), prompt.end(), first);
+  return prompt;
+}
+
+std::vector<int> RowLengths(const StepPlan& plan) {
+  std::vector<int> lengths;
+  for (const PlanRow& row : plan.rows) lengths.push_back(static_cast<int>(row.length));
+  return lengths;
+}
+
+StepPlan NextPlan(FakeWorld* world) {
+  world->Settle();
+  if (world->plans().size() != 1) ADD_FAILURE() << world->plans().size() << " plans in flight";
+  return world->plans().empty() ? StepPlan{} : world->plans().back();
 }
 
 }  // namespace wintserve

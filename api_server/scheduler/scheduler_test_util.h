@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -11,6 +12,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "api_server/scheduler/scheduler.h"
@@ -174,5 +176,18 @@ class FakeWorld {
   std::map<SequenceKey, absl::Status> failed_;
   uint64_t last_id_ = 0;
 };
+
+std::vector<int32_t> Prompt(int length, int first = 100);  // first, first + 1, …
+std::vector<int> RowLengths(const StepPlan& plan);
+// Settles, and returns the only plan in flight.
+StepPlan NextPlan(FakeWorld* world);
+
+// Of the commands that are not answered.
+template <typename Command>
+int Count(const FakeWorld& world) {
+  return static_cast<int>(
+      std::count_if(world.commands().begin(), world.commands().end(),
+                    [](const auto& command) { return std::holds_alternative<Command>(command); }));
+}
 
 }  // namespace wintserve

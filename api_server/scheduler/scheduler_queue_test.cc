@@ -1,0 +1,138 @@
+// The queue: its order, its limits, what it predicts, and deadlines.
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+#include "api_server/scheduler/scheduler_test_util.h"
+
+namespace wintserve {
+namespace {
+
+using testing::HasSubstr;
+
+TEST(Queue, ALowerPriorityValueGoesFirstAndATenantAtItsCapIsPassedOver) {
+  FakeWorld world({.max_num_seqs = 2, .async_depth = 0, .max_seqs_per_tenant = 1});
+  const auto submit = [&](uint64_t id, int priority, const char* tenant) {
+    ASSERT_TRUE(world
+                    .Submit({.id = id,
+                             .prompt_ids = Prompt(5),
+                             .max_tokens = 3,
+                             .ignore_eos = true,
+                             .priority = priority,
+                             .tenant = tenant})
+                    .ok());
+  };
+  submit(1, 1, "a");
+  submit(2, 0, "b");
+  submit(3, 0, "b");
+  world.Settle();
+  EXPECT_EQ(world.started().size(), 2u);
+  EXPECT_TRUE(world.started().contains({1, 0}));
+  EXPECT_TRUE(world.started().contains({2, 0}));
+  world.RunToEnd();
+  EXPECT_EQ(world.started().size(), 3u);
+}
+
+TEST(Queue, ATenantThatHasLeftLeavesNothingBehindAndIsCappedWhenItComesBack) {
+  FakeWorld world({.max_num_seqs = 4, .async_depth = 0, .max_seqs_per_tenant = 1});
+  const auto submit = [&](uint64_t id) {
+    ASSERT_TRUE(world
+                    .Submit({.id = id,
+                             .prompt_ids = Prompt(5),
+                             .num_choices = 2,
+                             .max_tokens = 3,
+                             .ignore_eos = true,
+                             .tenant = "a"})
+                    .ok());
+  };
+  submit(1);
+  world.Settle();
+  world.Cancel(1);
+  world.RunToEnd();  // checks after every event that no tenant is without a request
+  submit(2);
+  world.Settle();
+  EXPECT_EQ(world.scheduler().stats().num_running, 1);
+  world.RunToEnd();
+  EXPECT_EQ(world.scheduler().stats().num_waiting, 0);
+}
+
+TEST(Queue, IsBoundedBySequencesAndTokensAndSaysWhenToComeAgain) {
+  FakeWorld world({.max_num_seqs = 1, .max_queue_requests = 2, .max_queue_tokens = 100});
+  for (int i = 0; i < 2; ++i) world.Submit(10, 5);
+  const absl::Status requests = world.Submit({.id = 9, .prompt_ids = Prompt(3), .max_tokens = 1});
+  EXPECT_EQ(requests.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(requests.message(), "the queue is full: 2 sequences wait, 1 more would exceed 2");
+  EXPECT_EQ(RetryAfterSeconds(requests), 1);
+  world.Cancel(2);
+  const absl::Status tokens = world.Submit({.id = 9, .prompt_ids = Prompt(91), .max_tokens = 1});
+  EXPECT_EQ(tokens.message(),
+            "the queue is full: 10 prompt tokens wait to be computed, 91 more would exceed 100");
+  EXPECT_TRUE(world.Submit({.id = 9, .prompt_ids = Prompt(90), .max_tokens = 1}).ok());
+}
+
+TEST(Queue, AWaitThatIsPredictedToOutlastTheDeadlineIsRefused) {
+  FakeWorld world({.max_num_seqs = 1, .async_depth = 0});
+  for (int i = 0; i < 20; ++i) world.Submit(3, 1);
+  for (int i = 0; i < 4; ++i) {  // one a second
+    NextPlan(&world);
+    world.FinishPlan(1'000'000);
+  }
+  const absl::Status status = world.Submit({.id = 99,
+                                            .prompt_ids = Prompt(3),
+                                            .max_tokens = 1,
+                                            .deadline_us = world.now_us + 2'000'000});
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("longer than the timeout of 2.0 s"));
+  EXPECT_GT(RetryAfterSeconds(status), 5);
+}
+
+TEST(Queue, NamesAShortTimeoutAsTheClientGaveIt) {
+  constexpr struct {
+    int64_t us;  // that are left when the scheduler hears of it
+    const char* text;
+  } kRows[] = {{-40, "0.001"}, {961, "0.001"},     {49'950, "0.05"},    {299'919, "0.3"},
+               {999'919, "1"}, {1'499'919, "1.5"}, {59'999'919, "60.0"}};
+  for (const auto& row : kRows) {
+    FakeWorld world({.max_num_seqs = 1, .async_depth = 0});
+    const int64_t deadline_us = world.now_us + row.us;
+    ASSERT_TRUE(
+        world
+            .Submit({.id = 1, .prompt_ids = Prompt(3), .max_tokens = 9, .deadline_us = deadline_us})
+            .ok());
+    world.now_us = std::max(world.now_us, deadline_us);
+    world.RunToEnd();
+    EXPECT_EQ(world.failed().at({1, 0}).message(),
+              fmt::format("the timeout of {} s is over, after 0 of at most 9 tokens", row.text));
+  }
+}
+
+TEST(Queue, ADeadlineEndsAWaitingAndARunningSequenceAndNamesTheTimeout) {
+  FakeWorld world({.max_num_seqs = 1, .async_depth = 0});
+  for (uint64_t id = 1; id <= 2; ++id) {
+    ASSERT_TRUE(world
+                    .Submit({.id = id,
+                             .prompt_ids = Prompt(3),
+                             .max_tokens = 100,
+                             .ignore_eos = true,
+                             .deadline_us = 2'500'000})
+                    .ok());
+  }
+  EXPECT_EQ(world.scheduler().NextDeadlineUs(), 2'500'000);
+  world.Settle();
+  world.FinishPlan();
+  world.now_us = 2'500'000;
+  world.RunToEnd();
+  EXPECT_EQ(
+      world.failed().at({1, 0}),
+      absl::DeadlineExceededError("the timeout of 2.5 s is over, after 1 of at most 100 tokens"));
+  EXPECT_EQ(
+      world.failed().at({2, 0}),
+      absl::DeadlineExceededError("the timeout of 2.5 s is over, after 0 of at most 100 tokens"));
+  EXPECT_EQ(world.scheduler().NextDeadlineUs(), std::nullopt);
+  world.ExpectAllBlocksBack();
+}
+
+}  // namespace
+}  // namespace wintserve
