@@ -1,8 +1,5 @@
-// Blocks for the next plans, what happens when there are none, and the invariants.
-#include <fmt/core.h>
-
+// Blocks for the next plans, and what happens when there are none.
 #include <algorithm>
-#include <unordered_map>
 
 #include "api_server/scheduler/scheduler_impl.h"
 
@@ -77,69 +74,6 @@ void Scheduler::Impl::RefillLease(std::vector<CacheCommand>* commands) {
   const int most = std::max(least, config_.num_blocks * 3 / 100);
   const int margin = std::clamp(static_cast<int>(running_.size()), least, most);
   ledger_.Refill(demand, running_.empty() && demand == 0 ? 0 : margin, &next_tag_, commands);
-}
-
-absl::Status Scheduler::Impl::CheckInvariants() const {
-  if (num_plans_in_flight() > 1 + config_.async_depth) {
-    return absl::InternalError(fmt::format("{} plans are in flight", in_flight_.size()));
-  }
-  int num_leased = ledger_.num_leased_ahead();
-  int num_leaving = 0;
-  int num_matched = 0;
-  std::unordered_map<uint64_t, uint32_t> pins;
-  std::set<uint32_t> slots(free_slots_.begin(), free_slots_.end());
-  slots.insert(slots_to_release_.begin(), slots_to_release_.end());
-  if (slots.size() != free_slots_.size() + slots_to_release_.size()) {
-    return absl::InternalError("a slot is released twice");
-  }
-  for (const Sequence& sequence : sequences_) {
-    const std::string name =
-        fmt::format("sequence {}/{}", sequence.key.request, sequence.key.choice);
-    for (const HeldBlock& held : sequence.blocks) {
-      if (held.leased) ++num_leased;
-      if (held.entry != 0) ++pins[held.entry];
-      if (!held.leased && held.entry == 0) {
-        return absl::InternalError(
-            fmt::format("{} holds block {} by nothing", name, held.block.id));
-      }
-    }
-    if (sequence.leaving()) ++num_leaving;
-    if (sequence.match == MatchState::kDone) ++num_matched;
-    if (sequence.num_done > sequence.num_planned ||
-        BlocksFor(sequence.num_planned) > static_cast<int>(sequence.blocks.size())) {
-      return absl::InternalError(fmt::format("{} has done {} and planned {} tokens in {} blocks",
-                                             name, sequence.num_done, sequence.num_planned,
-                                             sequence.blocks.size()));
-    }
-    if (sequence.phase == Phase::kRunning && !slots.insert(sequence.slot).second) {
-      return absl::InternalError(fmt::format("{} shares slot {}", name, sequence.slot));
-    }
-  }
-  if (static_cast<int>(slots.size()) != config_.max_num_seqs) {
-    return absl::InternalError(
-        fmt::format("{} of {} slots are accounted for", slots.size(), config_.max_num_seqs));
-  }
-  if (num_leased != ledger_.num_leased() || pins != ledger_.pins()) {
-    return absl::InternalError(
-        fmt::format("{} leased blocks and {} pinned entries are held, the ledger has {} and {}",
-                    num_leased, pins.size(), ledger_.num_leased(), ledger_.pins().size()));
-  }
-  std::map<const Tenant*, int> num_requests;
-  for (const auto& [id, request] : requests_) {
-    if (request->tenant != nullptr) ++num_requests[request->tenant];
-  }
-  for (const auto& [name, tenant] : tenants_) {
-    if (const int found = num_requests[&tenant]; found == 0 || found != tenant.num_requests) {
-      return absl::InternalError(fmt::format("tenant {} has {} requests, counted were {}", name,
-                                             found, tenant.num_requests));
-    }
-  }
-  if (num_leaving != num_leaving_ || num_matched != num_matched_waiting_) {
-    return absl::InternalError(fmt::format("{} leave and {} are matched, counted were {} and {}",
-                                           num_leaving, num_matched, num_leaving_,
-                                           num_matched_waiting_));
-  }
-  return absl::OkStatus();
 }
 
 }  // namespace wintserve

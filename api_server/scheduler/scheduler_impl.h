@@ -145,6 +145,12 @@ class Scheduler::Impl {
   void Preempt(Sequence* sequence);
   void RefillLease(std::vector<CacheCommand>* commands);
 
+  // invariants.cc: for tests.
+  absl::Status CheckSlots() const;
+  absl::Status CheckBlocks() const;
+  absl::Status CheckTenants() const;
+  absl::Status CheckCounters() const;
+
   SchedulerConfig config_;
   StepTimeModel step_times_;
   BlockLedger ledger_;
