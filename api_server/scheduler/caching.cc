@@ -16,9 +16,18 @@ bool Scheduler::Impl::NeedsMatch(const Sequence& sequence) const {
 }
 
 void Scheduler::Impl::SetMatch(Sequence* sequence, MatchState state) {
+  if (sequence->match == MatchState::kAsked) --num_matching_;
   if (sequence->match == MatchState::kDone) --num_matched_waiting_;
+  if (state == MatchState::kAsked) ++num_matching_;
   if (state == MatchState::kDone) ++num_matched_waiting_;
   sequence->match = state;
+}
+
+void Scheduler::Impl::SetRestored(Sequence* sequence, bool restored, uint64_t known_tag) {
+  if (sequence->restoring()) --num_restoring_;
+  sequence->restored = restored;
+  sequence->restore_known_tag = known_tag;
+  if (sequence->restoring()) ++num_restoring_;
 }
 
 void Scheduler::Impl::AskMatch(Sequence* sequence, std::vector<CacheCommand>* commands) {
@@ -68,15 +77,14 @@ void Scheduler::Impl::OnMatched(uint64_t tag, MatchResult result) {
   // The copies are made even if it is gone by now: only then can their blocks be used again.
   for (const CopyOrder& order : result.copies) restores_.push_back({order, sequence});
   sequence->num_copies_to_plan = static_cast<int>(result.copies.size());
-  sequence->restored = !result.copies.empty();
-  sequence->restore_known_tag = 0;
+  SetRestored(sequence, !result.copies.empty(), /*known_tag=*/0);
   sequence->num_host_blocks = static_cast<int>(result.restoring.size());
   sequence->num_committed = static_cast<int>(sequence->blocks.size());
   sequence->num_done = sequence->num_committed * config_.block_size_tokens;
   sequence->num_planned = sequence->num_done;
   sequence->match_outdated = false;
   if (sequence->leaving()) {
-    sequence->match = MatchState::kNone;
+    SetMatch(sequence, MatchState::kNone);
     RetireIfUnnamed(sequence);
     return;
   }
@@ -89,9 +97,7 @@ void Scheduler::Impl::OnMatched(uint64_t tag, MatchResult result) {
 void Scheduler::Impl::RevokeMatch(Sequence* sequence) {
   SetMatch(sequence, MatchState::kNone);
   waiting_.Remove(sequence);
-  sequence->phase = Phase::kPreempted;
-  ++num_leaving_;
-  RetireIfUnnamed(sequence);
+  QueueAgainLater(sequence);
 }
 
 bool Scheduler::Impl::HasBlocksToCommit(const Sequence& sequence) const {
@@ -241,7 +247,7 @@ void Scheduler::Impl::OnCacheLost() {
       ledger_.Drop(&sequence.blocks);  // they never get their content: the match has missed
       sequence.num_done = sequence.num_planned = sequence.num_committed = 0;
       sequence.num_host_blocks = 0;
-      sequence.restored = false;
+      SetRestored(&sequence, false, /*known_tag=*/0);
     }
     if (sequence.match == MatchState::kAsked) SetMatch(&sequence, MatchState::kNone);
     if (sequence.leaving()) leaving.push_back(&sequence);

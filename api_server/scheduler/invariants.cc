@@ -91,15 +91,34 @@ absl::Status Scheduler::Impl::CheckTenants() const {
 
 absl::Status Scheduler::Impl::CheckCounters() const {
   int num_leaving = 0;
+  int num_matching = 0;
   int num_matched = 0;
+  int num_restoring = 0;
+  int num_preempted = 0;
+  int64_t num_preempted_tokens = 0;
   for (const Sequence& sequence : sequences_) {
     if (sequence.leaving()) ++num_leaving;
+    if (sequence.match == MatchState::kAsked) ++num_matching;
     if (sequence.match == MatchState::kDone) ++num_matched;
+    if (sequence.restoring()) ++num_restoring;
+    if (sequence.phase != Phase::kPreempted) continue;
+    ++num_preempted;
+    num_preempted_tokens += sequence.length();
   }
-  if (num_leaving != num_leaving_ || num_matched != num_matched_waiting_) {
-    return absl::InternalError(fmt::format("{} leave and {} are matched, counted were {} and {}",
-                                           num_leaving, num_matched, num_leaving_,
-                                           num_matched_waiting_));
+  const struct {
+    const char* what;
+    int64_t found;
+    int64_t counted;
+  } counters[] = {{"leave", num_leaving, num_leaving_},
+                  {"are matching", num_matching, num_matching_},
+                  {"are matched", num_matched, num_matched_waiting_},
+                  {"are restoring", num_restoring, num_restoring_},
+                  {"are preempted", num_preempted, num_preempted_},
+                  {"preempted tokens wait", num_preempted_tokens, num_preempted_tokens_}};
+  for (const auto& counter : counters) {
+    if (counter.found == counter.counted) continue;
+    return absl::InternalError(
+        fmt::format("{} {}, counted were {}", counter.found, counter.what, counter.counted));
   }
   return absl::OkStatus();
 }

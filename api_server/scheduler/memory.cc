@@ -49,9 +49,7 @@ void Scheduler::Impl::Preempt(Sequence* sequence) {
   ++totals_.preemptions;
   GiveUpSlot(sequence);
   std::erase(running_, sequence);
-  sequence->phase = Phase::kPreempted;
-  ++num_leaving_;
-  RetireIfUnnamed(sequence);
+  QueueAgainLater(sequence);
 }
 
 // What the next three plans can use, and a margin.

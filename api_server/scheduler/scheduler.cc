@@ -176,6 +176,7 @@ void Scheduler::Impl::End(Sequence* sequence) {
     GiveUpSlot(sequence);
     std::erase(running_, sequence);
   }
+  if (sequence->phase == Phase::kPreempted) UncountPreempted(*sequence);
   sequence->phase = Phase::kEnded;
   if (std::all_of(request.choices.begin(), request.choices.end(),
                   [](const Sequence* choice) { return choice == nullptr; })) {
@@ -220,11 +221,27 @@ void Scheduler::Impl::RetireIfUnnamed(Sequence* sequence) {
   ledger_.Drop(&sequence->blocks);
   --num_leaving_;
   if (sequence->phase == Phase::kPreempted) {
+    UncountPreempted(*sequence);
     Requeue(sequence);
     return;
   }
   if (sequence->commit_queued) std::erase(to_commit_, sequence);
+  SetRestored(sequence, false, /*known_tag=*/0);
   sequences_.erase(sequence->place);
+}
+
+// Its slot is given up, or it had none. It queues again once nothing names its blocks.
+void Scheduler::Impl::QueueAgainLater(Sequence* sequence) {
+  sequence->phase = Phase::kPreempted;
+  ++num_leaving_;
+  ++num_preempted_;
+  num_preempted_tokens_ += sequence->length();
+  RetireIfUnnamed(sequence);
+}
+
+void Scheduler::Impl::UncountPreempted(const Sequence& sequence) {
+  --num_preempted_;
+  num_preempted_tokens_ -= sequence.length();
 }
 
 // REQUIRES: it holds nothing. It is computed again from its tokens.
@@ -235,11 +252,10 @@ void Scheduler::Impl::Requeue(Sequence* sequence) {
   sequence->length_planned = sequence->length();
   sequence->num_committed = 0;
   sequence->commits_stopped = sequence->never_commits;
-  sequence->match = MatchState::kNone;
+  SetMatch(sequence, MatchState::kNone);
   sequence->match_outdated = false;
   sequence->num_host_blocks = 0;
-  sequence->restored = false;
-  sequence->restore_known_tag = 0;
+  SetRestored(sequence, false, /*known_tag=*/0);
   sequence->slot_initialised = false;
   sequence->token_in_slot = false;
   sequence->must_fit_whole = true;
@@ -307,6 +323,7 @@ void Scheduler::Impl::TakeToken(Sequence* sequence, int32_t token,
     news.end = SequenceEnd::kLength;
   }
   sequence->generated.push_back(token);
+  if (sequence->phase == Phase::kPreempted) ++num_preempted_tokens_;
 }
 
 absl::StatusOr<std::vector<SequenceToken>> Scheduler::Impl::OnStepDone(
@@ -347,7 +364,7 @@ absl::StatusOr<std::vector<SequenceToken>> Scheduler::Impl::OnStepDone(
   for (Sequence* sequence : done.restored) {
     // The CopyDone goes out before the next command that gets a tag.
     if (sequence->num_copies_to_plan == 0 && sequence->last_copy_step == step) {
-      sequence->restore_known_tag = next_tag_;
+      SetRestored(sequence, sequence->restored, /*known_tag=*/next_tag_);
     }
     if (sequence->leaving()) RetireIfUnnamed(sequence);
   }
@@ -378,16 +395,10 @@ SchedulerOutput Scheduler::Impl::Schedule(int64_t now_us) {
 SchedulerStats Scheduler::Impl::stats() const {
   SchedulerStats stats = totals_;
   stats.num_running = static_cast<int>(running_.size());
-  stats.num_waiting = waiting_.size();
-  stats.num_waiting_tokens = waiting_.num_tokens();
-  for (const Sequence& sequence : sequences_) {
-    if (sequence.match == MatchState::kAsked) ++stats.num_matching;
-    if (sequence.restored && sequence.restore_known_tag == 0) ++stats.num_restoring;
-    if (sequence.phase == Phase::kPreempted) {
-      ++stats.num_waiting;
-      stats.num_waiting_tokens += sequence.length();
-    }
-  }
+  stats.num_waiting = waiting_.size() + num_preempted_;
+  stats.num_waiting_tokens = waiting_.num_tokens() + num_preempted_tokens_;
+  stats.num_matching = num_matching_;
+  stats.num_restoring = num_restoring_;
   stats.num_blocks_held = ledger_.num_held();
   stats.num_blocks_leased_ahead = ledger_.num_leased_ahead();
   stats.num_blocks_available = ledger_.num_available();

@@ -226,7 +226,7 @@ class Scheduler {
   // When a waiting or running sequence runs out of time, if nothing else happens.
   std::optional<int64_t> NextDeadlineUs() const;
 
-  SchedulerStats stats() const;
+  SchedulerStats stats() const;  // takes the same time whatever waits
   int num_plans_in_flight() const;
   // INTERNAL describes the first broken invariant; for tests, linear in everything.
   absl::Status CheckInvariants() const;

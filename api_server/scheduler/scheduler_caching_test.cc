@@ -193,6 +193,23 @@ TEST(Recovery, DecodesGoOnWhileTheCacheIsLostAndTheQueueLivesFromTheLease) {
   world.ExpectAllBlocksBack();
 }
 
+TEST(Caching, StatsCountAMatchUntilItsAnswerAndARestoreUntilItsCopiesAreDone) {
+  FakeWorld world({.block_size_tokens = 4, .num_blocks = 8, .async_depth = 0}, /*host slots*/ 4);
+  FillHostTier(&world);
+  const uint64_t cancelled = world.SubmitPrompt(Prompt(13), 1);
+  world.Schedule();
+  EXPECT_EQ(world.scheduler().stats().num_matching, 1);
+  world.Cancel(cancelled);
+  EXPECT_EQ(world.scheduler().stats().num_matching, 1);  // its answer is still to come
+  world.Settle();
+  EXPECT_EQ(world.scheduler().stats().num_matching, 0);
+  EXPECT_EQ(world.scheduler().stats().num_restoring, 1);  // the copies are made all the same
+  world.FinishPlan();
+  EXPECT_EQ(world.scheduler().stats().num_restoring, 0);
+  world.RunToEnd();
+  world.ExpectAllBlocksBack();
+}
+
 // A10: what comes for a sequence that has gone is given back.
 TEST(Caching, A10ALateMatchOfACancelledSequenceGivesItsPinsBack) {
   FakeWorld world({.block_size_tokens = 4});

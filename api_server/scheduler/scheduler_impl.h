@@ -86,6 +86,8 @@ class Scheduler::Impl {
   void End(Sequence* sequence);
   void Forget(Request* request);
   void GiveUpSlot(Sequence* sequence);
+  void QueueAgainLater(Sequence* sequence);
+  void UncountPreempted(const Sequence& sequence);
   void Requeue(Sequence* sequence);
   void RetireIfUnnamed(Sequence* sequence);
   void ExpireDeadlines(int64_t now_us);
@@ -98,6 +100,7 @@ class Scheduler::Impl {
   bool NeedsMatch(const Sequence& sequence) const;
   void AskMatch(Sequence* sequence, std::vector<CacheCommand>* commands);
   void SetMatch(Sequence* sequence, MatchState state);
+  void SetRestored(Sequence* sequence, bool restored, uint64_t known_tag);
   void RevokeMatch(Sequence* sequence);
   bool HasBlocksToCommit(const Sequence& sequence) const;
   void QueueCommit(Sequence* sequence);
@@ -180,9 +183,13 @@ class Scheduler::Impl {
   uint64_t last_done_step_ = 0;  // acknowledged
   uint64_t last_pass_ = 0;
   int num_leaving_ = 0;          // sequences whose blocks are on their way back
+  int num_matching_ = 0;         // whose match is not answered
   int num_matched_waiting_ = 0;  // with a match in hand
-  int candidate_blocks_ = 0;     // of those next in line
-  int num_admitted_ = 0;         // since the last call of Schedule
+  int num_restoring_ = 0;        // with copies from the host that are not known to be done
+  int num_preempted_ = 0;        // that are going to queue again
+  int64_t num_preempted_tokens_ = 0;
+  int candidate_blocks_ = 0;  // of those next in line
+  int num_admitted_ = 0;      // since the last call of Schedule
   bool last_step_was_prefill_only_ = false;
   bool paused_ = false;
   SchedulerStats totals_;

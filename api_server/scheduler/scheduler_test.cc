@@ -263,6 +263,55 @@ TEST(Scheduler, CancelledChoicesReportNoMoreAndFreeTheirSlotWithTheNextPlan) {
   world.ExpectAllBlocksBack();
 }
 
+TEST(Scheduler, StatsTakeNoLongerWithALongQueue) {
+  const auto best_of = [](int num_waiting) {
+    Scheduler scheduler({.num_blocks = 100});
+    for (int i = 1; i <= num_waiting; ++i) {
+      const auto id = static_cast<uint64_t>(i);
+      EXPECT_TRUE(scheduler.Submit({.id = id, .prompt_ids = {5}, .max_tokens = 1}, 0).ok());
+    }
+    auto best = std::chrono::steady_clock::duration::max();
+    for (int attempt = 0; attempt < 5; ++attempt) {
+      const auto start = std::chrono::steady_clock::now();
+      for (int i = 0; i < 100; ++i) EXPECT_EQ(scheduler.stats().num_waiting, num_waiting);
+      best = std::min(best, std::chrono::steady_clock::now() - start);
+    }
+    return best;
+  };
+  // Were it linear, the ratio would be in the thousands.
+  EXPECT_LT(best_of(20'000), 50 * best_of(1));
+}
+
+TEST(Scheduler, StatsCountAPreemptedSequenceAndItsTokensAmongTheWaiting) {
+  FakeWorld world({.max_num_seqs = 2,
+                   .max_num_batched_tokens = 64,
+                   .block_size_tokens = 4,
+                   .num_blocks = 8,
+                   .async_depth = 1});
+  world.SubmitPrompt(Prompt(9), 20);
+  const uint64_t latest = world.SubmitPrompt(Prompt(9, 500), 20);
+  for (int i = 0; i < 200 && world.scheduler().stats().preemptions == 0; ++i) {
+    world.Settle();
+    if (world.scheduler().stats().preemptions == 0) world.FinishPlan();
+  }
+  // Its plan is in flight: a token of it is still to come.
+  const auto expect_all = [&] {
+    const SchedulerStats stats = world.scheduler().stats();
+    EXPECT_EQ(stats.num_waiting, 1);
+    EXPECT_EQ(stats.num_waiting_tokens, 9 + static_cast<int64_t>(world.tokens(latest).size()));
+  };
+  expect_all();
+  const size_t num_tokens = world.tokens(latest).size();
+  world.FinishPlan();
+  EXPECT_EQ(world.tokens(latest).size(), num_tokens + 1);
+  expect_all();
+  world.Cancel(latest);
+  EXPECT_EQ(world.scheduler().stats().num_waiting, 0);
+  EXPECT_EQ(world.scheduler().stats().num_waiting_tokens, 0);
+  world.RunToEnd();
+  world.ExpectAllBlocksBack();
+}
+
 // The scheduler runs beside 300 us of messages a step; it is to stay far below that.
 TEST(Scheduler, AStepOf256DecodesCostsLittle) {
   SchedulerConfig config{.max_num_seqs = 256,

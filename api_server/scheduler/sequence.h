@@ -115,6 +115,7 @@ struct Sequence {
   int max_length() const { return prompt_len() + request->max_tokens; }
   int num_remaining() const { return length_planned - num_planned; }
   bool decodes() const { return token_in_slot && num_remaining() == 1; }
+  bool restoring() const { return restored && restore_known_tag == 0; }
   bool leaving() const { return phase != Phase::kWaiting && phase != Phase::kRunning; }
 
   void AppendTokens(int begin, int end, std::vector<int32_t>* out) const {
