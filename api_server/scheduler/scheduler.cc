@@ -17,10 +17,9 @@ namespace {
 constexpr char kRetryAfterPayload[] = "wintserve/retry-after-seconds";
 constexpr int kMaxRetryAfterSeconds = 600;
 
-absl::Status TooBusy(std::string text, std::optional<double> seconds) {
-  const int whole_seconds = std::clamp(
-      static_cast<int>(std::ceil(std::min(seconds.value_or(1), double{kMaxRetryAfterSeconds}))), 1,
-      kMaxRetryAfterSeconds);
+absl::Status TooBusy(std::string text, double seconds) {
+  const double bounded = std::clamp(seconds, 1.0, double{kMaxRetryAfterSeconds});
+  const int whole_seconds = static_cast<int>(std::ceil(bounded));
   absl::Status status = absl::ResourceExhaustedError(std::move(text));
   status.SetPayload(kRetryAfterPayload, absl::Cord(std::to_string(whole_seconds)));
   return status;
@@ -73,7 +72,7 @@ absl::Status Scheduler::Impl::AdmitToQueue(const ScheduledRequest& request, int6
   if (config_.max_queue_requests > 0 && num_after > config_.max_queue_requests) {
     return TooBusy(fmt::format("the queue is full: {} sequences wait, {} more would exceed {}",
                                waiting_.size(), request.num_choices, config_.max_queue_requests),
-                   drain_rate_.SecondsFor(num_after - config_.max_queue_requests));
+                   drain_rate_.RetrySecondsFor(num_after - config_.max_queue_requests));
   }
   if (config_.max_queue_tokens > 0 &&
       waiting_.num_tokens() + prompt_len > config_.max_queue_tokens) {
@@ -85,7 +84,7 @@ absl::Status Scheduler::Impl::AdmitToQueue(const ScheduledRequest& request, int6
         fmt::format("the queue is full: {} prompt tokens wait to be computed, {} more would "
                     "exceed {}",
                     waiting_.num_tokens(), prompt_len, config_.max_queue_tokens),
-        drain_rate_.SecondsFor(excess / tokens_each));
+        drain_rate_.RetrySecondsFor(excess / tokens_each));
   }
   const auto wait = drain_rate_.SecondsFor(waiting_.NumBefore(request.priority) + 1);
   if (!request.deadline_us.has_value() || !wait.has_value()) return absl::OkStatus();
@@ -102,6 +101,7 @@ absl::Status Scheduler::Impl::Submit(ScheduledRequest request, int64_t now_us) {
             request.min_tokens >= 0,
         "prompt_len={} max_tokens={} num_choices={} min_tokens={}", request.prompt_ids.size(),
         request.max_tokens, request.num_choices, request.min_tokens);
+  drain_rate_.Observe(now_us, !waiting_.empty(), 0);  // a refusal counts the time up to now
   if (absl::Status status = AdmitToQueue(request, now_us); !status.ok()) return status;
   auto shared = std::make_shared<Request>();
   const bool is_new = requests_.emplace(request.id, shared).second;
@@ -122,7 +122,6 @@ absl::Status Scheduler::Impl::Submit(ScheduledRequest request, int64_t now_us) {
     shared->tenant->name = std::move(request.tenant);
     ++shared->tenant->num_requests;
   }
-  drain_rate_.Observe(now_us, !waiting_.empty(), 0);
   const int shareable = (shared->prompt_len() - 1) / config_.block_size_tokens;
   for (int choice = 0; choice < request.num_choices; ++choice) {
     Sequence& sequence = sequences_.emplace_back();

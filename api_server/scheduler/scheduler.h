@@ -236,7 +236,7 @@ class Scheduler {
   std::unique_ptr<Impl> impl_;
 };
 
-// Of a RESOURCE_EXHAUSTED from Submit: whole seconds, at least 1.
+// Of a RESOURCE_EXHAUSTED from Submit: whole seconds, 1 to 600.
 int RetryAfterSeconds(const absl::Status& status);
 
 }  // namespace wintserve

@@ -16,6 +16,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "api_server/scheduler/block_ledger.h"
+#include "api_server/scheduler/drain_rate.h"
 #include "api_server/scheduler/scheduler.h"
 #include "api_server/scheduler/sequence.h"
 #include "api_server/scheduler/step_time_model.h"

@@ -72,6 +72,33 @@ TEST(Queue, IsBoundedBySequencesAndTokensAndSaysWhenToComeAgain) {
   EXPECT_TRUE(world.Submit({.id = 9, .prompt_ids = Prompt(90), .max_tokens = 1}).ok());
 }
 
+TEST(Queue, TheTimeToComeAgainGrowsWhileTheQueueStandsStillUpToTenMinutes) {
+  FakeWorld world({.max_num_seqs = 1, .async_depth = 0, .max_queue_requests = 3});
+  const auto retry_after_seconds = [&] {
+    const absl::Status status = world.Submit({.id = 99, .prompt_ids = Prompt(3), .max_tokens = 1});
+    EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+    return RetryAfterSeconds(status);
+  };
+  for (const bool has_moved : {false, true}) {
+    SCOPED_TRACE(has_moved ? "it has moved before" : "nothing has ever left it");
+    while (world.scheduler().stats().num_waiting < 3) world.Submit(3, 1);
+    for (int i = 0; i < 60 && has_moved; ++i) {  // one a second
+      NextPlan(&world);
+      world.FinishPlan(1'000'000);
+      world.Submit(3, 1);
+    }
+    const int64_t since_us = world.now_us;
+    EXPECT_LE(retry_after_seconds(), 2);
+    for (const int still_seconds : {5, 30, 100, 400, 599}) {
+      world.now_us = since_us + int64_t{1'000'000} * still_seconds;
+      EXPECT_GE(retry_after_seconds(), still_seconds);
+      EXPECT_LE(retry_after_seconds(), 2 * still_seconds);
+    }
+    world.now_us = since_us + int64_t{86'400} * 1'000'000;
+    EXPECT_EQ(retry_after_seconds(), 600);
+  }
+}
+
 TEST(Queue, AWaitThatIsPredictedToOutlastTheDeadlineIsRefused) {
   FakeWorld world({.max_num_seqs = 1, .async_depth = 0});
   for (int i = 0; i < 20; ++i) world.Submit(3, 1);

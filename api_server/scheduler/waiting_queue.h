@@ -1,28 +1,12 @@
-// The sequences that wait for a slot, in order, and how fast they leave.
+// The sequences that wait for a slot, in order.
 #pragma once
 
 #include <cstdint>
 #include <deque>
-#include <optional>
 
 #include "api_server/scheduler/sequence.h"
 
 namespace wintserve {
-
-// Sequences that left a non-empty queue, per second of it being non-empty; what lies a minute back
-// hardly counts.
-class DrainRate {
- public:
-  // The queue has had `num_waiting` sequences since the last call; `num_left` left it now.
-  void Observe(int64_t now_us, bool was_waiting, int num_left);
-  // How long until `num_sequences` have left; nullopt before enough was seen.
-  std::optional<double> SecondsFor(double num_sequences) const;
-
- private:
-  int64_t last_us_ = 0;
-  double num_left_ = 0;
-  double busy_seconds_ = 0;
-};
 
 // Threading: thread-compatible.
 class WaitingQueue {
