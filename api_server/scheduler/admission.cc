@@ -35,27 +35,18 @@ int Scheduler::Impl::FirstBlocks(const Sequence& sequence) const {
   return BlocksFor(num_tokens);
 }
 
-bool Scheduler::Impl::TenantHasRoom(const Sequence& sequence, uint64_t pass) const {
-  Tenant* tenant = sequence.request->tenant;
-  if (tenant == nullptr) return true;
-  if (tenant->pass != pass) {
-    tenant->pass = pass;
-    tenant->num_in_pass = 0;
-  }
-  return tenant->num_running + tenant->num_in_pass < config_.max_seqs_per_tenant;
-}
-
 // Pins are taken only by those that could start with the next plan: the others would keep blocks
 // from them.
 void Scheduler::Impl::AskMatches(std::vector<CacheCommand>* commands) {
   candidate_blocks_ = 0;
-  const uint64_t pass = ++last_pass_;
   int num_slots = static_cast<int>(free_slots_.size());
   int num_candidates = 0;
   int num_tokens = 0;
-  for (Sequence* sequence : waiting_) {
-    if (num_slots == 0) return;
-    if (!TenantHasRoom(*sequence, pass) || !MayStart(sequence)) continue;
+  QueueWalk walk(waiting_);
+  while (num_slots > 0) {
+    Sequence* sequence = walk.Next();
+    if (sequence == nullptr) return;
+    if (!MayStart(sequence)) continue;
     if (!FitsMemory(*sequence, candidate_blocks_, num_candidates == 0)) return;
     if (num_candidates >= config_.max_partial_prefills &&
         num_tokens >= config_.max_num_batched_tokens) {
@@ -63,7 +54,7 @@ void Scheduler::Impl::AskMatches(std::vector<CacheCommand>* commands) {
     }
     --num_slots;
     ++num_candidates;
-    if (sequence->request->tenant != nullptr) ++sequence->request->tenant->num_in_pass;
+    walk.CountIn();
     num_tokens += ExpectedTokens(*sequence);
     candidate_blocks_ += FirstBlocks(*sequence);
     if (sequence->match == MatchState::kNone && NeedsMatch(*sequence)) {
@@ -77,9 +68,11 @@ void Scheduler::Impl::AskMatches(std::vector<CacheCommand>* commands) {
 void Scheduler::Impl::Admit(PlanDraft* draft, SchedulerOutput* output) {
   int num_slots = static_cast<int>(free_slots_.size());
   bool is_first = true;
-  for (size_t i = 0; i < static_cast<size_t>(waiting_.size()) && num_slots > 0;) {
-    Sequence* sequence = waiting_[i++];
-    if (!TenantHasRoom(*sequence, /*pass=*/0) || !MayStart(sequence)) continue;
+  QueueWalk walk(waiting_);
+  while (num_slots > 0) {
+    Sequence* sequence = walk.Next();
+    if (sequence == nullptr) return;
+    if (!MayStart(sequence)) continue;
     if (sequence->num_copies_to_plan > 0 || sequence->last_copy_step == draft->plan.step) {
       --num_slots;  // it takes its slot with the next plan
       continue;
@@ -93,7 +86,6 @@ void Scheduler::Impl::Admit(PlanDraft* draft, SchedulerOutput* output) {
     switch (TryStart(sequence, draft, output)) {
       case StartResult::kStarted:
         --num_slots;
-        --i;  // it has left the queue
         break;
       case StartResult::kPassedOver:
         break;
@@ -146,17 +138,13 @@ Scheduler::Impl::StartResult Scheduler::Impl::TryStart(Sequence* sequence, PlanD
 }
 
 void Scheduler::Impl::Start(Sequence* sequence, SchedulerOutput* output) {
-  waiting_.Remove(sequence);
+  waiting_.Start(sequence);
   SetMatch(sequence, MatchState::kNone);
   ++num_admitted_;
   sequence->phase = Phase::kRunning;
   sequence->slot = *free_slots_.begin();
   free_slots_.erase(free_slots_.begin());
-  if (Tenant* tenant = sequence->request->tenant) ++tenant->num_running;
-  running_.insert(
-      std::upper_bound(running_.begin(), running_.end(), sequence,
-                       [](const Sequence* a, const Sequence* b) { return a->rank < b->rank; }),
-      sequence);
+  running_.insert(std::upper_bound(running_.begin(), running_.end(), sequence, ByRank()), sequence);
   if (sequence->started) return;
   sequence->started = true;
   output->started.push_back({sequence->key, sequence->num_done});

@@ -17,9 +17,9 @@ bool Scheduler::Impl::NeedsMatch(const Sequence& sequence) const {
 
 void Scheduler::Impl::SetMatch(Sequence* sequence, MatchState state) {
   if (sequence->match == MatchState::kAsked) --num_matching_;
-  if (sequence->match == MatchState::kDone) --num_matched_waiting_;
+  if (sequence->match == MatchState::kDone) matched_waiting_.erase(sequence);
   if (state == MatchState::kAsked) ++num_matching_;
-  if (state == MatchState::kDone) ++num_matched_waiting_;
+  if (state == MatchState::kDone) matched_waiting_.insert(sequence);
   sequence->match = state;
 }
 
@@ -134,7 +134,7 @@ void Scheduler::Impl::SendCommits(std::vector<CacheCommand>* commands) {
     sequence->num_committing = end - first;
     asked_[command.tag] = sequence;
     commands->push_back(std::move(command));
-    if (num_matched_waiting_ > 0) OutdateMatches(*sequence, first, end - first);
+    OutdateMatches(*sequence, first, end - first);
   }
 }
 
@@ -161,7 +161,7 @@ void Scheduler::Impl::OnCommitted(uint64_t tag, const std::vector<CommittedBlock
     }
     ++sequence->num_committed;
   }
-  if (num_matched_waiting_ > 0) OutdateMatches(*sequence, first, sequence->num_committed - first);
+  OutdateMatches(*sequence, first, sequence->num_committed - first);
   if (sequence->leaving()) {
     RetireIfUnnamed(sequence);
   } else if (HasBlocksToCommit(*sequence)) {
@@ -173,12 +173,8 @@ void Scheduler::Impl::OnCommitted(uint64_t tag, const std::vector<CommittedBlock
 // the commit finds it.
 void Scheduler::Impl::OutdateMatches(const Sequence& committer, int first_block, int num_blocks) {
   const int size = config_.block_size_tokens;
-  int num_left = num_matched_waiting_;
   std::vector<int32_t> ours, theirs;
-  for (Sequence* waiting : waiting_) {
-    if (num_left == 0) return;
-    if (waiting->match != MatchState::kDone) continue;
-    --num_left;
+  for (Sequence* waiting : matched_waiting_) {
     const int next = static_cast<int>(waiting->blocks.size());
     if (next < first_block || next >= first_block + num_blocks ||
         (next + 1) * size >= waiting->length() || waiting->request->bypass_cache_match ||
@@ -318,7 +314,7 @@ void Scheduler::Impl::OnPoolReplaced(int num_blocks) {
   std::vector<Sequence*> too_large;
   for (Sequence& sequence : sequences_) {
     if (sequence.phase == Phase::kRunning && sequence.request->tenant != nullptr) {
-      --sequence.request->tenant->num_running;
+      waiting_.StopRunning(sequence.request->tenant);
     }
     sequence.blocks.clear();
     Forget(&sequence);

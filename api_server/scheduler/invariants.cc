@@ -76,17 +76,26 @@ absl::Status Scheduler::Impl::CheckBlocks() const {
 }
 
 absl::Status Scheduler::Impl::CheckTenants() const {
-  std::map<const Tenant*, int> num_requests;
+  std::map<const Tenant*, int> num_requests, num_running;
   for (const auto& [id, request] : requests_) {
     if (request->tenant != nullptr) ++num_requests[request->tenant];
+  }
+  for (const Sequence& sequence : sequences_) {
+    if (sequence.phase == Phase::kRunning) ++num_running[sequence.request->tenant];
   }
   for (const auto& [name, tenant] : tenants_) {
     if (const int found = num_requests[&tenant]; found == 0 || found != tenant.num_requests) {
       return absl::InternalError(fmt::format("tenant {} has {} requests, counted were {}", name,
                                              found, tenant.num_requests));
     }
+    if (const int found = num_running[&tenant];
+        found > config_.max_seqs_per_tenant || found != tenant.num_running) {
+      return absl::InternalError(
+          fmt::format("tenant {} runs {} sequences of at most {}, counted were {}", name, found,
+                      config_.max_seqs_per_tenant, tenant.num_running));
+    }
   }
-  return absl::OkStatus();
+  return waiting_.CheckInvariants(tenants_);
 }
 
 absl::Status Scheduler::Impl::CheckCounters() const {
@@ -97,9 +106,16 @@ absl::Status Scheduler::Impl::CheckCounters() const {
   int num_preempted = 0;
   int64_t num_preempted_tokens = 0;
   for (const Sequence& sequence : sequences_) {
+    const bool waits = sequence.phase == Phase::kWaiting;
+    const bool is_matched = sequence.match == MatchState::kDone;
+    if (is_matched ? !waits : waits && !sequence.blocks.empty()) {
+      return absl::InternalError(fmt::format("{} {} and holds {} blocks", NameOf(sequence),
+                                             is_matched ? "is matched" : "waits without a match",
+                                             sequence.blocks.size()));
+    }
     if (sequence.leaving()) ++num_leaving;
     if (sequence.match == MatchState::kAsked) ++num_matching;
-    if (sequence.match == MatchState::kDone) ++num_matched;
+    if (is_matched) ++num_matched;
     if (sequence.restoring()) ++num_restoring;
     if (sequence.phase != Phase::kPreempted) continue;
     ++num_preempted;
@@ -111,7 +127,7 @@ absl::Status Scheduler::Impl::CheckCounters() const {
     int64_t counted;
   } counters[] = {{"leave", num_leaving, num_leaving_},
                   {"are matching", num_matching, num_matching_},
-                  {"are matched", num_matched, num_matched_waiting_},
+                  {"are matched", num_matched, static_cast<int64_t>(matched_waiting_.size())},
                   {"are restoring", num_restoring, num_restoring_},
                   {"are preempted", num_preempted, num_preempted_},
                   {"preempted tokens wait", num_preempted_tokens, num_preempted_tokens_}};

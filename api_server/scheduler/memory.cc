@@ -38,7 +38,7 @@ bool Scheduler::Impl::HasCopiesUnderWay() const {
 // Of all but `keeps`, which needs the blocks.
 bool Scheduler::Impl::RevokePinsOfWaiting(const Sequence* keeps) {
   std::vector<Sequence*> pinning;
-  for (Sequence* sequence : waiting_) {
+  for (Sequence* sequence : matched_waiting_) {
     if (!sequence->blocks.empty() && sequence != keeps) pinning.push_back(sequence);
   }
   for (Sequence* sequence : pinning) RevokeMatch(sequence);

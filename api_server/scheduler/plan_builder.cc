@@ -104,7 +104,7 @@ void Scheduler::Impl::AddRunningPrefills(PlanDraft* draft) {
   const int num_prefills = static_cast<int>(
       std::count_if(running_.begin(), running_.end(),
                     [](const Sequence* sequence) { return !sequence->decodes(); }));
-  const int num_next = std::min(waiting_.size(), static_cast<int>(free_slots_.size()));
+  const int num_next = std::min(waiting_.num_in_line(), static_cast<int>(free_slots_.size()));
   draft->shares_prefill = num_prefills + num_next > 1;
   if (num_prefills == 0) return;
   for (Sequence* sequence : running_) {
@@ -220,11 +220,9 @@ bool Scheduler::Impl::NextStepIsPrefillOnly() const {
 
 const Sequence* Scheduler::Impl::NextWholePrompt() const {
   if (free_slots_.empty()) return nullptr;
-  for (Sequence* sequence : waiting_) {
-    if (!TenantHasRoom(*sequence, /*pass=*/0) || !MayStart(sequence) ||
-        sequence->num_copies_to_plan > 0) {
-      continue;
-    }
+  QueueWalk walk(waiting_);
+  while (Sequence* sequence = walk.Next()) {
+    if (!MayStart(sequence) || sequence->num_copies_to_plan > 0) continue;
     const bool ready = !NeedsMatch(*sequence) && !sequence->match_outdated &&
                        FitsMemory(*sequence, 0, true) &&
                        TokensWithBlocks(*sequence) >= sequence->num_remaining();

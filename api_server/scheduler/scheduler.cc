@@ -46,7 +46,8 @@ int RetryAfterSeconds(const absl::Status& status) {
 Scheduler::Impl::Impl(SchedulerConfig config)
     : config_(std::move(config)),
       step_times_(config_.max_num_seqs, config_.restore_us_per_block),
-      ledger_(config_.num_blocks) {
+      ledger_(config_.num_blocks),
+      waiting_(config_.max_seqs_per_tenant) {
   CHECK(config_.max_num_seqs > 0 && config_.max_num_batched_tokens >= config_.max_num_seqs,
         "max_num_seqs={} max_num_batched_tokens={}", config_.max_num_seqs,
         config_.max_num_batched_tokens);
@@ -86,7 +87,10 @@ absl::Status Scheduler::Impl::AdmitToQueue(const ScheduledRequest& request, int6
                     waiting_.num_tokens(), prompt_len, config_.max_queue_tokens),
         drain_rate_.RetrySecondsFor(excess / tokens_each));
   }
-  const auto wait = drain_rate_.SecondsFor(waiting_.NumBefore(request.priority) + 1);
+  const auto tenant = tenants_.find(request.tenant);
+  const auto wait = drain_rate_.SecondsFor(
+      waiting_.NumBefore(request.priority, tenant == tenants_.end() ? nullptr : &tenant->second) +
+      1);
   if (!request.deadline_us.has_value() || !wait.has_value()) return absl::OkStatus();
   const int64_t allowed_us = *request.deadline_us - now_us;
   const double excess_seconds = *wait - static_cast<double>(allowed_us) / 1e6;
@@ -202,7 +206,7 @@ void Scheduler::Impl::GiveUpSlot(Sequence* sequence) {
     free_slots_.insert(sequence->slot);
   }
   sequence->slot_initialised = false;
-  if (Tenant* tenant = sequence->request->tenant) --tenant->num_running;
+  if (Tenant* tenant = sequence->request->tenant) waiting_.StopRunning(tenant);
 }
 
 // Of a sequence that leaves: when no plan, copy or answer under way names it, its last blocks are

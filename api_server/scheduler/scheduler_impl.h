@@ -118,8 +118,6 @@ class Scheduler::Impl {
   int FirstBlocks(const Sequence& sequence) const;
   int Watermark() const;
   bool FitsMemory(const Sequence& sequence, int num_reserved_blocks, bool is_first) const;
-  // `pass` numbers the passes over the queue that count in candidates; 0: none are counted.
-  bool TenantHasRoom(const Sequence& sequence, uint64_t pass) const;
   void AskMatches(std::vector<CacheCommand>* commands);
   void DropMatch(Sequence* sequence);
   void Admit(PlanDraft* draft, SchedulerOutput* output);
@@ -159,6 +157,7 @@ class Scheduler::Impl {
   StepTimeModel step_times_;
   BlockLedger ledger_;
   WaitingQueue waiting_;
+  std::set<Sequence*, ByRank> matched_waiting_;  // with a match in hand, and maybe pins
   DrainRate drain_rate_;
   std::list<Sequence> sequences_;  // all that are not gone; the pointers elsewhere point into it
   std::map<uint64_t, std::shared_ptr<Request>> requests_;  // with a choice that has not ended
@@ -182,10 +181,8 @@ class Scheduler::Impl {
   uint64_t next_arrival_ = 1;
   uint64_t last_step_ = 0;       // planned
   uint64_t last_done_step_ = 0;  // acknowledged
-  uint64_t last_pass_ = 0;
   int num_leaving_ = 0;          // sequences whose blocks are on their way back
   int num_matching_ = 0;         // whose match is not answered
-  int num_matched_waiting_ = 0;  // with a match in hand
   int num_restoring_ = 0;        // with copies from the host that are not known to be done
   int num_preempted_ = 0;        // that are going to queue again
   int64_t num_preempted_tokens_ = 0;

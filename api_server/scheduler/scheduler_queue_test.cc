@@ -4,12 +4,15 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 
 #include "api_server/scheduler/scheduler_test_util.h"
 
 namespace wintserve {
 namespace {
 
+using testing::ElementsAre;
 using testing::HasSubstr;
 
 TEST(Queue, ALowerPriorityValueGoesFirstAndATenantAtItsCapIsPassedOver) {
@@ -56,6 +59,70 @@ TEST(Queue, ATenantThatHasLeftLeavesNothingBehindAndIsCappedWhenItComesBack) {
   EXPECT_EQ(world.scheduler().stats().num_running, 1);
   world.RunToEnd();
   EXPECT_EQ(world.scheduler().stats().num_waiting, 0);
+}
+
+TEST(Queue, ATenantAtItsCapKeepsTheOrderOfItsOwnSequences) {
+  FakeWorld world({.max_num_seqs = 4, .async_depth = 0, .max_seqs_per_tenant = 1});
+  const std::pair<int, const char*> requests[] = {{1, "a"}, {0, "a"}, {1, "a"}, {1, "b"}};
+  uint64_t id = 0;
+  for (const auto& [priority, tenant] : requests) {
+    ASSERT_TRUE(world
+                    .Submit({.id = ++id,
+                             .prompt_ids = Prompt(5),
+                             .max_tokens = 3,
+                             .ignore_eos = true,
+                             .priority = priority,
+                             .tenant = tenant})
+                    .ok());
+  }
+  std::vector<uint64_t> order;
+  for (int i = 0; i < 100 && order.size() < 4; ++i) {
+    world.Settle();
+    for (const auto& [key, num_cached] : world.started()) {
+      if (std::find(order.begin(), order.end(), key.request) == order.end()) {
+        order.push_back(key.request);
+      }
+    }
+    if (!world.plans().empty()) world.FinishPlan();
+  }
+  EXPECT_THAT(order, ElementsAre(2, 4, 1, 3));
+}
+
+// What keeps one sequence of a tenant back takes no room of the tenant's.
+TEST(Queue, AShortPromptPassesALongOneOfItsTenant) {
+  FakeWorld world({.max_num_batched_tokens = 32,
+                   .async_depth = 0,
+                   .prefix_caching = false,
+                   .max_long_partial_prefills = 1,
+                   .long_prefill_token_threshold = 16,
+                   .max_seqs_per_tenant = 2});
+  uint64_t id = 0;
+  for (const int prompt_len : {100, 100, 100, 10}) {
+    ASSERT_TRUE(
+        world.Submit({.id = ++id, .prompt_ids = Prompt(prompt_len), .max_tokens = 5, .tenant = "a"})
+            .ok());
+  }
+  EXPECT_THAT(RowLengths(NextPlan(&world)), ElementsAre(16, 10));
+  EXPECT_TRUE(world.started().contains({4, 0}));
+}
+
+TEST(Queue, AnotherRequestOfATenantRunsWhileChoicesWaitForTheirFirst) {
+  FakeWorld world({.async_depth = 0, .max_seqs_per_tenant = 2});
+  for (uint64_t id = 1; id <= 2; ++id) {
+    ASSERT_TRUE(world
+                    .Submit({.id = id,
+                             .prompt_ids = Prompt(130, static_cast<int>(1000 * id)),
+                             .num_choices = 3,
+                             .max_tokens = 5,
+                             .tenant = "a"})
+                    .ok());
+  }
+  NextPlan(&world);
+  EXPECT_TRUE(world.started().contains({1, 0}));
+  EXPECT_TRUE(world.started().contains({2, 0}));
+  EXPECT_EQ(world.scheduler().stats().num_running, 2);
+  world.RunToEnd();
+  world.ExpectAllTokens();
 }
 
 TEST(Queue, IsBoundedBySequencesAndTokensAndSaysWhenToComeAgain) {

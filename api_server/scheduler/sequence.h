@@ -3,7 +3,10 @@
 
 #include <algorithm>
 #include <compare>
+#include <cstddef>
 #include <cstdint>
+#include <deque>
+#include <limits>
 #include <list>
 #include <memory>
 #include <optional>
@@ -19,10 +22,10 @@ struct Sequence;
 struct Tenant {
   std::string name;
   int num_requests = 0;  // with a choice that has not ended; the last one takes the tenant with it
-  int num_running = 0;   // sequences
-  // Scratch of one pass over the queue: how many of it have been counted in.
-  uint64_t pass = 0;
-  int num_in_pass = 0;
+  // The waiting queue's: sequences.
+  int num_running = 0;
+  std::deque<Sequence*> waiting;  // by rank
+  size_t num_in_line = 0;         // the first ones of `waiting`; the others are parked
 };
 
 struct Request {
@@ -48,6 +51,7 @@ struct SequenceRank {
   uint64_t arrival = 0;
   auto operator<=>(const SequenceRank&) const = default;
 };
+inline constexpr SequenceRank kBeforeAllRanks{std::numeric_limits<int>::min(), 0};
 
 // waiting -> running -> last token in flight -> ended
 //    ^          |                                 ^
@@ -129,6 +133,10 @@ struct Sequence {
                   generated.begin() + (end - split));
     }
   }
+};
+
+struct ByRank {
+  bool operator()(const Sequence* a, const Sequence* b) const { return a->rank < b->rank; }
 };
 
 }  // namespace wintserve
