@@ -140,7 +140,6 @@ Scheduler::Impl::StartResult Scheduler::Impl::TryStart(Sequence* sequence, PlanD
 void Scheduler::Impl::Start(Sequence* sequence, SchedulerOutput* output) {
   waiting_.Start(sequence);
   SetMatch(sequence, MatchState::kNone);
-  ++num_admitted_;
   sequence->phase = Phase::kRunning;
   sequence->slot = *free_slots_.begin();
   free_slots_.erase(free_slots_.begin());

@@ -73,7 +73,7 @@ absl::Status Scheduler::Impl::AdmitToQueue(const ScheduledRequest& request, int6
   if (config_.max_queue_requests > 0 && num_after > config_.max_queue_requests) {
     return TooBusy(fmt::format("the queue is full: {} sequences wait, {} more would exceed {}",
                                waiting_.size(), request.num_choices, config_.max_queue_requests),
-                   drain_rate_.RetrySecondsFor(num_after - config_.max_queue_requests));
+                   waiting_.RetrySecondsFor(num_after - config_.max_queue_requests));
   }
   if (config_.max_queue_tokens > 0 &&
       waiting_.num_tokens() + prompt_len > config_.max_queue_tokens) {
@@ -85,12 +85,11 @@ absl::Status Scheduler::Impl::AdmitToQueue(const ScheduledRequest& request, int6
         fmt::format("the queue is full: {} prompt tokens wait to be computed, {} more would "
                     "exceed {}",
                     waiting_.num_tokens(), prompt_len, config_.max_queue_tokens),
-        drain_rate_.RetrySecondsFor(excess / tokens_each));
+        waiting_.RetrySecondsFor(excess / tokens_each));
   }
   const auto tenant = tenants_.find(request.tenant);
-  const auto wait = drain_rate_.SecondsFor(
-      waiting_.NumBefore(request.priority, tenant == tenants_.end() ? nullptr : &tenant->second) +
-      1);
+  const auto wait =
+      waiting_.WaitSeconds(request.priority, tenant == tenants_.end() ? nullptr : &tenant->second);
   if (!request.deadline_us.has_value() || !wait.has_value()) return absl::OkStatus();
   const int64_t allowed_us = *request.deadline_us - now_us;
   const double excess_seconds = *wait - static_cast<double>(allowed_us) / 1e6;
@@ -105,7 +104,7 @@ absl::Status Scheduler::Impl::Submit(ScheduledRequest request, int64_t now_us) {
             request.min_tokens >= 0,
         "prompt_len={} max_tokens={} num_choices={} min_tokens={}", request.prompt_ids.size(),
         request.max_tokens, request.num_choices, request.min_tokens);
-  drain_rate_.Observe(now_us, !waiting_.empty(), 0);  // a refusal counts the time up to now
+  waiting_.Advance(now_us);
   if (absl::Status status = AdmitToQueue(request, now_us); !status.ok()) return status;
   auto shared = std::make_shared<Request>();
   const bool is_new = requests_.emplace(request.id, shared).second;
@@ -335,7 +334,7 @@ absl::StatusOr<std::vector<SequenceToken>> Scheduler::Impl::OnStepDone(
   const PlanInFlight done = std::move(in_flight_.front());
   in_flight_.pop_front();
   last_done_step_ = step;
-  drain_rate_.Observe(now_us, !waiting_.empty(), 0);
+  waiting_.Advance(now_us);
   step_times_.Add(done.work, static_cast<double>(step_us));
   if (!ledger_.lost()) {
     copies_done_.insert(copies_done_.end(), done.copy_ids.begin(), done.copy_ids.end());
@@ -376,21 +375,19 @@ absl::StatusOr<std::vector<SequenceToken>> Scheduler::Impl::OnStepDone(
 
 SchedulerOutput Scheduler::Impl::Schedule(int64_t now_us) {
   SchedulerOutput output;
-  const bool was_waiting = !waiting_.empty();
+  waiting_.Advance(now_us);
   ExpireDeadlines(now_us);
   if (!copies_done_.empty()) {
     output.cache.push_back(CopyDoneCommand{.copy_ids = std::exchange(copies_done_, {})});
   }
   for (PeekCommand& peek : peeks_) output.cache.push_back(std::move(peek));
   peeks_.clear();
-  num_admitted_ = 0;
   SendCommits(&output.cache);  // before the matches that they could lengthen
   BuildPlan(&output);
   AskMatches(&output.cache);
   SendCommits(&output.cache);  // of what ended meanwhile
   ledger_.TakeDrops(&output.cache);
   RefillLease(&output.cache);
-  drain_rate_.Observe(now_us, was_waiting, num_admitted_);
   output.failed = std::exchange(failed_, {});
   return output;
 }

@@ -16,7 +16,6 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "api_server/scheduler/block_ledger.h"
-#include "api_server/scheduler/drain_rate.h"
 #include "api_server/scheduler/scheduler.h"
 #include "api_server/scheduler/sequence.h"
 #include "api_server/scheduler/step_time_model.h"
@@ -158,7 +157,6 @@ class Scheduler::Impl {
   BlockLedger ledger_;
   WaitingQueue waiting_;
   std::set<Sequence*, ByRank> matched_waiting_;  // with a match in hand, and maybe pins
-  DrainRate drain_rate_;
   std::list<Sequence> sequences_;  // all that are not gone; the pointers elsewhere point into it
   std::map<uint64_t, std::shared_ptr<Request>> requests_;  // with a choice that has not ended
   std::unordered_map<std::string, Tenant> tenants_;
@@ -187,7 +185,6 @@ class Scheduler::Impl {
   int num_preempted_ = 0;        // that are going to queue again
   int64_t num_preempted_tokens_ = 0;
   int candidate_blocks_ = 0;  // of those next in line
-  int num_admitted_ = 0;      // since the last call of Schedule
   bool last_step_was_prefill_only_ = false;
   bool paused_ = false;
   SchedulerStats totals_;

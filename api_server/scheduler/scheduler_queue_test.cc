@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -180,6 +181,35 @@ TEST(Queue, AWaitThatIsPredictedToOutlastTheDeadlineIsRefused) {
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(status.message()), HasSubstr("longer than the timeout of 2.0 s"));
   EXPECT_GT(RetryAfterSeconds(status), 5);
+}
+
+TEST(Queue, SequencesOfAnotherTenantAtItsCapAreNotPartOfThePredictedWait) {
+  FakeWorld world({.max_num_seqs = 3, .async_depth = 0, .max_seqs_per_tenant = 1});
+  uint64_t id = 0;
+  const auto submit = [&](const char* tenant, std::optional<int64_t> deadline_us) {
+    return world.Submit({.id = ++id,
+                         .prompt_ids = Prompt(3),
+                         .max_tokens = 3,
+                         .ignore_eos = true,
+                         .tenant = tenant,
+                         .deadline_us = deadline_us});
+  };
+  for (int i = 0; i < 50; ++i) ASSERT_TRUE(submit("a", std::nullopt).ok());
+  for (int i = 0; i < 20; ++i) {  // one in two seconds
+    NextPlan(&world);
+    world.FinishPlan(1'000'000);
+  }
+  ASSERT_EQ(world.scheduler().stats().num_waiting, 40);
+  const int64_t deadline_us = world.now_us + 5'000'000;
+  const absl::Status own = submit("a", deadline_us);
+  EXPECT_EQ(own.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_GE(RetryAfterSeconds(own), 60);
+  for (const char* tenant : {"b", ""}) {
+    const absl::Status others = submit(tenant, deadline_us);
+    EXPECT_TRUE(others.ok()) << others;
+  }
+  NextPlan(&world);
+  EXPECT_TRUE(world.started().contains({id - 1, 0}));  // there is a slot for it
 }
 
 TEST(Queue, NamesAShortTimeoutAsTheClientGaveIt) {

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "api_server/scheduler/drain_rate.h"
 #include "api_server/scheduler/scheduler.h"
 
 namespace wintserve {
@@ -26,6 +27,7 @@ struct Tenant {
   int num_running = 0;
   std::deque<Sequence*> waiting;  // by rank
   size_t num_in_line = 0;         // the first ones of `waiting`; the others are parked
+  DrainRate drain_rate;           // of `waiting`
 };
 
 struct Request {
@@ -113,6 +115,7 @@ struct Sequence {
   bool started = false;            // has had a slot before
   bool must_fit_whole = false;     // was preempted or lost its pins: waits for room for all of it
   int64_t num_waiting_tokens = 0;  // its share of the queue's tokens
+  bool takes_back = false;         // in line: the place that its tenant has given up
 
   int prompt_len() const { return request->prompt_len(); }
   int length() const { return prompt_len() + static_cast<int>(generated.size()); }

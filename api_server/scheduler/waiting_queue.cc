@@ -3,6 +3,7 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "common/check.h"
 
@@ -50,13 +51,33 @@ int WaitingQueue::Room(const Tenant& tenant) const {
   return std::max(0, max_seqs_per_tenant_ - tenant.num_running);
 }
 
+void WaitingQueue::Advance(int64_t now_us) {
+  now_us_ = now_us;
+  drain_rate_.Observe(now_us, !empty(), 0);
+  line_drain_rate_.Observe(now_us, num_in_line() > num_taking_back_, 0);
+}
+
+void WaitingQueue::EnterLine(Sequence* sequence, bool was_parked) {
+  const size_t index = InsertByRank(sequence, &line_);
+  // They are few: no more than places that were given up since the last step.
+  sequence->takes_back =
+      was_parked && std::all_of(line_.begin(), line_.begin() + index,
+                                [](const Sequence* before) { return before->takes_back; });
+  if (sequence->takes_back) ++num_taking_back_;
+}
+
+void WaitingQueue::LeaveLine(Sequence* sequence) {
+  EraseByRank(sequence, &line_);
+  if (std::exchange(sequence->takes_back, false)) --num_taking_back_;
+}
+
 void WaitingQueue::FillRoom(Tenant* tenant) {
   const size_t num_in_line = std::min(tenant->waiting.size(), static_cast<size_t>(Room(*tenant)));
   while (tenant->num_in_line > num_in_line) {
-    EraseByRank(tenant->waiting[--tenant->num_in_line], &line_);
+    LeaveLine(tenant->waiting[--tenant->num_in_line]);
   }
   while (tenant->num_in_line < num_in_line) {
-    InsertByRank(tenant->waiting[tenant->num_in_line++], &line_);
+    EnterLine(tenant->waiting[tenant->num_in_line++], /*was_parked=*/true);
   }
 }
 
@@ -65,15 +86,13 @@ void WaitingQueue::Insert(Sequence* sequence, int64_t num_tokens) {
   num_tokens_ += num_tokens;
   ++size_;
   Tenant* tenant = sequence->request->tenant;
-  if (tenant == nullptr) {
-    InsertByRank(sequence, &line_);
-    return;
-  }
-  if (InsertByRank(sequence, &tenant->waiting) < tenant->num_in_line) {
-    InsertByRank(sequence, &line_);
-    ++tenant->num_in_line;
-  }
-  FillRoom(tenant);
+  if (tenant == nullptr) return EnterLine(sequence, /*was_parked=*/false);
+  tenant->drain_rate.Observe(now_us_, !tenant->waiting.empty(), 0);
+  const bool has_room = tenant->waiting.size() < static_cast<size_t>(Room(*tenant));
+  if (InsertByRank(sequence, &tenant->waiting) >= tenant->num_in_line && !has_room) return;
+  EnterLine(sequence, /*was_parked=*/false);
+  ++tenant->num_in_line;
+  FillRoom(tenant);  // whoever has no room any more is parked
 }
 
 void WaitingQueue::TakeOut(Sequence* sequence) {
@@ -82,10 +101,11 @@ void WaitingQueue::TakeOut(Sequence* sequence) {
   sequence->num_waiting_tokens = 0;
   Tenant* tenant = sequence->request->tenant;
   if (tenant != nullptr) {
+    tenant->drain_rate.Observe(now_us_, true, 0);
     if (EraseByRank(sequence, &tenant->waiting) >= tenant->num_in_line) return;
     --tenant->num_in_line;
   }
-  EraseByRank(sequence, &line_);
+  LeaveLine(sequence);
 }
 
 void WaitingQueue::Remove(Sequence* sequence) {
@@ -94,9 +114,13 @@ void WaitingQueue::Remove(Sequence* sequence) {
 }
 
 void WaitingQueue::Start(Sequence* sequence) {
+  const bool takes_back = sequence->takes_back;
   TakeOut(sequence);
+  drain_rate_.Observe(now_us_, true, 1);
+  if (!takes_back) line_drain_rate_.Observe(now_us_, true, 1);
   Tenant* tenant = sequence->request->tenant;
   if (tenant == nullptr) return;
+  tenant->drain_rate.Observe(now_us_, true, 1);
   CHECK(tenant->num_running < max_seqs_per_tenant_, "num_running={}", tenant->num_running);
   ++tenant->num_running;
   FillRoom(tenant);
@@ -113,12 +137,17 @@ void WaitingQueue::SetTokens(Sequence* sequence, int64_t num_tokens) {
   sequence->num_waiting_tokens = num_tokens;
 }
 
-int WaitingQueue::NumBefore(int priority, const Tenant* tenant) const {
-  const int num_in_line = CountBefore(line_, priority);
-  if (tenant == nullptr) return num_in_line;
-  // Of its own, those that are parked as well.
+std::optional<double> WaitingQueue::WaitSeconds(int priority, const Tenant* tenant) const {
+  std::optional<double> seconds;
+  if (num_in_line() > num_taking_back_) {
+    seconds = line_drain_rate_.SecondsFor(CountBefore(line_, priority) + 1);
+  }
+  if (tenant == nullptr) return seconds;
   const int num_own = CountBefore(tenant->waiting, priority);
-  return num_in_line + std::max(0, num_own - static_cast<int>(tenant->num_in_line));
+  if (num_own < Room(*tenant)) return seconds;
+  DrainRate own = tenant->drain_rate;
+  own.Observe(now_us_, !tenant->waiting.empty(), 0);
+  return std::max(seconds, own.SecondsFor(num_own + 1));  // an unknown one is the least
 }
 
 absl::Status WaitingQueue::CheckInvariants(
@@ -152,6 +181,12 @@ absl::Status WaitingQueue::CheckInvariants(
   if (line != line_) {
     return absl::InternalError(
         fmt::format("{} sequences stand in line, {} should", line_.size(), line.size()));
+  }
+  const auto num_taking_back = std::count_if(
+      line.begin(), line.end(), [](const Sequence* sequence) { return sequence->takes_back; });
+  if (num_taking_back != num_taking_back_) {
+    return absl::InternalError(fmt::format("{} in line take back a place, counted were {}",
+                                           num_taking_back, num_taking_back_));
   }
   if (static_cast<int>(size) != size_ || num_tokens != num_tokens_) {
     return absl::InternalError(fmt::format("{} sequences of {} tokens wait, counted were {} of {}",

@@ -8,6 +8,7 @@
 #include <list>
 #include <map>
 #include <memory>
+#include <optional>
 #include <random>
 #include <set>
 #include <string>
@@ -113,19 +114,88 @@ TEST(WaitingQueue, WhoIsPassedOverLeavesTheRoomToTheNextOfItsTenant) {
   q.Check();
 }
 
-TEST(WaitingQueue, BeforeANewcomerStandWhoIsInLineAndAllOfItsOwnTenant) {
-  Queue q(1);
-  EXPECT_EQ(q.queue.NumBefore(0, nullptr), 0);
-  q.queue.Start(q.Insert(0, "a"));
-  for (int i = 0; i < 5; ++i) q.Insert(0, "a");  // parked
-  for (int i = 0; i < 4; ++i) q.Insert(i, "b");  // one in line
-  for (int i = 0; i < 3; ++i) q.Insert(i, "");
-  EXPECT_EQ(q.queue.NumBefore(0, nullptr), 2);
-  EXPECT_EQ(q.queue.NumBefore(-1, nullptr), 0);
-  EXPECT_EQ(q.queue.NumBefore(2, nullptr), 4);
-  EXPECT_EQ(q.queue.NumBefore(0, &q.tenants["a"]), 7);
-  EXPECT_EQ(q.queue.NumBefore(1, &q.tenants["b"]), 4);
-  EXPECT_EQ(q.queue.NumBefore(1, &q.tenants["newcomer"]), 3);
+class WaitingQueuePrediction : public testing::Test {
+ protected:
+  static constexpr int kSeconds = 300;  // ten times as long as a drain rate remembers
+
+  void PassSecond() { q_.queue.Advance(now_us_ += 1'000'000); }
+  void Insert(int count, const std::string& tenant) {
+    for (int i = 0; i < count; ++i) q_.Insert(0, tenant);
+  }
+  // A step in which one sequence of the tenant ends and the first one in line starts.
+  void Turn(const std::string& tenant) {
+    q_.queue.StopRunning(&q_.tenants[tenant]);
+    StartFirst();
+  }
+  void StartFirst() {
+    QueueWalk walk(q_.queue);
+    q_.queue.Start(walk.Next());
+  }
+  std::optional<double> WaitSeconds(const std::string& tenant, int priority = 0) {
+    q_.Check();
+    return q_.queue.WaitSeconds(priority, tenant.empty() ? nullptr : &q_.tenants[tenant]);
+  }
+
+  Queue q_{/*max_seqs_per_tenant=*/1};
+
+ private:
+  int64_t now_us_ = 0;
+};
+
+TEST_F(WaitingQueuePrediction, CountsAllThatGoBeforeByPriority) {
+  Insert(kSeconds + 20, "");
+  for (int i = 0; i < 5; ++i) q_.Insert(/*priority=*/7, "");
+  for (int i = 0; i < kSeconds; ++i) {
+    PassSecond();
+    StartFirst();
+  }
+  EXPECT_NEAR(*WaitSeconds("", 0), 21, 0.1);
+  EXPECT_NEAR(*WaitSeconds("", 7), 26, 0.1);
+  EXPECT_NEAR(*WaitSeconds("", -1), 1, 0.1);
+}
+
+TEST_F(WaitingQueuePrediction, OfTenantsAtTheirCapOnlyTheirOwnNewcomersWait) {
+  Insert(1, "a");
+  StartFirst();
+  Insert(kSeconds + 1000, "a");
+  for (int i = 0; i < kSeconds; ++i) {
+    PassSecond();
+    Turn("a");
+  }
+  EXPECT_EQ(WaitSeconds(""), std::nullopt);
+  EXPECT_EQ(WaitSeconds("b"), std::nullopt);
+  EXPECT_NEAR(*WaitSeconds("a"), 1001, 1);
+  PassSecond();
+  q_.queue.StopRunning(&q_.tenants["a"]);  // and the next one is about to start
+  EXPECT_EQ(WaitSeconds(""), std::nullopt);
+}
+
+// However fast a tenant's sequences follow one another, the others do not come forward by it.
+TEST_F(WaitingQueuePrediction, TheLineMovesAtItsOwnPace) {
+  Insert(1, "a");
+  StartFirst();
+  Insert(kSeconds * 10 + 1000, "a");
+  Insert(kSeconds / 5 + 10, "");
+  for (int i = 1; i <= kSeconds; ++i) {
+    PassSecond();
+    for (int turn = 0; turn < 10; ++turn) Turn("a");
+    if (i % 5 == 0) StartFirst();
+  }
+  EXPECT_NEAR(*WaitSeconds(""), 55, 1);
+}
+
+TEST_F(WaitingQueuePrediction, WhoComesOutOfParkingBehindOthersStandsInLineLikeThem) {
+  Insert(1, "a");
+  StartFirst();
+  Insert(kSeconds, "");
+  Insert(2, "a");
+  q_.queue.StopRunning(&q_.tenants["a"]);
+  for (int i = 0; i < kSeconds; ++i) {
+    PassSecond();
+    StartFirst();
+  }
+  EXPECT_NEAR(*WaitSeconds(""), 2, 0.1);  // one of a stands in line, the other is parked
+  EXPECT_NEAR(*WaitSeconds("b"), 2, 0.1);
 }
 
 // Against a walk over all that wait.
