@@ -249,6 +249,21 @@ void Scheduler::Impl::OnCacheLost() {
     if (sequence.leaving()) leaving.push_back(&sequence);
   }
   for (Sequence* sequence : leaving) RetireIfUnnamed(sequence);
+  CountWaitingTokensAgain();  // what a peek has found, and what choices would share, is out of
+                              // reach
+}
+
+// With what is known now: of a match, or that there is a cache at all.
+void Scheduler::Impl::CountWaitingTokensAgain() {
+  for (Sequence& sequence : sequences_) {
+    if (sequence.phase != Phase::kWaiting) continue;
+    const Request& request = *sequence.request;
+    const bool is_new = sequence.match != MatchState::kDone && !sequence.must_fit_whole;
+    waiting_.SetTokens(&sequence,
+                       is_new ? TokensOfChoice(request.prompt_len(), request.bypass_cache_match,
+                                               sequence.key.choice)
+                              : sequence.length() - sequence.num_done);
+  }
 }
 
 // The cache manager may know another state of its blocks than we do.
@@ -267,14 +282,12 @@ bool Scheduler::Impl::HoldsUncertainBlocks(const Sequence& sequence) const {
 void Scheduler::Impl::Forget(Sequence* sequence) {
   const bool was_waiting = sequence->phase == Phase::kWaiting;
   const bool must_fit_whole = sequence->must_fit_whole || !was_waiting;
-  const int64_t num_tokens = was_waiting ? sequence->num_waiting_tokens : sequence->length();
   if (was_waiting) {
     waiting_.Remove(sequence);
     SetMatch(sequence, MatchState::kNone);
   }
   Requeue(sequence);
   sequence->must_fit_whole = must_fit_whole;
-  waiting_.SetTokens(sequence, num_tokens);
 }
 
 HeldBlocks Scheduler::Impl::OnCacheResumed() {
@@ -299,7 +312,9 @@ HeldBlocks Scheduler::Impl::OnCacheResumed() {
   std::erase_if(running_, [](const Sequence* sequence) {
     return sequence->leaving() || sequence->phase == Phase::kWaiting;
   });
-  return ledger_.Resume(std::move(leased));
+  HeldBlocks held = ledger_.Resume(std::move(leased));
+  CountWaitingTokensAgain();
+  return held;
 }
 
 void Scheduler::Impl::OnPoolReplaced(int num_blocks) {
@@ -320,6 +335,7 @@ void Scheduler::Impl::OnPoolReplaced(int num_blocks) {
     Forget(&sequence);
     if (BlocksFor(sequence.max_length() - 1) > num_blocks) too_large.push_back(&sequence);
   }
+  CountWaitingTokensAgain();
   for (Sequence* sequence : too_large) {
     failed_.push_back(
         {sequence->key,

@@ -59,6 +59,15 @@ Scheduler::Impl::Impl(SchedulerConfig config)
   for (int slot = 0; slot < config_.max_num_seqs; ++slot) free_slots_.insert(slot);
 }
 
+// What a choice of a new request has to compute, before a look at the cache: the choices after the
+// first are going to share its full blocks, unless each is on its own.
+int64_t Scheduler::Impl::TokensOfChoice(int prompt_len, bool bypass_cache_match,
+                                        uint32_t choice) const {
+  if (choice == 0 || !caching() || bypass_cache_match) return prompt_len;
+  const int num_shareable = (prompt_len - 1) / config_.block_size_tokens;
+  return prompt_len - num_shareable * config_.block_size_tokens;
+}
+
 absl::Status Scheduler::Impl::AdmitToQueue(const ScheduledRequest& request, int64_t now_us) const {
   const int prompt_len = static_cast<int>(request.prompt_ids.size());
   const int blocks_needed = BlocksFor(prompt_len + request.max_tokens - 1);
@@ -75,17 +84,19 @@ absl::Status Scheduler::Impl::AdmitToQueue(const ScheduledRequest& request, int6
                                waiting_.size(), request.num_choices, config_.max_queue_requests),
                    waiting_.RetrySecondsFor(num_after - config_.max_queue_requests));
   }
-  if (config_.max_queue_tokens > 0 &&
-      waiting_.num_tokens() + prompt_len > config_.max_queue_tokens) {
-    const double excess =
-        static_cast<double>(waiting_.num_tokens() + prompt_len - config_.max_queue_tokens);
+  const bool bypass = request.bypass_cache_match;
+  const int64_t num_new_tokens = TokensOfChoice(prompt_len, bypass, 0) +
+                                 (request.num_choices - 1) * TokensOfChoice(prompt_len, bypass, 1);
+  const int64_t num_excess_tokens =
+      waiting_.num_tokens() + num_new_tokens - config_.max_queue_tokens;
+  if (config_.max_queue_tokens > 0 && num_excess_tokens > 0) {
     const double tokens_each =
         std::max(1.0, static_cast<double>(waiting_.num_tokens()) / waiting_.size());
     return TooBusy(
         fmt::format("the queue is full: {} prompt tokens wait to be computed, {} more would "
                     "exceed {}",
-                    waiting_.num_tokens(), prompt_len, config_.max_queue_tokens),
-        waiting_.RetrySecondsFor(excess / tokens_each));
+                    waiting_.num_tokens(), num_new_tokens, config_.max_queue_tokens),
+        waiting_.RetrySecondsFor(static_cast<double>(num_excess_tokens) / tokens_each));
   }
   const auto tenant = tenants_.find(request.tenant);
   const auto wait =
@@ -135,10 +146,8 @@ absl::Status Scheduler::Impl::Submit(ScheduledRequest request, int64_t now_us) {
     sequence.length_planned = shared->prompt_len();
     shared->choices.push_back(&sequence);
     if (shared->deadline_us.has_value()) deadlines_.emplace(*shared->deadline_us, sequence.key);
-    // The choices after the first are going to share its blocks.
-    const bool shares = choice > 0 && caching() && !shared->bypass_cache_match;
-    const int cached = shares ? shareable * config_.block_size_tokens : 0;
-    waiting_.Insert(&sequence, shared->prompt_len() - cached);
+    waiting_.Insert(&sequence, TokensOfChoice(shared->prompt_len(), shared->bypass_cache_match,
+                                              sequence.key.choice));
   }
   if (caching() && !shared->bypass_cache_match && shareable > 0) {
     peeked_[next_tag_] = shared->id;

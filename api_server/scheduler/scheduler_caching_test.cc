@@ -210,6 +210,64 @@ TEST(Caching, StatsCountAMatchUntilItsAnswerAndARestoreUntilItsCopiesAreDone) {
   world.ExpectAllBlocksBack();
 }
 
+TEST(Recovery, WhatAPeekHasFoundAndWhatChoicesShareCountsInFullWhileTheCacheIsLost) {
+  FakeWorld world({.max_num_seqs = 1, .block_size_tokens = 4, .async_depth = 0});
+  world.SubmitPrompt(Prompt(41), 1);
+  world.RunToEnd();
+  world.SubmitPrompt(Prompt(5, 900), 50);
+  world.Settle();
+  const auto num_waiting_tokens = [&] { return world.scheduler().stats().num_waiting_tokens; };
+  world.SubmitPrompt(Prompt(41), 1);
+  world.Settle();
+  EXPECT_EQ(num_waiting_tokens(), 1);
+  ASSERT_TRUE(world
+                  .Submit({.id = 9,
+                           .prompt_ids = Prompt(41, 500),
+                           .num_choices = 3,
+                           .max_tokens = 2,
+                           .ignore_eos = true})
+                  .ok());
+  EXPECT_EQ(num_waiting_tokens(), 1 + (41 + 1 + 1));
+  world.scheduler().SetPaused(true);
+  world.LoseCache();
+  EXPECT_EQ(num_waiting_tokens(), 41 + 3 * 41);
+  world.FinishPlan();
+  world.ResumeCache();
+  EXPECT_EQ(num_waiting_tokens(), 41 + (41 + 1 + 1));
+  world.LoseCache();
+  world.ReplacePool(100);
+  // The running one waits as well, with the token that it has got.
+  EXPECT_EQ(num_waiting_tokens(), 41 + (41 + 1 + 1) + 6);
+  world.scheduler().SetPaused(false);
+  world.RunToEnd();
+  world.ExpectAllTokens();
+  world.ExpectAllBlocksBack();
+}
+
+TEST(Recovery, OfAMatchOnlyWhatWasToBeCopiedCountsAgainWhenTheCacheIsLost) {
+  for (const bool on_host : {false, true}) {
+    SCOPED_TRACE(on_host ? "on the host" : "on the device");
+    FakeWorld world({.block_size_tokens = 4, .num_blocks = 8, .async_depth = 0}, /*host slots*/ 4);
+    if (on_host) {
+      FillHostTier(&world);
+    } else {
+      world.SubmitPrompt(Prompt(13), 1);
+      world.RunToEnd();
+    }
+    world.SubmitPrompt(Prompt(13), 1);
+    world.Schedule();
+    while (world.AnswerOne()) {
+    }
+    EXPECT_EQ(world.scheduler().stats().num_waiting_tokens, 1);
+    world.LoseCache();
+    EXPECT_EQ(world.scheduler().stats().num_waiting_tokens, on_host ? 13 : 1);
+    world.ResumeCache();
+    world.RunToEnd();
+    world.ExpectAllTokens();
+    world.ExpectAllBlocksBack();
+  }
+}
+
 // A10: what comes for a sequence that has gone is given back.
 TEST(Caching, A10ALateMatchOfACancelledSequenceGivesItsPinsBack) {
   FakeWorld world({.block_size_tokens = 4});

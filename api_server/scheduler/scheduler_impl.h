@@ -83,6 +83,7 @@ class Scheduler::Impl {
 
   // scheduler.cc: requests and results.
   absl::Status AdmitToQueue(const ScheduledRequest& request, int64_t now_us) const;
+  int64_t TokensOfChoice(int prompt_len, bool bypass_cache_match, uint32_t choice) const;
   void End(Sequence* sequence);
   void Forget(Request* request);
   void GiveUpSlot(Sequence* sequence);
@@ -109,6 +110,7 @@ class Scheduler::Impl {
   bool MayStart(Sequence* sequence) const;
   bool HoldsUncertainBlocks(const Sequence& sequence) const;
   void Forget(Sequence* sequence);
+  void CountWaitingTokensAgain();
 
   // admission.cc: who is next in line.
   enum class StartResult { kStarted, kPassedOver, kWaits };

@@ -140,6 +140,46 @@ TEST(Queue, IsBoundedBySequencesAndTokensAndSaysWhenToComeAgain) {
   EXPECT_TRUE(world.Submit({.id = 9, .prompt_ids = Prompt(90), .max_tokens = 1}).ok());
 }
 
+TEST(Queue, TokensCountForEachChoiceThatComputesThePrompt) {
+  struct Case {
+    const char* name;
+    bool prefix_caching;
+    bool bypass_cache_match;
+    bool cache_is_lost;
+    int prompt_len;
+    int64_t num_tokens;  // of 3 choices
+  };
+  for (const Case& c : {Case{"they share its full blocks", true, false, false, 130, 130 + 2 + 2},
+                        Case{"but never its last token", true, false, false, 128, 128 + 64 + 64},
+                        Case{"no full block", true, false, false, 64, 3 * 64},
+                        Case{"caching off", false, false, false, 130, 3 * 130},
+                        Case{"no match wanted", true, true, false, 130, 3 * 130},
+                        Case{"no session", true, false, true, 130, 3 * 130}}) {
+    SCOPED_TRACE(c.name);
+    for (const int64_t excess : {0, 1}) {
+      const int64_t limit = 10 + c.num_tokens - excess;
+      FakeWorld world({.prefix_caching = c.prefix_caching, .max_queue_tokens = limit});
+      if (c.cache_is_lost) world.LoseCache();
+      world.Submit(10, 5);
+      const absl::Status status = world.Submit({.id = 9,
+                                                .prompt_ids = Prompt(c.prompt_len),
+                                                .num_choices = 3,
+                                                .max_tokens = 1,
+                                                .bypass_cache_match = c.bypass_cache_match});
+      if (excess == 0) {
+        EXPECT_TRUE(status.ok()) << status;
+        EXPECT_EQ(world.scheduler().stats().num_waiting_tokens, limit);
+      } else {
+        EXPECT_EQ(status.message(),
+                  fmt::format("the queue is full: 10 prompt tokens wait to be computed, {} more "
+                              "would exceed {}",
+                              c.num_tokens, limit));
+        EXPECT_EQ(world.scheduler().stats().num_waiting_tokens, 10);
+      }
+    }
+  }
+}
+
 TEST(Queue, TheTimeToComeAgainGrowsWhileTheQueueStandsStillUpToTenMinutes) {
   FakeWorld world({.max_num_seqs = 1, .async_depth = 0, .max_queue_requests = 3});
   const auto retry_after_seconds = [&] {
