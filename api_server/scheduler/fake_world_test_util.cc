@@ -420,4 +420,15 @@ StepPlan NextPlan(FakeWorld* world) {
   return world->plans().empty() ? StepPlan{} : world->plans().back();
 }
 
+void FillHostTier(FakeWorld* world) {
+  world->default_step_us = 0;  // nothing is measured: restoring is worthwhile
+  for (int i = 0; i < 2; ++i) {
+    world->SubmitPrompt(Prompt(13), 1);
+    world->RunToEnd();
+  }
+  world->SubmitPrompt(Prompt(4 * world->config().num_blocks, 500), 1);
+  world->RunToEnd();
+  ASSERT_EQ(world->cache().Peek("", Prompt(13)).host_blocks, 3u);
+}
+
 }  // namespace wintserve

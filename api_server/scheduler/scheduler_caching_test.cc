@@ -1,7 +1,10 @@
 // The scheduler and the prefix cache: matches, restores, commits, shared prompts of choices, and
 // the loss of the session or the pool.
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+
+#include <utility>
 
 #include "api_server/scheduler/scheduler_test_util.h"
 
@@ -100,6 +103,45 @@ TEST(Caching, A4AfterAFlushOfItsParentASequenceCommitsNoMore) {
   world.ExpectAllBlocksBack();
 }
 
+TEST(Caching, OfACachedPromptAllFullBlocksAreTakenButNeverItsLastToken) {
+  for (const auto& [prompt_len, num_cached] :
+       {std::pair{63, 0}, {64, 0}, {65, 64}, {127, 64}, {128, 64}, {129, 128}}) {
+    SCOPED_TRACE(prompt_len);
+    FakeWorld world({.block_size_tokens = 64, .async_depth = 0});
+    world.Submit(prompt_len, 1);
+    world.RunToEnd();
+    const uint64_t again = world.Submit(prompt_len, 1);
+    world.RunToEnd();
+    EXPECT_EQ(world.started().at({again, 0}), num_cached);
+    world.ExpectAllTokens();
+    world.ExpectAllBlocksBack();
+  }
+}
+
+// The last token is sampled and never computed.
+TEST(Caching, FullBlocksAreCommittedUpToTheLastTokenButOne) {
+  struct Case {
+    int prompt_len;
+    int max_tokens;
+    uint32_t num_blocks;
+  };
+  for (const Case& c : {Case{63, 1, 0}, Case{63, 2, 1}, Case{64, 1, 1}, Case{64, 64, 1},
+                        Case{64, 65, 2}, Case{65, 63, 1}, Case{65, 64, 2}}) {
+    for (const int async_depth : {0, 1}) {
+      SCOPED_TRACE(
+          fmt::format("{} + {} tokens at depth {}", c.prompt_len, c.max_tokens, async_depth));
+      FakeWorld world({.block_size_tokens = 64, .async_depth = async_depth});
+      const uint64_t id = world.Submit(c.prompt_len, c.max_tokens);
+      world.RunToEnd();
+      std::vector<int32_t> next_turn = Prompt(c.prompt_len);
+      for (const int32_t token : world.tokens(id)) next_turn.push_back(token);
+      next_turn.insert(next_turn.end(), 65, 5);
+      EXPECT_EQ(world.cache().Peek("", next_turn).device_blocks, c.num_blocks);
+      world.ExpectAllBlocksBack();
+    }
+  }
+}
+
 TEST(Caching, GeneratedTokensAreFoundByTheNextTurn) {
   FakeWorld world({.block_size_tokens = 4, .async_depth = 1});
   const uint64_t id = world.Submit(6, 7);
@@ -111,18 +153,6 @@ TEST(Caching, GeneratedTokensAreFoundByTheNextTurn) {
   world.RunToEnd();
   EXPECT_EQ(world.started().at({second, 0}), 12);
   world.ExpectAllTokens();
-}
-
-// Leaves the 3 blocks of Prompt(13) on the host alone.
-void FillHostTier(FakeWorld* world) {
-  world->default_step_us = 0;  // nothing is measured: restoring is worthwhile
-  for (int i = 0; i < 2; ++i) {
-    world->SubmitPrompt(Prompt(13), 1);
-    world->RunToEnd();
-  }
-  world->SubmitPrompt(Prompt(4 * world->config().num_blocks, 500), 1);
-  world->RunToEnd();
-  ASSERT_EQ(world->cache().Peek("", Prompt(13)).host_blocks, 3u);
 }
 
 // A5: with nothing to compute, the copies of a restore need a plan all the same.
@@ -327,6 +357,21 @@ TEST(Choices, A13TheOthersWaitForTheFirstAndShareItsFullBlocks) {
   EXPECT_EQ(world.started().at({1, 2}), 128);
   world.ExpectAllTokens();
   world.ExpectAllBlocksBack();
+}
+
+TEST(Choices, A13APromptWithoutAFullBlockBeforeItsLastTokenIsNotWaitedFor) {
+  FakeWorld shares({.block_size_tokens = 64, .async_depth = 0});
+  shares.Submit(65, 3, /*num_choices=*/2);
+  EXPECT_THAT(RowLengths(NextPlan(&shares)), ElementsAre(65));
+  shares.RunToEnd();
+  EXPECT_EQ(shares.started().at({1, 1}), 64);
+
+  FakeWorld world({.block_size_tokens = 64, .async_depth = 0});
+  world.Submit(64, 3, 2);
+  EXPECT_THAT(RowLengths(NextPlan(&world)), ElementsAre(64, 64));
+  world.RunToEnd();
+  EXPECT_EQ(world.started().at({1, 1}), 0);
+  world.ExpectAllTokens();
 }
 
 TEST(Choices, A13TheyStartAtOnceWithoutCachingAndWhenTheFirstHasGone) {

@@ -1,13 +1,19 @@
 // What happens when there are no blocks.
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+
+#include <algorithm>
+#include <vector>
 
 #include "api_server/scheduler/scheduler_test_util.h"
 
 namespace wintserve {
 namespace {
 
+using testing::ElementsAre;
 using testing::IsEmpty;
+using testing::SizeIs;
 
 TEST(Memory, A2PinsOfTheWaitingGoBeforeAnythingRunningIsPreempted) {
   // 1 has left 4 blocks in the cache, 2 takes the other 4 and needs more; 3 waits with pins on
@@ -33,6 +39,77 @@ TEST(Memory, A2PinsOfTheWaitingGoBeforeAnythingRunningIsPreempted) {
   world.ExpectAllBlocksBack();
 }
 
+// K and V of the last token are never needed.
+TEST(Memory, ASequenceHoldsTheBlocksOfAllItsTokensButTheLast) {
+  struct Case {
+    int prompt_len;
+    int max_tokens;
+    int num_blocks;
+  };
+  for (const Case& c :
+       {Case{1, 64, 1}, Case{1, 65, 2}, Case{63, 1, 1}, Case{63, 2, 1}, Case{63, 3, 2},
+        Case{64, 1, 1}, Case{64, 2, 2}, Case{64, 64, 2}, Case{64, 65, 2}, Case{64, 66, 3},
+        Case{65, 1, 2}, Case{65, 64, 2}, Case{65, 65, 3}, Case{128, 1, 2}, Case{129, 1, 3}}) {
+    for (const bool prefix_caching : {false, true}) {
+      for (const int async_depth : {0, 1}) {
+        SCOPED_TRACE(fmt::format("{} + {} tokens, caching {}, depth {}", c.prompt_len, c.max_tokens,
+                                 prefix_caching, async_depth));
+        SchedulerConfig config{.max_num_seqs = 1,
+                               .block_size_tokens = 64,
+                               .num_blocks = c.num_blocks,
+                               .async_depth = async_depth,
+                               .prefix_caching = prefix_caching};
+        FakeWorld world(config);
+        world.Submit(c.prompt_len, c.max_tokens);
+        int most = 0;
+        for (world.Settle(); !world.plans().empty(); world.Settle()) {
+          const SchedulerStats stats = world.scheduler().stats();
+          most = std::max(most, stats.num_blocks_held - stats.num_blocks_leased_ahead);
+          world.FinishPlan();
+        }
+        EXPECT_EQ(most, c.num_blocks);
+        world.ExpectAllTokens();
+        world.ExpectAllBlocksBack();
+        if (--config.num_blocks == 0) continue;
+        FakeWorld too_small(config);
+        EXPECT_EQ(
+            too_small
+                .Submit({.id = 1, .prompt_ids = Prompt(c.prompt_len), .max_tokens = c.max_tokens})
+                .code(),
+            absl::StatusCode::kInvalidArgument);
+      }
+    }
+  }
+}
+
+TEST(Memory, ABlockIsAppendedByThePlanOfItsFirstTokenAndByNoOther) {
+  for (const int prompt_len : {63, 64, 65}) {
+    SCOPED_TRACE(prompt_len);
+    FakeWorld world({.block_size_tokens = 64, .async_depth = 0});
+    world.Submit(prompt_len, 70);
+    const StepPlan first = NextPlan(&world);
+    EXPECT_THAT(first.slot_init.at(0).block_table, SizeIs(prompt_len <= 64 ? 1 : 2));
+    EXPECT_THAT(first.block_append, IsEmpty());
+    world.FinishPlan();
+    std::vector<uint32_t> positions;
+    for (world.Settle(); !world.plans().empty(); world.Settle()) {
+      const StepPlan& plan = world.plans().front();
+      if (!plan.block_append.empty()) {
+        EXPECT_THAT(plan.block_append, SizeIs(1));
+        EXPECT_THAT(plan.block_append[0].blocks, SizeIs(1));
+        positions.push_back(plan.rows.at(0).position);
+      }
+      world.FinishPlan();
+    }
+    if (prompt_len == 65) {
+      EXPECT_THAT(positions, ElementsAre(128u));
+    } else {
+      EXPECT_THAT(positions, ElementsAre(64u, 128u));
+    }
+    world.ExpectAllTokens();
+  }
+}
+
 // A5: silence of the cache manager is no reason to fail anybody.
 TEST(Memory, A5NothingFailsWhileAnAnswerIsOutstanding) {
   FakeWorld world({.num_blocks = 4});
@@ -42,6 +119,111 @@ TEST(Memory, A5NothingFailsWhileAnAnswerIsOutstanding) {
   EXPECT_THAT(world.plans(), IsEmpty());
   world.RunToEnd();
   world.ExpectAllTokens();
+}
+
+// Called again and again it neither fails nor preempts anybody, and has nothing more to say.
+void ExpectPatience(FakeWorld* world) {
+  const size_t num_plans = world->plans().size();
+  world->Schedule();
+  for (int i = 0; i < 5; ++i) EXPECT_FALSE(world->Schedule());
+  EXPECT_THAT(world->plans(), SizeIs(num_plans));
+  EXPECT_THAT(world->failed(), IsEmpty());
+  EXPECT_EQ(world->scheduler().stats().preemptions, 0u);
+}
+
+TEST(Memory, A5RowsSitOutWhileALeaseIsOutstanding) {
+  FakeWorld world({.max_num_seqs = 2, .block_size_tokens = 4, .num_blocks = 16, .async_depth = 0});
+  world.SubmitPrompt(Prompt(3), 20);
+  world.SubmitPrompt(Prompt(3, 500), 20);
+  world.Settle();
+  while (!world.plans().empty()) {
+    world.FinishPlan();
+    world.Schedule();  // unanswered
+  }
+  EXPECT_EQ(world.scheduler().stats().num_running, 2);
+  EXPECT_EQ(Count<LeaseCommand>(world), 1);
+  ExpectPatience(&world);
+  world.RunToEnd();
+  EXPECT_EQ(world.scheduler().stats().preemptions, 0u);
+  world.ExpectAllTokens();
+  world.ExpectAllBlocksBack();
+}
+
+TEST(Memory, A5ASequenceWaitsWhileItsMatchIsOutstandingThoughNothingElseIsLeft) {
+  FakeWorld world({.max_num_seqs = 2, .block_size_tokens = 4, .async_depth = 0});
+  const uint64_t running = world.SubmitPrompt(Prompt(1), 3);
+  world.Settle();
+  world.SubmitPrompt(Prompt(9, 500), 3);
+  while (!world.plans().empty()) {
+    world.FinishPlan();
+    world.Schedule();  // unanswered
+  }
+  EXPECT_TRUE(world.ended({running, 0}));
+  EXPECT_EQ(Count<MatchCommand>(world), 1);
+  ExpectPatience(&world);
+  EXPECT_THAT(world.plans(), IsEmpty());
+  world.RunToEnd();
+  world.ExpectAllTokens();
+  world.ExpectAllBlocksBack();
+}
+
+TEST(Memory, A5ASequenceWaitsWhileACommitThatHoldsThePoolIsOutstanding) {
+  FakeWorld world({.block_size_tokens = 4, .num_blocks = 2, .async_depth = 0});
+  const uint64_t first = world.SubmitPrompt(Prompt(8), 1);
+  NextPlan(&world);
+  world.FinishPlan();
+  world.Schedule();
+  EXPECT_TRUE(world.ended({first, 0}));
+  EXPECT_EQ(Count<CommitCommand>(world), 1);
+  world.SubmitPrompt(Prompt(8, 500), 1);
+  ExpectPatience(&world);
+  EXPECT_THAT(world.plans(), IsEmpty());
+  world.RunToEnd();
+  world.ExpectAllTokens();
+  world.ExpectAllBlocksBack();
+}
+
+TEST(Memory, A5NobodyIsPreemptedWhileBlocksOfACancelledSequenceAreOnTheirWayBack) {
+  FakeWorld world({.max_num_seqs = 3,
+                   .block_size_tokens = 4,
+                   .num_blocks = 10,
+                   .async_depth = 1,
+                   .prefix_caching = false});
+  world.SubmitPrompt(Prompt(5), 12);
+  const uint64_t cancelled = world.SubmitPrompt(Prompt(2, 500), 30);
+  world.SubmitPrompt(Prompt(5, 900), 12);
+  for (world.Settle(); world.plans().back().step < 8; world.Settle()) world.FinishPlan();
+  world.Cancel(cancelled);  // it has 3 blocks, the others 3 each
+  world.FinishPlan();
+  world.Settle();
+  // Both of the others need a block, and one is left.
+  ASSERT_THAT(world.plans(), SizeIs(2));
+  EXPECT_THAT(RowLengths(world.plans()[0]), ElementsAre(1, 1, 1));
+  EXPECT_THAT(RowLengths(world.plans()[1]), ElementsAre(1));
+  EXPECT_EQ(world.scheduler().stats().preemptions, 0u);
+  world.RunToEnd();
+  EXPECT_EQ(world.scheduler().stats().preemptions, 0u);
+  world.ExpectAllTokens();
+  world.ExpectAllBlocksBack();
+}
+
+TEST(Memory, A5NothingFailsWhileARestoreIsOutstanding) {
+  FakeWorld world({.block_size_tokens = 4, .num_blocks = 8, .async_depth = 0}, /*host slots*/ 4);
+  FillHostTier(&world);
+  const uint64_t restored = world.SubmitPrompt(Prompt(13), 1);
+  world.SubmitPrompt(Prompt(25, 900), 4);  // no room for it beside the restored blocks
+  world.Settle();
+  ASSERT_THAT(world.plans(), SizeIs(1));
+  EXPECT_THAT(world.plans()[0].copies, SizeIs(3));
+  EXPECT_THAT(world.plans()[0].rows, IsEmpty());
+  ExpectPatience(&world);
+  EXPECT_THAT(world.started(),
+              testing::Not(testing::Contains(testing::Key(SequenceKey{restored, 0}))));
+  world.RunToEnd();
+  EXPECT_EQ(world.started().at({restored, 0}), 12);
+  EXPECT_EQ(world.scheduler().stats().preemptions, 0u);
+  world.ExpectAllTokens();
+  world.ExpectAllBlocksBack();
 }
 
 TEST(Memory, A5WhatCannotRunAloneOnTheNewPoolFailsWithAClearError) {

@@ -182,6 +182,9 @@ std::vector<int> RowLengths(const StepPlan& plan);
 // Settles, and returns the only plan in flight.
 StepPlan NextPlan(FakeWorld* world);
 
+// Leaves the 3 blocks of Prompt(13) on the host alone. REQUIRES: a new world, blocks of 4 tokens.
+void FillHostTier(FakeWorld* world);
+
 // Of the commands that are not answered.
 template <typename Command>
 int Count(const FakeWorld& world) {
