@@ -15,7 +15,7 @@
 
 namespace wintserve {
 
-inline constexpr double kNoLimit = std::numeric_limits<int64_t>::max();
+inline constexpr double kNoLimit = static_cast<double>(std::numeric_limits<int64_t>::max());
 
 inline ServeOptions& Options(Draft& draft) { return draft.command->options; }
 
