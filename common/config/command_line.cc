@@ -285,6 +285,30 @@ std::optional<BrokenRule> CheckLimits(const ServeOptions& options) {
   return std::nullopt;
 }
 
+// What is said of prompts in pieces must not pass unheard where there are none. The values that
+// other servers have by default ask for nothing.
+std::optional<BrokenRule> CheckChunking(const ServeOptions& options, const Sources& sources) {
+  if (options.enable_chunked_prefill) return std::nullopt;
+  struct Setting {
+    const char* flag;
+    int value;
+    int neutral;
+  };
+  const Setting settings[] = {
+      {"max-num-partial-prefills", options.max_num_partial_prefills, 1},
+      {"max-long-partial-prefills", options.max_long_partial_prefills, 1},
+      {"long-prefill-token-threshold", options.long_prefill_token_threshold, 0},
+  };
+  for (const Setting& setting : settings) {
+    if (!sources.contains(setting.flag) || setting.value == setting.neutral) continue;
+    return BrokenRule{setting.flag,
+                      fmt::format("has nothing to work on with --no-enable-chunked-prefill; must "
+                                  "be {} or not given (got {})",
+                                  setting.neutral, setting.value)};
+  }
+  return std::nullopt;
+}
+
 std::optional<BrokenRule> CheckCaching(const ServeOptions& options) {
   if (options.enable_prefix_caching) {
     if (options.cache_isolation == "key" && options.api_keys.empty()) {
@@ -309,6 +333,7 @@ void FillDefaults(const Draft& draft) {
 std::optional<Failure> CheckTogether(const ServeOptions& options, const Sources& sources) {
   std::optional<BrokenRule> broken = CheckPorts(options);
   if (!broken.has_value()) broken = CheckLimits(options);
+  if (!broken.has_value()) broken = CheckChunking(options, sources);
   if (!broken.has_value()) broken = CheckCaching(options);
   if (!broken.has_value()) return std::nullopt;
   const auto source = sources.find(broken->flag);

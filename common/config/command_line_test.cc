@@ -187,6 +187,14 @@ TEST(CommandLine, AStepHoldsOneTokenOfEverySequence) {
   EXPECT_EQ(Serve({"--max-num-batched-tokens=16"}).options.max_num_batched_tokens, 16);
 }
 
+TEST(CommandLine, WithoutChunkedPrefillTheDefaultsOfOtherServersAreStillTaken) {
+  const CommandLine command =
+      Serve({"--no-enable-chunked-prefill", "--max-num-partial-prefills=1",
+             "--max-long-partial-prefills=1", "--long-prefill-token-threshold=0"});
+  EXPECT_EQ(command.error, "");
+  EXPECT_FALSE(command.options.enable_chunked_prefill);
+}
+
 TEST(CommandLine, OneLineSaysWhatIsWrong) {
   struct Case {
     Args args;
@@ -222,6 +230,16 @@ TEST(CommandLine, OneLineSaysWhatIsWrong) {
        "error: --max-long-partial-prefills: must be at most --max-num-partial-prefills, 2 (got 3)"},
       {{"--max-model-len=100", "--long-prefill-token-threshold=100"},
        "error: --long-prefill-token-threshold: must be below --max-model-len, 100 (got 100)"},
+      {{"--no-enable-chunked-prefill", "--max-num-partial-prefills=4"},
+       "error: --max-num-partial-prefills: has nothing to work on with "
+       "--no-enable-chunked-prefill; must be 1 or not given (got 4)"},
+      {{"--max-num-partial-prefills=2", "--no-enable-chunked-prefill"},
+       "error: --max-num-partial-prefills: has nothing to work on"},
+      {{"--no-enable-chunked-prefill", "--max-long-partial-prefills=2"},
+       "error: --max-long-partial-prefills: has nothing to work on"},
+      {{"--no-enable-chunked-prefill", "--long-prefill-token-threshold=512"},
+       "error: --long-prefill-token-threshold: has nothing to work on with "
+       "--no-enable-chunked-prefill; must be 0 or not given (got 512)"},
       {{"--max-queue-requests=-1"}, "error: --max-queue-requests: must be 0..1000000 (got -1)"},
       {{"--scheduler-max-size=2000000"},
        "error: --scheduler-max-size: must be at most 1000000 (got 2000000)"},
@@ -536,6 +554,8 @@ TEST(ConfigFile, OneLineSaysWhatIsWrongAndWhere) {
       {"model: \xff\xfe\n", "must be UTF-8"},
       {"max_num_seqs: 9\nmax_num_batched_tokens: 8\n",
        ":2: max_num_batched_tokens: must be at least --max-num-seqs, 9 (got 8)"},
+      {"enable_chunked_prefill: false\nmax_num_partial_prefills: 4\n",
+       ":2: max_num_partial_prefills: has nothing to work on with --no-enable-chunked-prefill"},
       {"cache_queue_port: 8000\n", ":1: cache_queue_port: must differ from --port (both 8000)"},
   };
   for (const Case& c : cases) {
