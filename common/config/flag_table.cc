@@ -130,18 +130,18 @@ void AddListeningFlags(std::vector<Flag>* flags) {
 void AddParallelismFlags(std::vector<Flag>* flags) {
   flags->push_back(
       Text("device", kParallelism, &ServeOptions::device, "cpu or cuda", {"cpu", "cuda"}));
-  flags->push_back(Custom("tensor-parallel-size", kParallelism, Type::kInteger, "1",
-                          "Engine workers that share the model: 1, 2 or 4 (also -tp)",
-                          [](const FlagValue& value, Draft& draft) {
-                            if (value.integer != 1 && value.integer != 2 && value.integer != 4) {
-                              return absl::InvalidArgumentError(
-                                  fmt::format("must be 1, 2 or 4 (got {})", value.integer));
-                            }
-                            Options(draft).tensor_parallel_size = static_cast<int>(value.integer);
-                            return absl::OkStatus();
-                          }));
-  flags->back().min = -kNoLimit;
-  flags->back().max = kNoLimit;
+  flags->push_back(
+      Bounded(-kNoLimit, kNoLimit,
+              Custom("tensor-parallel-size", kParallelism, Type::kInteger, "1",
+                     "Engine workers that share the model: 1, 2 or 4 (also -tp)",
+                     [](const FlagValue& value, Draft& draft) {
+                       if (value.integer != 1 && value.integer != 2 && value.integer != 4) {
+                         return absl::InvalidArgumentError(
+                             fmt::format("must be 1, 2 or 4 (got {})", value.integer));
+                       }
+                       Options(draft).tensor_parallel_size = static_cast<int>(value.integer);
+                       return absl::OkStatus();
+                     })));
   flags->push_back(Integer("cpu-threads", kParallelism, 0, 1024, &ServeOptions::cpu_threads,
                            "Threads of one engine worker; 0: cores / workers"));
 }
@@ -216,14 +216,13 @@ void AddFeatureFlags(std::vector<Flag>* flags) {
   flags->push_back(Custom("graph-optimization-config", kFeatures, Type::kJson, "",
                           R"(FastDeploy's spelling: {"use_cudagraph": true})",
                           ApplyGraphOptimization));
-  flags->push_back(
+  flags->push_back(Bounded(
+      -kNoLimit, kNoLimit,
       Custom("block-size", kFeatures, Type::kInteger, "64",
              "Tokens of a KV block; 64 is the only size", [](const FlagValue& value, Draft&) {
                if (value.integer == 64) return absl::OkStatus();
                return absl::InvalidArgumentError(fmt::format("must be 64 (got {})", value.integer));
-             }));
-  flags->back().min = -kNoLimit;
-  flags->back().max = kNoLimit;
+             })));
   flags->push_back(Bounded(1, 1 << 24,
                            Custom("num-gpu-blocks-override", kFeatures, Type::kInteger, "",
                                   "KV blocks of the pool; default: sized from the memory",
