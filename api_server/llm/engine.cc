@@ -370,6 +370,8 @@ void Engine::FailRequest(uint64_t request_id, const absl::Status& error) {
 }
 
 void Engine::FailAll(const absl::Status& error) {
+  // First, so that a client who has seen the error finds nothing running in /metrics.
+  if (scheduler_ != nullptr) metrics_->RecordStop(scheduler_->stats());
   for (auto& [id, request] : std::exchange(requests_, {})) request->output.Fail(error);
   updated_.clear();
 }

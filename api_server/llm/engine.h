@@ -162,7 +162,7 @@ class Engine {
 
   void DeliverUpdates();
   void FailRequest(uint64_t request_id, const absl::Status& error);
-  void FailAll(const absl::Status& error);
+  void FailAll(const absl::Status& error);  // and no plan is made any more
   // Ends serving: not ready, open requests fail, on_fatal is told once.
   void Fatal(const std::string& reason);
   void SetReadiness(bool ready, const std::string& reason) EXCLUDES(readiness_mutex_);

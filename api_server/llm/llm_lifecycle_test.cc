@@ -107,6 +107,25 @@ TEST_F(LlmTest, ADeadWorkerEndsEveryRequestAndIsNamed) {
             absl::StatusCode::kUnavailable);
 }
 
+TEST_F(LlmTest, AfterAFatalErrorTheMetricsShowThatNothingRuns) {
+  options_.max_num_seqs = 1;
+  FakeWorkerOptions worker = WorkerOptions();
+  worker.before_step = [](const StepPlan& plan) { return plan.step < 4; };
+  StartServing(worker);
+  Updates running;
+  Updates waiting[2];
+  Submit(Request("abc", 30), &running);
+  for (Updates& updates : waiting) Submit(Request("abc", 30), &updates);
+  ASSERT_TRUE(WaitForMetric("fastdeploy:num_requests_running", "1"));
+  ASSERT_TRUE(WaitForMetric("fastdeploy:num_requests_waiting", "2"));
+  workers_[0]->Kill();
+  ASSERT_TRUE(running.WaitFinished());
+  for (const char* gauge : {"fastdeploy:num_requests_running", "fastdeploy:num_requests_waiting",
+                            "fastdeploy:gpu_cache_usage_perc", "wintserve:plans_in_flight"}) {
+    EXPECT_EQ(Metric(gauge), "0") << gauge;
+  }
+}
+
 TEST_F(LlmTest, AFaultOfAWorkerIsPassedOn) {
   StartServing();
   ASSERT_TRUE(workers_[0]->SendFault(FaultKind::kOutOfMemory, "no 3 GiB left").ok());

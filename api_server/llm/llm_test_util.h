@@ -167,10 +167,16 @@ class LlmTest : public testing::Test {
   bool WaitForReason(const std::string& reason) {
     return WaitForReadiness([&](const ReadinessReport& report) { return report.reason == reason; });
   }
-  // Readiness has no event to wait for, as it is made for probes.
   bool WaitForReadiness(const std::function<bool(const ReadinessReport&)>& condition) {
+    return WaitFor([&] { return condition(llm_->Readiness()); });
+  }
+  bool WaitForMetric(const std::string& name, const std::string& value) {
+    return WaitFor([&] { return Metric(name) == value; });
+  }
+  // Of what has no event to wait for, as it is made for probes and scrapes.
+  bool WaitFor(const std::function<bool()>& condition) {
     const auto deadline = std::chrono::steady_clock::now() + kPatience;
-    while (!condition(llm_->Readiness())) {
+    while (!condition()) {
       if (std::chrono::steady_clock::now() > deadline) return false;
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }

@@ -210,22 +210,31 @@ void EngineMetrics::RecordCacheLoss() { series_->cache_losses.Increment(); }
 void EngineMetrics::RecordPoolReplacement() { series_->pool_replacements.Increment(); }
 
 void EngineMetrics::RecordState(const SchedulerStats& stats) {
+  SetGauges(stats);
+  RecordTotals(stats);
+}
+
+void EngineMetrics::RecordStop(const SchedulerStats& last) {
+  RecordTotals(last);
+  SetGauges({});
+}
+
+void EngineMetrics::SetGauges(const SchedulerStats& stats) {
   const EngineFacts& facts = series_->facts;
   const int num_available = stats.num_blocks_available + stats.num_blocks_leased_ahead;
   const double num_blocks = std::max(1, facts.num_blocks);
-  const int num_unheld = facts.num_blocks - stats.num_blocks_held + stats.num_blocks_leased_ahead;
+  const int num_used = stats.num_blocks_held - stats.num_blocks_leased_ahead;
   series_->num_requests_running.Set(stats.num_running);
   series_->num_requests_waiting.Set(stats.num_waiting);
   series_->available_batch_size.Set(facts.max_num_seqs - stats.num_running);
-  series_->gpu_cache_usage_perc.Set(1 - num_unheld / num_blocks);
+  series_->gpu_cache_usage_perc.Set(num_used / num_blocks);
   series_->available_gpu_block_num.Set(num_available);
-  series_->free_gpu_block_num.Set(num_unheld);
+  series_->free_gpu_block_num.Set(facts.num_blocks - num_used);
   series_->available_gpu_resource.Set(num_available / num_blocks);
   series_->lease_blocks.Set(stats.num_blocks_leased_ahead);
   series_->sequences_matching.Set(stats.num_matching);
   series_->sequences_restoring.Set(stats.num_restoring);
   series_->plans_in_flight.Set(stats.num_plans_in_flight);
-  RecordTotals(stats);
 }
 
 void EngineMetrics::RecordTotals(const SchedulerStats& stats) {

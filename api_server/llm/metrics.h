@@ -48,6 +48,8 @@ class EngineMetrics {
   // schedule: done -> next plan sent.
   void RecordSchedule(double schedule_seconds);
   void RecordState(const SchedulerStats& stats);
+  // Nothing runs or waits any more, whatever the scheduler held; `last` brings its totals.
+  void RecordStop(const SchedulerStats& last);
   // The session with the cache manager ended; its pool was replaced by a new one.
   void RecordCacheLoss();
   void RecordPoolReplacement();
@@ -55,6 +57,7 @@ class EngineMetrics {
  private:
   struct Series;
 
+  void SetGauges(const SchedulerStats& stats);
   void RecordTotals(const SchedulerStats& stats);
 
   std::unique_ptr<Series> series_;

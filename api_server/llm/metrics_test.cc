@@ -10,6 +10,21 @@ namespace {
 
 using testing::HasSubstr;
 
+SchedulerStats BusyStats() {
+  return {.num_running = 3,
+          .num_waiting = 2,
+          .num_matching = 1,
+          .num_restoring = 2,
+          .num_blocks_held = 6,
+          .num_blocks_leased_ahead = 2,
+          .num_blocks_available = 3,
+          .num_plans_in_flight = 2,
+          .preemptions = 1,
+          .overshoot_rows = 4,
+          .queried_tokens = 200,
+          .device_hit_tokens = 64};
+}
+
 TEST(EngineMetrics, ExposesTheNamesThatDashboardsAskFor) {
   auto registry = std::make_shared<prometheus::Registry>();
   EngineMetrics metrics(registry);
@@ -33,18 +48,7 @@ TEST(EngineMetrics, ExposesTheNamesThatDashboardsAskFor) {
   metrics.RecordCacheLookup(/*hit=*/true);
   metrics.RecordCacheLoss();
   metrics.RecordPoolReplacement();
-  SchedulerStats stats = {.num_running = 3,
-                          .num_waiting = 2,
-                          .num_matching = 1,
-                          .num_restoring = 2,
-                          .num_blocks_held = 6,
-                          .num_blocks_leased_ahead = 2,
-                          .num_blocks_available = 3,
-                          .num_plans_in_flight = 2,
-                          .preemptions = 1,
-                          .overshoot_rows = 4,
-                          .queried_tokens = 200,
-                          .device_hit_tokens = 64};
+  SchedulerStats stats = BusyStats();
   metrics.RecordState(stats);
   stats.preemptions = 3;
   stats.queried_tokens = 400;
@@ -102,6 +106,32 @@ TEST(EngineMetrics, ExposesTheNamesThatDashboardsAskFor) {
     EXPECT_THAT(text, HasSubstr(line));
   }
   EXPECT_THAT(text, HasSubstr("fastdeploy:cache_config_info{block_size=\"64\""));
+}
+
+TEST(EngineMetrics, AfterTheStopNothingRunsOrWaitsAndTotalsStand) {
+  auto registry = std::make_shared<prometheus::Registry>();
+  EngineMetrics metrics(registry);
+  metrics.RecordFacts({.max_num_seqs = 4, .num_blocks = 10});
+  SchedulerStats stats = BusyStats();
+  metrics.RecordState(stats);
+  stats.preemptions = 2;
+  metrics.RecordStop(stats);
+  const std::string text = prometheus::TextSerializer().Serialize(registry->Collect());
+  for (const char* line : {
+           "fastdeploy:num_requests_running 0\n",
+           "fastdeploy:num_requests_waiting 0\n",
+           "fastdeploy:gpu_cache_usage_perc 0\n",
+           "fastdeploy:available_gpu_block_num 0\n",
+           "fastdeploy:max_gpu_block_num 10\n",
+           "wintserve:lease_blocks 0\n",
+           "wintserve:sequences_matching 0\n",
+           "wintserve:sequences_restoring 0\n",
+           "wintserve:plans_in_flight 0\n",
+           "wintserve:preemptions_total 2\n",
+           "fastdeploy:gpu_hit_token_rate 0.32\n",
+       }) {
+    EXPECT_THAT(text, HasSubstr(line));
+  }
 }
 
 }  // namespace
