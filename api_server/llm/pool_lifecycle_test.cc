@@ -24,17 +24,40 @@ std::vector<Action> Actions(PoolLifecycle* pool, bool idle = true) {
   }
 }
 
+// Both of two ranks answer, for the pool of that epoch.
+void BothAreReady(PoolLifecycle* pool, uint64_t epoch) {
+  EXPECT_TRUE(pool->OnReady(0, epoch).ok());
+  EXPECT_TRUE(pool->OnReady(1, epoch).ok());
+}
+void BothLetGo(PoolLifecycle* pool, uint64_t epoch) {
+  EXPECT_TRUE(pool->OnDetached(0, epoch).ok());
+  EXPECT_TRUE(pool->OnDetached(1, epoch).ok());
+}
+
+// The cache manager opens the pool that was asked for, both ranks map it.
+void OpenAndAttach(PoolLifecycle* pool, const OpenedPool& opened) {
+  ASSERT_TRUE(pool->OnOpened(opened).ok());
+  EXPECT_THAT(Actions(pool), ElementsAre(Action::kAttachPool));
+  BothAreReady(pool, opened.pool_epoch);
+  EXPECT_THAT(Actions(pool), ElementsAre(Action::kUsePool));
+}
+
 // Two ranks hold pool 1, served.
 PoolLifecycle Held() {
   PoolLifecycle pool(2);
   pool.OnWorkersAttached();
   pool.OnConnected();
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
-  EXPECT_TRUE(pool.OnOpened(Pool(1)).ok());
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kAttachPool));
-  EXPECT_TRUE(pool.OnReady(0, 1).ok());
-  EXPECT_TRUE(pool.OnReady(1, 1).ok());
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kUsePool));
+  OpenAndAttach(&pool, Pool(1));
+  return pool;
+}
+
+// They go on with it; a cache manager that came back is asked whether it still has it.
+PoolLifecycle Resuming() {
+  PoolLifecycle pool = Held();
+  pool.OnLost();
+  pool.OnConnected();
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kLoseSession, Action::kResumePool));
   return pool;
 }
 
@@ -76,10 +99,7 @@ TEST(PoolLifecycle, APoolThatIsStillThereIsReconciledAndNothingElseHappens) {
 
 // A7: the old pool's memory lives as long as a worker maps it, so a new one has to wait for that.
 TEST(PoolLifecycle, ANewPoolIsCreatedOnlyAfterEveryRankHasLetGoOfTheOldOne) {
-  PoolLifecycle pool = Held();
-  pool.OnLost();
-  pool.OnConnected();
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kLoseSession, Action::kResumePool));
+  PoolLifecycle pool = Resuming();
   pool.OnPoolGone();
   EXPECT_THAT(Actions(&pool, /*idle=*/false), ElementsAre(Action::kPause));
   EXPECT_THAT(Actions(&pool, /*idle=*/true), ElementsAre(Action::kDetachPool));
@@ -87,12 +107,8 @@ TEST(PoolLifecycle, ANewPoolIsCreatedOnlyAfterEveryRankHasLetGoOfTheOldOne) {
   EXPECT_THAT(Actions(&pool), IsEmpty());
   ASSERT_TRUE(pool.OnDetached(0, 1).ok());
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
-  ASSERT_TRUE(pool.OnOpened(Pool(2)).ok());
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kAttachPool));
+  OpenAndAttach(&pool, Pool(2));
   EXPECT_EQ(pool.pool().pool_epoch, 2u);
-  ASSERT_TRUE(pool.OnReady(0, 2).ok());
-  ASSERT_TRUE(pool.OnReady(1, 2).ok());
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kUsePool));
 }
 
 TEST(PoolLifecycle, ALossBeforeTheAnswerAsksAgain) {
@@ -110,10 +126,7 @@ TEST(PoolLifecycle, ALossBeforeTheAnswerAsksAgain) {
 }
 
 TEST(PoolLifecycle, ALossWhileAskingForThePoolAsksAgain) {
-  PoolLifecycle pool = Held();
-  pool.OnLost();
-  pool.OnConnected();
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kLoseSession, Action::kResumePool));
+  PoolLifecycle pool = Resuming();
   pool.OnLost();
   EXPECT_THAT(Actions(&pool), IsEmpty());
   pool.OnConnected();
@@ -121,10 +134,7 @@ TEST(PoolLifecycle, ALossWhileAskingForThePoolAsksAgain) {
 }
 
 TEST(PoolLifecycle, ALossBetweenTheAnswerAndReconcileAsksAgain) {
-  PoolLifecycle pool = Held();
-  pool.OnLost();
-  pool.OnConnected();
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kLoseSession, Action::kResumePool));
+  PoolLifecycle pool = Resuming();
   ASSERT_TRUE(pool.OnOpened(Pool(1, /*resumed=*/true)).ok());
   EXPECT_THAT(Actions(&pool, /*idle=*/false), ElementsAre(Action::kPause));
   pool.OnLost();
@@ -158,29 +168,20 @@ TEST(PoolLifecycle, ALossWhileWorkersAttachForTheFirstTimeReplacesThePool) {
   EXPECT_EQ(pool.WaitingFor(), "waiting for the cache manager");
   pool.OnConnected();
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
-  ASSERT_TRUE(pool.OnOpened(Pool(2)).ok());
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kAttachPool));
-  ASSERT_TRUE(pool.OnReady(0, 2).ok());
-  ASSERT_TRUE(pool.OnReady(1, 2).ok());
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kUsePool));
+  OpenAndAttach(&pool, Pool(2));
 }
 
 TEST(PoolLifecycle, ALossWhileWorkersAttachToANewPoolReplacesItToo) {
-  PoolLifecycle pool = Held();
-  pool.OnLost();
-  pool.OnConnected();
-  Actions(&pool);
+  PoolLifecycle pool = Resuming();
   pool.OnPoolGone();
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kPause, Action::kDetachPool));
-  ASSERT_TRUE(pool.OnDetached(0, 1).ok());
-  ASSERT_TRUE(pool.OnDetached(1, 1).ok());
+  BothLetGo(&pool, 1);
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
   ASSERT_TRUE(pool.OnOpened(Pool(2)).ok());
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kAttachPool));
   pool.OnLost();
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kDetachPool));  // still paused
-  ASSERT_TRUE(pool.OnDetached(0, 2).ok());
-  ASSERT_TRUE(pool.OnDetached(1, 2).ok());
+  BothLetGo(&pool, 2);
   pool.OnConnected();
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
 }
@@ -192,8 +193,7 @@ TEST(PoolLifecycle, ARankMayBecomeReadyForALostPoolBeforeItLetsGoOfIt) {
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kDetachPool));
   EXPECT_FALSE(pool.OnReady(0, 1).ok());
   EXPECT_TRUE(pool.OnReady(1, 1).ok());
-  ASSERT_TRUE(pool.OnDetached(0, 1).ok());
-  ASSERT_TRUE(pool.OnDetached(1, 1).ok());
+  BothLetGo(&pool, 1);
   EXPECT_THAT(std::string(pool.OnReady(1, 1).message()),
               HasSubstr("engine worker 1 is ready for pool 0000000000000001"));
 }
@@ -206,8 +206,7 @@ TEST(PoolLifecycle, ARankMayBecomeReadyBetweenTheLossAndTheOrderToLetGo) {
   EXPECT_FALSE(pool.OnReady(0, 1).ok());
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kDetachPool));
   EXPECT_TRUE(pool.OnReady(1, 1).ok());
-  ASSERT_TRUE(pool.OnDetached(0, 1).ok());
-  ASSERT_TRUE(pool.OnDetached(1, 1).ok());
+  BothLetGo(&pool, 1);
   pool.OnConnected();
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
 }
@@ -218,26 +217,17 @@ TEST(PoolLifecycle, APoolThatOutlivesALossWhileWorkersAttachIsAttachedOnceMore) 
   pool.OnLost();
   pool.OnConnected();
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kDetachPool));
-  ASSERT_TRUE(pool.OnDetached(0, 1).ok());
-  ASSERT_TRUE(pool.OnDetached(1, 1).ok());
+  BothLetGo(&pool, 1);
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
-  ASSERT_TRUE(pool.OnOpened(Pool(1, /*resumed=*/true)).ok());
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kAttachPool));
-  ASSERT_TRUE(pool.OnReady(0, 1).ok());
-  ASSERT_TRUE(pool.OnReady(1, 1).ok());
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kUsePool));
+  OpenAndAttach(&pool, Pool(1, /*resumed=*/true));
 }
 
 TEST(PoolLifecycle, ALossWhileTheOldPoolIsGivenUpChangesNothingButTheWait) {
-  PoolLifecycle pool = Held();
-  pool.OnLost();
-  pool.OnConnected();
-  Actions(&pool);
+  PoolLifecycle pool = Resuming();
   pool.OnPoolGone();
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kPause, Action::kDetachPool));
   pool.OnLost();
-  ASSERT_TRUE(pool.OnDetached(0, 1).ok());
-  ASSERT_TRUE(pool.OnDetached(1, 1).ok());
+  BothLetGo(&pool, 1);
   EXPECT_THAT(Actions(&pool), IsEmpty());
   pool.OnConnected();
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
@@ -252,9 +242,7 @@ TEST(PoolLifecycle, RefusesWhatWasNotAskedFor) {
   EXPECT_THAT(std::string(pool.OnReady(1, 1).message()),
               HasSubstr("engine worker 1 is ready for pool 0000000000000001"));
   EXPECT_FALSE(pool.OnDetached(0, 1).ok());
-  pool.OnLost();
-  pool.OnConnected();
-  Actions(&pool);
+  pool = Resuming();
   EXPECT_THAT(std::string(pool.OnOpened(Pool(7, true)).message()),
               HasSubstr("resumed pool 0000000000000007, asked for was 0000000000000001"));
   pool.OnPoolGone();
