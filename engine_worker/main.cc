@@ -1,4 +1,6 @@
 // One rank: loads its slice of the weights, attaches to the API server, executes plans.
+#include <grpc/support/log.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -36,6 +38,9 @@ constexpr std::chrono::milliseconds kStopSkew(1'000);
 // Longer messages take several rounds. Two buffers of four ranks are 4 MiB, which a second-level
 // cache does not hold; smaller slots would pay for more rounds than they save.
 constexpr int64_t kCollectiveSlotBytes = 512 << 10;
+
+// What goes wrong is reported by us, in one line; gRPC's own account is for debugging.
+void LogGrpcMessage(gpr_log_func_args* args) { LOG_DEBUG("grpc: {}", args->message); }
 
 absl::StatusOr<WorkerHello> MakeHello(const Instance& instance, const Model& model) {
   const ServeOptions& options = instance.options;
@@ -93,6 +98,7 @@ int Fail(const absl::Status& status, ExitCode code) {
 
 int RunEngineWorker(const Instance& instance, StopSignal& stop) {
   InitLog(fmt::format("engine_worker.{}", instance.rank), instance.options.log_level);
+  gpr_set_log_function(LogGrpcMessage);
   RankGroup group(instance.rank, instance.options.tensor_parallel_size);
   absl::StatusOr<LoadedModel> loaded = LoadModel(instance.options, &group);
   if (!loaded.ok()) {

@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "common/exit_code.h"
 
@@ -11,6 +12,7 @@ namespace wintserve::testing_engine_worker {
 namespace {
 
 using testing::HasSubstr;
+using testing::StartsWith;
 
 struct GoldenCase {
   std::vector<int32_t> prompt;
@@ -232,6 +234,22 @@ TEST_F(EngineWorkerProcess, ALostServerEndsItWithTheReason) {
   server_->Stop(0);
   EXPECT_EQ(WaitForExit(), kExitInternal);
   EXPECT_THAT(Log(0), HasSubstr("work_queue.sock is gone"));
+}
+
+TEST_F(EngineWorkerProcess, WhatGrpcLogsStandsInOurLogForDebugging) {
+  ::setenv("GRPC_VERBOSITY", "debug", /*overwrite=*/1);
+  instance_.options.log_level = "debug";
+  Start(1);
+  ::unsetenv("GRPC_VERBOSITY");
+  inbox_.WaitForHellos(1);
+  ::kill(children_[0], SIGTERM);
+  EXPECT_EQ(WaitForExit(), kExitOk);
+  EXPECT_THAT(Log(0), HasSubstr(" engine_worker.0: grpc: "));
+  std::istringstream log(Log(0));
+  for (std::string line; std::getline(log, line);) {
+    EXPECT_THAT(line, testing::AnyOf(StartsWith("DEBUG "), StartsWith("INFO "),
+                                     StartsWith("WARNING "), StartsWith("ERROR ")));
+  }
 }
 
 TEST_F(EngineWorkerProcess, ABadPlanEndsItWithTheReason) {
