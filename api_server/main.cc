@@ -86,7 +86,6 @@ int Serve(const Instance& instance, LLM* llm, std::shared_ptr<prometheus::Regist
   http.model_names = {options.served_model_name, options.strict_model_name};
   http.max_concurrency = options.max_concurrency;
   http.isolate_cache_by_key = options.cache_isolation == "key";
-  http.max_request_timeout = std::chrono::milliseconds(options.request_timeout_ms);
   http.client_stall_timeout = std::chrono::milliseconds(options.client_stall_timeout_ms);
   const auto server = HttpServer::Start(std::move(http), llm, std::move(registry));
   if (!server.ok()) return Fail(server.status());

@@ -2,7 +2,6 @@
 
 #include <fmt/core.h>
 
-#include <algorithm>
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/experimental/awaitable_operators.hpp>
 #include <boost/asio/steady_timer.hpp>
@@ -31,16 +30,11 @@ struct PreparedRequest {
   std::vector<GenerationRequest> generations;  // one a prompt
 };
 
-// Whose request it is, what it shares with others and how long it may take.
+// Whose request it is, and what it shares with others.
 void ApplyServerRules(const ServerContext& context, const RequestHead& head,
                       GenerationRequest* generation) {
   if (!context.keys.empty()) generation->tenant = context.keys.DigestOf(head.authorization);
   generation->cache_salt = CacheSaltOf(context, head, generation->cache_salt);
-  const int64_t max_timeout_ms = context.options.max_request_timeout.count();
-  if (max_timeout_ms > 0) {
-    generation->timeout_ms =
-        std::min(generation->timeout_ms.value_or(max_timeout_ms), max_timeout_ms);
-  }
 }
 
 // Parses, renders and encodes: up to a second for a long prompt, so on a pool thread.

@@ -269,31 +269,6 @@ TEST(Generation, PassesTheRequestOnAndUtf8BothWays) {
   EXPECT_EQ(request.timeout_ms, 1500);
 }
 
-struct TimeLimit {
-  const char* name;
-  int max_ms;
-  const char* fields;
-  std::optional<int64_t> expected_ms;
-};
-
-class TimeLimits : public testing::TestWithParam<TimeLimit> {};
-
-TEST_P(TimeLimits, AreTheRequestsWithinTheServers) {
-  HttpOptions options;
-  options.max_request_timeout = milliseconds(GetParam().max_ms);
-  TestServer server(options);
-  EXPECT_EQ(Fetch(server.port(), ChatPost(GetParam().fields)).status, 200);
-  EXPECT_EQ(server.llm().submitted().at(0).timeout_ms, GetParam().expected_ms);
-}
-
-INSTANTIATE_TEST_SUITE_P(All, TimeLimits,
-                         testing::Values(TimeLimit{"None", 0, "", std::nullopt},
-                                         TimeLimit{"Requests", 0, R"(,"timeout":2)", 2000},
-                                         TimeLimit{"Servers", 5000, "", 5000},
-                                         TimeLimit{"Shorter", 5000, R"(,"timeout":2)", 2000},
-                                         TimeLimit{"Longer", 5000, R"(,"timeout":9)", 5000}),
-                         [](const auto& info) { return info.param.name; });
-
 std::string WithKey(const std::string& key) { return "Authorization: Bearer " + key + "\r\n"; }
 
 // What the LLM is told about one request of each key, salted with `salt`.

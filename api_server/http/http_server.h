@@ -28,8 +28,7 @@ struct HttpOptions {
   int max_concurrency = 512;  // open generation requests; beyond: 429
   int64_t max_body_bytes = 8 << 20;
   int64_t max_header_bytes = 16 << 10;
-  bool isolate_cache_by_key = false;                 // prompts of different API keys share no KV
-  std::chrono::milliseconds max_request_timeout{0};  // and the default of "timeout"; 0: none
+  bool isolate_cache_by_key = false;  // prompts of different API keys share no KV
   // What may wait for a slow reader. A stream that has more for client_stall_timeout is cut.
   int64_t max_pending_stream_bytes = 64 << 10;
 
