@@ -77,6 +77,13 @@ int Drain(HttpServer* server, std::chrono::milliseconds timeout) {
   return kExitOk;
 }
 
+// The engine has failed every request: lets the errors reach the clients that read.
+void WriteErrors(HttpServer* server) {
+  constexpr std::chrono::milliseconds kTimeout{1'000};
+  server->StopAccepting();
+  server->WaitUntilIdle(kTimeout);
+}
+
 int Serve(const Instance& instance, LLM* llm, std::shared_ptr<prometheus::Registry> registry) {
   const ServeOptions& options = instance.options;
   HttpOptions http;
@@ -96,6 +103,7 @@ int Serve(const Instance& instance, LLM* llm, std::shared_ptr<prometheus::Regist
     if (signal == kReadySignal) {
       LogStartupComplete();
     } else if (signal == kFatalSignal) {
+      WriteErrors(server->get());
       return kExitInternal;  // the engine has said why
     } else {
       return Drain(server->get(), std::chrono::milliseconds(options.drain_timeout_ms));

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,6 +79,30 @@ def test_killed_child_ends_the_instance_with_70_and_says_who(start, name):
     server.assert_runtime_dir_empty()
     assert any(name.removeprefix("wintserve-") in line.replace(" ", "-") and "signal 9" in line
                for line in server.log().splitlines()), server.log()
+
+
+def test_every_open_request_gets_an_error_when_a_worker_dies(start):
+    server = start("--max-model-len", 8192, "--max-num-seqs", 16).wait_ready()
+
+    def lines(stream):
+        body = json.dumps({"prompt": "the moon", "max_tokens": 8000, "ignore_eos": True, "stream": stream}).encode()
+        http = urllib.request.Request(f"{server.url}/v1/completions", body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(http, timeout=60) as response:
+                return response.read().decode().splitlines()
+        except urllib.error.HTTPError as error:
+            assert error.code == 503
+            return error.read().decode().splitlines()
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = [pool.submit(lines, stream=i % 2 == 0) for i in range(16)]
+        wait_for(lambda: server.metric("fastdeploy:num_requests_running") == 16, 20, "all run")
+        os.kill(server.pids_of("wintserve-engine-worker")[0], signal.SIGKILL)
+        for i, answer in enumerate(answers):
+            error, *end = answer.result()[-4 if i % 2 == 0 else -1:]
+            assert "engine worker 0 is gone" in json.loads(error.removeprefix("data: "))["error"]["message"]
+            assert end == (["", "data: [DONE]", ""] if i % 2 == 0 else [])
+    assert server.process.wait(20) == 70, server.log()
 
 
 @pytest.mark.parametrize("name", NOT_REPLACED)
