@@ -56,7 +56,7 @@ class LlmImpl : public LLM {
     const RequestLimits limits = request_limits();
     RETURN_IF_ERROR(CheckRequest(request, limits));
     const RequestHandle handle = ++last_handle_;
-    ASSIGN_OR_RETURN(const std::shared_ptr<std::atomic<bool>> cancelled, OpenRequest(handle));
+    const std::shared_ptr<std::atomic<bool>> cancelled = OpenRequest(handle);
     auto deliver = [this, handle, cancelled,
                     on_update = std::move(on_update)](GenerationUpdate update) {
       if (cancelled->load()) return;
@@ -156,18 +156,13 @@ class LlmImpl : public LLM {
             .max_timeout_ms = options_.request_timeout_ms};
   }
 
-  absl::StatusOr<std::shared_ptr<std::atomic<bool>>> OpenRequest(RequestHandle handle)
-      EXCLUDES(mutex_) {
+  // The request's cancel flag.
+  std::shared_ptr<std::atomic<bool>> OpenRequest(RequestHandle handle) EXCLUDES(mutex_) {
     MutexLock lock(&mutex_);
-    if (open_requests_.size() >= static_cast<size_t>(options_.max_open_requests)) {
-      return absl::ResourceExhaustedError(
-          fmt::format("too many requests: {} are open, which is the limit (--max-concurrency)",
-                      open_requests_.size()));
-    }
     return open_requests_[handle] = std::make_shared<std::atomic<bool>>(false);
   }
 
-  // The request's cancel flag; null when it is not open any more.
+  // That flag; null when the request is not open any more.
   std::shared_ptr<std::atomic<bool>> CloseRequest(RequestHandle handle) EXCLUDES(mutex_) {
     MutexLock lock(&mutex_);
     const auto found = open_requests_.find(handle);
@@ -233,7 +228,6 @@ LlmOptions LlmOptionsFor(const Instance& instance) {
   out.max_model_len = options.max_model_len;
   out.max_num_seqs = options.max_num_seqs;
   out.max_num_batched_tokens = options.max_num_batched_tokens;
-  out.max_open_requests = options.max_concurrency;
   out.block_size_tokens = options.block_size;
   out.num_blocks_override = options.num_gpu_blocks_override;
   out.max_queue_requests = options.max_queue_requests;

@@ -34,7 +34,6 @@ struct LlmOptions {
   int max_model_len = 2048;
   int max_num_seqs = 16;
   int max_num_batched_tokens = 256;
-  int max_open_requests = 512;
   int block_size_tokens = 64;
   std::optional<int> num_blocks_override = {};
   int max_queue_requests = 0;
@@ -67,10 +66,9 @@ LlmOptions LlmOptionsFor(const Instance& instance);
 // Loads the tokenizer and generation_config.json, starts listening for engine workers and returns
 // at once: Readiness() says what is still being waited for. A cache manager that is lost later does
 // not make it unready: sequences go on in the blocks that they hold, and are computed again once a
-// new one has created a pool. Destroying the LLM tells the workers to
-// exit, ends every open request with UNAVAILABLE (on_update is called until then) and joins its
-// threads. NOT_FOUND, INVALID_ARGUMENT: a file of the model, by name, or a limit. UNAVAILABLE: an
-// address.
+// new one has created a pool. Destroying the LLM tells the workers to exit, ends every open request
+// with UNAVAILABLE (on_update is called until then) and joins its threads.
+// NOT_FOUND, INVALID_ARGUMENT: a file of the model, by name, or a limit. UNAVAILABLE: an address.
 absl::StatusOr<std::unique_ptr<LLM>> CreateLlm(LlmOptions options,
                                                std::shared_ptr<prometheus::Registry> registry);
 

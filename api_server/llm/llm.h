@@ -74,7 +74,7 @@ class LLM {
   virtual ~LLM() = default;
 
   // INVALID_ARGUMENT: the prompt is longer than max_model_len - 1, or holds an unknown id.
-  // UNAVAILABLE: not ready, or shutting down.  RESOURCE_EXHAUSTED: too many requests.
+  // UNAVAILABLE: not ready, or shutting down.
   // The first update has no choices: the request is in the queue. Or it has an error:
   // RESOURCE_EXHAUSTED when the queue is full (RetryAfterSeconds says when to come again),
   // DEADLINE_EXCEEDED (also later) when its time is up. `on_update` is called from the engine's

@@ -180,31 +180,6 @@ TEST_F(LlmTest, ARequestOfTopPZeroOrTemperatureZeroIsGreedyAndSeedsReachTheWorke
   EXPECT_NE(seen[3].seed, seen[4].seed);
 }
 
-TEST_F(LlmTest, RefusesMoreOpenRequestsThanTheLimit) {
-  auto gate = std::make_shared<Gate>();  // the worker may run a last plan after the test's end
-  FakeWorkerOptions worker = WorkerOptions();
-  worker.before_step = [gate](const StepPlan&) {
-    gate->Pass();
-    return true;
-  };
-  options_.max_open_requests = 2;
-  StartServing(worker);
-  Updates first;
-  Updates second;
-  Submit(Request("abc", 5), &first);
-  const RequestHandle handle = Submit(Request("abc", 5), &second);
-  const absl::Status refused = llm_->Submit(Request("abc", 5), [](GenerationUpdate) {}).status();
-  EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_EQ(refused.message(),
-            "too many requests: 2 are open, which is the limit (--max-concurrency)");
-  llm_->Cancel(handle);
-  Updates third;
-  Submit(Request("abc", 5), &third);
-  gate->Open();
-  EXPECT_TRUE(first.WaitFinished());
-  EXPECT_TRUE(third.WaitFinished());
-}
-
 struct Features {
   const char* name;
   int async_depth;

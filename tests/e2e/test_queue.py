@@ -221,3 +221,11 @@ def test_a_client_that_does_not_read_is_given_up_and_holds_up_nobody(start):
             while piece := silent.recv(1 << 16):
                 received += piece
         assert b"data: " in received and b"[DONE]" not in received
+
+
+def test_a_request_of_several_prompts_counts_once_for_max_concurrency(start):
+    server = start("--max-model-len", "2048", "--max-concurrency", "1").wait_ready()
+    with httpx.Client(base_url=server.url, timeout=30) as http:
+        reply = http.post("/v1/completions", json={**SHORT, "prompt": ["白日依山尽"] * 3})
+    assert reply.status_code == 200, reply.text
+    assert [choice["index"] for choice in reply.json()["choices"]] == [0, 1, 2]
