@@ -440,7 +440,8 @@ CommandLine ParseVerb(Verb verb, const std::vector<std::string>& args,
   Draft draft{&command, {}};
   for (const Flag& flag : FlagTable()) {  // the table's order, not the user's
     const auto source = sources.find(flag.name);
-    if (source == sources.end()) continue;
+    // Another verb's flag may have the same name.
+    if (source == sources.end() || !Accepts(flag, verb)) continue;
     draft.given.insert(flag.name);
     for (const std::string& text : source->second.values) {
       const auto value = ParseFlagValue(flag, text);

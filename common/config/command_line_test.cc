@@ -475,6 +475,7 @@ TEST(CommandLine, GenerateTakesTheEngineFlagsAndItsOwn) {
   EXPECT_EQ(command.verb, Verb::kGenerate);
   EXPECT_EQ(command.options.tensor_parallel_size, 2);
   EXPECT_EQ(command.options.log_level, "warning");
+  EXPECT_THAT(command.notes, IsEmpty()) << "--seed means nothing to serve only";
   EXPECT_EQ(command.generate.ToJson(),
             "{\"chat\":false,\"max_tokens\":128,\"print_ids\":true,\"prompt\":\"--写一首诗\","
             "\"seed\":-5,\"stop\":[\"a\",\"b\"],\"temperature\":0.7,\"top_k\":0,\"top_p\":0.0}");
