@@ -3,8 +3,11 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <cerrno>
 #include <cstdio>
+#include <memory>
 #include <nlohmann/json.hpp>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
@@ -40,41 +43,49 @@ absl::StatusOr<GenerationRequest> MakeRequest(const LLM& llm, const json& spec) 
   return request;
 }
 
-// Prints on the engine's thread, tells the caller's when all is printed.
+// Prints on the engine's thread, tells the caller's when all is printed or nothing more can be.
 class Printer {
  public:
   explicit Printer(bool print_ids) : print_ids_(print_ids) {}
 
   void OnUpdate(const GenerationUpdate& update) EXCLUDES(mutex_) {
+    MutexLock lock(&mutex_);
+    if (finished_) return;
+    std::string text;
     for (const ChoiceDelta& choice : update.choices) {
       ids_.insert(ids_.end(), choice.token_ids.begin(), choice.token_ids.end());
-      if (!print_ids_) fmt::print("{}", choice.text);
+      if (!print_ids_) text += choice.text;
     }
-    std::fflush(stdout);
-    if (!update.finished) return;
-    MutexLock lock(&mutex_);
-    status_ = update.error;
-    finished_ = true;
+    if (update.finished && update.error.ok()) {
+      text += print_ids_ ? fmt::format("{}\n", fmt::join(ids_, " ")) : "\n";
+    }
+    status_ = Write(text);
+    if (status_.ok()) status_ = update.error;
+    finished_ = update.finished || !status_.ok();
     changed_.NotifyOne();
   }
 
   absl::Status Wait() EXCLUDES(mutex_) {
     MutexLock lock(&mutex_);
     changed_.Wait(&mutex_, [this]() REQUIRES(mutex_) { return finished_; });
-    RETURN_IF_ERROR(status_);
-    if (print_ids_) {
-      fmt::print("{}\n", fmt::join(ids_, " "));
-    } else {
-      fmt::print("\n");
-    }
-    return absl::OkStatus();
+    return status_;
   }
 
  private:
+  // CANCELLED: nobody reads any more.
+  static absl::Status Write(const std::string& text) {
+    if (std::fwrite(text.data(), 1, text.size(), stdout) == text.size() &&
+        std::fflush(stdout) == 0) {
+      return absl::OkStatus();
+    }
+    if (errno == EPIPE) return absl::CancelledError("stdout is closed");
+    return absl::ErrnoToStatus(errno, "cannot write to stdout");
+  }
+
   const bool print_ids_;
-  std::vector<int32_t> ids_;  // of the engine's thread until finished_
   Mutex mutex_;
   CondVar changed_;
+  std::vector<int32_t> ids_ GUARDED_BY(mutex_);
   bool finished_ GUARDED_BY(mutex_) = false;
   absl::Status status_ GUARDED_BY(mutex_);
 };
@@ -85,11 +96,16 @@ absl::Status GenerateOffline(LLM* llm, const std::string& request_json) {
   const json spec = json::parse(request_json, nullptr, /*allow_exceptions=*/false);
   CHECK(spec.is_object(), "the launcher wrote {}", request_json);
   ASSIGN_OR_RETURN(GenerationRequest request, MakeRequest(*llm, spec));
-  Printer printer(spec.at("print_ids"));
-  RETURN_IF_ERROR(llm->Submit(std::move(request),
-                              [&](const GenerationUpdate& update) { printer.OnUpdate(update); })
-                      .status());
-  return printer.Wait();
+  // Shared: an update may still be on its way when the request is cancelled.
+  const auto printer = std::make_shared<Printer>(spec.at("print_ids"));
+  ASSIGN_OR_RETURN(const RequestHandle handle,
+                   llm->Submit(std::move(request), [printer](const GenerationUpdate& update) {
+                     printer->OnUpdate(update);
+                   }));
+  const absl::Status status = printer->Wait();
+  llm->Cancel(handle);  // ignored where it has finished
+  // As with any command whose reader has seen enough.
+  return absl::IsCancelled(status) ? absl::OkStatus() : status;
 }
 
 }  // namespace wintserve
