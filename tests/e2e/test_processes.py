@@ -82,7 +82,8 @@ def test_killed_child_ends_the_instance_with_70_and_says_who(start, name):
 
 
 def test_every_open_request_gets_an_error_when_a_worker_dies(start):
-    server = start("--max-model-len", 8192, "--max-num-seqs", 16).wait_ready()
+    server = start("--max-model-len", 8192, "--max-num-seqs", 4).wait_ready()
+    num_requests = 200
 
     def lines(stream):
         body = json.dumps({"prompt": "the moon", "max_tokens": 8000, "ignore_eos": True, "stream": stream}).encode()
@@ -94,9 +95,9 @@ def test_every_open_request_gets_an_error_when_a_worker_dies(start):
             assert error.code == 503
             return error.read().decode().splitlines()
 
-    with ThreadPoolExecutor(16) as pool:
-        answers = [pool.submit(lines, stream=i % 2 == 0) for i in range(16)]
-        wait_for(lambda: server.metric("fastdeploy:num_requests_running") == 16, 20, "all run")
+    with ThreadPoolExecutor(num_requests) as pool:
+        answers = [pool.submit(lines, stream=i % 2 == 0) for i in range(num_requests)]
+        wait_for(lambda: server.metric("fastdeploy:num_requests_waiting") == num_requests - 4, 20, "all have come")
         os.kill(server.pids_of("wintserve-engine-worker")[0], signal.SIGKILL)
         for i, answer in enumerate(answers):
             error, *end = answer.result()[-4 if i % 2 == 0 else -1:]
