@@ -3,10 +3,6 @@ import subprocess
 
 from server import BIN, POET, ROOT, golden_cases
 
-# So hot that no end of the text comes first.
-LONG = [str(BIN / "wintserve"), "generate", "--model", str(POET), "--raw", "--prompt", "the moon", "--temperature", "2",
-        "--seed", "1", "--max-model-len", "8192", "--max-tokens", "8000"]
-
 
 def test_generate_prints_the_golden_text():
     (case,) = [c for c in golden_cases() if "解析三首李白的诗" in c["prompt"]]
@@ -18,16 +14,10 @@ def test_generate_prints_the_golden_text():
     assert result.stdout.rstrip("\n") == case["greedy"]["text"].rstrip("\n")
 
 
-def test_generate_ends_quietly_when_nobody_reads_any_more():
-    with subprocess.Popen(LONG, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.read(10)
-        process.stdout.close()
-        assert process.wait(60) == 0, process.stderr.read()
-        assert process.stderr.read() == ""
-
-
-def test_generate_names_what_keeps_it_from_printing():
+def test_generate_fails_when_its_output_cannot_be_written():
     with open("/dev/full", "w") as full:
-        result = subprocess.run(LONG, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        result = subprocess.run(
+            [str(BIN / "wintserve"), "generate", "--model", str(POET), "--prompt", "the moon", "--max-tokens", "8"],
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert result.returncode == 70
     assert "cannot write to stdout: No space left on device" in result.stderr
