@@ -78,7 +78,8 @@ absl::Status ErrorIn(const std::vector<PromptUpdate>& updates) {
 // The generations of one HTTP request, from Submit to the last update. Cancels them when destroyed.
 class Generations {
  public:
-  Generations(const ServerContext& context, net::any_io_executor executor, Connection* connection)
+  Generations(const ServerContext& context, const net::any_io_executor& executor,
+              Connection* connection)
       : llm_(context.llm),
         client_stall_timeout_(context.options.client_stall_timeout),
         connection_(connection),

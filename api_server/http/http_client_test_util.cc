@@ -87,7 +87,7 @@ std::string RawClient::ReadUntil(const std::string& text) {
   while ((found = buffered_.find(text)) == std::string::npos) {
     if (!ReadMore()) return std::exchange(buffered_, "");
   }
-  const std::string read = buffered_.substr(0, found + text.size());
+  std::string read = buffered_.substr(0, found + text.size());
   buffered_.erase(0, read.size());
   return read;
 }

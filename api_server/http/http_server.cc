@@ -93,7 +93,7 @@ class Listener {
   size_t next_ = 0;
 };
 
-class BeastHttpServer : public HttpServer {
+class BeastHttpServer final : public HttpServer {
  public:
   BeastHttpServer(HttpOptions options, LLM* llm, std::shared_ptr<prometheus::Registry> registry)
       : context_(std::move(options), llm, std::move(registry)) {
@@ -109,6 +109,7 @@ class BeastHttpServer : public HttpServer {
     }
   }
 
+  // NOLINTNEXTLINE(bugprone-exception-escape): a lock or join that fails may well end the process.
   ~BeastHttpServer() override { Stop(); }
 
   void StopAccepting() override {

@@ -10,17 +10,17 @@ namespace wintserve {
 namespace {
 
 constexpr Route kRoutes[] = {
-    {Action::kChat, "/v1/chat/completions", "POST", true, false},
-    {Action::kCompletions, "/v1/completions", "POST", true, false},
-    {Action::kListModels, "/v1/models", "GET, HEAD", true, false},
-    {Action::kGetModel, "/v1/models/:id", "GET, HEAD", true, false},
-    {Action::kHealth, "/health", "GET, HEAD", true, false},
-    {Action::kHealth, "/ready", "GET, HEAD", true, false},
-    {Action::kHealth, "/ping", "GET, HEAD, POST", true, false},
-    {Action::kLive, "/live", "GET, HEAD", true, false},
-    {Action::kVersion, "/version", "GET, HEAD", true, false},
-    {Action::kMetrics, "/metrics", "GET, HEAD", false, true},
-    {Action::kResetPrefixCache, "/reset_prefix_cache", "POST", true, false},
+    {"/v1/chat/completions", "POST", Action::kChat, true, false},
+    {"/v1/completions", "POST", Action::kCompletions, true, false},
+    {"/v1/models", "GET, HEAD", Action::kListModels, true, false},
+    {"/v1/models/:id", "GET, HEAD", Action::kGetModel, true, false},
+    {"/health", "GET, HEAD", Action::kHealth, true, false},
+    {"/ready", "GET, HEAD", Action::kHealth, true, false},
+    {"/ping", "GET, HEAD, POST", Action::kHealth, true, false},
+    {"/live", "GET, HEAD", Action::kLive, true, false},
+    {"/version", "GET, HEAD", Action::kVersion, true, false},
+    {"/metrics", "GET, HEAD", Action::kMetrics, false, true},
+    {"/reset_prefix_cache", "POST", Action::kResetPrefixCache, true, false},
 };
 
 constexpr std::string_view kIdPlaceholder = ":id";

@@ -26,9 +26,9 @@ enum class Action {
 enum class Port { kHttp, kHttpWithMetrics, kMetrics };
 
 struct Route {
-  Action action;
   const char* path;   // template, also the metrics label; a ":id" at its end matches the rest
   const char* allow;  // methods, as in the Allow header
+  Action action;
   bool on_http_port;
   bool on_metrics_port;
 };

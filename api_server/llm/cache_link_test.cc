@@ -85,7 +85,7 @@ TEST_F(CacheLinkTest, ASessionThatIsLostWhileItIsMadeIsToldInOrder) {
 
 TEST_F(CacheLinkTest, ARefusalIsFinal) {
   CacheLinkOptions options = Options();
-  options.connect = [](uint64_t, CacheEvents) {
+  options.connect = [](uint64_t, const CacheEvents&) {
     return absl::UnauthenticatedError("another instance's token");
   };
   CacheLink link(std::move(options));

@@ -376,7 +376,7 @@ void Engine::FailAll(const absl::Status& error) {
   updated_.clear();
 }
 
-void Engine::Handle(Broken event) { Fatal(event.reason); }
+void Engine::Handle(const Broken& event) { Fatal(event.reason); }
 
 void Engine::Handle(StopEngine) { stopping_ = true; }
 

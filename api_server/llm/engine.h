@@ -137,10 +137,10 @@ class Engine {
   void Handle(WorkerStepDone event);
   void Handle(CacheConnected event);
   void Handle(PoolOpened event);
-  void Handle(CacheAnswer event);
+  void Handle(const CacheAnswer& event);
   void Handle(BlocksAvailable event);
-  void Handle(CacheLost event);
-  void Handle(Broken event);
+  void Handle(const CacheLost& event);
+  void Handle(const Broken& event);
   void Handle(StopEngine event);
 
   // The pool: engine_pool.cc.

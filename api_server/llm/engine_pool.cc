@@ -43,7 +43,7 @@ void Engine::Handle(PoolOpened event) {
   if (event.pool->resumed && !pool_.resuming()) cache_->Reconcile({}, {}, kCopiesForgotten);
 }
 
-void Engine::Handle(CacheAnswer event) {
+void Engine::Handle(const CacheAnswer& event) {
   if (!failed_ && scheduler_ != nullptr) event.deliver(scheduler_.get());
 }
 
@@ -52,7 +52,7 @@ void Engine::Handle(BlocksAvailable event) {
   if (!failed_ && scheduler_ != nullptr) scheduler_->OnAvailable(event.count);
 }
 
-void Engine::Handle(CacheLost event) {
+void Engine::Handle(const CacheLost& event) {
   if (failed_) return;
   const bool hangs = absl::IsDeadlineExceeded(event.status);
   LOG_WARNING("the session with the cache manager is lost: {}",
