@@ -23,7 +23,8 @@ TEST_F(LlmTest, ReadinessNamesWhatIsMissingAtEveryStage) {
   second.never_ready = true;
   AddWorker(second);
   EXPECT_TRUE(WaitForReason("waiting for the cache manager"));
-  const absl::Status status = llm_->Submit(Request("abc", 5), [](GenerationUpdate) {}).status();
+  const absl::Status status =
+      llm_->Submit(Request("abc", 5), [](const GenerationUpdate&) {}).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
   EXPECT_EQ(status.message(), "not ready: waiting for the cache manager");
   cache_.SetReachable(true);
@@ -103,7 +104,7 @@ TEST_F(LlmTest, ADeadWorkerEndsEveryRequestAndIsNamed) {
   for (auto& updates : waiting) ASSERT_TRUE(updates->WaitFinished());
   EXPECT_THAT(WaitForFatal(), HasSubstr("engine worker 0 is gone"));
   EXPECT_THAT(llm_->Readiness().reason, HasSubstr("engine worker 0 is gone"));
-  EXPECT_EQ(llm_->Submit(Request("abc", 5), [](GenerationUpdate) {}).status().code(),
+  EXPECT_EQ(llm_->Submit(Request("abc", 5), [](const GenerationUpdate&) {}).status().code(),
             absl::StatusCode::kUnavailable);
 }
 

@@ -109,7 +109,7 @@ TEST_F(LlmTest, ABadRequestIsRefusedAtOnce) {
   GenerationRequest request = Request("abc", 5);
   request.min_tokens = 6;
   const absl::Status status =
-      llm_->Submit(request, [](GenerationUpdate) { FAIL() << "no update is due"; }).status();
+      llm_->Submit(request, [](const GenerationUpdate&) { FAIL() << "no update is due"; }).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(status.message(), "min_tokens is 6, must be from 0 to max_tokens (5)");
 }
@@ -138,7 +138,8 @@ TEST_F(LlmTest, LowersMaxModelLenToWhatTheModelWasMadeFor) {
   worker.hello.max_position = 100;
   StartServing(worker);
   EXPECT_EQ(llm_->max_model_len(), 100);
-  EXPECT_FALSE(llm_->Submit(Request(std::string(100, 'x'), 1), [](GenerationUpdate) {}).ok());
+  EXPECT_FALSE(
+      llm_->Submit(Request(std::string(100, 'x'), 1), [](const GenerationUpdate&) {}).ok());
 }
 
 TEST_F(LlmTest, ARequestOfTopPZeroOrTemperatureZeroIsGreedyAndSeedsReachTheWorker) {

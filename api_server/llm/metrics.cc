@@ -26,6 +26,9 @@ const Buckets kStepSeconds = {.0001, .00025, .0005, .001, .0025, .005, .01, .025
 const Buckets kScheduleSeconds = {.00001, .000025, .00005, .0001, .00025,
                                   .0005,  .001,    .0025,  .005,  .01};
 
+// Prometheus counts in double, which is exact up to 2^53.
+double AsDouble(uint64_t count) { return static_cast<double>(count); }
+
 prometheus::Counter& Counter(prometheus::Registry* registry, const char* name, const char* help) {
   return prometheus::BuildCounter().Name(name).Help(help).Register(*registry).Add({});
 }
@@ -239,17 +242,17 @@ void EngineMetrics::SetGauges(const SchedulerStats& stats) {
 
 void EngineMetrics::RecordTotals(const SchedulerStats& stats) {
   const SchedulerStats last = std::exchange(series_->last, stats);
-  series_->preemptions.Increment(stats.preemptions - last.preemptions);
-  series_->overshoot_rows.Increment(stats.overshoot_rows - last.overshoot_rows);
+  series_->preemptions.Increment(AsDouble(stats.preemptions - last.preemptions));
+  series_->overshoot_rows.Increment(AsDouble(stats.overshoot_rows - last.overshoot_rows));
   if (stats.queried_tokens == last.queried_tokens) return;
   const uint64_t device_hits = stats.device_hit_tokens - last.device_hit_tokens;
   const uint64_t host_hits = stats.host_hit_tokens - last.host_hit_tokens;
-  series_->prefix_gpu_cache_token_num_total.Increment(device_hits);
-  series_->prefix_cpu_cache_token_num_total.Increment(host_hits);
-  series_->prefix_cache_token_num_total.Increment(device_hits + host_hits);
-  const auto queried = static_cast<double>(stats.queried_tokens);
-  const double device_rate = stats.device_hit_tokens / queried;
-  const double host_rate = stats.host_hit_tokens / queried;
+  series_->prefix_gpu_cache_token_num_total.Increment(AsDouble(device_hits));
+  series_->prefix_cpu_cache_token_num_total.Increment(AsDouble(host_hits));
+  series_->prefix_cache_token_num_total.Increment(AsDouble(device_hits + host_hits));
+  const double queried = AsDouble(stats.queried_tokens);
+  const double device_rate = AsDouble(stats.device_hit_tokens) / queried;
+  const double host_rate = AsDouble(stats.host_hit_tokens) / queried;
   series_->gpu_hit_token_rate.Set(device_rate);
   series_->cpu_hit_token_rate.Set(host_rate);
   series_->hit_token_rate.Set(device_rate + host_rate);
