@@ -8,8 +8,6 @@
 namespace wintserve {
 namespace {
 
-using testing::ElementsAre;
-using testing::IsEmpty;
 using testing::SizeIs;
 
 class RequestOutputTest : public testing::Test {
@@ -18,7 +16,7 @@ class RequestOutputTest : public testing::Test {
     GenerationRequest request{
         .id = "test", .prompt_ids = {1, 2, 3}, .num_choices = num_choices, .stop = std::move(stop)};
     return RequestOutput(tokenizer_, request,
-                         [this](GenerationUpdate update) { updates_.push_back(update); });
+                         [this](const GenerationUpdate& update) { updates_.push_back(update); });
   }
   static SequenceToken News(char byte, uint32_t choice = 0,
                             std::optional<SequenceEnd> end = std::nullopt) {

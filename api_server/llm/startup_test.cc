@@ -75,7 +75,7 @@ TEST(GroupStartup, WithChunkedPrefillTheBudgetIsTheMost) {
 TEST(GroupStartup, SizesThePoolByTheMemoryThatTheWorkersHaveFound) {
   GroupStartup startup(Config());
   WorkerHello hello = FakeHello(1, 2);
-  hello.kv_bytes_available = 4 * 100 * 2 * hello.kv_block_bytes;
+  hello.kv_bytes_available = uint64_t{4} * 100 * 2 * hello.kv_block_bytes;
   ASSERT_TRUE(startup.OnHello(FakeHello(0, 2)).ok());
   ASSERT_TRUE(startup.OnHello(hello).ok());
   EXPECT_EQ(startup.pool_spec()->num_blocks, 100u);

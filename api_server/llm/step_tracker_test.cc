@@ -10,7 +10,7 @@ using testing::HasSubstr;
 
 constexpr uint64_t kEpoch = 5;
 
-StepPlan Plan(uint64_t step, std::vector<uint32_t> row_lengths = {1}) {
+StepPlan Plan(uint64_t step, const std::vector<uint32_t>& row_lengths = {1}) {
   StepPlan plan{.group_epoch = kEpoch, .step = step};
   for (const uint32_t length : row_lengths) plan.rows.push_back({.length = length});
   return plan;

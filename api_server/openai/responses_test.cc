@@ -171,6 +171,7 @@ TEST(StreamAssembler, EveryChoiceHasItsOwnRoleChunkInOrderOfIndex) {
   std::vector<std::string> payloads;
   assembler.Add(0, Update({{1, "b", {}, {}}, {0, "a", {}, {}}}, 2, false), &payloads);
   std::vector<int> indices;
+  indices.reserve(payloads.size());
   for (const std::string& payload : payloads) {
     indices.push_back(nlohmann::json::parse(payload)["choices"][0]["index"]);
   }
