@@ -1,5 +1,7 @@
 #include "cache_manager/core/cache_state.h"
 
+#include <algorithm>
+#include <iterator>
 #include <ranges>
 #include <tuple>
 #include <utility>
@@ -35,19 +37,20 @@ bool CacheState::EvictedBefore::operator()(const CacheEntry* a, const CacheEntry
          std::tie(b->last_release, a->depth, b->handle);
 }
 
-bool CacheState::WrittenBackBefore::operator()(const CacheEntry* a, const CacheEntry* b) const {
-  return std::tie(a->last_release, a->depth, a->handle) <
-         std::tie(b->last_release, b->depth, b->handle);
+bool CacheState::StoredBefore::operator()(const CacheEntry* a, const CacheEntry* b) const {
+  return a->handle < b->handle;
 }
 
-CacheState::CacheState(uint32_t num_blocks, uint32_t num_host_slots, size_t max_pending_events,
+CacheState::CacheState(uint32_t num_blocks, uint32_t num_host_slots,
+                       uint32_t write_back_ahead_blocks, size_t max_pending_events,
                        ChainHash chain_hash)
     : pool_(num_blocks),
       host_(num_host_slots),
       index_(chain_hash),
       events_(max_pending_events),
       entry_of_block_(num_blocks),
-      entry_of_slot_(num_host_slots) {}
+      entry_of_slot_(num_host_slots),
+      write_back_ahead_blocks_(write_back_ahead_blocks) {}
 
 std::optional<BlockState> CacheState::StateOf(const CacheEntry& entry) const {
   if (!entry.block.has_value()) return std::nullopt;
@@ -77,18 +80,22 @@ bool CacheState::RefreshOne(CacheEntry* entry) {
   if (entry->depth == 0) return false;
   const auto state = StateOf(*entry);
   const bool is_committed = state == BlockState::kCommitted;
-  const bool is_idle = entry->indexed && entry->pins == 0;
-  const bool has_valid_slot =
-      entry->host_slot.has_value() && host_.state(*entry->host_slot) == HostTier::State::kValid;
-  SetListed(&device_order_, &entry->in_device_order,
-            is_idle && is_committed && entry->device_children == 0, entry);
-  SetListed(&host_order_, &entry->in_host_order,
-            is_idle && has_valid_slot && host_.users(*entry->host_slot) == 0 &&
-                state != BlockState::kRestoring && entry->first_child == nullptr,
-            entry);
-  SetListed(&write_back_order_, &entry->in_write_back_order,
-            is_idle && is_committed && entry->write_back_wanted && !entry->host_slot.has_value(),
-            entry);
+  const bool is_idle = entry->indexed && entry->pins == 0 && is_committed;
+  SetListed(&device_order_, &entry->in_device_order, is_idle && entry->device_children == 0, entry);
+  if (host_.num_slots() > 0) {
+    const auto slot = entry->host_slot;
+    const bool has_unused_copy = entry->indexed && slot.has_value() &&
+                                 host_.state(*slot) == HostTier::State::kValid &&
+                                 host_.users(*slot) == 0;
+    SetListed(&host_order_, &entry->in_host_order,
+              has_unused_copy && !state.has_value() && entry->first_child == nullptr, entry);
+    SetListed(&idle_order_, &entry->in_idle_order, is_idle, entry);
+    SetListed(&write_back_order_, &entry->in_write_back_order,
+              is_idle && !slot.has_value() && (entry->was_hit || entry->on_long_chain), entry);
+    SetListed(&idle_copies_, &entry->in_idle_copies, is_idle && has_unused_copy, entry);
+    SetListed(&pinned_copies_, &entry->in_pinned_copies,
+              is_committed && entry->pins > 0 && has_unused_copy, entry);
+  }
 
   const bool busy = entry->pins > 0 || entry->busy_children > 0 ||
                     state == BlockState::kCopyingOut || state == BlockState::kRestoring;
@@ -112,11 +119,7 @@ void CacheState::Unpin(CacheEntry* entry, uint32_t count) {
   CHECK(count > 0 && entry->pins >= count, "entry={} pins={} count={}", entry->handle, entry->pins,
         count);
   entry->pins -= count;
-  if (entry->pins == 0) {
-    entry->last_release = now_;
-    entry->write_back_wanted = host_.num_slots() > 0 && !entry->host_slot.has_value() &&
-                               (entry->was_hit || entry->on_long_chain);
-  }
+  if (entry->pins == 0) entry->last_release = now_;
   Refresh(entry);
   EndIfFlushed(entry);
 }
@@ -141,6 +144,7 @@ void CacheState::MarkLongChain(CacheEntry* entry) {
   if (entry->depth < kLongChainBlocks) return;
   for (CacheEntry* e = entry; e->depth > 0 && !e->on_long_chain; e = e->parent) {
     e->on_long_chain = true;
+    Refresh(e);
   }
 }
 
@@ -154,34 +158,62 @@ CopyOrder CacheState::StartRestore(CacheEntry* entry, PoolBlock block) {
 }
 
 std::optional<CopyOrder> CacheState::StartWriteBack() {
-  while (!write_back_order_.empty()) {
-    CacheEntry* const entry = *write_back_order_.begin();
-    if (host_.num_free() == 0 && host_order_.empty()) return std::nullopt;
-    const auto slot = TakeSlotFor(*entry);
-    entry->write_back_wanted = false;
-    if (!slot.has_value()) {
-      Refresh(entry);
-      continue;
-    }
-    entry->host_slot = *slot;
-    entry_of_slot_[*slot] = entry;
-    SetBlockState(entry, BlockState::kCommitted, BlockState::kCopyingOut);
-    const uint64_t copy_id = ++last_copy_id_;
-    copies_[copy_id] = {CopyDirection::kToHost, *entry->block, *slot, entry, false};
-    return CopyOrder{copy_id, CopyDirection::kToHost, pool_.Named(*entry->block), *slot};
+  const auto going = LastReleaseToGo();
+  if (!going.has_value()) return std::nullopt;
+  CacheEntry* donor = nullptr;
+  if (host_.num_free() == 0) {
+    donor = SlotDonor(*going);
+    if (donor == nullptr) return std::nullopt;
   }
-  return std::nullopt;
+  CacheEntry* const entry = NextToWriteBack(*going, donor);
+  if (entry == nullptr) return std::nullopt;
+  if (donor != nullptr) EvictFromHost(donor);
+  const uint32_t slot = *host_.Take();
+  entry->host_slot = slot;
+  entry_of_slot_[slot] = entry;
+  SetBlockState(entry, BlockState::kCommitted, BlockState::kCopyingOut);
+  const uint64_t copy_id = ++last_copy_id_;
+  copies_[copy_id] = {CopyDirection::kToHost, *entry->block, slot, entry, false};
+  return CopyOrder{copy_id, CopyDirection::kToHost, pool_.Named(*entry->block), slot};
 }
 
-// A slot is only taken from an entry that would be evicted before this one: otherwise two entries
-// would push each other out of the host tier for ever.
-std::optional<uint32_t> CacheState::TakeSlotFor(const CacheEntry& entry) {
-  if (host_.num_free() == 0) {
-    CacheEntry* const victim = *host_order_.begin();
-    if (!EvictedBefore()(victim, &entry)) return std::nullopt;
-    EvictFromHost(victim);
+// FREE blocks are taken before any is evicted, and those being copied out will be to be had at no
+// cost. Releases count as a whole: of a prompt that goes, block by block from its end, the
+// beginning has to have its copies when the end goes, or those of the end are of no use.
+std::optional<uint64_t> CacheState::LastReleaseToGo() const {
+  const size_t num_ready =
+      size_t{pool_.num_in(BlockState::kFree)} + size_t{pool_.num_in(BlockState::kCopyingOut)};
+  if (num_ready >= write_back_ahead_blocks_ || idle_order_.empty()) return std::nullopt;
+  const size_t num_going = std::min(write_back_ahead_blocks_ - num_ready, idle_order_.size());
+  return (*std::next(idle_order_.begin(), static_cast<ptrdiff_t>(num_going) - 1))->last_release;
+}
+
+// The copy of an entry that stays on the device costs the least to lose: it can be made again. The
+// longer it stays, the later.
+CacheEntry* CacheState::SlotDonor(uint64_t last_release_to_go) const {
+  if (!pinned_copies_.empty()) return *pinned_copies_.begin();
+  if (!idle_copies_.empty()) {
+    CacheEntry* const last = *std::prev(idle_copies_.end());
+    if (last->last_release > last_release_to_go) return last;
   }
-  return host_.Take();
+  return host_order_.empty() ? nullptr : *host_order_.begin();
+}
+
+// Of one release the last to go, an ancestor of others: a prefix without its end is of use, the end
+// alone is not. And while an entry is copied its descendants can be evicted, its ancestors cannot:
+// so nobody who needs blocks at once waits for copies.
+CacheEntry* CacheState::NextToWriteBack(uint64_t last_release_to_go, CacheEntry* donor) const {
+  // What has left the device gives way only to what goes after it: otherwise entries would push
+  // each other out of the host tier for ever.
+  const bool has_left_device = donor != nullptr && !donor->block.has_value();
+  const auto first =
+      has_left_device ? write_back_order_.upper_bound(donor) : write_back_order_.begin();
+  if (first == write_back_order_.end() || (*first)->last_release > last_release_to_go) {
+    return nullptr;
+  }
+  CacheEntry after_release;
+  after_release.last_release = (*first)->last_release;  // its depth, 0, comes after all of them
+  return *std::prev(write_back_order_.upper_bound(&after_release));
 }
 
 bool CacheState::EndCopy(uint64_t copy_id) {

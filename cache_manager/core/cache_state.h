@@ -26,8 +26,8 @@ namespace wintserve {
 //            so.
 class CacheState {
  public:
-  CacheState(uint32_t num_blocks, uint32_t num_host_slots, size_t max_pending_events,
-             ChainHash chain_hash);
+  CacheState(uint32_t num_blocks, uint32_t num_host_slots, uint32_t write_back_ahead_blocks,
+             size_t max_pending_events, ChainHash chain_hash);
 
   BlockPool& pool() { return pool_; }
   const BlockPool& pool() const { return pool_; }
@@ -58,8 +58,8 @@ class CacheState {
 
   // REQUIRES: IsOnHostOnly, and `block` has just been taken as RESTORING.
   CopyOrder StartRestore(CacheEntry* entry, PoolBlock block);
-  // The next write-back; nullopt when none is due or no slot can be had. May end entries without
-  // pins.
+  // The next write-back; nullopt when none is due or no slot can be had. May end an entry that is
+  // in the host tier alone.
   std::optional<CopyOrder> StartWriteBack();
   // False: no such copy. May end entries that have been flushed.
   bool EndCopy(uint64_t copy_id);
@@ -89,8 +89,9 @@ class CacheState {
   struct EvictedBefore {
     bool operator()(const CacheEntry* a, const CacheEntry* b) const;
   };
-  // Of one release the ancestors first: a prefix without its end is of use, the end alone is not.
-  struct WrittenBackBefore {
+  using EvictionOrder = absl::btree_set<CacheEntry*, EvictedBefore>;
+  // Any order, but always the same.
+  struct StoredBefore {
     bool operator()(const CacheEntry* a, const CacheEntry* b) const;
   };
 
@@ -98,14 +99,19 @@ class CacheState {
   // Recomputes what `entry` is counted and ordered as, and its ancestors where that changes them.
   void Refresh(CacheEntry* entry);
   bool RefreshOne(CacheEntry* entry);
-  static void MarkLongChain(CacheEntry* entry);
+  void MarkLongChain(CacheEntry* entry);
   void SetBlockState(CacheEntry* entry, BlockState from, BlockState to);
   void AttachBlock(CacheEntry* entry, int32_t block);
   int32_t DetachBlock(CacheEntry* entry);
   void DiscardSlot(CacheEntry* entry);
   void EvictFromDevice(CacheEntry* entry);
   void EvictFromHost(CacheEntry* entry);
-  std::optional<uint32_t> TakeSlotFor(const CacheEntry& entry);
+  // The time of the last release whose entries are about to be evicted; nullopt: none are.
+  std::optional<uint64_t> LastReleaseToGo() const;
+  // Whose slot a write-back gets when none is free; null: nobody's.
+  CacheEntry* SlotDonor(uint64_t last_release_to_go) const;
+  // The entry that is due and gets that slot, or a free one (donor: null); null: none.
+  CacheEntry* NextToWriteBack(uint64_t last_release_to_go, CacheEntry* donor) const;
   void Remove(CacheEntry* entry);
   void Unindex(CacheEntry* entry);
   void EndIfFlushed(CacheEntry* entry);
@@ -113,6 +119,7 @@ class CacheState {
   void Finish(const Copy& copy);
   void Record(CacheEvent::Kind kind, const CacheEntry& entry);
   absl::Status CheckEntry(const CacheEntry& entry) const;
+  absl::Status CheckOrders(const CacheEntry& entry) const;
   absl::Status CheckCopies() const;
 
   BlockPool pool_;
@@ -124,9 +131,16 @@ class CacheState {
   std::map<uint64_t, Copy> copies_;  // under way, by id
   std::vector<CacheEntry*> entry_of_block_;
   std::vector<CacheEntry*> entry_of_slot_;
-  absl::btree_set<CacheEntry*, EvictedBefore> device_order_;
-  absl::btree_set<CacheEntry*, EvictedBefore> host_order_;
-  absl::btree_set<CacheEntry*, WrittenBackBefore> write_back_order_;
+  const uint32_t write_back_ahead_blocks_;
+  EvictionOrder device_order_;  // can be evicted from the device now
+  EvictionOrder host_order_;    // in the host tier alone, and can be evicted
+  // COMMITTED without pins. Its first ones are evicted next: who uses an entry uses its ancestors
+  // too, so leaves come first. Empty, like the next three, without a host tier.
+  EvictionOrder idle_order_;
+  EvictionOrder write_back_order_;  // of them, those worth a host copy that have none
+  // COMMITTED with a host copy that no copy order uses: without pins, with pins.
+  EvictionOrder idle_copies_;
+  absl::btree_set<CacheEntry*, StoredBefore> pinned_copies_;
   uint32_t num_evictable_ = 0;
   uint32_t num_committed_pinned_ = 0;
   uint64_t num_evicted_device_blocks_ = 0;

@@ -54,17 +54,7 @@ absl::Status CacheState::CheckEntry(const CacheEntry& entry) const {
       entry.pins > 0 || busy_children > 0 || state == kCopyingOut || state == kRestoring;
   RETURN_IF_ERROR(Expect(entry.busy == busy, entry, "busy means pins or copies here or below"));
 
-  const bool idle = entry.indexed && entry.pins == 0;
-  RETURN_IF_ERROR(
-      Expect(entry.in_device_order == (idle && is_committed && device_children == 0) &&
-                 entry.in_device_order == device_order_.contains(const_cast<CacheEntry*>(&entry)),
-             entry, "it is in the device's order of eviction if it can be evicted"));
-  const bool is_host_leaf = idle && slot && host_.state(*slot) == HostTier::State::kValid &&
-                            host_.users(*slot) == 0 && state != kRestoring &&
-                            entry.first_child == nullptr;
-  RETURN_IF_ERROR(Expect(entry.in_host_order == is_host_leaf &&
-                             is_host_leaf == host_order_.contains(const_cast<CacheEntry*>(&entry)),
-                         entry, "it is in the host tier's order of eviction if it can be evicted"));
+  RETURN_IF_ERROR(CheckOrders(entry));
   if (entry.indexed) {
     RETURN_IF_ERROR(Expect(index_.FindHash(entry.hash) == &entry, entry, "its hash finds it"));
     RETURN_IF_ERROR(Expect(entry.hash == index_.HashOf(*entry.parent, entry.tokens) &&
@@ -76,6 +66,37 @@ absl::Status CacheState::CheckEntry(const CacheEntry& entry) const {
     RETURN_IF_ERROR(Expect(entry.pins > 0 || !is_committed, entry, "flushed, it is still of use"));
   }
   return absl::OkStatus();
+}
+
+// Whether the entry is listed where it belongs, and nowhere else.
+absl::Status CacheState::CheckOrders(const CacheEntry& entry) const {
+  auto* const key = const_cast<CacheEntry*>(&entry);
+  const auto check = [&](const auto& order, bool is_marked, bool belongs, std::string_view what) {
+    return Expect(is_marked == belongs && belongs == order.contains(key), entry, what);
+  };
+  const auto state = StateOf(entry);
+  const bool is_idle = entry.indexed && entry.pins == 0 && state == BlockState::kCommitted;
+  const auto slot = entry.host_slot;
+  const bool has_unused_copy = entry.indexed && slot &&
+                               host_.state(*slot) == HostTier::State::kValid &&
+                               host_.users(*slot) == 0;
+  const bool is_worth_a_copy = entry.was_hit || entry.on_long_chain;
+  const bool has_tier = host_.num_slots() > 0;
+  RETURN_IF_ERROR(check(device_order_, entry.in_device_order, is_idle && entry.device_children == 0,
+                        "it is in the device's order of eviction if it can be evicted"));
+  RETURN_IF_ERROR(check(host_order_, entry.in_host_order,
+                        has_unused_copy && !state && entry.first_child == nullptr,
+                        "it is in the host tier's order of eviction if it can be evicted"));
+  RETURN_IF_ERROR(check(idle_order_, entry.in_idle_order, has_tier && is_idle,
+                        "it is in the order of idle entries if it is one"));
+  RETURN_IF_ERROR(check(write_back_order_, entry.in_write_back_order,
+                        has_tier && is_idle && !slot && is_worth_a_copy,
+                        "it is in the order of write-backs if it is worth one"));
+  RETURN_IF_ERROR(check(idle_copies_, entry.in_idle_copies, is_idle && has_unused_copy,
+                        "it is among the idle copies if it has one"));
+  return check(pinned_copies_, entry.in_pinned_copies,
+               state == BlockState::kCommitted && entry.pins > 0 && has_unused_copy,
+               "it is among the pinned copies if it has one");
 }
 
 absl::Status CacheState::CheckCopies() const {
@@ -113,7 +134,7 @@ absl::Status CacheState::CheckInvariants() const {
   uint32_t num_evictable = 0;
   uint32_t num_pinned = 0;
   uint32_t num_with_block = 0;
-  uint32_t num_write_backs = 0;
+  size_t num_listed = 0;
   for (const CacheEntry* entry : index_.AllEntries()) {
     RETURN_IF_ERROR(CheckEntry(*entry));
     const bool is_committed = StateOf(*entry) == BlockState::kCommitted;
@@ -121,20 +142,23 @@ absl::Status CacheState::CheckInvariants() const {
     num_with_block += entry->block.has_value() ? 1 : 0;
     num_pinned += is_committed && entry->pins > 0 ? 1 : 0;
     num_evictable += is_committed && entry->indexed && !entry->busy ? 1 : 0;
-    num_write_backs += entry->in_write_back_order ? 1 : 0;
+    num_listed += entry->in_device_order + entry->in_host_order + entry->in_idle_order +
+                  entry->in_write_back_order + entry->in_idle_copies + entry->in_pinned_copies;
   }
   using enum BlockState;
   const uint32_t num_blocks_of_entries =
       pool_.num_in(kCommitted) + pool_.num_in(kCopyingOut) + pool_.num_in(kRestoring);
+  const size_t num_in_orders = device_order_.size() + host_order_.size() + idle_order_.size() +
+                               write_back_order_.size() + idle_copies_.size() +
+                               pinned_copies_.size();
   if (num_indexed != index_.num_indexed() || num_with_block != num_blocks_of_entries ||
       num_pinned != num_committed_pinned_ || num_evictable != num_evictable_ ||
-      num_write_backs != write_back_order_.size()) {
+      num_listed != num_in_orders) {
     return absl::InternalError(fmt::format(
-        "counted: {} indexed, {} with a block, {} committed and pinned, {} evictable, {} to write "
-        "back; kept: {}, {}, {}, {}, {}",
-        num_indexed, num_with_block, num_pinned, num_evictable, num_write_backs,
-        index_.num_indexed(), num_blocks_of_entries, num_committed_pinned_, num_evictable_,
-        write_back_order_.size()));
+        "counted: {} indexed, {} with a block, {} committed and pinned, {} evictable, {} places in "
+        "orders; kept: {}, {}, {}, {}, {}",
+        num_indexed, num_with_block, num_pinned, num_evictable, num_listed, index_.num_indexed(),
+        num_blocks_of_entries, num_committed_pinned_, num_evictable_, num_in_orders));
   }
   for (const CacheEntry* root : index_.AllRoots()) {
     RETURN_IF_ERROR(Expect(root->first_child != nullptr, *root, "a root has children"));

@@ -9,6 +9,24 @@
 #include <utility>
 
 namespace wintserve {
+namespace {
+
+// Least recently released first, of one release the deeper first.
+bool GoesBefore(const NaiveCache::Entry& a, const NaiveCache::Entry& b) {
+  return std::tuple(a.released_at, -a.depth, a.handle) <
+         std::tuple(b.released_at, -b.depth, b.handle);
+}
+
+// REQUIRES: sorted by GoesBefore, not empty.
+uint64_t LastOfFirstRelease(const std::vector<NaiveCache::Entry>& entries) {
+  uint64_t last = 0;
+  for (const NaiveCache::Entry& entry : entries) {
+    if (entry.released_at == entries[0].released_at) last = entry.handle;
+  }
+  return last;
+}
+
+}  // namespace
 
 const NaiveCache::Entry* NaiveCache::Find(uint64_t handle) const {
   const auto found = std::ranges::find(entries_, handle, &Entry::handle);
@@ -55,6 +73,10 @@ bool NaiveCache::IsSlotInCopy(uint32_t slot) const {
 bool NaiveCache::IsSlotFree(uint32_t slot) const {
   return !IsSlotInCopy(slot) &&
          std::ranges::count(entries_, std::optional(slot), &Entry::slot) == 0;
+}
+
+bool NaiveCache::HasUnusedCopy(const Entry& entry) const {
+  return entry.slot && entry.slot_is_valid && !IsSlotInCopy(*entry.slot);
 }
 
 std::vector<uint64_t> NaiveCache::Chain(const std::string& salt,
@@ -224,32 +246,18 @@ bool NaiveCache::Return(std::span<const PoolBlock> blocks) {
 std::string NaiveCache::TakeCopyOuts(size_t max_copies, const std::vector<CopyOrder>& real) {
   size_t num_taken = 0;
   while (num_taken < max_copies) {
-    const uint64_t handle = NextToWriteBack();
-    if (handle == 0) break;
-    bool has_free = false;
-    for (uint32_t slot = 0; slot < num_slots_; ++slot) has_free |= IsSlotFree(slot);
-    const uint64_t victim = NextToEvict(/*from_device=*/false);
-    if (!has_free && victim == 0) break;
-    if (!has_free) {
-      const Entry& a = *Find(victim);
-      const Entry& b = *Find(handle);
-      if (std::tuple(a.released_at, -a.depth, a.handle) >
-          std::tuple(b.released_at, -b.depth, b.handle)) {
-        Find(handle)->write_back = false;
-        continue;
-      }
-      EvictFromHost(victim);
-    }
+    const WriteBack next = NextWriteBack();
+    if (next.entry == 0) break;
     if (num_taken >= real.size()) return "too few write-backs";
-    Entry& entry = *Find(handle);
+    if (next.donor != 0) EvictFromHost(next.donor);
+    Entry& entry = *Find(next.entry);
     const CopyOrder& copy = real[num_taken];
     if (copy.block != PoolBlock{*entry.block, blocks_[*entry.block].generation}) {
-      return fmt::format("copy {} does not write back entry {}", copy.copy_id, handle);
+      return fmt::format("copy {} does not write back entry {}", copy.copy_id, next.entry);
     }
     if (copy.host_slot >= num_slots_ || !IsSlotFree(copy.host_slot)) {
       return fmt::format("copy {} goes to a slot in use", copy.copy_id);
     }
-    entry.write_back = false;
     entry.slot = copy.host_slot;
     blocks_[*entry.block].use = Use::kCopyingOut;
     copies_.push_back({copy.copy_id, false, *entry.block, copy.host_slot, false});
@@ -414,7 +422,6 @@ void NaiveCache::Unpin(uint64_t handle, uint32_t count) {
   entry.pins -= count;
   if (entry.pins > 0) return;
   entry.released_at = now_;
-  entry.write_back = num_slots_ > 0 && !entry.slot && (entry.hit || entry.on_long_chain);
 }
 
 void NaiveCache::Free(int32_t block) {
@@ -425,32 +432,65 @@ void NaiveCache::Free(int32_t block) {
 uint64_t NaiveCache::NextToEvict(bool from_device) const {
   const Entry* next = nullptr;
   for (const Entry& entry : entries_) {
-    if (entry.flushed || entry.pins > 0) continue;
-    if (HasChild(entry, from_device)) continue;
-    if (from_device && UseOf(entry) != Use::kCommitted) continue;
-    if (!from_device && (!entry.slot || !entry.slot_is_valid || IsSlotInCopy(*entry.slot) ||
-                         UseOf(entry) == Use::kRestoring)) {
+    if (entry.flushed || entry.pins > 0 || HasChild(entry, from_device)) continue;
+    if (from_device ? UseOf(entry) != Use::kCommitted : entry.block || !HasUnusedCopy(entry)) {
       continue;
     }
-    if (next == nullptr || std::tuple(entry.released_at, -entry.depth, entry.handle) <
-                               std::tuple(next->released_at, -next->depth, next->handle)) {
-      next = &entry;
-    }
+    if (next == nullptr || GoesBefore(entry, *next)) next = &entry;
   }
   return next == nullptr ? 0 : next->handle;
 }
 
-uint64_t NaiveCache::NextToWriteBack() const {
-  const Entry* next = nullptr;
+std::vector<NaiveCache::Entry> NaiveCache::IdleEntries() const {
+  std::vector<Entry> idle;
   for (const Entry& entry : entries_) {
-    if (entry.flushed || entry.pins > 0 || !entry.write_back || entry.slot) continue;
-    if (UseOf(entry) != Use::kCommitted) continue;
-    if (next == nullptr || std::tuple(entry.released_at, entry.depth, entry.handle) <
-                               std::tuple(next->released_at, next->depth, next->handle)) {
-      next = &entry;
-    }
+    if (!entry.flushed && entry.pins == 0 && UseOf(entry) == Use::kCommitted) idle.push_back(entry);
   }
-  return next == nullptr ? 0 : next->handle;
+  std::ranges::sort(idle, GoesBefore);
+  return idle;
+}
+
+// Each block that is FREE, or will soon be had at no cost, postpones an eviction.
+size_t NaiveCache::NumAboutToGo(const std::vector<Entry>& idle) const {
+  size_t num_ready = 0;
+  for (const Block& block : blocks_) {
+    num_ready += block.use == Use::kFree || block.use == Use::kCopyingOut;
+  }
+  size_t num_going = 0;
+  for (const Entry& entry : idle) {
+    const bool is_of_a_release_that_goes =
+        num_going > 0 && idle[num_going - 1].released_at == entry.released_at;
+    if (num_ready + num_going >= write_back_ahead_ && !is_of_a_release_that_goes) break;
+    ++num_going;
+  }
+  return num_going;
+}
+
+NaiveCache::WriteBack NaiveCache::NextWriteBack() const {
+  const std::vector<Entry> idle = IdleEntries();
+  const size_t num_going = NumAboutToGo(idle);
+  std::vector<Entry> due;
+  for (size_t i = 0; i < num_going; ++i) {
+    if (!idle[i].slot && (idle[i].hit || idle[i].on_long_chain)) due.push_back(idle[i]);
+  }
+  if (due.empty()) return {};
+  for (uint32_t slot = 0; slot < num_slots_; ++slot) {
+    if (IsSlotFree(slot)) return {LastOfFirstRelease(due), 0};
+  }
+  uint64_t pinned = 0;
+  for (const Entry& entry : entries_) {
+    if (entry.pins == 0 || UseOf(entry) != Use::kCommitted || !HasUnusedCopy(entry)) continue;
+    if (pinned == 0 || entry.handle < pinned) pinned = entry.handle;
+  }
+  if (pinned != 0) return {LastOfFirstRelease(due), pinned};
+  for (size_t i = idle.size(); i-- > num_going;) {
+    if (HasUnusedCopy(idle[i])) return {LastOfFirstRelease(due), idle[i].handle};
+  }
+  const uint64_t on_host = NextToEvict(/*from_device=*/false);
+  if (on_host == 0) return {};
+  std::erase_if(due, [&](const Entry& entry) { return GoesBefore(entry, *Find(on_host)); });
+  if (due.empty()) return {};
+  return {LastOfFirstRelease(due), on_host};
 }
 
 bool NaiveCache::EvictFromDevice() {

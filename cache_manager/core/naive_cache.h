@@ -34,7 +34,6 @@ class NaiveCache {
     uint64_t released_at = 0;
     bool hit = false;
     bool on_long_chain = false;
-    bool write_back = false;
     bool restored = false;
     bool flushed = false;
   };
@@ -46,8 +45,11 @@ class NaiveCache {
     bool cancelled = false;
   };
 
-  NaiveCache(uint32_t num_blocks, uint32_t num_slots, int block_size)
-      : block_size_(static_cast<size_t>(block_size)), num_slots_(num_slots), blocks_(num_blocks) {}
+  NaiveCache(uint32_t num_blocks, uint32_t num_slots, int block_size, size_t write_back_ahead)
+      : block_size_(static_cast<size_t>(block_size)),
+        num_slots_(num_slots),
+        write_back_ahead_(write_back_ahead),
+        blocks_(num_blocks) {}
 
   PeekResult Peek(const std::string& salt, std::span<const int32_t> tokens) const;
   std::string Match(const std::string& salt, std::span<const int32_t> tokens, bool allow_restore,
@@ -86,10 +88,20 @@ class NaiveCache {
   bool HasChild(const Entry& entry, bool on_device) const;
   bool IsSlotInCopy(uint32_t slot) const;
   bool IsSlotFree(uint32_t slot) const;
+  bool HasUnusedCopy(const Entry& entry) const;
   std::vector<uint64_t> Chain(const std::string& salt, std::span<const int32_t> tokens) const;
   // Handles; 0: none.
   uint64_t NextToEvict(bool from_device) const;
-  uint64_t NextToWriteBack() const;
+  // Without pins and COMMITTED, in the order in which they would be evicted.
+  std::vector<Entry> IdleEntries() const;
+  // How many of them count as about to be evicted.
+  size_t NumAboutToGo(const std::vector<Entry>& idle) const;
+  // The entry that is written back next, and the one that loses its slot for it (0: one is free).
+  struct WriteBack {
+    uint64_t entry = 0;
+    uint64_t donor = 0;
+  };
+  WriteBack NextWriteBack() const;
   void Free(int32_t block);
   bool EvictFromDevice();
   void EvictFromHost(uint64_t handle);
@@ -102,6 +114,7 @@ class NaiveCache {
 
   const size_t block_size_;
   const uint32_t num_slots_;
+  const size_t write_back_ahead_;
   std::vector<Block> blocks_;
   std::vector<Entry> entries_;
   std::vector<Copy> copies_;

@@ -32,7 +32,10 @@ class PrefixCache::Impl {
  public:
   Impl(PrefixCacheConfig config, ChainHash chain_hash)
       : config_(std::move(config)),
-        state_(config_.num_blocks, config_.num_host_slots, kMaxPendingEvents, chain_hash) {
+        state_(config_.num_blocks, config_.num_host_slots,
+               config_.write_back_ahead_blocks.value_or(
+                   DefaultWriteBackAhead(config_.num_blocks, config_.num_host_slots)),
+               kMaxPendingEvents, chain_hash) {
     CHECK(config_.block_size_tokens > 0, "block_size_tokens={}", config_.block_size_tokens);
   }
 

@@ -2,6 +2,7 @@
 // reused, what is evicted, what moves between tiers. Deals in ids, never in bytes.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -21,11 +22,21 @@ namespace wintserve {
 struct PrefixCacheConfig {
   uint32_t num_blocks = 0;      // device tier
   uint32_t num_host_slots = 0;  // host tier; 0: none
+  // How many of the blocks that Lease would give next are to be had without losing content that is
+  // worth a copy; see TakeCopyOuts. None: DefaultWriteBackAhead.
+  std::optional<uint32_t> write_back_ahead_blocks = {};
   int block_size_tokens = 64;
   // Names everything that makes KV content comparable: weights, tokenizer, KV layout and type,
   // rope, block size. Two chains match only under the same seed and salt.
   std::string root_seed;
 };
+
+// Enough for the evictions of the next few steps to find their copies done (a plan of 8,192 tokens
+// takes 128 blocks), and so few that most of the host tier is left to entries that are no longer on
+// the device. At least 1.
+constexpr uint32_t DefaultWriteBackAhead(uint32_t num_blocks, uint32_t num_host_slots) {
+  return std::clamp(std::min(num_blocks, num_host_slots) / 8, 1u, 512u);
+}
 
 // One pool_epoch of the pool with its prefix index and tiers.
 //
@@ -103,10 +114,18 @@ class PrefixCache {
   // FAILED_PRECONDITION: stale, or not leased.
   absl::Status Return(std::span<const PoolBlock> blocks);
 
-  // Write-backs that have become due: entries that, when their last pin went, had no host copy and
-  // had been hit before or lay on a chain of at least 4 blocks. Their blocks are COPYING_OUT until
-  // CopyDone. Least recently released first, ancestors first; at most `max_copies`. One that would
-  // have to push a more recently released entry out of the host tier is not written back.
+  // Write-backs that are due, at most `max_copies`; their blocks are COPYING_OUT until CopyDone.
+  // Take the COMMITTED entries without pins in the order of eviction: least recently released
+  // first, of one release the deeper first. The first (write_back_ahead_blocks - FREE blocks -
+  // COPYING_OUT blocks) of them, and all others of the last one's release, are about to go. Of
+  // those each one without a host copy is due that has been hit or lies on a chain of at least 4
+  // blocks; the least recently released first, of one release the last in the order of eviction
+  // first. It gets a FREE slot. When there is none, it gets that of
+  //   1. a pinned entry that is COMMITTED, the lowest handle;
+  //   2. the last entry of the order that has a copy, if it is not about to go;
+  //   3. the first entry, in the same order, that is in the host tier alone and has no child, and
+  //      only if the one that is due comes after it in that order.
+  // In 1 and 2 the content stays on the device, and is written back again when it is about to go.
   std::vector<CopyOrder> TakeCopyOuts(size_t max_copies);
 
   // The copy has run on every rank, in whatever order. An entry whose ancestor is being restored

@@ -25,6 +25,7 @@ using Use = NaiveCache::Use;
 
 constexpr uint32_t kNumBlocks = 4;
 constexpr uint32_t kNumHostSlots = 2;
+constexpr uint32_t kWriteBackAhead = 2;
 constexpr size_t kBlocksPerRequest = 2;
 
 // One token a block, and one more that is always left to compute.
@@ -61,7 +62,7 @@ struct History {
 };
 
 struct World {
-  NaiveCache naive{kNumBlocks, kNumHostSlots, 1};
+  NaiveCache naive{kNumBlocks, kNumHostSlots, 1, kWriteBackAhead};
   std::vector<Request> requests;
   std::vector<CopyOrder> copies;           // in plans that are not acknowledged
   std::map<uint64_t, std::string> source;  // what such a copy has to find where it reads, by id
@@ -128,10 +129,12 @@ std::string PathOfPrefix(const std::vector<int32_t>& prompt, size_t num_blocks) 
 }
 
 std::unique_ptr<PrefixCache> Explorer::Replay(const std::shared_ptr<const History>& history) {
-  auto cache = std::make_unique<PrefixCache>(PrefixCacheConfig{.num_blocks = kNumBlocks,
-                                                               .num_host_slots = kNumHostSlots,
-                                                               .block_size_tokens = 1,
-                                                               .root_seed = "model"});
+  auto cache =
+      std::make_unique<PrefixCache>(PrefixCacheConfig{.num_blocks = kNumBlocks,
+                                                      .num_host_slots = kNumHostSlots,
+                                                      .write_back_ahead_blocks = kWriteBackAhead,
+                                                      .block_size_tokens = 1,
+                                                      .root_seed = "model"});
   std::vector<const History*> steps;
   for (const History* step = history.get(); step != nullptr; step = step->before.get()) {
     steps.push_back(step);
@@ -409,18 +412,20 @@ std::string Explorer::Key() const {
     }
     return std::string("none");
   };
+  int64_t num_pinned_copies = 0;  // the lowest handle of them is the first to lose its slot
   for (const auto& e : w_.naive.entries()) {
     int64_t when = -1;
     int64_t place = -1;
+    if (e.pins > 0 && e.slot) place = num_pinned_copies++;
     if (e.pins == 0) {
       when = std::distance(release_times.begin(), release_times.find(e.released_at));
       place =
           std::ranges::find(order, std::tuple(e.released_at, e.depth, e.handle)) - order.begin();
     }
-    parts.push_back(fmt::format("{}:{}{}{}p{}t{},{}{}{}{}", PathOf(e.handle),
+    parts.push_back(fmt::format("{}:{}{}{}p{}t{},{}{}{}", PathOf(e.handle),
                                 e.block ? static_cast<int>(w_.naive.blocks()[*e.block].use) : 0,
                                 e.slot ? "s" : "", e.slot_is_valid ? "v" : "", e.pins, when, place,
-                                e.hit ? "h" : "", e.write_back ? "w" : "", e.restored ? "r" : ""));
+                                e.hit ? "h" : "", e.restored ? "r" : ""));
   }
   for (const auto& copy : w_.naive.copies()) {
     parts.push_back(fmt::format("c{}{}{}>{}", copy.to_device, copy.cancelled, NameOf(copy.block),
@@ -486,7 +491,7 @@ std::vector<std::pair<std::string, Explorer::Step>> Explorer::StepsFrom(const Wo
 // Which situations some state was in: what is not reached is not tested.
 class Reached {
  public:
-  void Note(const PrefixCacheStats& stats) {
+  void Note(const PrefixCacheStats& stats, const NaiveCache& cache) {
     has_["a restore"] |= stats.num_restoring > 0;
     has_["two restores"] |= stats.num_restoring > 1;
     has_["a write-back"] |= stats.num_copying_out > 0;
@@ -496,6 +501,12 @@ class Reached {
     has_["a duplicate"] |= stats.duplicate_commits > 0;
     has_["an eviction from the device"] |= stats.evicted_device_blocks > 0;
     has_["an eviction from the host"] |= stats.evicted_host_slots > 0;
+    for (const auto& entry : cache.entries()) {
+      const bool on_both = entry.block && entry.slot_is_valid;
+      has_["a pinned entry on both tiers"] |= on_both && entry.pins > 0;
+      has_["an entry without pins on both tiers"] |= on_both && entry.pins == 0;
+      has_["an entry on the host alone"] |= !entry.block;
+    }
   }
   std::string Missing() const {
     std::string missing;
@@ -530,7 +541,7 @@ TEST(PrefixCacheExploration, EveryReachableStateIsSound) {
         }
         FAIL() << next.violation() << "\nafter " << fmt::format("{}", fmt::join(path, ", "));
       }
-      reached.Note(next.stats());
+      reached.Note(next.stats(), next.world().naive);
       if (seen.insert(next.Key()).second) frontier.push_back(next.world());
     }
   }

@@ -61,6 +61,14 @@ std::vector<int32_t> TokensOf(uint32_t bits, size_t num_blocks) {
 
 class Comparison {
  public:
+  explicit Comparison(uint32_t write_back_ahead)
+      : real_({.num_blocks = kNumBlocks,
+               .num_host_slots = kNumHostSlots,
+               .write_back_ahead_blocks = write_back_ahead,
+               .block_size_tokens = kBlockSizeTokens,
+               .root_seed = "model"}),
+        naive_(kNumBlocks, kNumHostSlots, kBlockSizeTokens, write_back_ahead) {}
+
   PrefixCacheStats stats() const { return real_.stats(); }
 
   // What differs, or "".
@@ -215,11 +223,8 @@ class Comparison {
     return SameAnswer(real_.Reconcile(pins, leased).ok(), naive_.Reconcile(pins, leased));
   }
 
-  PrefixCache real_{{.num_blocks = kNumBlocks,
-                     .num_host_slots = kNumHostSlots,
-                     .block_size_tokens = kBlockSizeTokens,
-                     .root_seed = "model"}};
-  NaiveCache naive_{kNumBlocks, kNumHostSlots, kBlockSizeTokens};
+  PrefixCache real_;
+  NaiveCache naive_;
   CommitRequest last_commit_;
 };
 
@@ -228,8 +233,9 @@ struct Failure {
   std::string what;
 };
 
-std::optional<Failure> FirstFailure(const std::vector<Op>& ops, PrefixCacheStats* stats = nullptr) {
-  Comparison comparison;
+std::optional<Failure> FirstFailure(const std::vector<Op>& ops, uint32_t write_back_ahead,
+                                    PrefixCacheStats* stats = nullptr) {
+  Comparison comparison(write_back_ahead);
   for (size_t i = 0; i < ops.size(); ++i) {
     std::string what = comparison.Apply(ops[i]);
     if (!what.empty()) return Failure{i, std::move(what)};
@@ -283,8 +289,9 @@ TEST(PrefixCacheProperty, BehavesLikeTheNaiveCache) {
   uint32_t num_evicted_from_host = 0;
   for (uint32_t i = 0; i < num_sequences; ++i) {
     const std::vector<Op> ops = RandomOps(first_seed + i);
+    const uint32_t write_back_ahead = (first_seed + i) % kNumBlocks + 1;
     PrefixCacheStats stats;
-    if (!FirstFailure(ops, &stats).has_value()) {
+    if (!FirstFailure(ops, write_back_ahead, &stats).has_value()) {
       num_restored += stats.host_hit_tokens > 0;
       num_hit += stats.device_hit_tokens > 0;
       num_duplicate += stats.duplicate_commits > 0;
@@ -292,11 +299,12 @@ TEST(PrefixCacheProperty, BehavesLikeTheNaiveCache) {
       num_evicted_from_host += stats.evicted_host_slots > 0;
       continue;
     }
-    const std::vector<Op> minimal =
-        Shrink(ops, [](const std::vector<Op>& fewer) { return FirstFailure(fewer).has_value(); });
+    const std::vector<Op> minimal = Shrink(ops, [write_back_ahead](const std::vector<Op>& fewer) {
+      return FirstFailure(fewer, write_back_ahead).has_value();
+    });
     std::string text;
     for (const Op& op : minimal) text += "  " + ToString(op) + "\n";
-    const Failure failure = *FirstFailure(minimal);
+    const Failure failure = *FirstFailure(minimal, write_back_ahead);
     FAIL() << "call " << failure.op_index << ": " << failure.what
            << "\nPREFIX_CACHE_SEED=" << first_seed + i << ", " << ops.size()
            << " calls, shrunk to:\n"

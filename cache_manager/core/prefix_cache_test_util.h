@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -23,12 +24,15 @@ inline std::vector<int32_t> Prompt(const std::vector<int32_t>& ids) {
   return tokens;
 }
 
+// Whatever is released counts as about to be evicted, unless a test says otherwise.
 class TestCache {
  public:
   explicit TestCache(uint32_t num_blocks, uint32_t num_host_slots = 0,
-                     ChainHash chain_hash = &Xxh3ChainHash)
+                     ChainHash chain_hash = &Xxh3ChainHash,
+                     std::optional<uint32_t> write_back_ahead_blocks = {})
       : cache_({.num_blocks = num_blocks,
                 .num_host_slots = num_host_slots,
+                .write_back_ahead_blocks = write_back_ahead_blocks.value_or(num_blocks),
                 .block_size_tokens = 2,
                 .root_seed = "model"},
                chain_hash) {}
@@ -77,15 +81,25 @@ class TestCache {
     const PeekResult result = cache_.Peek(salt, Prompt(ids));
     return {result.device_blocks, result.host_blocks};
   }
+  // Makes every write-back that is due; how many.
+  int WriteBack() {
+    int num_copies = 0;
+    for (auto copies = cache_.TakeCopyOuts(100); !copies.empty();
+         copies = cache_.TakeCopyOuts(100)) {
+      for (const CopyOrder& copy : copies) {
+        EXPECT_EQ(cache_.CopyDone(copy.copy_id), absl::OkStatus());
+        ++num_copies;
+      }
+    }
+    return num_copies;
+  }
   // A chain in the host tier alone: stored, hit, written back, and pushed out by leases that are
   // returned.
   std::vector<uint64_t> StoreOnHost(const std::vector<int32_t>& ids, uint32_t num_blocks) {
     const auto entries = Store(ids);
     for (const PinnedBlock& hit : Match(ids).device) Release({hit.entry});
     Release(entries);
-    for (const CopyOrder& copy : cache_.TakeCopyOuts(100)) {
-      EXPECT_EQ(cache_.CopyDone(copy.copy_id), absl::OkStatus());
-    }
+    WriteBack();
     EXPECT_EQ(cache_.Return(Lease(num_blocks)), absl::OkStatus());
     EXPECT_EQ(Peek(ids), (std::pair<uint32_t, uint32_t>(0, ids.size())));
     return entries;

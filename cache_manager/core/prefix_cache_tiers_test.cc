@@ -44,6 +44,58 @@ TEST(WriteBack, TakesAncestorsFirstAndNoMoreThanAskedFor) {
   EXPECT_THAT(cache->TakeCopyOuts(9), SizeIs(3)) << "the first one, under way, is not taken again";
 }
 
+TEST(WriteBack, LeavesTheEndOfItsChainToWhoNeedsBlocksAtOnce) {
+  TestCache cache(4, 4);
+  cache.Release(cache.Store({1, 2, 3, 4}));
+  EXPECT_THAT(cache->TakeCopyOuts(2), SizeIs(2));
+  EXPECT_EQ(cache->num_available(), 2u);
+  EXPECT_THAT(cache.Lease(2), SizeIs(2));
+  EXPECT_THAT(cache.Peek({1, 2, 3, 4}), Pair(2, 0));
+}
+
+// Each with its own time of release, so that they go one by one, in this order.
+void StoreOneByOne(TestCache* cache, const std::vector<int32_t>& ids) {
+  for (const int32_t id : ids) {
+    const auto entry = cache->Store({id});
+    cache->Match({id});
+    cache->Release({entry[0], entry[0]});
+  }
+}
+
+TEST(WriteBack, WaitsUntilTheFreeBlocksRunLow) {
+  TestCache cache(8, 8, &Xxh3ChainHash, /*write_back_ahead_blocks=*/2);
+  StoreOneByOne(&cache, {1, 2, 3, 4});
+  cache.Lease(2);
+  EXPECT_THAT(cache->TakeCopyOuts(9), SizeIs(0)) << "2 blocks are free";
+  cache.Lease(1);
+  const auto first = cache->TakeCopyOuts(9);
+  EXPECT_THAT(first, SizeIs(1));
+  EXPECT_THAT(cache->TakeCopyOuts(9), SizeIs(0)) << "1 is free and 1 soon has its copy";
+  cache.Lease(1);
+  const auto second = cache->TakeCopyOuts(9);
+  EXPECT_THAT(second, SizeIs(1));
+  EXPECT_EQ(cache->CopyDone(first[0].copy_id), absl::OkStatus());
+  EXPECT_EQ(cache->CopyDone(second[0].copy_id), absl::OkStatus());
+  EXPECT_THAT(cache->TakeCopyOuts(9), SizeIs(0)) << "the next two to go have their copies";
+  cache.Lease(1);
+  EXPECT_THAT(cache.Peek({1}), Pair(0, 1));
+  EXPECT_THAT(cache->TakeCopyOuts(9), SizeIs(1)) << "the third is next but one";
+}
+
+TEST(WriteBack, TakesAWholeReleaseOnceItsFirstBlockIsAboutToGo) {
+  TestCache cache(8, 8, &Xxh3ChainHash, /*write_back_ahead_blocks=*/1);
+  StoreOneByOne(&cache, {1});
+  cache.Release(cache.Store({2, 3, 4, 5}));
+  StoreOneByOne(&cache, {6, 7});
+  EXPECT_EQ(cache.WriteBack(), 0) << "1 block is free";
+  cache.Lease(1);
+  EXPECT_EQ(cache.WriteBack(), 1);
+  cache.Lease(1);
+  EXPECT_EQ(cache.WriteBack(), 4);
+  EXPECT_THAT(cache.Lease(4), SizeIs(4));
+  EXPECT_THAT(cache.Peek({2, 3, 4, 5}), Pair(0, 4));
+}
+
 TEST(WriteBack, LeavesTheBlockMatchableAndUnevictableUntilCopyDone) {
   TestCache cache(1, 1);
   const auto entries = cache.Store({1});
@@ -59,20 +111,78 @@ TEST(WriteBack, LeavesTheBlockMatchableAndUnevictableUntilCopyDone) {
   EXPECT_THAT(cache.Peek({1}), Pair(0, 1));
 }
 
-TEST(WriteBack, DoesNotPushAMoreRecentEntryOutOfTheHostTier) {
-  TestCache cache(4, 1);
-  const auto older = cache.Store({1});
-  const auto newer = cache.Store({2});
-  cache.Match({1});
+// With as many blocks as entries: hits, releases and writes back the entry.
+void MoveToBothTiers(TestCache* cache, const std::vector<uint64_t>& entry, int32_t id) {
+  cache->Match({id});
+  cache->Release({entry[0], entry[0]});
+  EXPECT_EQ(cache->WriteBack(), 1);
+}
+
+TEST(WriteBackToAFullHostTier, TakesTheSlotOfAnEntryInUseFirst) {
+  TestCache cache(3, 2, &Xxh3ChainHash, /*write_back_ahead_blocks=*/3);
+  const auto first = cache.Store({1});
+  const auto second = cache.Store({2});
+  const auto third = cache.Store({3});
+  MoveToBothTiers(&cache, first, 1);
+  MoveToBothTiers(&cache, second, 2);
   cache.Match({2});
-  cache.Release({newer[0], newer[0]});
-  const auto first = cache->TakeCopyOuts(9);
-  ASSERT_THAT(first, SizeIs(1));
-  EXPECT_EQ(cache->CopyDone(first[0].copy_id), absl::OkStatus());
-  cache.Release({older[0], older[0]});
-  EXPECT_THAT(cache->TakeCopyOuts(9), SizeIs(1)) << "released later, so it takes the slot";
-  EXPECT_THAT(cache->TakeCopyOuts(9), SizeIs(0)) << "and is not pushed out in turn";
+  MoveToBothTiers(&cache, third, 3);
   EXPECT_EQ(cache->stats().evicted_host_slots, 1u);
+  cache.Lease(2);  // evicts the two that are not in use
+  EXPECT_THAT(cache.Peek({1}), Pair(0, 1));
+  EXPECT_THAT(cache.Peek({2}), Pair(1, 0));
+  EXPECT_THAT(cache.Peek({3}), Pair(0, 1));
+  cache.Release(second);
+  EXPECT_THAT(cache->TakeCopyOuts(9), SizeIs(1)) << "not in use any more, it is written back again";
+}
+
+TEST(WriteBackToAFullHostTier, TakesTheSlotOfAnEntryThatStaysOnTheDeviceBeforeOneThatHasLeftIt) {
+  TestCache cache(3, 2, &Xxh3ChainHash, /*write_back_ahead_blocks=*/1);
+  cache.Lease(1);
+  const auto first = cache.Store({1});
+  const auto second = cache.Store({2});
+  MoveToBothTiers(&cache, first, 1);
+  auto leased = cache.Lease(1);
+  MoveToBothTiers(&cache, second, 2);
+  leased.push_back(cache.Lease(1)[0]);
+  EXPECT_EQ(cache->Return(leased), absl::OkStatus());
+  const MatchResult restored = cache.Match({2});
+  ASSERT_THAT(restored.copies, SizeIs(1));
+  EXPECT_EQ(cache->CopyDone(restored.copies[0].copy_id), absl::OkStatus());
+  const auto third = cache.Store({3});
+  cache.Match({3});
+  cache.Release({third[0], third[0]});
+  cache.Release(second);  // more recent than the third: it is not about to go
+  EXPECT_EQ(cache.WriteBack(), 1);
+  cache.Lease(1);
+  EXPECT_THAT(cache.Peek({1}), Pair(0, 1)) << "it has left the device, and is kept";
+  EXPECT_THAT(cache.Peek({2}), Pair(1, 0)) << "it has lost its copy alone";
+  EXPECT_THAT(cache.Peek({3}), Pair(0, 1));
+}
+
+TEST(WriteBackToAFullHostTier, PushesOutTheLeastRecentlyReleasedOfThoseThatHaveLeftTheDevice) {
+  TestCache cache(1, 2);
+  cache.StoreOnHost({1}, 1);
+  cache.StoreOnHost({2}, 1);
+  cache.StoreOnHost({3}, 1);
+  EXPECT_THAT(cache.Peek({1}), Pair(0, 0));
+  EXPECT_THAT(cache.Peek({2}), Pair(0, 1));
+  EXPECT_THAT(cache.Peek({3}), Pair(0, 1));
+}
+
+TEST(WriteBackToAFullHostTier, PushesOutNoMoreRecentEntry) {
+  TestCache cache(5, 1);
+  const auto chain = cache.Store({1, 2, 3});
+  cache.Release({chain[0]});  // not worth a copy yet
+  MoveToBothTiers(&cache, cache.Store({9}), 9);
+  const auto blocks = cache.Lease(2);
+  ASSERT_THAT(cache.Peek({9}), Pair(0, 1));
+  cache.Commit(TestCache::CommitOf(blocks, {4}, chain[2]));  // the chain is long now
+  EXPECT_EQ(cache.WriteBack(), 0);
+  EXPECT_THAT(cache.Peek({9}), Pair(0, 1));
+  cache.Release({chain[1]});
+  EXPECT_EQ(cache.WriteBack(), 1) << "released later";
+  EXPECT_THAT(cache.Peek({9}), Pair(0, 0));
 }
 
 TEST(CopyDone, OfACopyThatIsNotUnderWayIsRefused) {

@@ -35,8 +35,7 @@ struct CacheEntry {
   bool restored = false;      // while RESTORING: that copy is done, an ancestor's is not
   bool was_hit = false;
   bool on_long_chain = false;
-  bool write_back_wanted = false;  // since its last release
-  uint32_t device_children = 0;    // with a block
+  uint32_t device_children = 0;  // with a block
   uint32_t busy_children = 0;
   // What CacheState has counted it as.
   bool busy = false;  // it or a descendant is pinned or being copied
@@ -44,7 +43,10 @@ struct CacheEntry {
   bool counted_pinned = false;
   bool in_device_order = false;
   bool in_host_order = false;
+  bool in_idle_order = false;
   bool in_write_back_order = false;
+  bool in_idle_copies = false;
+  bool in_pinned_copies = false;
 };
 
 // Owns all entries. An entry is found by hash and then compared exactly: parent and tokens. Two
