@@ -2,6 +2,7 @@
 // proto/cache.proto.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -30,6 +31,10 @@ struct CopyOrder {
   PoolBlock block;
   uint32_t host_slot = 0;
 };
+
+// Write-backs travel in plans, so few at a time; a block being copied cannot be evicted.
+inline constexpr size_t kMaxCopiesPerPush = 32;
+inline constexpr size_t kMaxWriteBacksUnderWay = 64;
 
 // In sequence order: `device` blocks, then `restoring` ones, all of them pinned.
 struct MatchResult {

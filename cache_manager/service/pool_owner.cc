@@ -21,9 +21,6 @@
 namespace wintserve {
 namespace {
 
-// Write-backs travel in plans, so few at a time; a block being copied cannot be evicted.
-constexpr size_t kMaxCopiesPerPush = 32;
-constexpr size_t kMaxWriteBacks = 64;  // under way
 // What states and index cost beside the tokens; generous, to refuse a pool of absurdly many tiny
 // blocks before it exhausts this process.
 constexpr double kIndexBytesPerBlock = 512;
@@ -273,10 +270,14 @@ std::optional<proto::CacheReply> PoolOwner::TakeCopyOut(uint64_t session_id) {
     return std::nullopt;
   }
   Pool& pool = **found;
-  std::vector<CopyOrder> copies = std::exchange(pool.lost_write_backs, {});
-  if (copies.empty() && pool.write_backs.size() < kMaxWriteBacks) {
+  std::vector<CopyOrder> copies;
+  while (!pool.lost_write_backs.empty() && copies.size() < kMaxCopiesPerPush) {
+    copies.push_back(pool.lost_write_backs.front());
+    pool.lost_write_backs.pop_front();
+  }
+  if (copies.empty() && pool.write_backs.size() < kMaxWriteBacksUnderWay) {
     copies = pool.cache->TakeCopyOuts(
-        std::min(kMaxCopiesPerPush, kMaxWriteBacks - pool.write_backs.size()));
+        std::min(kMaxCopiesPerPush, kMaxWriteBacksUnderWay - pool.write_backs.size()));
   }
   if (copies.empty()) return std::nullopt;
   proto::CacheReply push;

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -55,7 +56,7 @@ class PoolOwner {
   uint64_t NewSession() { return ++last_session_id_; }
 
   // The reply to `request`, which came on the stream with this id, and after it, where write-backs
-  // have become due, a CopyOut.
+  // are due, a CopyOut of at most kMaxCopiesPerPush.
   std::vector<proto::CacheReply> Handle(uint64_t session_id, const proto::CacheRequest& request)
       EXCLUDES(mu_);
 
@@ -83,7 +84,7 @@ class PoolOwner {
     std::unique_ptr<PrefixCache> cache;
     uint64_t last_copy_id = 0;                   // that was ordered
     std::map<uint64_t, CopyOrder> write_backs;   // under way, by copy_id
-    std::vector<CopyOrder> lost_write_backs;     // of them, to be ordered again
+    std::deque<CopyOrder> lost_write_backs;      // of them, to be ordered again
     bool must_reconcile = false;                 // before anything else
     std::optional<Clock::time_point> grace_end;  // none: open
   };

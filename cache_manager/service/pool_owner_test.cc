@@ -388,6 +388,24 @@ TEST_F(PoolOwnerTest, OrdersLostWriteBacksAgainAfterReconcile) {
             pushed[1].copy_out().copies(1).DebugString());
 }
 
+TEST_F(PoolOwnerTest, PushesAFewWriteBacksAtATimeAndLostOnesToo) {
+  const std::string open =
+      "open { api_epoch: 10 num_blocks: 512 block_bytes_by_rank: 64 block_size_tokens: 2 "
+      "host_bytes: 32768 }";
+  ASSERT_EQ(Refusal(kMe, open), "");
+  const auto num_pushed = [](const std::vector<proto::CacheReply>& replies) {
+    return replies.size() < 2 ? 0 : static_cast<size_t>(replies[1].copy_out().copies_size());
+  };
+  EXPECT_EQ(num_pushed(HandleAll(kMe, Release(Store(kMe, 512)))), kMaxCopiesPerPush);
+  EXPECT_EQ(num_pushed(HandleAll(kMe, "ping {}")), kMaxWriteBacksUnderWay - kMaxCopiesPerPush);
+  EXPECT_EQ(num_pushed(HandleAll(kMe, "ping {}")), 0u);
+  owner_->SuspendSession(kMe);
+  ASSERT_EQ(Refusal(kLater, open), "");
+  EXPECT_EQ(num_pushed(HandleAll(kLater, "reconcile {}")), kMaxCopiesPerPush);
+  EXPECT_EQ(num_pushed(HandleAll(kLater, "fence {}")), kMaxWriteBacksUnderWay - kMaxCopiesPerPush);
+  EXPECT_EQ(num_pushed(HandleAll(kLater, "ping {}")), 0u);
+}
+
 TEST_F(PoolOwnerTest, FenceFreesWhatAReconcileQuarantined) {
   ASSERT_EQ(Refusal(kMe, kOpenTiered), "");
   auto replies = HandleAll(kMe, Release(Store(kMe, 16)));

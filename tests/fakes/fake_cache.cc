@@ -11,8 +11,6 @@
 namespace wintserve {
 namespace {
 
-constexpr size_t kMaxCopiesPerPush = 32;
-
 uint32_t NumHostSlots(const PoolSpec& spec) {
   const uint64_t block_bytes = std::accumulate(spec.block_bytes_by_rank.begin(),
                                                spec.block_bytes_by_rank.end(), uint64_t{0});
@@ -333,8 +331,10 @@ void FakeCache::TellAvailable(const Session& session) {
 void FakeCache::PushCopyOuts(const Session& session) {
   if (pool_.session != &session || pool_.must_reconcile || session.closing) return;
   std::vector<CopyOrder> copies;
-  for (auto lost = pool_.write_backs.rbegin(); pool_.num_lost_write_backs > 0; ++lost) {
-    copies.insert(copies.begin(), lost->second);
+  for (auto lost =
+           std::prev(pool_.write_backs.end(), static_cast<ptrdiff_t>(pool_.num_lost_write_backs));
+       pool_.num_lost_write_backs > 0 && copies.size() < kMaxCopiesPerPush; ++lost) {
+    copies.push_back(lost->second);
     --pool_.num_lost_write_backs;
   }
   if (copies.empty()) copies = pool_.cache->TakeCopyOuts(kMaxCopiesPerPush);
