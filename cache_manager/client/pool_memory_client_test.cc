@@ -127,6 +127,26 @@ TEST_F(PoolMemorySocket, RefusesTheHostTierOfAPoolWithoutOne) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("the pool has no host tier"));
 }
 
+bool IsMapped(const void* data) {
+  std::ifstream maps("/proc/self/maps");
+  const std::string start = fmt::format("{:x}-", reinterpret_cast<uintptr_t>(data));
+  for (std::string line; std::getline(maps, line);) {
+    if (line.starts_with(start)) return true;
+  }
+  return false;
+}
+
+// Whoever withdraws it holds a lock, maybe, and unmapping gigabytes takes long.
+TEST_F(PoolMemorySocket, WithdrawnMemoryIsUnmappedWhereTheCallerLetsGoOfIt) {
+  std::shared_ptr<const void> withdrawn = server_->Withdraw();
+  ASSERT_NE(withdrawn, nullptr);
+  EXPECT_EQ(Fetch(0).status().code(), absl::StatusCode::kNotFound);
+  EXPECT_TRUE(IsMapped(owner_bytes_[0]));
+  withdrawn.reset();
+  EXPECT_FALSE(IsMapped(owner_bytes_[0]));
+  EXPECT_EQ(server_->Withdraw(), nullptr);
+}
+
 // "dd" among the VmFlags that /proc/self/smaps gives for the mapping that starts at `data`.
 bool IsLeftOutOfCoreDumps(const void* data) {
   std::ifstream smaps("/proc/self/smaps");

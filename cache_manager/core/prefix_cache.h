@@ -143,8 +143,11 @@ class PrefixCache {
   // not hold, or an entry being restored without its parent. Names it; nothing has changed.
   absl::Status Reconcile(std::span<const PinCount> pins, std::span<const PoolBlock> leased);
 
-  // Drops all pins and cancels all copies. LEASED and RESTORING blocks and filling host slots
-  // become QUARANTINED; COPYING_OUT blocks, which are only read, stay so and matchable.
+  // The session has ended, and another one may follow on the same pool: drops all pins and cancels
+  // all copies. LEASED and RESTORING blocks and filling host slots become QUARANTINED; COPYING_OUT
+  // blocks, which are only read, stay so and matchable. For a pool that outlives its API server. In
+  // this version an API server that dies ends the instance, so PoolOwner drops the pool instead,
+  // and only the simulator and tests, which hold the fences to the same account, get here.
   void EndSession();
   // Every process that could write to quarantined memory, or could run a cancelled copy, has gone
   // or has drained. Copies of a session that goes on are not affected.

@@ -65,13 +65,12 @@ MemoryServer::~MemoryServer() {
 void MemoryServer::Publish(uint64_t pool_epoch, PoolMemory memory) {
   auto pool = std::make_shared<const Pool>(Pool{pool_epoch, std::move(memory)});
   MutexLock lock(&mu_);
-  pool_ = std::move(pool);
+  pool_.swap(pool);  // one that is replaced is unmapped after the lock is released
 }
 
-void MemoryServer::Withdraw() {
-  std::shared_ptr<const Pool> dropped;  // unmapped after the lock is released
+std::shared_ptr<const void> MemoryServer::Withdraw() {
   MutexLock lock(&mu_);
-  dropped.swap(pool_);
+  return std::exchange(pool_, nullptr);
 }
 
 void MemoryServer::Run() {

@@ -38,8 +38,10 @@ class MemoryServer {
 
   // From now on requests that name pool_epoch get this memory, and no others get any.
   void Publish(uint64_t pool_epoch, PoolMemory memory) EXCLUDES(mu_);
-  // Drops the memory: it is freed once no worker maps it any more.
-  void Withdraw() EXCLUDES(mu_);
+  // Hands out no memory from now on. What is returned (null: there was none) owns what was
+  // published: it is freed once that is released and no worker maps it any more. Releasing it takes
+  // long, as gigabytes are unmapped, so the caller chooses where.
+  std::shared_ptr<const void> Withdraw() EXCLUDES(mu_);
 
  private:
   struct Pool {

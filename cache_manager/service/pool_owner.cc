@@ -310,25 +310,28 @@ void PoolOwner::SuspendSession(uint64_t session_id) {
 }
 
 void PoolOwner::EndSession(uint64_t session_id) {
+  DroppedPool dropped;  // goes after the lock
   MutexLock lock(&mu_);
-  if (PoolOf(session_id).ok()) DropPool("ended");
+  if (PoolOf(session_id).ok()) dropped = DropPool("ended");
 }
 
 std::optional<PoolOwner::Clock::time_point> PoolOwner::DropExpired() {
+  DroppedPool dropped;  // goes after the lock
   MutexLock lock(&mu_);
   if (!pool_.has_value() || !pool_->grace_end.has_value()) return std::nullopt;
   if (now_() < *pool_->grace_end) return pool_->grace_end;
-  DropPool("broke and was not taken up again");
+  dropped = DropPool("broke and was not taken up again");
   return std::nullopt;
 }
 
-void PoolOwner::DropPool(const char* why) {
-  memory_server_->Withdraw();
-  const PrefixCacheStats stats = pool_->cache->stats();
+PoolOwner::DroppedPool PoolOwner::DropPool(const char* why) {
+  DroppedPool dropped = {memory_server_->Withdraw(), std::move(pool_->cache)};
+  const PrefixCacheStats stats = dropped.cache->stats();
   LOG_INFO("session {}: {}; pool {:#x} dropped: {} blocks leased, {} pinned, {} entries",
            pool_->session_id, why, pool_->pool_epoch, stats.num_leased, stats.num_committed_pinned,
            stats.num_entries);
   pool_.reset();
+  return dropped;
 }
 
 proto::StatsReply PoolOwner::Stats() {

@@ -41,7 +41,7 @@ class CacheWatcher {
 // before the old one is known to be broken; the grace goes on until Reconcile is done. A request
 // that is malformed or comes at the wrong time gets a Refusal and changes nothing. Without a pool
 // its memory is withdrawn. Threading: any thread. One mutex guards all state, and nothing waits
-// while it is held.
+// while it is held, nor is memory unmapped.
 class PoolOwner {
  public:
   using Clock = std::chrono::steady_clock;
@@ -105,7 +105,12 @@ class PoolOwner {
   absl::StatusOr<Pool*> PoolOf(uint64_t session_id) REQUIRES(mu_);
   uint32_t NumAvailable(uint64_t session_id) REQUIRES(mu_);
   void TellWatchers() REQUIRES(mu_);
-  void DropPool(const char* why) REQUIRES(mu_);
+  // What is left of a pool. Freeing it takes long, so that is done without the lock.
+  struct DroppedPool {
+    std::shared_ptr<const void> memory;
+    std::unique_ptr<PrefixCache> cache;
+  };
+  [[nodiscard]] DroppedPool DropPool(const char* why) REQUIRES(mu_);
 
   MemoryServer* const memory_server_;
   const std::function<Clock::time_point()> now_;
