@@ -77,7 +77,9 @@ bool SupervisorServer::ServeConnection(int connection_fd) {
   if (!packet.ok()) return absl::IsDeadlineExceeded(packet.status());
   proto::SupervisorRequest request;
   if (!request.ParseFromString(packet->bytes) || !EqualInConstantTime(request.token(), token_)) {
-    LOG_WARNING("supervisor.sock: dropped a peer without the instance's token");
+    if (const auto more = stranger_log_->Admit()) {
+      LOG_WARNING("supervisor.sock: dropped a peer without the instance's token{}", *more);
+    }
     return false;
   }
   const absl::StatusOr<int> fd = Answer(request);

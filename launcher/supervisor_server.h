@@ -6,12 +6,14 @@
 
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "common/log_limit.h"
 #include "common/mapped_memory.h"
 #include "common/unique_fd.h"
 #include "proto/supervisor.pb.h"
@@ -52,6 +54,8 @@ class SupervisorServer {
   MappedMemory group_memory_;
   std::deque<uint64_t> ended_epochs_;
   bool restart_requested_ = false;
+  // By pointer, so that the server can be moved.
+  std::unique_ptr<LogLimit> stranger_log_ = std::make_unique<LogLimit>();
 };
 
 }  // namespace wintserve

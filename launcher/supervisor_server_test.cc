@@ -7,6 +7,7 @@
 #include <atomic>
 #include <thread>
 
+#include "common/captured_log_test_util.h"
 #include "common/unix_socket.h"
 #include "launcher/client/supervisor_client.h"
 #include "proto/supervisor.pb.h"
@@ -37,9 +38,13 @@ class SupervisorServerTest : public ::testing::Test {
     });
   }
   ~SupervisorServerTest() override {
-    done_ = true;
-    loop_.join();
+    Stop();
     ::unlink(path_.c_str());
+  }
+
+  void Stop() {
+    done_ = true;
+    if (loop_.joinable()) loop_.join();
   }
 
   UniqueFd Connect() {
@@ -163,6 +168,17 @@ TEST_F(SupervisorServerTest, APeerThatDoesNotReadStopsNobody) {
     if (!SendPacket(deaf.get(), GroupMemoryRequest(7, 4096)).ok()) break;
   }
   EXPECT_TRUE(Ask(Connect(), 7, 4096).ok());
+}
+
+TEST_F(SupervisorServerTest, AFloodOfStrangersIsAFewLinesInTheLog) {
+  CapturedLog log;
+  for (int i = 0; i < 100; ++i) {
+    const UniqueFd peer = Connect();
+    ASSERT_TRUE(SendPacket(peer.get(), "malformed").ok());
+    EXPECT_FALSE(ReceivePacket(peer.get(), kTimeoutMs).ok());
+  }
+  Stop();
+  EXPECT_EQ(log.num_lines(), LogLimit::kMaxLinesPerMinute) << log.text();
 }
 
 }  // namespace

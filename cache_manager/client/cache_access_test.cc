@@ -11,6 +11,8 @@
 #include <thread>
 
 #include "cache_manager/client/session_test_util.h"
+#include "common/captured_log_test_util.h"
+#include "common/log_limit.h"
 #include "common/unique_fd.h"
 #include "proto/cache.grpc.pb.h"
 
@@ -124,6 +126,26 @@ TEST_F(CacheAccess, WrongTokenIsRefused) {
   EXPECT_THAT(std::string(client.status().message()),
               HasSubstr("the cache queue demands the instance token"));
   EXPECT_FALSE(recorder.has_closed());
+}
+
+TEST_F(CacheAccess, AFloodOfStrangersIsAFewLinesInTheLog) {
+  CapturedLog log;
+  const auto stub =
+      proto::Cache::NewStub(grpc::CreateChannel(target(), grpc::InsecureChannelCredentials()));
+  for (int i = 0; i < 100; ++i) {
+    grpc::ClientContext context;
+    proto::StatsReply stats;
+    EXPECT_EQ(stub->Stats(&context, {}, &stats).error_code(), grpc::StatusCode::UNAUTHENTICATED);
+  }
+  Recorder recorder;
+  auto client = Connect(&recorder);
+  client->LeaseBlocks(1, 1);  // before OpenPool: a bug of the API server
+  EXPECT_THAT(recorder.Leased(1), IsEmpty());
+  client.reset();
+  server_.reset();
+  EXPECT_EQ(log.num_lines(), LogLimit::kMaxLinesPerMinute + 2) << log.text();
+  EXPECT_THAT(log.text(), HasSubstr("refused: this session has no pool open")) << "by the server";
+  EXPECT_THAT(log.text(), HasSubstr("the cache manager refused a request")) << "by the client";
 }
 
 TEST_F(CacheAccess, IsReachableOnItsPortToo) {

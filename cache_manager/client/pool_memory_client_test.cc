@@ -16,7 +16,9 @@
 #include <vector>
 
 #include "cache_manager/memory/memory_server.h"
+#include "common/captured_log_test_util.h"
 #include "common/check.h"
+#include "common/log_limit.h"
 #include "common/unix_socket.h"
 #include "proto/cache.pb.h"
 
@@ -175,6 +177,16 @@ TEST_F(PoolMemorySocket, LeavesAWorkersMappingAloneWhenThePoolIsWithdrawn) {
   server_->Withdraw();
   static_cast<char*>(memory->data())[memory->size_bytes() - 1] = 1;
   EXPECT_EQ(Fetch(0).status().code(), absl::StatusCode::kNotFound);
+}
+
+TEST_F(PoolMemorySocket, AFloodOfStrangersIsAFewLinesInTheLog) {
+  CapturedLog log;
+  for (int i = 0; i < 100; ++i) EXPECT_EQ(ReplyTo("malformed"), kUnauthenticated);
+  const auto worker = FetchPoolMemory(path_, kToken, kEpoch + 1, 0, PoolTier::kDevice, kTimeoutMs);
+  EXPECT_EQ(worker.status().code(), absl::StatusCode::kNotFound);
+  server_.reset();
+  EXPECT_EQ(log.num_lines(), LogLimit::kMaxLinesPerMinute + 1) << log.text();
+  EXPECT_THAT(log.text(), HasSubstr("is not the pool that is open")) << "of one with the token";
 }
 
 TEST_F(PoolMemorySocket, RefusesAnotherPoolEpoch) {

@@ -96,7 +96,9 @@ void MemoryServer::Run() {
     const absl::Status accepted = AcceptPeer(&peers);
     if (!accepted.ok() && !absl::IsUnavailable(accepted)) {
       // Out of descriptors, most likely: the waiting peer would wake us again at once.
-      LOG_WARNING("memory socket: {}; trying again", std::string(accepted.message()));
+      if (const auto more = accept_log_.Admit()) {
+        LOG_WARNING("memory socket: {}; trying again{}", std::string(accepted.message()), *more);
+      }
       accept_from = steady_clock::now() + kAcceptRetry;
     }
   }
@@ -111,9 +113,9 @@ void MemoryServer::ServePeers(const std::vector<pollfd>& polled, std::vector<Pee
       Answer(peer.fd.get(), ReceivePacket(peer.fd.get(), /*timeout_ms=*/0));
     } else if (now < peer.deadline) {
       waiting.push_back(std::move(peer));
-    } else {
-      LOG_WARNING("memory socket: dropped a peer that said nothing for {} ms",
-                  kSilentPeerTimeout.count());
+    } else if (const auto more = stranger_log_.Admit()) {
+      LOG_WARNING("memory socket: dropped a peer that said nothing for {} ms{}",
+                  kSilentPeerTimeout.count(), *more);
     }
   }
   *peers = std::move(waiting);
@@ -160,12 +162,18 @@ void MemoryServer::Answer(int peer_fd, const absl::StatusOr<Packet>& packet) {
   } else {
     reply.set_status_code(static_cast<uint32_t>(memory.status().code()));
     reply.set_text(std::string(memory.status().message()));
-    LOG_WARNING("memory socket: refused a peer: {}", reply.text());
+    LogLimit& limit = absl::IsUnauthenticated(memory.status()) ? stranger_log_ : refusal_log_;
+    if (const auto more = limit.Admit()) {
+      LOG_WARNING("memory socket: refused a peer: {}{}", reply.text(), *more);
+    }
   }
   // The first packet to a peer always finds room, so this does not block.
   if (const absl::Status sent = SendPacket(peer_fd, reply.SerializeAsString(), memory_fd);
       !sent.ok()) {
-    LOG_WARNING("memory socket: a peer left before its reply: {}", std::string(sent.message()));
+    if (const auto more = stranger_log_.Admit()) {
+      LOG_WARNING("memory socket: a peer left before its reply: {}{}", std::string(sent.message()),
+                  *more);
+    }
   }
 }
 

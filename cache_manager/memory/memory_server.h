@@ -13,6 +13,7 @@
 
 #include "absl/status/statusor.h"
 #include "cache_manager/memory/pool_memory.h"
+#include "common/log_limit.h"
 #include "common/mutex.h"
 #include "common/unique_fd.h"
 #include "common/unix_socket.h"
@@ -68,6 +69,9 @@ class MemoryServer {
   std::atomic<bool> stopping_ = false;
   Mutex mu_;
   std::shared_ptr<const Pool> pool_ GUARDED_BY(mu_);  // null: none. A reply under way shares it.
+  LogLimit accept_log_;
+  LogLimit stranger_log_;  // peers that have not shown the token
+  LogLimit refusal_log_;   // those that have
   std::thread thread_;
 };
 

@@ -14,6 +14,7 @@
 #include "absl/strings/escaping.h"
 #include "cache_manager/memory/token.h"
 #include "common/log.h"
+#include "common/log_limit.h"
 #include "common/mutex.h"
 #include "proto/cache.grpc.pb.h"
 
@@ -109,6 +110,8 @@ struct ServerState {
   PoolOwner* const owner;
   GraceTimer timer{owner};
   StreamCount streams;
+  LogLimit stranger_log;  // calls without the token
+  LogLimit refusal_log;   // requests of sessions
 };
 
 // One session: request, its replies, request, its replies, …
@@ -161,7 +164,9 @@ class SessionStream : public grpc::ServerBidiReactor<proto::CacheRequest, proto:
       if (request_.has_open()) state_->timer.Wake();
     }
     if (replies_[0].has_refusal()) {
-      LOG_WARNING("session {}: refused: {}", id_, replies_[0].refusal().text());
+      if (const auto more = state_->refusal_log.Admit()) {
+        LOG_WARNING("session {}: refused: {}{}", id_, replies_[0].refusal().text(), *more);
+      }
     }
     next_reply_ = 0;
     StartWrite(&replies_[0]);
@@ -321,14 +326,16 @@ class CacheService : public proto::Cache::CallbackService {
   void WaitForStreams() { state_.streams.WaitForNone(); }
 
  private:
-  bool Authenticate(const grpc::CallbackServerContext& context) const {
+  bool Authenticate(const grpc::CallbackServerContext& context) {
     const auto& metadata = context.client_metadata();
     const auto presented = metadata.find("wintserve-token");
     if (presented != metadata.end() &&
         TokensEqual(token_hex_, {presented->second.data(), presented->second.size()})) {
       return true;
     }
-    LOG_WARNING("refused a call from {}: wrong or missing token", context.peer());
+    if (const auto more = state_.stranger_log.Admit()) {
+      LOG_WARNING("refused a call from {}: wrong or missing token{}", context.peer(), *more);
+    }
     return false;
   }
 
