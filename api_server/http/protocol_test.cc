@@ -205,13 +205,38 @@ TEST(ResetPrefixCache, MeansTheSaltThatRequestsOfThatKeyHave) {
   EXPECT_THAT(server.llm().resets(), testing::ElementsAre(server.llm().submitted()[0].cache_salt));
 }
 
-TEST(ResetPrefixCache, Is503WithoutACacheManager) {
-  TestServer server;
-  server.llm().SetResetAnswer(absl::UnavailableError("the cache manager is not there"));
-  const Response response = Fetch(server.port(), Post("/reset_prefix_cache", ""));
-  EXPECT_EQ(response.status, 503);
-  EXPECT_EQ(response.Header("Retry-After"), "1");
-  EXPECT_EQ(ErrorOf(response)["message"], "the cache manager is not there");
+TEST(ResetPrefixCache, OfAKeyReachesNoOtherKeysCache) {
+  HttpOptions options;
+  options.api_keys = {"key", "other"};
+  options.isolate_cache_by_key = true;
+  TestServer server(options);
+  std::vector<std::string> salts;
+  for (const std::string key : {"key", "other"}) {
+    const std::string header = "Authorization: Bearer " + key + "\r\n";
+    Fetch(server.port(), Post("/v1/completions", R"({"prompt":"a"})", header));
+    for (const char* body : {"", "{}", R"({"cache_salt":null})", R"({"cache_salt":""})"}) {
+      EXPECT_EQ(Fetch(server.port(), Post("/reset_prefix_cache", body, header)).status, 200);
+    }
+    ASSERT_FALSE(server.llm().submitted().empty());
+    salts.insert(salts.end(), 4, server.llm().submitted().back().cache_salt);
+  }
+  EXPECT_NE(salts.front(), salts.back());
+  EXPECT_THAT(server.llm().resets(), testing::ElementsAreArray(salts));
+}
+
+TEST(ResetPrefixCache, Is503InPlainWordsWithoutACacheManager) {
+  for (const absl::Status& error :
+       {absl::UnavailableError("unix:/run/x/cache.sock: failed to connect to all addresses"),
+        absl::UnauthenticatedError("unix:/run/x/cache.sock: demands the instance token"),
+        absl::InternalError("unix:/run/x/cache.sock: RST_STREAM")}) {
+    TestServer server;
+    server.llm().SetResetAnswer(error);
+    const Response response = Fetch(server.port(), Post("/reset_prefix_cache", ""));
+    EXPECT_EQ(response.status, 503);
+    EXPECT_EQ(response.Header("Retry-After"), "1");
+    EXPECT_EQ(ErrorOf(response)["message"],
+              "the prefix cache was not reset: the cache manager does not answer; try again");
+  }
 }
 
 // Every sample line is "name{labels} number".

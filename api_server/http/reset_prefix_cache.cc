@@ -38,12 +38,16 @@ boost::asio::awaitable<Reply> ResetPrefixCache(ServerContext& context, const Req
                                                const std::string& body) {
   absl::StatusOr<std::optional<std::string>> salt = ParseSalt(body);
   if (!salt.ok()) co_return ErrorReply(ToApiError(salt.status()));
-  if (salt->has_value()) *salt = CacheSaltOf(context, head, **salt);
+  if (salt->has_value() || IsolatesCacheByKey(context)) {
+    *salt = CacheSaltOf(context, head, salt->value_or(""));
+  }
   const absl::StatusOr<uint64_t> num_blocks =
       co_await OnPool(context.blocking_pool, [&] { return context.llm->ResetPrefixCache(*salt); });
   if (!num_blocks.ok()) {
     LOG_WARNING("the prefix cache was not reset: {}", num_blocks.status().ToString());
-    co_return ErrorReply(ToApiError(num_blocks.status()));
+    // Whatever the connection to it says is for the log.
+    co_return ErrorReply(ToApiError(absl::UnavailableError(
+        "the prefix cache was not reset: the cache manager does not answer; try again")));
   }
   LOG_INFO("prefix cache reset{}: {} blocks", salt->has_value() ? " for one salt" : "",
            *num_blocks);

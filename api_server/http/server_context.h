@@ -42,10 +42,15 @@ inline bool MayKeepAlive(const ServerContext& context, const RequestHead& head) 
   return head.keep_alive && !context.draining;
 }
 
+// Requests of different API keys share nothing in the cache.
+inline bool IsolatesCacheByKey(const ServerContext& context) {
+  return context.options.isolate_cache_by_key && !context.keys.empty();
+}
+
 // The salt of a request that asks for `cache_salt` (or none: empty).
 inline std::string CacheSaltOf(const ServerContext& context, const RequestHead& head,
                                const std::string& cache_salt) {
-  return context.options.isolate_cache_by_key && !context.keys.empty()
+  return IsolatesCacheByKey(context)
              ? SaltOfKey(context.keys.DigestOf(head.authorization), cache_salt)
              : cache_salt;
 }
