@@ -313,9 +313,15 @@ TEST_F(LauncherTest, ADeadCacheManagerIsStartedAgainWithTheSameInstance) {
   ExpectNothingLeft();
 }
 
-TEST_F(LauncherTest, ACacheManagerThatKeepsDyingEndsTheInstanceWithOneLine) {
+TEST_F(LauncherTest, ACacheManagerThatKeepsDyingIsGivenTimeAndEndsTheInstanceWithOneLine) {
+  const auto before = std::chrono::steady_clock::now();
   StartServing({}, {{"cache_manager", "abort"}});
   EXPECT_EQ(ExitCode(), kExitInternal);
+  EXPECT_GE(std::chrono::steady_clock::now() - before, std::chrono::milliseconds(7500));
+  for (const char* pause :
+       {"again\n", "again in 0.5 s\n", "again in 1 s\n", "again in 2 s\n", "again in 4 s\n"}) {
+    EXPECT_THAT(Stderr(), HasSubstr(std::string("(Aborted); starting it ") + pause));
+  }
   EXPECT_THAT(Stderr(), HasSubstr("cache manager died of signal 6 (Aborted), for the 6th time "
                                   "within 10 minutes; the instance ends"));
   EXPECT_EQ(NumErrorLines(), 1) << Stderr();
@@ -339,6 +345,30 @@ TEST_F(LauncherTest, ACacheManagerIsReplacedWhileRequestsAreFinished) {
   KillCacheManager();
   launcher_.Signal(SIGTERM);
   EXPECT_EQ(ExitCode(), kExitOk);
+  ExpectNothingLeft();
+}
+
+TEST_F(LauncherTest, AStopDoesNotWaitForACacheManagerThatIsAboutToBeStarted) {
+  StartServing({}, {{"cache_manager", "abort"}});
+  ASSERT_TRUE(Eventually([&] { return Stderr().find("again in 4 s") != std::string::npos; }));
+  const auto before = std::chrono::steady_clock::now();
+  launcher_.Signal(SIGTERM);
+  EXPECT_EQ(ExitCode(), kExitOk);
+  EXPECT_LT(std::chrono::steady_clock::now() - before, std::chrono::seconds(2));
+  EXPECT_EQ(NumErrorLines(), 0) << Stderr();
+  ExpectNothingLeft();
+}
+
+TEST_F(LauncherTest, ACacheManagerThatCrashesOnceTheApiServerHasEndedIsNoFailure) {
+  StartServing({}, {{"engine_worker_0", "ignore"}});
+  ASSERT_TRUE(ChildrenRun(3)) << Stderr();
+  launcher_.Signal(SIGTERM);
+  ASSERT_TRUE(Eventually([&] { return Stderr().find("api server ended") != std::string::npos; }));
+  ::kill(PidOf("cache-manager"), SIGKILL);
+  EXPECT_EQ(ExitCode(), kExitOk);
+  EXPECT_THAT(Stderr(),
+              HasSubstr("cache manager died of signal 9 (Killed) after the last request"));
+  EXPECT_EQ(NumErrorLines(), 0) << Stderr();
   ExpectNothingLeft();
 }
 

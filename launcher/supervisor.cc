@@ -32,6 +32,9 @@ constexpr milliseconds kHangPatience(3000);
 // More deaths of the cache manager within the window end the instance.
 constexpr size_t kMaxCacheManagerDeaths = 5;
 constexpr std::chrono::minutes kDeathWindow(10);
+// Before the restart that follows the second death within the window, and twice as long with every
+// further one: what killed it may be about to pass. The first restart is at once.
+constexpr milliseconds kFirstRestartPause(500);
 
 // Numbers of the descriptors in a child.
 constexpr int kInstanceFd = 3;
@@ -87,6 +90,7 @@ int Supervisor::Run() {
     ReadSignals();
     KillHangingCacheManager();
     ReapEnded();
+    StartDueChildren();
     AdvanceStop();
   }
   return exit_code_;
@@ -145,10 +149,15 @@ void Supervisor::WaitForNews() {
     if (child.process.running()) fds.push_back({child.process.pidfd(), POLLIN, 0});
   }
   server_.AddPollFds(&fds);
+  std::optional<Clock::time_point> until;
+  if (stopping_ || !ended_.empty()) until = stopping_ ? kill_time_ : judge_time_;
+  for (const Child& child : children_) {
+    if (!child.restart_time.has_value()) continue;
+    until = std::min(until.value_or(*child.restart_time), *child.restart_time);
+  }
   int timeout_ms = -1;
-  if (stopping_ || !ended_.empty()) {
-    const auto until = stopping_ ? kill_time_ : judge_time_;
-    const auto left = std::chrono::ceil<milliseconds>(until - Clock::now());
+  if (until.has_value()) {
+    const auto left = std::chrono::ceil<milliseconds>(*until - Clock::now());
     timeout_ms = static_cast<int>(std::max<int64_t>(0, left.count()));
   }
   if (::poll(fds.data(), fds.size(), timeout_ms) > 0) server_.Serve(fds);
@@ -220,11 +229,27 @@ void Supervisor::ReplaceCacheManager(Child* child, const ChildExit& how) {
     draining_ = false;
     return BeginStopping(kExitInternal);
   }
-  LOG_WARNING("{} died of {}; starting it again", child->name, how.ToString());
-  if (const absl::Status status = Spawn(child); !status.ok()) {
-    LOG_ERROR("{}", std::string(status.message()));
-    draining_ = false;
-    BeginStopping(kExitInternal);
+  const size_t num_deaths = cache_manager_deaths_.size();
+  const milliseconds pause =
+      num_deaths == 1 ? milliseconds(0) : kFirstRestartPause * (1 << (num_deaths - 2));
+  LOG_WARNING("{} died of {}; starting it again{}", child->name, how.ToString(),
+              num_deaths == 1 ? "" : fmt::format(" in {} s", pause.count() / 1000.0));
+  child->restart_time = now + pause;
+}
+
+void Supervisor::StartDueChildren() {
+  for (Child& child : children_) {
+    if (!child.restart_time.has_value()) continue;
+    // Nobody needs it any more.
+    const bool is_over = stopping_ && !(draining_ && AnyRunning(Role::kApiServer));
+    if (!is_over && Clock::now() < *child.restart_time) continue;
+    child.restart_time.reset();
+    if (is_over) continue;
+    if (const absl::Status status = Spawn(&child); !status.ok()) {
+      LOG_ERROR("{}", std::string(status.message()));
+      draining_ = false;
+      return BeginStopping(kExitInternal);
+    }
   }
 }
 
@@ -268,6 +293,11 @@ void Supervisor::JudgeDrained(const Child& child, const ChildExit& ended) {
   // An engine worker ends when the API server, on its own way out, tells it to.
   const bool early =
       !child.stopped && child.role != Role::kEngineWorker && AnyRunning(Role::kApiServer);
+  // With the API server gone every request has been answered, and what it cached is of no use.
+  if (crashed && child.role == Role::kCacheManager && !AnyRunning(Role::kApiServer)) {
+    LOG_WARNING("{} died of {} after the last request had ended", child.name, ended.ToString());
+    return;
+  }
   if (!crashed && !early && !(api_server && failed)) {
     LOG_DEBUG("{} ended: {}", child.name, ended.ToString());
     return;

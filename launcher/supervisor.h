@@ -1,8 +1,10 @@
 // Starts the processes of an instance, watches them, stops them.
 //
-//   running --signal--> draining: API server, then workers, then cache manager --> 0 (75: cut off)
-//      |----child died--> stopping: all at once, briefly --------------------> its code
-//      |    (a cache manager is restarted instead, up to 5 times in 10 minutes)
+//   running --signal--> draining: API server, then engine workers, then cache manager --> 0 (75:
+//   cut)
+//      |----child died--> stopping: all at once, briefly --------------------------------> its code
+//      |    (a cache manager is restarted instead, up to 5 times in 10 minutes: at once, then after
+//      |    pauses of 0.5, 1, 2 and 4 s)
 //      `----second signal: SIGKILL for whoever is left
 #pragma once
 
@@ -45,7 +47,8 @@ class Supervisor {
     Instance instance;  // what it was started with
     ChildProcess process;
     Clock::time_point started;
-    bool stopped = false;  // we asked it to end, or ended it
+    bool stopped = false;                           // we asked it to end, or ended it
+    std::optional<Clock::time_point> restart_time;  // it has died and is started again then
   };
 
   absl::Status StartAll();
@@ -60,6 +63,7 @@ class Supervisor {
   // Whether the end of this child is no end of the instance.
   bool IsReplaceable(const Child& child, const ChildExit& how) const;
   void ReplaceCacheManager(Child* child, const ChildExit& how);
+  void StartDueChildren();
   bool CauseIsKnown() const;
   void JudgeUnexpected();
   void JudgeDrained(const Child& child, const ChildExit& ended);
