@@ -121,6 +121,7 @@ class CacheState {
   absl::Status CheckEntry(const CacheEntry& entry) const;
   absl::Status CheckOrders(const CacheEntry& entry) const;
   absl::Status CheckCopies() const;
+  absl::Status CheckNoOrphans() const;
 
   BlockPool pool_;
   HostTier host_;

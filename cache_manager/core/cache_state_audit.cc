@@ -4,6 +4,7 @@
 #include <set>
 #include <string_view>
 
+#include "absl/container/flat_hash_set.h"
 #include "cache_manager/core/cache_state.h"
 #include "common/status_macros.h"
 
@@ -126,6 +127,24 @@ absl::Status CacheState::CheckCopies() const {
   return absl::OkStatus();
 }
 
+// I10: evicting never orphans a child. Every indexed entry is reached from a root over entries that
+// are indexed too; that each has a copy, and none on the device below one that has left it, is
+// CheckEntry's.
+absl::Status CacheState::CheckNoOrphans() const {
+  absl::flat_hash_set<const CacheEntry*> reached;
+  for (const CacheEntry* root : index_.AllRoots()) {
+    RETURN_IF_ERROR(Expect(root->first_child != nullptr, *root, "a root has children"));
+    for (const CacheEntry* entry : PrefixIndex::Descendants(*root)) {
+      RETURN_IF_ERROR(Expect(reached.insert(entry).second, *entry, "it has one place"));
+    }
+  }
+  for (const CacheEntry* entry : index_.AllEntries()) {
+    RETURN_IF_ERROR(Expect(entry->indexed == reached.contains(entry), *entry,
+                           "I10: it is matchable and no orphan, or neither"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CacheState::CheckInvariants() const {
   RETURN_IF_ERROR(pool_.CheckInvariants());
   RETURN_IF_ERROR(host_.CheckInvariants());
@@ -160,10 +179,7 @@ absl::Status CacheState::CheckInvariants() const {
         num_indexed, num_with_block, num_pinned, num_evictable, num_listed, index_.num_indexed(),
         num_blocks_of_entries, num_committed_pinned_, num_evictable_, num_in_orders));
   }
-  for (const CacheEntry* root : index_.AllRoots()) {
-    RETURN_IF_ERROR(Expect(root->first_child != nullptr, *root, "a root has children"));
-  }
-  return absl::OkStatus();
+  return CheckNoOrphans();
 }
 
 }  // namespace wintserve

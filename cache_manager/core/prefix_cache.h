@@ -167,7 +167,9 @@ class PrefixCache {
   // dropped, the oldest first.
   std::vector<CacheEvent> TakeEvents(uint64_t* lost);
 
-  // INTERNAL describes the first broken invariant; for tests and audits, linear in the pool's size.
+  // INTERNAL describes the first broken invariant: block states and generations, holders of blocks
+  // and slots, copies, pins (I2), chains without orphans (I10), orders of eviction. For tests and
+  // audits, linear in the pool's size.
   absl::Status CheckInvariants() const;
 
  private:

@@ -1,0 +1,40 @@
+// What only a broken cache would show: CheckInvariants has to see it.
+#include "cache_manager/core/cache_state.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+namespace wintserve {
+namespace {
+
+using ::testing::HasSubstr;
+
+// I10: a child that no chain leads to could never be matched, nor evicted with its parent.
+TEST(CheckInvariants, SeesAnOrphan) {
+  CacheState state(/*num_blocks=*/2, /*num_host_slots=*/1, /*write_back_ahead_blocks=*/2,
+                   /*max_pending_events=*/16, &Xxh3ChainHash);
+  CacheEntry* const root = state.index().FindOrAddRoot(DigestOfRoot("model", ""));
+  const std::vector<int32_t> tokens = {1};
+  CacheEntry* const parent = state.index().FindOrAddChild(root, tokens).first;
+  CacheEntry* const child = state.index().FindOrAddChild(parent, tokens).first;
+  for (CacheEntry* const entry : {parent, child}) {
+    state.CommitBlock(entry, state.TakeBlock(BlockState::kLeased)->id);
+    entry->was_hit = true;
+    state.Pin(entry);
+  }
+  state.Unpin(child, 1);
+  const auto copy = state.StartWriteBack();
+  ASSERT_TRUE(copy.has_value() && state.EndCopy(copy->copy_id));
+  ASSERT_TRUE(state.TakeBlock(BlockState::kLeased).has_value());  // the child's
+  ASSERT_TRUE(state.IsOnHostOnly(*child));
+  ASSERT_EQ(state.CheckInvariants(), absl::OkStatus());
+
+  parent->first_child = nullptr;
+  EXPECT_THAT(std::string(state.CheckInvariants().message()),
+              HasSubstr("entry 2: not so: I10: it is matchable and no orphan"));
+  parent->first_child = child;
+  EXPECT_EQ(state.CheckInvariants(), absl::OkStatus());
+}
+
+}  // namespace
+}  // namespace wintserve
