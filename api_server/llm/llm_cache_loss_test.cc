@@ -54,6 +54,43 @@ TEST_F(CacheLossTest, StreamsGoOnWithTheRightTextWhenTheCacheManagerDies) {
   EXPECT_EQ(fatal_, "");
 }
 
+// A7: the lost pool's memory lives as long as any rank maps it. Its plans in flight end, every rank
+// is told to let go, and only when the last one has done so is there another pool; then each plan
+// is of that one (a worker faults on a plan of another pool, and on a pool before it has let go).
+TEST_F(CacheLossTest, A7NoPoolIsCreatedWhileARankMapsTheLostOne) {
+  options_.world_size = 2;
+  Create();
+  AddWorker(SlowWorker(0));
+  FakeWorkerOptions slow = SlowWorker(1);
+  std::atomic<bool> is_told = false;
+  std::atomic<bool> may_let_go = false;
+  const auto wait_for = [](const std::atomic<bool>& flag) {
+    for (int i = 0; i < 1000 && !flag; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    return flag.load();
+  };
+  slow.before_detach = [&] {
+    is_told = true;
+    wait_for(may_let_go);
+  };
+  AddWorker(slow);
+  ASSERT_TRUE(WaitUntilReady());
+  Updates updates;
+  Submit(Request(std::string(70, 'x'), 120), &updates);
+  ASSERT_TRUE(updates.WaitForTokens(20));
+  cache_.Die();
+  ASSERT_TRUE(wait_for(is_told));
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  EXPECT_EQ(cache_.num_pools(), 1u) << "a second one beside the memory that rank 1 maps";
+  may_let_go = true;
+  ASSERT_TRUE(updates.WaitFinished());
+  EXPECT_TRUE(updates.last().error.ok()) << updates.last().error;
+  EXPECT_EQ(updates.choice(0).text, Letters(70, 120));
+  EXPECT_EQ(cache_.num_pools(), 2u);
+  EXPECT_EQ(fatal_, "");
+}
+
 TEST_F(CacheLossTest, DecodingGoesOnWhileThereIsNoCacheManager) {
   StartServing(SlowWorker());
   Updates updates;

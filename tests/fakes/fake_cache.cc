@@ -232,6 +232,11 @@ PrefixCacheStats FakeCache::stats() const {
   return pool_.cache == nullptr ? PrefixCacheStats() : pool_.cache->stats();
 }
 
+uint64_t FakeCache::num_pools() const {
+  MutexLock lock(&mutex_);
+  return last_pool_epoch_ - kFirstPoolEpoch + 1;
+}
+
 absl::Status FakeCache::CheckInvariants() const {
   MutexLock lock(&mutex_);
   return pool_.cache == nullptr ? absl::OkStatus() : pool_.cache->CheckInvariants();

@@ -58,12 +58,15 @@ class FakeCache {
   // Of the last pool, though its session may be over; default values before the first.
   PoolSpec spec() const EXCLUDES(mutex_);
   PrefixCacheStats stats() const EXCLUDES(mutex_);
+  // Created so far.
+  uint64_t num_pools() const EXCLUDES(mutex_);
   // The first invariant of the last pool that does not hold.
   absl::Status CheckInvariants() const EXCLUDES(mutex_);
   // Texts of all requests refused so far that were a bug of the caller. A good test finds none.
   std::vector<std::string> refusals() const EXCLUDES(mutex_);
 
  private:
+  static constexpr uint64_t kFirstPoolEpoch = 99;
   class Client;
   using Clock = std::chrono::steady_clock;
 
@@ -111,7 +114,8 @@ class FakeCache {
   std::deque<Request> requests_ GUARDED_BY(mutex_);
   std::vector<std::shared_ptr<Session>> sessions_ GUARDED_BY(mutex_);  // that have not ended
   Pool pool_ GUARDED_BY(mutex_);
-  uint64_t last_pool_epoch_ GUARDED_BY(mutex_) = 98;
+  std::optional<uint64_t> resized_host_bytes_ GUARDED_BY(mutex_);
+  uint64_t last_pool_epoch_ GUARDED_BY(mutex_) = kFirstPoolEpoch - 1;
   std::vector<std::string> refusals_ GUARDED_BY(mutex_);
   std::thread thread_;
 };

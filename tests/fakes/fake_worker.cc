@@ -123,6 +123,7 @@ absl::Status FakeWorker::Detach(const DetachPool& detach) {
   if (pool_epoch_ != detach.pool_epoch) {
     return Wrong("DetachPool of pool epoch {:x}, which is not attached", detach.pool_epoch);
   }
+  if (options_.before_detach) options_.before_detach();
   pool_epoch_.reset();
   pool_.reset();
   if (!options_.never_detached) (void)client_->SendPoolDetached(detach.pool_epoch);

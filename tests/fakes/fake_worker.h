@@ -33,6 +33,8 @@ struct FakeWorkerOptions {
   std::function<void(StepDone* done)> spoil = {};
   // False: the cache manager is gone when the pool is to be mapped, so that it never is.
   std::function<bool(const AttachPool& attach)> can_map = {};
+  // Called before DetachPool is obeyed; it may wait.
+  std::function<void()> before_detach = {};
   bool never_ready = false;
   bool never_detached = false;  // DetachPool is obeyed, but not answered
 };
