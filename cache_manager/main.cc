@@ -43,7 +43,8 @@ int Main(int argc, char** argv) {
 
   const auto memory_server = MemoryServer::Start(instance->memory_socket(), instance->token);
   if (!memory_server.ok()) return ExitWith(kExitUnavailable, memory_server.status());
-  PoolOwner owner(memory_server->get());
+  // Beside the sockets, so that it goes with the instance.
+  PoolOwner owner(memory_server->get(), instance->runtime_dir + "/host_bytes");
   const auto cache_server = CacheServer::Start({.host = "127.0.0.1",
                                                 .port = instance->options.cache_queue_port,
                                                 .unix_path = instance->cache_socket(),

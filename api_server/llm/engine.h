@@ -148,6 +148,7 @@ class Engine {
   void Perform(PoolLifecycle::Action action);
   void UseNewPool();
   SchedulerConfig SchedulerConfigOf(const OpenedPool& pool) const;
+  void RecordFacts();
   void BecomeReady();
   void ReconcileSession();
   void SendToCache(std::vector<CacheCommand> commands);

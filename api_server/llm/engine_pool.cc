@@ -119,8 +119,10 @@ void Engine::UseNewPool() {
     scheduler_->OnAvailable(num_blocks_available_);
     return BecomeReady();
   }
-  LOG_INFO("a new KV pool is in use: {} blocks", pool.num_blocks);
+  LOG_INFO("a new KV pool is in use: {} blocks, {} in host memory", pool.num_blocks,
+           pool.num_host_slots);
   metrics_->RecordPoolReplacement();
+  RecordFacts();
   scheduler_->OnPoolReplaced(static_cast<int>(pool.num_blocks));
   scheduler_->OnAvailable(num_blocks_available_);
   scheduler_->SetPaused(false);
@@ -130,7 +132,6 @@ SchedulerConfig Engine::SchedulerConfigOf(const OpenedPool& pool) const {
   SchedulerConfig config = config_.scheduler;
   config.num_blocks = static_cast<int>(pool.num_blocks);
   config.vocab_size = startup_.sampled_vocab_size();
-  config.restore_from_host = pool.num_host_slots > 0;
   config.restore_us_per_block =
       static_cast<double>(startup_.largest_block_bytes()) / kCopyBytesPerUs;
   if (config.long_prefill_token_threshold == 0) {
@@ -140,7 +141,7 @@ SchedulerConfig Engine::SchedulerConfigOf(const OpenedPool& pool) const {
   return config;
 }
 
-void Engine::BecomeReady() {
+void Engine::RecordFacts() {
   const StartupConfig& config = config_.startup;
   const OpenedPool& pool = pool_.pool();
   metrics_->RecordFacts({.max_num_seqs = config.max_num_seqs,
@@ -151,6 +152,12 @@ void Engine::BecomeReady() {
                          .num_host_blocks = static_cast<int>(pool.num_host_slots),
                          .pool_bytes = pool.num_blocks * startup_.block_bytes(),
                          .prefix_caching = config_.scheduler.prefix_caching});
+}
+
+void Engine::BecomeReady() {
+  const StartupConfig& config = config_.startup;
+  const OpenedPool& pool = pool_.pool();
+  RecordFacts();
   {
     MutexLock lock(&readiness_mutex_);
     readiness_ = {.ready = true, .reason = ""};

@@ -173,6 +173,27 @@ TEST_F(CacheLossTest, ALossBeforeEveryRankHasMappedThePoolReplacesIt) {
   EXPECT_EQ(fatal_, "");
 }
 
+TEST_F(CacheLossTest, APoolWithAHostTierInPlaceOfOneWithoutIsRestoredFrom) {
+  StartServing(SlowWorker());
+  const auto use_each_twice = [this] {
+    for (int i = 0; i < 40; ++i) {
+      Updates updates;
+      Submit(Request(std::string(130, static_cast<char>('a' + i / 2)), 2), &updates);
+      ASSERT_TRUE(updates.WaitFinished());
+      EXPECT_TRUE(updates.last().error.ok()) << updates.last().error;
+    }
+  };
+  use_each_twice();
+  use_each_twice();
+  EXPECT_EQ(Metric("fastdeploy:prefix_cpu_cache_token_num_total"), "0");
+  cache_.ResizeHostTier(64 * 4096);
+  cache_.Die();
+  use_each_twice();
+  use_each_twice();
+  EXPECT_NE(Metric("fastdeploy:prefix_cpu_cache_token_num_total"), "0");
+  EXPECT_TRUE(cache_.WaitUntilAllAvailable());
+}
+
 TEST_F(CacheLossTest, AnIdleEngineServesTheNextRequestFromANewPool) {
   StartServing();
   Updates first;

@@ -47,7 +47,8 @@ struct EngineMetrics::Series {
 
   const std::shared_ptr<prometheus::Registry> registry;
   EngineFacts facts;
-  SchedulerStats last;  // totals that the counters have reached
+  prometheus::Gauge* config_info = nullptr;  // of those facts
+  SchedulerStats last;                       // totals that the counters have reached
   uint64_t lookups = 0;
   uint64_t lookups_with_hit = 0;
 
@@ -139,20 +140,22 @@ void EngineMetrics::RecordFacts(const EngineFacts& facts) {
   series_->facts = facts;
   series_->max_batch_size.Set(facts.max_num_seqs);
   series_->max_gpu_block_num.Set(facts.num_blocks);
-  prometheus::BuildGauge()
-      .Name("fastdeploy:cache_config_info")
-      .Help("The KV cache's configuration, as labels.")
-      .Register(*series_->registry)
-      .Add({{"block_size", std::to_string(facts.block_size_tokens)},
-            {"num_gpu_blocks", std::to_string(facts.num_blocks)},
-            {"num_cpu_blocks", std::to_string(facts.num_host_blocks)},
-            {"enable_prefix_caching", facts.prefix_caching ? "True" : "False"},
-            {"pool_bytes", std::to_string(facts.pool_bytes)},
-            {"max_num_seqs", std::to_string(facts.max_num_seqs)},
-            {"max_model_len", std::to_string(facts.max_model_len)},
-            {"max_num_batched_tokens", std::to_string(facts.max_num_batched_tokens)}})
-      .Set(1);
-  RecordState({});
+  auto& config_info = prometheus::BuildGauge()
+                          .Name("fastdeploy:cache_config_info")
+                          .Help("The KV cache's configuration, as labels.")
+                          .Register(*series_->registry);
+  if (series_->config_info != nullptr) config_info.Remove(series_->config_info);
+  series_->config_info =
+      &config_info.Add({{"block_size", std::to_string(facts.block_size_tokens)},
+                        {"num_gpu_blocks", std::to_string(facts.num_blocks)},
+                        {"num_cpu_blocks", std::to_string(facts.num_host_blocks)},
+                        {"enable_prefix_caching", facts.prefix_caching ? "True" : "False"},
+                        {"pool_bytes", std::to_string(facts.pool_bytes)},
+                        {"max_num_seqs", std::to_string(facts.max_num_seqs)},
+                        {"max_model_len", std::to_string(facts.max_model_len)},
+                        {"max_num_batched_tokens", std::to_string(facts.max_num_batched_tokens)}});
+  series_->config_info->Set(1);
+  RecordState(SchedulerStats(series_->last));
 }
 
 void EngineMetrics::RecordArrival(int num_prompt_tokens, int max_tokens) {

@@ -14,7 +14,7 @@ class Registry;
 
 namespace wintserve {
 
-// What stays the same while the engine runs.
+// What stays the same while the engine has one pool.
 struct EngineFacts {
   int max_num_seqs = 0;
   int max_model_len = 0;
@@ -32,6 +32,7 @@ class EngineMetrics {
   explicit EngineMetrics(std::shared_ptr<prometheus::Registry> registry);
   ~EngineMetrics();
 
+  // Once a pool.
   void RecordFacts(const EngineFacts& facts);
   void RecordArrival(int num_prompt_tokens, int max_tokens);
   void RecordStart(double queue_seconds);

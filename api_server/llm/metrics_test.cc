@@ -25,6 +25,19 @@ SchedulerStats BusyStats() {
           .device_hit_tokens = 64};
 }
 
+TEST(EngineMetrics, TellsTheFactsOfTheLastPoolAloneAndGoesOnCounting) {
+  auto registry = std::make_shared<prometheus::Registry>();
+  EngineMetrics metrics(registry);
+  metrics.RecordFacts({.num_blocks = 10, .num_host_blocks = 3});
+  metrics.RecordState({.preemptions = 2});
+  metrics.RecordFacts({.num_blocks = 10, .num_host_blocks = 7});
+  metrics.RecordState({.preemptions = 5});
+  const std::string text = prometheus::TextSerializer().Serialize(registry->Collect());
+  EXPECT_THAT(text, HasSubstr("num_cpu_blocks=\"7\""));
+  EXPECT_THAT(text, testing::Not(HasSubstr("num_cpu_blocks=\"3\"")));
+  EXPECT_THAT(text, HasSubstr("wintserve:preemptions_total 5\n"));
+}
+
 TEST(EngineMetrics, ExposesTheNamesThatDashboardsAskFor) {
   auto registry = std::make_shared<prometheus::Registry>();
   EngineMetrics metrics(registry);

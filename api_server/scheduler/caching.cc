@@ -34,8 +34,7 @@ void Scheduler::Impl::AskMatch(Sequence* sequence, std::vector<CacheCommand>* co
   MatchCommand command{.tag = next_tag_++,
                        .salt = sequence->request->salt,
                        .tokens = {},
-                       .allow_restore = config_.restore_from_host &&
-                                        step_times_.RestoreIsWorthwhile(config_.block_size_tokens)};
+                       .allow_restore = step_times_.RestoreIsWorthwhile(config_.block_size_tokens)};
   command.tokens.reserve(sequence->length());
   sequence->AppendTokens(0, sequence->length(), &command.tokens);
   asked_[command.tag] = sequence;

@@ -52,7 +52,6 @@ FakeWorld::FakeWorld(SchedulerConfig config, int num_host_slots)
   if (config_.num_blocks == 0) config_.num_blocks = 100;
   config_.vocab_size = kVocabSize;
   config_.eos_ids = {kEos};
-  config_.restore_from_host = num_host_slots > 0;
   const size_t size = config_.block_size_tokens;
   cache_ =
       std::make_unique<FakeCache>(config_.num_blocks, num_host_slots, config_.block_size_tokens);

@@ -43,7 +43,6 @@ struct SchedulerConfig {
   // While sequences decode, prefill gets what lengthens a step to at most this multiple of a step
   // of decodes alone, as measured; never less than 1/8 of max_num_batched_tokens. 0: no such limit.
   double max_step_slowdown = 3;
-  bool restore_from_host = false;   // there is a host tier
   double restore_us_per_block = 0;  // cost of a copy, before one was measured
 };
 

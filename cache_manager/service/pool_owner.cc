@@ -5,17 +5,22 @@
 #include <openssl/rand.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <fstream>
 #include <limits>
 #include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "cache_manager/memory/available_memory.h"
 #include "cache_manager/memory/pool_memory.h"
 #include "cache_manager/service/cache_wire.h"
 #include "common/check.h"
 #include "common/log.h"
+#include "common/read_file.h"
 #include "common/status_macros.h"
 
 namespace wintserve {
@@ -36,11 +41,51 @@ uint64_t NewEpoch() {
 }
 
 // REQUIRES: CheckOpenPool has accepted the request, so no sum overflows.
-uint32_t NumHostSlots(const proto::OpenPool& request) {
+uint32_t NumHostSlots(const proto::OpenPool& request, uint64_t host_bytes) {
   const uint64_t block_bytes = std::accumulate(request.block_bytes_by_rank().begin(),
                                                request.block_bytes_by_rank().end(), uint64_t{0});
   constexpr uint64_t kMaxSlots = std::numeric_limits<int32_t>::max();
-  return static_cast<uint32_t>(std::min(request.host_bytes() / block_bytes, kMaxSlots));
+  return static_cast<uint32_t>(std::min(host_bytes / block_bytes, kMaxSlots));
+}
+
+// RESOURCE_EXHAUSTED: it does not fit into the memory that is available, its index included.
+absl::StatusOr<PoolMemory> CreateMemory(const proto::OpenPool& request, uint32_t num_host_slots) {
+  ASSIGN_OR_RETURN(const int64_t available_bytes, AvailableMemoryBytes());
+  const double index_bytes = (static_cast<double>(request.num_blocks()) + num_host_slots) *
+                             (kIndexBytesPerBlock + sizeof(int32_t) * request.block_size_tokens());
+  const int64_t left_bytes =
+      std::max<int64_t>(0, available_bytes - static_cast<int64_t>(index_bytes));
+  return PoolMemory::Create(
+      request.num_blocks(),
+      {request.block_bytes_by_rank().begin(), request.block_bytes_by_rank().end()}, left_bytes,
+      num_host_slots);
+}
+
+// The file holds the bytes in decimal. None: no such file, or not a size.
+std::optional<uint64_t> ReadResize(const std::string& path) {
+  if (path.empty()) return std::nullopt;
+  const auto text = ReadFile(path);
+  if (absl::IsNotFound(text.status())) return std::nullopt;
+  uint64_t host_bytes = 0;
+  if (text.ok() && absl::SimpleAtoi(*text, &host_bytes) && host_bytes <= kMaxHostBytes) {
+    return host_bytes;
+  }
+  LOG_WARNING("{}: not a size of a host tier, left aside", path);
+  return std::nullopt;
+}
+
+absl::Status WriteResize(const std::string& path, uint64_t host_bytes) {
+  if (path.empty()) return absl::OkStatus();
+  const std::string unfinished = path + ".new";
+  errno = 0;
+  std::ofstream file(unfinished);
+  file << host_bytes;
+  file.close();
+  if (!file || std::rename(unfinished.c_str(), path.c_str()) != 0) {
+    return absl::ErrnoToStatus(errno != 0 ? errno : EIO,
+                               fmt::format("Admin: cannot write {}", path));
+  }
+  return absl::OkStatus();
 }
 
 // What the session of this api_epoch opened before must be what it opens now.
@@ -58,8 +103,12 @@ absl::Status CheckSameSpec(const proto::OpenPool& opened, const proto::OpenPool&
 
 }  // namespace
 
-PoolOwner::PoolOwner(MemoryServer* memory_server, std::function<Clock::time_point()> now)
-    : memory_server_(memory_server), now_(std::move(now)) {}
+PoolOwner::PoolOwner(MemoryServer* memory_server, std::string resize_path,
+                     std::function<Clock::time_point()> now)
+    : memory_server_(memory_server),
+      resize_path_(std::move(resize_path)),
+      now_(std::move(now)),
+      resized_host_bytes_(ReadResize(resize_path_)) {}
 
 std::vector<proto::CacheReply> PoolOwner::Handle(uint64_t session_id,
                                                  const proto::CacheRequest& request) {
@@ -187,18 +236,20 @@ absl::StatusOr<proto::PoolOpened> PoolOwner::Open(uint64_t session_id,
 }
 
 absl::Status PoolOwner::CreatePool(uint64_t session_id, const proto::OpenPool& request) {
-  proto::OpenPool sized = request;
-  sized.set_host_bytes(host_bytes_override_.value_or(request.host_bytes()));
-  const uint32_t num_host_slots = NumHostSlots(sized);
-  const std::vector<uint64_t> block_bytes_by_rank(request.block_bytes_by_rank().begin(),
-                                                  request.block_bytes_by_rank().end());
-  ASSIGN_OR_RETURN(const int64_t available_bytes, AvailableMemoryBytes());
-  const double index_bytes = (static_cast<double>(request.num_blocks()) + num_host_slots) *
-                             (kIndexBytesPerBlock + sizeof(int32_t) * request.block_size_tokens());
-  const int64_t left_bytes =
-      std::max<int64_t>(0, available_bytes - static_cast<int64_t>(index_bytes));
-  ASSIGN_OR_RETURN(PoolMemory memory, PoolMemory::Create(request.num_blocks(), block_bytes_by_rank,
-                                                         left_bytes, num_host_slots));
+  const uint64_t host_bytes = resized_host_bytes_.value_or(request.host_bytes());
+  uint32_t num_host_slots = NumHostSlots(request, host_bytes);
+  absl::StatusOr<PoolMemory> memory = CreateMemory(request, num_host_slots);
+  if (absl::IsResourceExhausted(memory.status()) && host_bytes > request.host_bytes()) {
+    // The instance can go on with what it was started with.
+    const std::string why(memory.status().message());
+    num_host_slots = NumHostSlots(request, request.host_bytes());
+    memory = CreateMemory(request, num_host_slots);
+    if (memory.ok()) {
+      LOG_WARNING("the host tier of {} bytes that an Admin asked for is left aside: {}", host_bytes,
+                  why);
+    }
+  }
+  RETURN_IF_ERROR(memory.status());
   Pool pool;
   pool.spec = request;
   pool.session_id = session_id;
@@ -210,11 +261,11 @@ absl::Status PoolOwner::CreatePool(uint64_t session_id, const proto::OpenPool& r
                         .block_size_tokens = static_cast<int>(request.block_size_tokens()),
                         .root_seed = request.root_seed()});
   pool_ = std::move(pool);
-  memory_server_->Publish(pool_->pool_epoch, std::move(memory));
+  memory_server_->Publish(pool_->pool_epoch, *std::move(memory));
   LOG_INFO("session {}: opened by api_epoch {:#x}", session_id, request.api_epoch());
   LOG_INFO("pool {:#x}: created, {} blocks and {} host slots, bytes of a block by rank: {}",
            pool_->pool_epoch, request.num_blocks(), num_host_slots,
-           fmt::join(block_bytes_by_rank, ", "));
+           fmt::join(request.block_bytes_by_rank(), ", "));
   return absl::OkStatus();
 }
 
@@ -362,21 +413,26 @@ absl::StatusOr<proto::AdminReply> PoolOwner::Admin(const proto::AdminRequest& re
       return reply;
     }
     case proto::AdminRequest::kResizeHostBytes:
-      if (request.resize_host_bytes() > kMaxHostBytes) {
-        return absl::InvalidArgumentError(
-            fmt::format("Admin: resize_host_bytes is {}; allowed: 0 to {}",
-                        request.resize_host_bytes(), kMaxHostBytes));
-      }
-      host_bytes_override_ = request.resize_host_bytes();
-      reply.set_text(fmt::format(
-          "the next pool gets a host tier of {} bytes; {}", request.resize_host_bytes(),
-          pool_.has_value() ? "the pool that is open keeps its own" : "no pool is open"));
-      LOG_INFO("{}", reply.text());
-      return reply;
+      return ResizeHostTier(request.resize_host_bytes());
     case proto::AdminRequest::REQUEST_NOT_SET:
       break;
   }
   return absl::UnimplementedError("Admin: a request of an unknown kind");
+}
+
+absl::StatusOr<proto::AdminReply> PoolOwner::ResizeHostTier(uint64_t host_bytes) {
+  if (host_bytes > kMaxHostBytes) {
+    return absl::InvalidArgumentError(
+        fmt::format("Admin: resize_host_bytes is {}; allowed: 0 to {}", host_bytes, kMaxHostBytes));
+  }
+  RETURN_IF_ERROR(WriteResize(resize_path_, host_bytes));
+  resized_host_bytes_ = host_bytes;
+  proto::AdminReply reply;
+  reply.set_text(
+      fmt::format("the next pool gets a host tier of {} bytes if they fit; {}", host_bytes,
+                  pool_.has_value() ? "the pool that is open keeps its own" : "no pool is open"));
+  LOG_INFO("{}", reply.text());
+  return reply;
 }
 
 absl::Status PoolOwner::Watch(CacheWatcher* watcher) {

@@ -48,8 +48,10 @@ class PoolOwner {
   static constexpr std::chrono::seconds kGrace{5};
   static constexpr size_t kMaxWatchers = 16;
 
-  // REQUIRES: memory_server outlives this object. `now` is for tests.
-  explicit PoolOwner(MemoryServer* memory_server,
+  // resize_path: a file in which the host tier's size that an Admin has asked for outlives this
+  // process; it is read here. Empty: none. `now` is for tests. REQUIRES: memory_server outlives
+  // this object.
+  explicit PoolOwner(MemoryServer* memory_server, std::string resize_path = "",
                      std::function<Clock::time_point()> now = &Clock::now);
 
   // The id of a new stream; never used again.
@@ -96,6 +98,7 @@ class PoolOwner {
   absl::StatusOr<proto::PoolOpened> Open(uint64_t session_id, const proto::OpenPool& request)
       REQUIRES(mu_);
   absl::Status CreatePool(uint64_t session_id, const proto::OpenPool& request) REQUIRES(mu_);
+  absl::StatusOr<proto::AdminReply> ResizeHostTier(uint64_t host_bytes) REQUIRES(mu_);
   absl::Status Match(Pool* pool, const proto::Match& request, proto::Matched* reply) REQUIRES(mu_);
   absl::Status CopyDone(Pool* pool, const proto::CopyDone& request) REQUIRES(mu_);
   absl::Status Reconcile(Pool* pool, const proto::Reconcile& request) REQUIRES(mu_);
@@ -113,12 +116,14 @@ class PoolOwner {
   [[nodiscard]] DroppedPool DropPool(const char* why) REQUIRES(mu_);
 
   MemoryServer* const memory_server_;
+  const std::string resize_path_;
   const std::function<Clock::time_point()> now_;
   std::atomic<uint64_t> last_session_id_ = 0;
   Mutex mu_;
   std::optional<Pool> pool_ GUARDED_BY(mu_);
   std::vector<CacheWatcher*> watchers_ GUARDED_BY(mu_);
-  std::optional<uint64_t> host_bytes_override_ GUARDED_BY(mu_);  // of the next pool
+  // What an Admin has asked for, of every pool from the next on; none: nothing.
+  std::optional<uint64_t> resized_host_bytes_ GUARDED_BY(mu_);
 };
 
 }  // namespace wintserve

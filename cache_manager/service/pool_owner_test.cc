@@ -47,7 +47,12 @@ class PoolOwnerTest : public testing::Test {
         MemoryServer::Start(testing::TempDir() + "/owner_" + std::to_string(::getpid()), "token");
     EXPECT_TRUE(server.ok()) << server.status();
     memory_server_ = *std::move(server);
-    owner_ = std::make_unique<PoolOwner>(memory_server_.get(), [this] { return now_; });
+    StartOwner();
+  }
+
+  void StartOwner(const std::string& resize_path = "") {
+    owner_ =
+        std::make_unique<PoolOwner>(memory_server_.get(), resize_path, [this] { return now_; });
   }
 
   std::vector<proto::CacheReply> HandleAll(uint64_t session, const std::string& text) {
@@ -457,7 +462,7 @@ TEST_F(PoolOwnerTest, AdminResizesTheHostTierOfTheNextPool) {
   const auto reply = owner_->Admin(resize);
   ASSERT_TRUE(reply.ok()) << reply.status();
   EXPECT_EQ(reply->text(),
-            "the next pool gets a host tier of 12288 bytes; the pool that is open "
+            "the next pool gets a host tier of 12288 bytes if they fit; the pool that is open "
             "keeps its own");
   EXPECT_EQ(owner_->Stats().num_host_slots(), 0u);
   owner_->EndSession(kMe);
@@ -465,6 +470,55 @@ TEST_F(PoolOwnerTest, AdminResizesTheHostTierOfTheNextPool) {
   EXPECT_EQ(owner_->Stats().num_host_slots(), 3u);
   resize.set_resize_host_bytes((uint64_t{1} << 50) + 1);
   EXPECT_EQ(owner_->Admin(resize).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+class ResizedHostTier : public PoolOwnerTest {
+ protected:
+  ResizedHostTier() { StartOwner(path_); }
+  ~ResizedHostTier() override { std::filesystem::remove(path_); }
+
+  absl::Status Resize(uint64_t host_bytes) {
+    proto::AdminRequest request;
+    request.set_resize_host_bytes(host_bytes);
+    return owner_->Admin(request).status();
+  }
+
+  const std::string path_ = testing::TempDir() + "/host_bytes_" + std::to_string(::getpid());
+};
+
+TEST_F(ResizedHostTier, OutlivesTheCacheManager) {
+  ASSERT_EQ(Resize(3 * 4096), absl::OkStatus());
+  StartOwner(path_);
+  Open();
+  EXPECT_EQ(owner_->Stats().num_host_slots(), 3u);
+  ASSERT_EQ(Resize(0), absl::OkStatus());
+  StartOwner(path_);
+  Open(kMe, "host_bytes: 16384");
+  EXPECT_EQ(owner_->Stats().num_host_slots(), 0u);
+}
+
+TEST_F(ResizedHostTier, ThatDoesNotFitLeavesWhatTheInstanceWasStartedWith) {
+  ASSERT_EQ(Resize(uint64_t{1} << 50), absl::OkStatus());
+  Open(kMe, "host_bytes: 16384");
+  EXPECT_EQ(owner_->Stats().num_host_slots(), 4u);
+}
+
+TEST_F(ResizedHostTier, IsRefusedWhenItCannotBeKept) {
+  StartOwner("/no/such/directory/host_bytes");
+  EXPECT_THAT(std::string(Resize(4096).message()),
+              HasSubstr("Admin: cannot write /no/such/directory/host_bytes"));
+  Open();
+  EXPECT_EQ(owner_->Stats().num_host_slots(), 0u);
+}
+
+TEST_F(ResizedHostTier, OfAFileThatIsNotOneIsLeftAside) {
+  for (const char* text : {"", "much", "-1", "99999999999999999999"}) {
+    std::ofstream(path_) << text;
+    StartOwner(path_);
+    Open();
+    EXPECT_EQ(owner_->Stats().num_host_slots(), 0u) << text;
+    owner_->EndSession(kMe);
+  }
 }
 
 TEST_F(PoolOwnerTest, WatchersSeeWhatHappensFromThenOn) {

@@ -11,10 +11,10 @@
 namespace wintserve {
 namespace {
 
-uint32_t NumHostSlots(const PoolSpec& spec) {
+uint32_t NumHostSlots(const PoolSpec& spec, uint64_t host_bytes) {
   const uint64_t block_bytes = std::accumulate(spec.block_bytes_by_rank.begin(),
                                                spec.block_bytes_by_rank.end(), uint64_t{0});
-  return block_bytes == 0 ? 0 : static_cast<uint32_t>(spec.host_bytes / block_bytes);
+  return block_bytes == 0 ? 0 : static_cast<uint32_t>(host_bytes / block_bytes);
 }
 
 // Events are optional for a test that does not look at them.
@@ -215,6 +215,11 @@ uint64_t FakeCache::Flush(const std::optional<std::string>& salt) {
   return pool_.cache == nullptr ? 0 : pool_.cache->Flush(salt);
 }
 
+void FakeCache::ResizeHostTier(uint64_t host_bytes) {
+  MutexLock lock(&mutex_);
+  resized_host_bytes_ = host_bytes;
+}
+
 bool FakeCache::WaitUntilAllAvailable() {
   MutexLock lock(&mutex_);
   return changed_.WaitFor(&mutex_, std::chrono::seconds(10), [this]() NO_THREAD_SAFETY_ANALYSIS {
@@ -311,11 +316,12 @@ absl::StatusOr<OpenedPool> FakeCache::TryOpen(const Session& session, const Pool
   if (!taken) {
     pool_ = Pool();
     pool_.spec = spec;
+    pool_.num_host_slots = NumHostSlots(spec, resized_host_bytes_.value_or(spec.host_bytes));
     pool_.api_epoch = session.api_epoch;
     pool_.pool_epoch = ++last_pool_epoch_;
     pool_.cache =
         std::make_unique<PrefixCache>(PrefixCacheConfig{.num_blocks = spec.num_blocks,
-                                                        .num_host_slots = NumHostSlots(spec),
+                                                        .num_host_slots = pool_.num_host_slots,
                                                         .block_size_tokens = spec.block_size_tokens,
                                                         .root_seed = spec.root_seed});
   }
@@ -324,7 +330,7 @@ absl::StatusOr<OpenedPool> FakeCache::TryOpen(const Session& session, const Pool
   return OpenedPool{.pool_epoch = pool_.pool_epoch,
                     .memory_socket = "unused",
                     .num_blocks = spec.num_blocks,
-                    .num_host_slots = NumHostSlots(spec),
+                    .num_host_slots = pool_.num_host_slots,
                     .resumed = taken};
 }
 

@@ -53,6 +53,9 @@ class FakeCache {
   // What an administrator's flush does. Returns the number of entries that match no more.
   uint64_t Flush(const std::optional<std::string>& salt) EXCLUDES(mutex_);
 
+  // What an administrator's resize does: the host tier of every pool from the next one on.
+  void ResizeHostTier(uint64_t host_bytes) EXCLUDES(mutex_);
+
   // Waits until no block is leased, pinned or being copied; false: that took more than 10 s.
   bool WaitUntilAllAvailable() EXCLUDES(mutex_);
   // Of the last pool, though its session may be over; default values before the first.
@@ -78,6 +81,7 @@ class FakeCache {
   };
   struct Pool {
     PoolSpec spec;
+    uint32_t num_host_slots = 0;
     uint64_t api_epoch = 0;
     uint64_t pool_epoch = 0;
     std::unique_ptr<PrefixCache> cache;

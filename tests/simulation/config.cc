@@ -43,7 +43,6 @@ SchedulerConfig RandomSchedulerConfig(const SimulationConfig& config, Random* ra
   scheduler.max_queue_tokens =
       random->Chance(0.3) ? random->Between(2, 8) * config.max_prompt_tokens : 0;
   scheduler.max_step_slowdown = random->Pick({0.0, 1.5, 3.0});
-  scheduler.restore_from_host = config.num_host_slots > 0;
   scheduler.restore_us_per_block = random->Pick({0.0, 1.0, 100.0});
   return scheduler;
 }
