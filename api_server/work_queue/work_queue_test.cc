@@ -182,6 +182,7 @@ TEST_P(BadHelloTest, IsRefusedAndBothSidesLearnWhy) {
   StartServer(2);
   auto first = Attach(HelloOfRank(0, 2));
   ASSERT_TRUE(first.ok()) << first.status();
+  ASSERT_THAT(log_.WaitFor(1), ElementsAre("hello 0"));  // Attach may return before the event
   auto second = Attach(GetParam().hello);
   EXPECT_EQ(second.status().code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_THAT(std::string(second.status().message()), HasSubstr(GetParam().error));
