@@ -1,8 +1,7 @@
 // Starts the processes of an instance, watches them, stops them.
 //
-//   running --signal--> draining: API server, then engine workers, then cache manager --> 0 (75:
-//   cut)
-//      |----child died--> stopping: all at once, briefly --------------------------------> its code
+//   running --signal--> draining: API server, then workers, then cache manager --> 0 (75: cut off)
+//      |----child died--> stopping: all at once, briefly --------------------> its code
 //      |    (a cache manager is restarted instead, up to 5 times in 10 minutes: at once, then after
 //      |    pauses of 0.5, 1, 2 and 4 s)
 //      `----second signal: SIGKILL for whoever is left
