@@ -43,11 +43,12 @@ absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, Collective* g
   ASSIGN_OR_RETURN(const std::unique_ptr<Checkpoint> checkpoint,
                    Checkpoint::Open(options.model, config, KOrderOf(options.k_order)));
 
-  LoadedModel loaded;
-  loaded.backend = kernels::cpu::CreateCpuBackend({.num_threads = CpuThreads(options)});
   // Longer plans run as several passes.
-  const Ernie45Options model_options = {.max_batch_tokens =
-                                            std::min(options.max_num_batched_tokens, 512)};
+  const int max_batch_tokens = std::min(options.max_num_batched_tokens, 512);
+  LoadedModel loaded;
+  loaded.backend = kernels::cpu::CreateCpuBackend(
+      {.num_threads = CpuThreads(options), .max_rows = max_batch_tokens});
+  const Ernie45Options model_options = {.max_batch_tokens = max_batch_tokens};
   ASSIGN_OR_RETURN(loaded.model,
                    LoadErnie45(config, *checkpoint, loaded.backend.get(),
                                group->world_size() == 1 ? nullptr : group, model_options));

@@ -42,7 +42,13 @@ class CpuBackend final : public Backend {
  public:
   explicit CpuBackend(const CpuBackendOptions& options)
       : rounding_(options.rounding), pool_(options.num_threads) {
+    scratch_.max_rows = options.max_rows;
     scratch_.threads.resize(options.num_threads);
+    // A thread may get its first item long after the others.
+    for (ThreadScratch& thread : scratch_.threads) {
+      thread.panel_data();
+      thread.tile_data(0);
+    }
   }
 
   std::string name() const override {
@@ -138,11 +144,12 @@ class CpuBackend final : public Backend {
       }
     }
     const int64_t multiply_adds = num_keys * shape.num_heads * shape.head_dim * 2;
+    const int64_t scratch_floats = AttendScratchFloats(shape.head_dim);
+    for (ThreadScratch& thread : scratch_.threads) thread.attention.Reserve(scratch_floats);
     pool_.Run(static_cast<int64_t>(attention_items_.size()), multiply_adds,
               [&](int64_t i, int thread) {
                 const AttentionItem& item = attention_items_[i];
-                float* scratch =
-                    scratch_.threads[thread].attention.Reserve(AttendScratchFloats(shape.head_dim));
+                float* scratch = scratch_.threads[thread].attention.Reserve(scratch_floats);
                 AttendTokens(shape, *item.chunk, item.first, item.count, item.kv_head, qkv, kv,
                              scratch, out);
               });
@@ -158,7 +165,7 @@ class CpuBackend final : public Backend {
     CHECK(router.n() == shape.num_experts && shape.top_k <= shape.num_experts,
           "n={} num_experts={} top_k={}", router.n(), shape.num_experts, shape.top_k);
     const int64_t stride = shape.num_experts;
-    float* logits = scratch_.logits.Reserve(num_rows * stride * 2);
+    float* logits = scratch_.ReserveForRows(num_rows, num_rows * stride * 2, &scratch_.logits);
     Linear(x, num_rows, router, {logits, stride});
     for (int64_t r = 0; r < num_rows; ++r) {
       RouteRow(logits + r * stride, bias, shape, logits + (num_rows + r) * stride,

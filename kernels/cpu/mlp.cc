@@ -24,7 +24,7 @@ struct Plan {
   int64_t multiply_adds = 0;
 };
 
-Plan MakePlan(std::span<const MlpRun> runs, FloatArena* activations) {
+Plan MakePlan(std::span<const MlpRun> runs, int64_t num_tokens, Scratch* scratch) {
   Plan plan;
   plan.runs.resize(runs.size());
   int64_t num_floats = 0;
@@ -38,7 +38,7 @@ Plan MakePlan(std::span<const MlpRun> runs, FloatArena* activations) {
     plan.num_items += run.num_chunks * runs[i].gate_up->width_tiles();
     plan.multiply_adds += num_rows * runs[i].gate_up->k() * runs[i].gate_up->n();
   }
-  float* next = activations->Reserve(num_floats);
+  float* next = scratch->ReserveForRows(num_tokens, num_floats, &scratch->activations);
   for (size_t i = 0; i < runs.size(); ++i) {
     plan.runs[i].activations = next;
     next += static_cast<int64_t>(runs[i].tokens.size()) * plan.runs[i].stride;
@@ -114,7 +114,7 @@ std::span<const ExpertSorter::Expert> ExpertSorter::Sort(int64_t num_rows, int t
 
 void RunMlps(ConstRows x, int64_t num_tokens, std::span<const MlpRun> runs, Rows y,
              ThreadPool* pool, Scratch* scratch) {
-  const Plan plan = MakePlan(runs, &scratch->activations);
+  const Plan plan = MakePlan(runs, num_tokens, scratch);
   const auto gate_up_item = [&](int64_t item, int thread) {
     const auto next =
         std::upper_bound(plan.runs.begin(), plan.runs.end(), item,

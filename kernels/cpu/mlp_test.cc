@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "kernels/cpu/cpu_backend.h"
@@ -201,6 +202,41 @@ TEST_P(MoeTest, BatchesAndThreadsDoNotChangeBits) {
     const auto part = Run(2, first, rows);
     EXPECT_TRUE(std::equal(part.begin(), part.end(), expected.begin() + first * kHidden)) << first;
   }
+}
+
+// A server's memory does not grow when the largest batch comes, days after the first.
+TEST(Scratch, HoldsTheLargestBatchFromTheFirstOneOn) {
+  constexpr int64_t kHidden = 64;
+  constexpr int32_t kMaxRows = 40;
+  std::mt19937 rng(4);
+  const HostMlp host = RandomMlp(WeightFormat::kWint8, kHidden, /*width=*/40, &rng);
+  const auto gate_up =
+      *PackedMatrix::Create(host.gate_up, MatrixUse::kGateUp, WeightRounding::kFastDeploy);
+  const auto down =
+      *PackedMatrix::Create(host.down, MatrixUse::kLinear, WeightRounding::kFastDeploy);
+  const std::vector<float> x = RandomFloats(kMaxRows * kHidden, &rng);
+  std::vector<float> y(kMaxRows * kHidden);
+  std::vector<int32_t> tokens(kMaxRows);
+  std::iota(tokens.begin(), tokens.end(), 0);
+  ThreadPool pool(1);
+
+  // The floats of the activations after a batch of one row, and after one of kMaxRows.
+  const auto capacities = [&](int64_t max_rows) {
+    Scratch scratch;
+    scratch.threads.resize(1);
+    scratch.max_rows = max_rows;
+    std::vector<int64_t> found;
+    for (const size_t num_rows : {size_t{1}, size_t{kMaxRows}}) {
+      const MlpRun run = {gate_up.get(), down.get(), std::span(tokens).first(num_rows), nullptr};
+      RunMlps({x.data(), kHidden}, static_cast<int64_t>(num_rows), {&run, 1}, {y.data(), kHidden},
+              &pool, &scratch);
+      found.push_back(scratch.activations.capacity());
+    }
+    return found;
+  };
+  const std::vector<int64_t> grown = capacities(/*max_rows=*/0);
+  EXPECT_EQ(grown[0] * kMaxRows, grown[1]);
+  EXPECT_EQ(capacities(kMaxRows), std::vector<int64_t>(2, grown[1]));
 }
 
 INSTANTIATE_TEST_SUITE_P(Shared, MoeTest, testing::Bool(), [](const auto& info) {
