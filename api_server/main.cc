@@ -15,6 +15,7 @@
 #include "api_server/llm/offline.h"
 #include "common/config/instance.h"
 #include "common/exit_code.h"
+#include "common/heap.h"
 #include "common/log.h"
 #include "launcher/client/supervisor_client.h"
 
@@ -147,6 +148,7 @@ int Main(int argc, char** argv) {
   }
   InitLog("api_server", instance->options.log_level);
   gpr_set_log_function(LogGrpcMessage);
+  const HeapTrimmer heap_trimmer;
 
   const auto registry = std::make_shared<prometheus::Registry>();
   LlmOptions llm_options = LlmOptionsFor(*instance);

@@ -11,6 +11,7 @@
 #include "cache_manager/service/pool_owner.h"
 #include "common/config/instance.h"
 #include "common/exit_code.h"
+#include "common/heap.h"
 #include "common/log.h"
 
 namespace wintserve {
@@ -40,6 +41,7 @@ int Main(int argc, char** argv) {
   }
   InitLog("cache_manager", instance->options.log_level);
   gpr_set_log_function(LogGrpcMessage);
+  const HeapTrimmer heap_trimmer;
 
   const auto memory_server = MemoryServer::Start(instance->memory_socket(), instance->token);
   if (!memory_server.ok()) return ExitWith(kExitUnavailable, memory_server.status());

@@ -16,6 +16,7 @@
 #include "cache_manager/memory/available_memory.h"
 #include "common/config/instance.h"
 #include "common/exit_code.h"
+#include "common/heap.h"
 #include "common/log.h"
 #include "common/status_macros.h"
 #include "engine_worker/collectives/rank_group.h"
@@ -105,6 +106,8 @@ int RunEngineWorker(const Instance& instance, StopSignal& stop) {
     return Fail(loaded.status(),
                 absl::IsUnavailable(loaded.status()) ? kExitUnavailable : kExitCheckpoint);
   }
+  // What unpacking the weights took. Once: a step must not wait for the heap of a large model.
+  ReturnFreeMemory();
   const absl::StatusOr<WorkerHello> hello = MakeHello(instance, *loaded->model);
   if (!hello.ok()) return Fail(hello.status(), kExitInternal);
   const absl::StatusOr<std::unique_ptr<WorkQueueClient>> queue = WorkQueueClient::Attach(

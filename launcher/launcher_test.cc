@@ -189,6 +189,7 @@ TEST_F(LauncherTest, StartsEveryProcessWithWhatItNeedsAndNothingElse) {
     EXPECT_EQ(Reported(child, "token"), "32");
     EXPECT_EQ(Reported(child, "runtime_dir"), runtime_dir);
     EXPECT_EQ(Reported(child, "pgid"), Reported(child, "pid"));
+    EXPECT_EQ(Reported(child, "tunables"), "glibc.malloc.tcache_count=0");
     const bool api_server = std::string_view(child) == "api-server";
     EXPECT_EQ(Reported(child, "http"), api_server ? "true" : "false");
     EXPECT_EQ(Reported(child, "metrics"), api_server ? "true" : "false");

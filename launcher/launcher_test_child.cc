@@ -46,10 +46,13 @@ int main(int argc, char** argv) {
 
   const std::string path = fmt::format("{}/{}", std::getenv("LAUNCHER_TEST_DIR"), name);
   const std::string line = fmt::format(
-      "pid={} pgid={} fds={} http={} metrics={} runtime_dir={} token={} port={} mode={} json={}\n",
+      "pid={} pgid={} fds={} http={} metrics={} runtime_dir={} token={} port={} mode={} "
+      "tunables={} "
+      "json={}\n",
       ::getpid(), ::getpgrp(), num_fds, IsListening(instance->http_fd),
       IsListening(instance->metrics_fd), instance->runtime_dir, instance->token.size(),
-      instance->options.port, instance->mode, instance->generate_json);
+      instance->options.port, instance->mode, std::getenv("GLIBC_TUNABLES"),
+      instance->generate_json);
   const int fd = ::open((path + ".new").c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
   if (::write(fd, line.data(), line.size()) != static_cast<ssize_t>(line.size())) return 98;
   ::close(fd);

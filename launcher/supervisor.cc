@@ -7,10 +7,12 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 
 #include "common/check.h"
 #include "common/exit_code.h"
+#include "common/heap.h"
 #include "common/log.h"
 #include "common/status_macros.h"
 
@@ -134,6 +136,7 @@ absl::Status Supervisor::Spawn(Child* child) {
   ChildOptions options;
   options.argv = {(self.parent_path() / child->program).string(),
                   fmt::format("--instance-fd={}", kInstanceFd)};
+  options.environment = {HeapTunables(std::getenv("GLIBC_TUNABLES"))};
   options.descriptors.push_back({instance_fd.get(), kInstanceFd});
   if (instance.http_fd >= 0) options.descriptors.push_back({ports_.http.get(), kHttpFd});
   if (instance.metrics_fd >= 0) options.descriptors.push_back({ports_.metrics.get(), kMetricsFd});

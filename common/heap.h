@@ -1,0 +1,48 @@
+// What the programs do about glibc's heap, so that the memory of a server after weeks is that of
+// the requests that are open. Left alone, glibc holds on to freed memory in two ways:
+//
+//   - Free pages between pieces in use stay resident. After 1,500 clients at once the API server
+//   kept
+//     39 MiB for nothing; given back, it has 13.
+//   - Each thread keeps up to 7 freed pieces of each of 64 sizes for itself. They fill over hours,
+//   up
+//     to 230 KiB for each of the API server's 20 threads, which looks like a leak.
+#pragma once
+
+#include <chrono>
+#include <string>
+#include <thread>
+
+#include "common/mutex.h"
+
+namespace wintserve {
+
+// Gives the heap's free pages back to the system. Takes well under a millisecond for a small heap;
+// other threads that allocate may wait for that long.
+void ReturnFreeMemory();
+
+// Calls ReturnFreeMemory from time to time, on a thread of its own.
+// Threading: construct once the signals that the process waits for are blocked.
+class HeapTrimmer {
+ public:
+  explicit HeapTrimmer(std::chrono::milliseconds period = std::chrono::seconds(10));
+  ~HeapTrimmer();
+  HeapTrimmer(const HeapTrimmer&) = delete;
+  HeapTrimmer& operator=(const HeapTrimmer&) = delete;
+
+ private:
+  void Run() EXCLUDES(mutex_);
+
+  const std::chrono::milliseconds period_;
+  Mutex mutex_;
+  CondVar changed_;
+  bool stopping_ GUARDED_BY(mutex_) = false;
+  std::thread thread_;
+};
+
+// "GLIBC_TUNABLES=…" for the environment of a program whose threads keep no freed pieces; glibc
+// reads it before main. (A step of the scheduler takes no longer without them.) `inherited`: the
+// variable's value in our own environment or null; what an operator has set there stays in force.
+std::string HeapTunables(const char* inherited);
+
+}  // namespace wintserve

@@ -1,0 +1,104 @@
+#include "common/heap.h"
+
+#include <gtest/gtest.h>
+#include <malloc.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/child_process.h"
+
+namespace wintserve {
+namespace {
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kHeapIsGlibcs = false;
+#else
+constexpr bool kHeapIsGlibcs = true;
+#endif
+
+// Private memory of this process.
+int64_t AnonymousKib() {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.starts_with("RssAnon:")) return std::stoll(line.substr(8));
+  }
+  return -1;
+}
+
+TEST(HeapTrimmer, GivesTheMemoryOfABurstBack) {
+  if (!kHeapIsGlibcs) GTEST_SKIP() << "a sanitizer has a heap of its own";
+  constexpr int64_t kBurstKib = 64 << 10;
+  constexpr int64_t kPieceKib = 16;
+  constexpr size_t kKeptOneIn = 64;  // what is still in use lies scattered, as after real requests
+  const int64_t before = AnonymousKib();
+  std::vector<std::unique_ptr<std::string>> pieces;
+  for (int64_t kib = 0; kib < kBurstKib; kib += kPieceKib) {
+    pieces.push_back(std::make_unique<std::string>(kPieceKib << 10, 'x'));
+  }
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    if (i % kKeptOneIn != kKeptOneIn - 1) pieces[i].reset();
+  }
+  ASSERT_GT(AnonymousKib() - before, kBurstKib / 2)
+      << "the heap has kept nothing: a test of nothing";
+
+  const HeapTrimmer trimmer(std::chrono::milliseconds(5));
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+  while (AnonymousKib() - before > kBurstKib / 8 && std::chrono::steady_clock::now() < deadline) {
+    ::usleep(1000);
+  }
+  EXPECT_LE(AnonymousKib() - before, kBurstKib / 8);
+}
+
+TEST(HeapTrimmer, EndsAtOnce) {
+  const auto begin = std::chrono::steady_clock::now();
+  { const HeapTrimmer trimmer(std::chrono::hours(1)); }
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(20));
+}
+
+// Whether what a thread frees stays its own, which glibc counts as in use.
+bool ThreadKeepsWhatItFrees() {
+  void* volatile piece = std::malloc(600);
+  const size_t in_use = ::mallinfo2().uordblks;
+  std::free(piece);
+  return ::mallinfo2().uordblks == in_use;
+}
+
+// Run by the tests below in a process of its own, since the variable counts at a start alone.
+constexpr int kKeeps = 3;
+constexpr int kGivesBack = 4;
+TEST(HeapTunables, DISABLED_InAChild) {
+  std::_Exit(ThreadKeepsWhatItFrees() ? kKeeps : kGivesBack);
+}
+
+bool ChildKeepsWhatItFrees(const std::vector<std::string>& environment) {
+  ChildOptions options;
+  options.argv = {"/proc/self/exe", "--gtest_also_run_disabled_tests",
+                  "--gtest_filter=HeapTunables.DISABLED_InAChild"};
+  options.environment = environment;
+  auto child = ChildProcess::Spawn(options);
+  EXPECT_TRUE(child.ok()) << child.status();
+  const auto ended = child->Wait(/*timeout_ms=*/20'000);
+  EXPECT_TRUE(ended.has_value() && (ended->code == kKeeps || ended->code == kGivesBack));
+  return ended->code == kKeeps;
+}
+
+TEST(HeapTunables, TakeFromThreadsWhatTheyFree) {
+  if (!kHeapIsGlibcs) GTEST_SKIP() << "a sanitizer has a heap of its own";
+  ASSERT_TRUE(ChildKeepsWhatItFrees({})) << "glibc has changed: nothing needs to be set";
+  EXPECT_FALSE(ChildKeepsWhatItFrees({HeapTunables(nullptr)}));
+  EXPECT_FALSE(ChildKeepsWhatItFrees({HeapTunables("")}));
+  EXPECT_FALSE(ChildKeepsWhatItFrees({HeapTunables("glibc.malloc.arena_max=3")}));
+}
+
+TEST(HeapTunables, LeaveTheLastWordToTheOperator) {
+  if (!kHeapIsGlibcs) GTEST_SKIP() << "a sanitizer has a heap of its own";
+  EXPECT_TRUE(ChildKeepsWhatItFrees({HeapTunables("glibc.malloc.tcache_count=7")}));
+}
+
+}  // namespace
+}  // namespace wintserve
