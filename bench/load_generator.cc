@@ -51,6 +51,9 @@ int Main(int argc, char** argv) {
   open_loop->add_option("--max-output-tokens", trace.max_output_tokens);
   open_loop->add_option("--shared-prefix-share", trace.shared_prefix_share);
   open_loop->add_option("--abort-share", trace.abort_share);
+  open_loop->add_option("--whole-share", trace.whole_share);
+  open_loop->add_option("--burst-seconds", trace.burst_seconds)->check(CLI::PositiveNumber);
+  open_loop->add_option("--burst-requests", trace.burst_requests);
   CLI11_PARSE(app, argc, argv);
 
   nlohmann::json result;

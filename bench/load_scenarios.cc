@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <list>
 #include <mutex>
 #include <stdexcept>
 #include <thread>
@@ -228,6 +229,123 @@ bool IsWellFormedRefusal(const StreamResult& result) {
          body["error"].value("type", "") != "";
 }
 
+// The clients of a trace, each a thread.
+class Trace {
+ public:
+  Trace(const Target& target, const TraceOptions& options)
+      : target_(target), options_(options), random_(options.seed) {}
+
+  json Run() {
+    std::exponential_distribution<double> pauses(std::max(options_.requests_per_second, 1e-9));
+    const auto start = Clock::now();
+    auto due = start;
+    auto burst_due = start + After(options_.burst_seconds);
+    const auto goes_on = [&] {
+      return options_.duration_seconds > 0 ? Seconds(due - start) < options_.duration_seconds
+                                           : num_requests_ < options_.requests;
+    };
+    while (goes_on()) {
+      if (options_.requests_per_second > 0) due += After(pauses(random_));
+      while (options_.burst_requests > 0 && burst_due <= due) {
+        std::this_thread::sleep_until(burst_due);
+        for (int i = 0; i < options_.burst_requests; ++i) StartClient();
+        burst_due += After(options_.burst_seconds);
+      }
+      std::this_thread::sleep_until(due);
+      StartClient();
+      JoinThoseThatEnded();
+    }
+    for (Client& client : clients_) client.thread.join();
+    clients_.clear();
+    return Report(Seconds(Clock::now() - start));
+  }
+
+ private:
+  struct Client {
+    std::thread thread;
+    std::atomic<bool> ended = false;
+  };
+
+  static Clock::duration After(double seconds) {
+    return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+  }
+
+  void StartClient() {
+    const json body = TraceRequest(options_, num_requests_++, &random_);
+    const double kind = std::uniform_real_distribution<double>(0, 1)(random_);
+    const bool leaves = kind < options_.abort_share;
+    const bool whole = !leaves && kind < options_.abort_share + options_.whole_share;
+    Client& client = clients_.emplace_back();
+    client.thread = std::thread([this, body, leaves, whole, &client] {
+      if (whole) {
+        Count(RunWhole(target_, body), /*left=*/false);
+      } else {
+        Stream(body, leaves);
+      }
+      client.ended = true;
+    });
+  }
+
+  void Stream(const json& body, bool leaves) {
+    std::atomic<bool> stop = false;
+    int num_events = 0;
+    const int leave_after = body["max_tokens"].get<int>() / 2;
+    const StreamResult result = RunStream(target_, body, &stop, [&] {
+      if (leaves && ++num_events >= leave_after) stop = true;
+    });
+    Count(result, stop);
+  }
+
+  void Count(const StreamResult& result, bool left) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    output_tokens_ += result.num_completion_tokens;
+    if (left) {
+      ++outcomes_["left"];
+    } else if (result.ok()) {
+      ++outcomes_["ok"];
+      if (!result.arrivals.empty()) to_first_.push_back(result.seconds_to_first());
+      const std::vector<double> own = result.gaps();
+      gaps_.insert(gaps_.end(), own.begin(), own.end());
+    } else if (IsWellFormedRefusal(result)) {
+      ++outcomes_["refused"];
+    } else {
+      ++outcomes_["failed"];
+      fmt::print(stderr, "status {}: {}\n", result.status, result.error);
+    }
+  }
+
+  // Without waiting for any: the next request is due.
+  void JoinThoseThatEnded() {
+    std::erase_if(clients_, [](Client& client) {
+      const bool ended = client.ended;
+      if (ended) client.thread.join();
+      return ended;
+    });
+  }
+
+  json Report(double seconds) {
+    return {{"requests_per_second", options_.requests_per_second},
+            {"seed", options_.seed},
+            {"seconds", seconds},
+            {"outcomes", outcomes_},
+            {"output_tokens_per_second", static_cast<double>(output_tokens_) / seconds},
+            {"time_to_first_token", Percentiles(to_first_)},
+            {"inter_token_latency", Percentiles(gaps_)}};
+  }
+
+  const Target target_;
+  const TraceOptions options_;
+  std::mt19937_64 random_;
+  int num_requests_ = 0;
+  std::list<Client> clients_;
+
+  std::mutex mutex_;  // guards what follows
+  std::vector<double> to_first_;
+  std::vector<double> gaps_;
+  std::map<std::string, int64_t> outcomes_;
+  int64_t output_tokens_ = 0;
+};
+
 }  // namespace
 
 json MeasureCachedPrefix(const Target& target, const CachedPrefixOptions& options) {
@@ -311,65 +429,7 @@ json MeasureWaitingStreams(const Target& target, const WaitingStreamsOptions& op
 }
 
 json MeasureTrace(const Target& target, const TraceOptions& options) {
-  std::mt19937_64 random(options.seed);
-  std::exponential_distribution<double> pauses(std::max(options.requests_per_second, 1e-9));
-  std::uniform_real_distribution<double> uniform(0, 1);
-  std::mutex mutex;
-  std::vector<double> to_first;
-  std::vector<double> gaps;
-  std::map<std::string, int64_t> outcomes;
-  int64_t output_tokens = 0;
-  std::vector<std::thread> threads;
-  const auto start = Clock::now();
-  auto due = start;
-  for (int i = 0; options.duration_seconds > 0 ? Seconds(due - start) < options.duration_seconds
-                                               : i < options.requests;
-       ++i) {
-    const json body = TraceRequest(options, i, &random);
-    const bool leaves = uniform(random) < options.abort_share;
-    if (options.requests_per_second > 0) {
-      due += std::chrono::duration_cast<Clock::duration>(
-          std::chrono::duration<double>(pauses(random)));
-      std::this_thread::sleep_until(due);
-    }
-    threads.emplace_back([&, body, leaves] {
-      std::atomic<bool> stop = false;
-      int num_events = 0;
-      const int leave_after = body["max_tokens"].get<int>() / 2;
-      const StreamResult result = RunStream(target, body, &stop, [&] {
-        if (leaves && ++num_events >= leave_after) stop = true;
-      });
-      const std::lock_guard<std::mutex> lock(mutex);
-      output_tokens += result.num_completion_tokens;
-      if (stop) {
-        ++outcomes["left"];
-      } else if (result.ok()) {
-        ++outcomes["ok"];
-        if (!result.arrivals.empty()) to_first.push_back(result.seconds_to_first());
-        const std::vector<double> own = result.gaps();
-        gaps.insert(gaps.end(), own.begin(), own.end());
-      } else if (IsWellFormedRefusal(result)) {
-        ++outcomes["refused"];
-      } else {
-        ++outcomes["failed"];
-        fmt::print(stderr, "status {}: {}\n", result.status, result.error);
-      }
-    });
-    // Threads that have ended are joined at the end; a long trace must not keep them all.
-    if (threads.size() >= 4096) {
-      for (std::thread& thread : threads) thread.join();
-      threads.clear();
-    }
-  }
-  for (std::thread& thread : threads) thread.join();
-  const double seconds = Seconds(Clock::now() - start);
-  return {{"requests_per_second", options.requests_per_second},
-          {"seed", options.seed},
-          {"seconds", seconds},
-          {"outcomes", outcomes},
-          {"output_tokens_per_second", static_cast<double>(output_tokens) / seconds},
-          {"time_to_first_token", Percentiles(to_first)},
-          {"inter_token_latency", Percentiles(gaps)}};
+  return Trace(target, options).Run();
 }
 
 }  // namespace wintserve::bench

@@ -47,6 +47,9 @@ struct TraceOptions {
   double shared_prefix_share =
       0;                   // of the requests; they begin with one of eight prefixes of 256 tokens
   double abort_share = 0;  // of the requests; the client leaves in the middle
+  double whole_share = 0;  // of the requests; they ask for the answer in one piece
+  double burst_seconds = 60;
+  int burst_requests = 0;  // that come at once, beside the others, every burst_seconds
 };
 // An open loop with ShareGPT-like lengths.
 nlohmann::json MeasureTrace(const Target& target, const TraceOptions& options);

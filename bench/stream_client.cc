@@ -13,6 +13,14 @@ namespace {
 
 using nlohmann::json;
 
+void TakeUsage(const json& usage, StreamResult* result) {
+  result->num_prompt_tokens = usage.at("prompt_tokens");
+  result->num_completion_tokens = usage.at("completion_tokens");
+  if (usage.contains("prompt_tokens_details")) {
+    result->num_cached_tokens = usage.at("prompt_tokens_details").value("cached_tokens", 0);
+  }
+}
+
 // Takes one event ("data: …" or ": comment") out of the stream.
 void TakeEvent(std::string_view event, Clock::time_point now, StreamResult* result,
                const std::function<void()>& on_event) {
@@ -31,17 +39,21 @@ void TakeEvent(std::string_view event, Clock::time_point now, StreamResult* resu
     result->error = body.at("error").dump();
     return;
   }
-  if (body.at("choices").empty()) {
-    const json& usage = body.at("usage");
-    result->num_prompt_tokens = usage.at("prompt_tokens");
-    result->num_completion_tokens = usage.at("completion_tokens");
-    if (usage.contains("prompt_tokens_details")) {
-      result->num_cached_tokens = usage.at("prompt_tokens_details").value("cached_tokens", 0);
-    }
-    return;
-  }
+  if (body.at("choices").empty()) return TakeUsage(body.at("usage"), result);
   result->arrivals.push_back(now);
   if (on_event) on_event();
+}
+
+httplib::Request Prepare(const json& body, httplib::Client* client) {
+  client->set_connection_timeout(30);
+  client->set_read_timeout(600);
+  client->set_tcp_nodelay(true);
+  httplib::Request request;
+  request.method = "POST";
+  request.path = "/v1/completions";
+  request.set_header("Content-Type", "application/json");
+  request.body = body.dump();
+  return request;
 }
 
 }  // namespace
@@ -63,14 +75,7 @@ StreamResult RunStream(const Target& target, json body, const std::atomic<bool>*
   StreamResult result;
   std::string buffer;
   httplib::Client client(target.host, target.port);
-  client.set_connection_timeout(30);
-  client.set_read_timeout(600);
-  client.set_tcp_nodelay(true);
-  httplib::Request request;
-  request.method = "POST";
-  request.path = "/v1/completions";
-  request.set_header("Content-Type", "application/json");
-  request.body = body.dump();
+  httplib::Request request = Prepare(body, &client);
   request.response_handler = [&](const httplib::Response& response) {
     result.status = response.status;
     result.retry_after = response.get_header_value("Retry-After");
@@ -90,6 +95,25 @@ StreamResult RunStream(const Target& target, json body, const std::atomic<bool>*
   result.sent = Clock::now();
   const httplib::Result response = client.send(request);
   if (result.status != 0 && result.status != 200) result.error = buffer;
+  return result;
+}
+
+StreamResult RunWhole(const Target& target, json body) {
+  StreamResult result;
+  httplib::Client client(target.host, target.port);
+  httplib::Request request = Prepare(body, &client);
+  result.sent = Clock::now();
+  const httplib::Result response = client.send(request);
+  if (!response) return result;
+  result.status = response->status;
+  result.retry_after = response->get_header_value("Retry-After");
+  if (result.status != 200) {
+    result.error = response->body;
+    return result;
+  }
+  const json answer = json::parse(response->body);
+  TakeUsage(answer.at("usage"), &result);
+  result.ended = !answer.at("choices").at(0).at("finish_reason").is_null();
   return result;
 }
 

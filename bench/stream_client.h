@@ -1,4 +1,4 @@
-// One streamed completion as a client sees it: when each piece of text came.
+// One completion as a client sees it; of a streamed one, when each piece of text came.
 #pragma once
 
 #include <atomic>
@@ -45,6 +45,9 @@ struct StreamResult {
 StreamResult RunStream(const Target& target, nlohmann::json body,
                        const std::atomic<bool>* stop = nullptr,
                        const std::function<void()>& on_event = {});
+
+// The same without "stream": `ended` says that the answer is complete; it has no arrivals.
+StreamResult RunWhole(const Target& target, nlohmann::json body);
 
 // Token ids that no prefix cache has seen, as long as the seeds differ.
 std::vector<int> RandomPrompt(int num_tokens, uint64_t seed);
