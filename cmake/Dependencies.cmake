@@ -42,6 +42,21 @@ target_link_libraries(protobuf_static INTERFACE ${PROTOBUF_STATIC_LIBRARY} Threa
 find_package(ZLIB REQUIRED)
 
 if(ENABLE_CUDA)
+  if(CCACHE_PROGRAM)
+    set(CMAKE_CUDA_COMPILER_LAUNCHER ${CCACHE_PROGRAM})
+  endif()
+  # Where the toolkit installs itself is on few search paths.
+  find_program(CMAKE_CUDA_COMPILER nvcc PATHS ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin REQUIRED)
+  # Static, so that a program starts without the toolkit's libraries when it needs none of them.
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   enable_language(CUDA)
-  find_package(CUDAToolkit REQUIRED)
+  # Debian 12's CMake does not know that nvcc takes this since 12.0.
+  if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
+  endif()
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  set(CMAKE_CUDA_EXTENSIONS OFF)
+  find_package(CUDAToolkit 13.0 REQUIRED)
 endif()

@@ -23,6 +23,15 @@ if(SANITIZE)
   endif()
 endif()
 
+if(ENABLE_CUDA)
+  # -Wextra stays off in nvcc's own stubs; -lineinfo costs nothing at run time and lets
+  # compute-sanitizer and the profilers name source lines.
+  set(cuda_warnings --Werror all-warnings -Xcompiler=-Wall,-Wextra,-Werror,-fno-omit-frame-pointer
+      -lineinfo --expt-relaxed-constexpr)
+  # Everything that needs nvcc, and the tests that need a GPU: `make test` builds it.
+  add_custom_target(cuda_objects)
+endif()
+
 # room_library(NAME SRCS a.cc DEPS other_room imported::target)
 function(room_library name)
   cmake_parse_arguments(ARG "" "" "SRCS;DEPS" ${ARGN})
@@ -32,6 +41,18 @@ function(room_library name)
   else()
     add_library(${name} INTERFACE)
     target_link_libraries(${name} INTERFACE wintserve_options ${ARG_DEPS})
+  endif()
+endfunction()
+
+# room_cuda_library(NAME SRCS a.cc b.cu DEPS other_room): the same, and its sources may include the
+# CUDA runtime. Only where ENABLE_CUDA is on.
+function(room_cuda_library name)
+  room_library(${name} ${ARGN})
+  get_target_property(type ${name} TYPE)
+  if(NOT type STREQUAL INTERFACE_LIBRARY)
+    target_compile_options(${name} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_warnings}>")
+    target_link_libraries(${name} PUBLIC CUDA::cudart_static)
+    add_dependencies(cuda_objects ${name})
   endif()
 endfunction()
 
