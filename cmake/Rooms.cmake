@@ -24,9 +24,8 @@ if(SANITIZE)
 endif()
 
 if(ENABLE_CUDA)
-  # -Wextra stays off in nvcc's own stubs; -lineinfo costs nothing at run time and lets
-  # compute-sanitizer and the profilers name source lines.
-  set(cuda_warnings --Werror all-warnings -Xcompiler=-Wall,-Wextra,-Werror,-fno-omit-frame-pointer
+  # -lineinfo costs nothing at run time and lets compute-sanitizer and profilers name source lines.
+  set(cuda_options --Werror all-warnings -Xcompiler=-Wall,-Wextra,-Werror,-fno-omit-frame-pointer
       -lineinfo --expt-relaxed-constexpr)
   # Everything that needs nvcc, and the tests that need a GPU: `make test` builds it.
   add_custom_target(cuda_objects)
@@ -50,7 +49,9 @@ function(room_cuda_library name)
   room_library(${name} ${ARGN})
   get_target_property(type ${name} TYPE)
   if(NOT type STREQUAL INTERFACE_LIBRARY)
-    target_compile_options(${name} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_warnings}>")
+    target_compile_options(${name} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_options}>")
+    # fmt 9 takes nvcc for a compiler without constexpr; its check of format strings fails then.
+    target_compile_definitions(${name} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:FMT_USE_CONSTEXPR=1>)
     target_link_libraries(${name} PUBLIC CUDA::cudart_static)
     add_dependencies(cuda_objects ${name})
   endif()

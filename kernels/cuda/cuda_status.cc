@@ -15,7 +15,6 @@ absl::StatusCode CodeOf(cudaError_t error) {
     case cudaErrorInsufficientDriver:
     case cudaErrorInvalidDevice:
     case cudaErrorDevicesUnavailable:
-    case cudaErrorDeviceUnavailable:
     case cudaErrorInitializationError:
     case cudaErrorSystemDriverMismatch:
     case cudaErrorSystemNotReady:

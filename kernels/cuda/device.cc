@@ -51,4 +51,13 @@ absl::StatusOr<DeviceProperties> UseDevice(int ordinal) {
   return device;
 }
 
+absl::StatusOr<DeviceMemoryBytes> QueryDeviceMemory() {
+  size_t free_bytes = 0;
+  size_t total_bytes = 0;
+  RETURN_IF_ERROR(
+      ToStatus(cudaMemGetInfo(&free_bytes, &total_bytes), "asking for the device's memory"));
+  return DeviceMemoryBytes{.free = static_cast<int64_t>(free_bytes),
+                           .total = static_cast<int64_t>(total_bytes)};
+}
+
 }  // namespace wintserve::kernels::cuda

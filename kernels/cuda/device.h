@@ -30,4 +30,12 @@ absl::StatusOr<DeviceProperties> QueryDevice(int ordinal);
 // UNAVAILABLE: it has not (the message names its compute capability), or the device cannot be used.
 absl::StatusOr<DeviceProperties> UseDevice(int ordinal);
 
+struct DeviceMemoryBytes {
+  int64_t free = 0;
+  int64_t total = 0;
+};
+
+// Of the current device; other processes count.
+absl::StatusOr<DeviceMemoryBytes> QueryDeviceMemory();
+
 }  // namespace wintserve::kernels::cuda
