@@ -1,0 +1,191 @@
+// What kernels ask of a GPU beyond C++: every function is about one instruction. Compiled by nvcc
+// they are that; compiled without a toolkit they run in kernels/cuda/emulation, so that a kernel
+// written with them alone is tested, every index and barrier of it, on a machine without a GPU.
+//
+// Shared memory is addressed by byte from SharedBase(). Nothing here is contracted or reassociated:
+// arithmetic whose bits count says Add, Multiply, MultiplyAdd.
+#pragma once
+
+#if defined(__CUDACC__)
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define WINTSERVE_DEVICE __device__ __forceinline__
+#define WINTSERVE_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+#define WINTSERVE_PARAMS const __grid_constant__
+#define WINTSERVE_UNROLL _Pragma("unroll")
+#define WINTSERVE_NO_UNROLL _Pragma("unroll 1")
+
+namespace wintserve::kernels::cuda {
+
+inline constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
+
+WINTSERVE_DEVICE int ThreadIndex() { return static_cast<int>(threadIdx.x); }
+WINTSERVE_DEVICE int BlockIndex() { return static_cast<int>(blockIdx.x); }
+WINTSERVE_DEVICE int NumBlocks() { return static_cast<int>(gridDim.x); }
+
+WINTSERVE_DEVICE void SyncBlock() { __syncthreads(); }
+
+// A warp's lanes, all of which take part.
+template <typename T>
+WINTSERVE_DEVICE T Shuffle(T value, int source_lane) {
+  return __shfl_sync(kWholeWarp, value, source_lane);
+}
+template <typename T>
+WINTSERVE_DEVICE T ShuffleUp(T value, int distance) {  // lanes below `distance` keep theirs
+  return __shfl_up_sync(kWholeWarp, value, distance);
+}
+template <typename T>
+WINTSERVE_DEVICE T ShuffleXor(T value, int mask) {
+  return __shfl_xor_sync(kWholeWarp, value, mask);
+}
+WINTSERVE_DEVICE uint32_t Ballot(bool predicate) { return __ballot_sync(kWholeWarp, predicate); }
+
+WINTSERVE_DEVICE uint32_t SharedBase() {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
+}
+
+WINTSERVE_DEVICE void StoreShared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+WINTSERVE_DEVICE void StoreShared(uint32_t address, uint2 value) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y)
+               : "memory");
+}
+WINTSERVE_DEVICE void StoreShared(uint32_t address, uint4 value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+WINTSERVE_DEVICE uint32_t LoadShared(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+WINTSERVE_DEVICE uint4 LoadShared4(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+// Four matrices of 8 x 8 16-bit elements: lane l gives the address of row l % 8 (16 bytes) of
+// matrix l / 8 and gets, of each matrix, elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4.
+WINTSERVE_DEVICE void LoadMatrices(uint32_t row_address, uint32_t (&matrices)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(row_address)
+               : "memory");
+}
+// The same of the matrices transposed: rows 2 (l % 4) and 2 (l % 4) + 1 of column l / 4.
+WINTSERVE_DEVICE void LoadMatricesTransposed(uint32_t row_address, uint32_t (&matrices)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(row_address)
+               : "memory");
+}
+
+// c [16, 8] += a [16, 16] * b [16, 8] over a warp: bfloat16 pairs, float32 sums. With g = lane / 4
+// and t = lane % 4, and the lower half of a pair first:
+//   a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)   and the column behind each
+//   b: (2t, g), (2t + 8, g)                                 and the row below each
+//   c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+WINTSERVE_DEVICE void MatrixMultiplyAdd(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float& c0,
+                                        float& c1, float& c2, float& c3) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Copies 16 bytes, aligned to that, to shared memory; with num_bytes (0 … 16) only so many are
+// read, and zeros stand for the rest. A thread's copies since its last CommitCopies make a group;
+// WaitForCopies waits until at most kPending of its groups are under way, and what they copied is
+// visible to the thread itself, to others after a barrier.
+WINTSERVE_DEVICE void CopyToShared(uint32_t address, const void* from, int num_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+               "r"(num_bytes)
+               : "memory");
+}
+WINTSERVE_DEVICE void CopyToShared(uint32_t address, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+WINTSERVE_DEVICE void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+WINTSERVE_DEVICE void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+WINTSERVE_DEVICE float Add(float a, float b) { return __fadd_rn(a, b); }
+WINTSERVE_DEVICE float Subtract(float a, float b) { return __fsub_rn(a, b); }
+WINTSERVE_DEVICE float Multiply(float a, float b) { return __fmul_rn(a, b); }
+WINTSERVE_DEVICE float MultiplyAdd(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+WINTSERVE_DEVICE float Divide(float a, float b) { return __fdiv_rn(a, b); }
+
+// 2^x to a relative 2^-22; 0 for minus infinity.
+WINTSERVE_DEVICE float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Both rounded to bfloat16, nearest even, `low` in the lower half.
+WINTSERVE_DEVICE uint32_t PackBfloat16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+WINTSERVE_DEVICE float LowBfloat16(uint32_t pair) { return __uint_as_float(pair << 16); }
+WINTSERVE_DEVICE float HighBfloat16(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+
+// (a & mask) | bits, as one instruction.
+WINTSERVE_DEVICE uint32_t AndOr(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(a), "r"(mask), "r"(bits));
+  return result;
+}
+
+// a + b in both halves. As a product with 1, which sm_80 has too.
+WINTSERVE_DEVICE uint32_t AddBfloat16Pairs(uint32_t a, uint32_t b) {
+  uint32_t sum;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3F803F80u), "r"(b));
+  return sum;
+}
+
+// Both halves of a pair of IEEE halves.
+WINTSERVE_DEVICE float2 UnpackHalves(uint32_t pair) {
+  __half2 halves;
+  asm("mov.b32 %0, %1;" : "=r"(*reinterpret_cast<uint32_t*>(&halves)) : "r"(pair));
+  return __half22float2(halves);
+}
+
+// Past the first-level cache, which does not see what other multiprocessors write.
+WINTSERVE_DEVICE float4 LoadFromL2(const float4* from) { return __ldcg(from); }
+WINTSERVE_DEVICE float2 LoadFromL2(const float2* from) { return __ldcg(from); }
+
+// What this thread wrote before is seen by whoever sees what it writes after.
+WINTSERVE_DEVICE void FenceDevice() { __threadfence(); }
+WINTSERVE_DEVICE int32_t FetchAndAdd(int32_t* counter, int32_t value) {
+  return atomicAdd(counter, value);
+}
+
+}  // namespace wintserve::kernels::cuda
+
+#else
+
+#include "kernels/cuda/emulation/emulated_device.h"
+
+#define WINTSERVE_DEVICE inline
+#define WINTSERVE_KERNEL(max_threads) void
+#define WINTSERVE_PARAMS const
+#define WINTSERVE_UNROLL
+#define WINTSERVE_NO_UNROLL
+
+#endif

@@ -1,0 +1,101 @@
+// A GPU for tests: runs the threads of a kernel's blocks as coroutines and gives the functions of
+// kernels/cuda/device_ops.h the meaning that the PTX manual gives their instructions.
+//
+// What it finds: a wrong index or fragment, shared memory out of bounds, a barrier that some thread
+// misses, lanes of a warp that meet in different instructions, a copy that is used before it was
+// waited for (CopyTiming::kLate) or that overwrites what is still read (kEarly). The order of
+// blocks and threads is drawn from the seed, so a missing barrier gives wrong results sooner or
+// later. What it does not find: a wrong operand in a PTX string, and anything about memory order.
+//
+// Threading: one emulated launch at a time in a process.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+// The vector types of CUDA's headers, as far as they are used.
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+namespace wintserve::kernels::cuda {
+
+enum class CopyTiming { kEarly, kLate };
+
+struct EmulatedLaunch {
+  int num_blocks = 1;
+  int threads_per_block = 32;  // a multiple of 32
+  int shared_bytes = 0;
+  uint32_t seed = 0;
+  CopyTiming copy_timing = CopyTiming::kLate;
+};
+
+// Calls `kernel` once for each thread of each block. Aborts, naming block and thread, on what is
+// listed above.
+void Emulate(const EmulatedLaunch& launch, const std::function<void()>& kernel);
+
+int ThreadIndex();
+int BlockIndex();
+int NumBlocks();
+
+void SyncBlock();
+
+float Shuffle(float value, int source_lane);
+int32_t Shuffle(int32_t value, int source_lane);
+int32_t ShuffleUp(int32_t value, int distance);
+float ShuffleXor(float value, int mask);
+uint32_t Ballot(bool predicate);
+
+uint32_t SharedBase();
+void StoreShared(uint32_t address, uint32_t value);
+void StoreShared(uint32_t address, uint2 value);
+void StoreShared(uint32_t address, uint4 value);
+uint32_t LoadShared(uint32_t address);
+uint4 LoadShared4(uint32_t address);
+
+void LoadMatrices(uint32_t row_address, uint32_t (&matrices)[4]);
+void LoadMatricesTransposed(uint32_t row_address, uint32_t (&matrices)[4]);
+void MatrixMultiplyAdd(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float& c0, float& c1,
+                       float& c2, float& c3);
+
+void CopyToShared(uint32_t address, const void* from, int num_bytes = 16);
+void CommitCopies();
+void WaitForCopiesUntil(int pending);
+template <int kPending>
+void WaitForCopies() {
+  WaitForCopiesUntil(kPending);
+}
+
+// Built in under nvcc.
+constexpr int32_t min(int32_t a, int32_t b) { return a < b ? a : b; }
+constexpr int32_t max(int32_t a, int32_t b) { return a < b ? b : a; }
+
+float Add(float a, float b);
+float Subtract(float a, float b);
+float Multiply(float a, float b);
+float MultiplyAdd(float a, float b, float c);
+float Divide(float a, float b);
+float Exp2(float x);
+
+uint32_t PackBfloat16(float low, float high);
+float LowBfloat16(uint32_t pair);
+float HighBfloat16(uint32_t pair);
+inline uint32_t AndOr(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+uint32_t AddBfloat16Pairs(uint32_t a, uint32_t b);
+float2 UnpackHalves(uint32_t pair);
+
+inline float4 LoadFromL2(const float4* from) { return *from; }
+inline float2 LoadFromL2(const float2* from) { return *from; }
+void FenceDevice();
+int32_t FetchAndAdd(int32_t* counter, int32_t value);
+
+}  // namespace wintserve::kernels::cuda
