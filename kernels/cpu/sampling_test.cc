@@ -6,47 +6,21 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <map>
 #include <numeric>
 #include <random>
 #include <set>
 
-#include "kernels/cpu/philox.h"
+#include "kernels/cpu/sampling_test_util.h"
+#include "kernels/sampling/philox.h"
 
 namespace wintserve::kernels::cpu {
 namespace {
 
 using testing::ElementsAre;
 using testing::HasSubstr;
-
-struct PhiloxVector {
-  const char* name;
-  PhiloxCounter counter;
-  PhiloxKey key;
-  PhiloxCounter expected;
-};
-
-// The known answers that the generator's authors publish.
-class Philox : public testing::TestWithParam<PhiloxVector> {};
-TEST_P(Philox, GivesThePublishedAnswer) {
-  EXPECT_EQ(Philox4x32(GetParam().counter, GetParam().key), GetParam().expected);
-}
-INSTANTIATE_TEST_SUITE_P(
-    KnownAnswers, Philox,
-    testing::Values(PhiloxVector{"Zeros",
-                                 {0, 0, 0, 0},
-                                 {0, 0},
-                                 {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}},
-                    PhiloxVector{"Ones",
-                                 {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff},
-                                 {0xffffffff, 0xffffffff},
-                                 {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}},
-                    PhiloxVector{"DigitsOfPi",
-                                 {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344},
-                                 {0xa4093822, 0x299f31d0},
-                                 {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}}),
-    [](const auto& info) { return info.param.name; });
 
 TEST(UniformDraw, TakesSeedHalvesAsKeyAndTheUpper24BitsOfTheFirstWord) {
   const PhiloxCounter words = Philox4x32({17, 3, 0, 0}, {0x89abcdef, 0x81234567});
@@ -64,14 +38,6 @@ int32_t MustSample(std::span<const float> logits, const SampleRequest& request) 
 std::vector<float> LogitsOf(const std::vector<double>& probabilities) {
   std::vector<float> logits;
   for (const double p : probabilities) logits.push_back(static_cast<float>(std::log(p)) + 3.0f);
-  return logits;
-}
-
-std::vector<float> RandomLogits(size_t size, float spread, uint32_t seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal(0, spread);
-  std::vector<float> logits(size);
-  for (float& logit : logits) logit = normal(random);
   return logits;
 }
 
@@ -100,6 +66,7 @@ struct Cut {
   float top_p;
   int32_t top_k;
   std::set<int32_t> expected;
+  float min_p = 0;
 };
 
 class SamplerCut : public testing::TestWithParam<Cut> {};
@@ -111,7 +78,8 @@ TEST_P(SamplerCut, DrawsEachIdOfTheSetAndNoOther) {
                                     .top_p = GetParam().top_p,
                                     .top_k = GetParam().top_k,
                                     .seed = 42,
-                                    .position = position}));
+                                    .position = position,
+                                    .min_p = GetParam().min_p}));
   }
   EXPECT_EQ(seen, GetParam().expected);
 }
@@ -130,7 +98,14 @@ INSTANTIATE_TEST_SUITE_P(
         Cut{"TopPCountsAfterTopK", {0.4, 0.3, 0.2, 0.1}, 1, 0.5f, 2, {0}},
         Cut{"TopPWithinTopKNeedsBoth", {0.4, 0.3, 0.2, 0.1}, 1, 0.6f, 2, {0, 1}},
         Cut{"TemperatureComesBeforeTopP", {0.5, 0.3, 0.2}, 0.25f, 0.8f, 0, {0}},
-        Cut{"TopPSpansBandsOfWeights", {0.9, 0.05, 0.03, 0.015, 0.005}, 1, 0.99f, 0, {0, 1, 2, 3}}),
+        Cut{"TopPSpansBandsOfWeights", {0.9, 0.05, 0.03, 0.015, 0.005}, 1, 0.99f, 0, {0, 1, 2, 3}},
+        Cut{"MinPCountsFromTheLargest", {0.1, 0.5, 0.15, 0.25}, 1, 1, 0, {1, 2, 3}, 0.29f},
+        Cut{"MinPOfOneKeepsTheLargestOnly", {0.3, 0.2, 0.3, 0.2}, 1, 1, 0, {0, 2}, 1.0f},
+        Cut{"TemperatureComesBeforeMinP", {0.5, 0.3, 0.2}, 0.25f, 1, 0, {0}, 0.5f},
+        Cut{"TopKCountsAfterMinP", {0.4, 0.3, 0.2, 0.1}, 1, 1, 3, {0, 1}, 0.6f},
+        Cut{"TopKWithinMinP", {0.4, 0.3, 0.2, 0.1}, 1, 1, 1, {0}, 0.6f},
+        Cut{"TopPCountsAfterMinP", {0.4, 0.3, 0.2, 0.1}, 1, 0.5f, 0, {0}, 0.6f},
+        Cut{"TopPAfterMinPNeedsMore", {0.4, 0.3, 0.2, 0.1}, 1, 0.6f, 0, {0, 1}, 0.6f}),
     [](const auto& info) { return info.param.name; });
 
 // Every 24-bit grid point is as likely as any other, so the counts of many draws follow the
@@ -191,36 +166,60 @@ TEST(Sampler, DrawsFollowALargeVocabulary) {
   ExpectDistribution(logits, {.seed = 6}, p);
 }
 
-// The definition, the slow way. Weights as double.
-int32_t Reference(const std::vector<float>& logits, const SampleRequest& request) {
-  std::vector<int32_t> order(logits.size());
-  std::iota(order.begin(), order.end(), 0);
-  const bool cut = request.top_p < 1 || (request.top_k > 0 && request.top_k < std::ssize(logits));
-  if (cut) {
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
-    if (request.top_k > 0 && request.top_k < std::ssize(order)) order.resize(request.top_k);
+TEST(Sampler, DrawsFollowTheRenormalisedMinP) {
+  ExpectDistribution(LogitsOf({0.1, 0.2, 0.4, 0.3}), {.seed = 7, .min_p = 0.4f},
+                     {0, 0.2 / 0.9, 0.4 / 0.9, 0.3 / 0.9});
+}
+
+TEST(Sampler, DrawsFollowEveryCutTogether) {
+  // min_p leaves all but the last, top_k three of them, top_p 0.75 of those the first two.
+  ExpectDistribution(LogitsOf({0.1, 0.2, 0.35, 0.3, 0.05}),
+                     {.top_p = 0.75f, .top_k = 3, .seed = 8, .min_p = 0.2f},
+                     {0, 0, 0.35 / 0.65, 0.3 / 0.65, 0});
+}
+
+TEST(Sampler, DrawsFollowPenaltiesAndBias) {
+  // Logits log(p): presence and frequency divide a probability by exp of what they subtract, a
+  // repetition penalty of 2 squares it, for it is below 1.
+  const std::vector<double> p = {0.1, 0.2, 0.3, 0.4};
+  std::vector<float> logits;
+  for (const double value : p) logits.push_back(static_cast<float>(std::log(value)));
+  const std::vector<TokenOccurrence> occurrences = {{0, 3}, {2, sampling::kInPrompt}};
+  const std::vector<sampling::LogitBias> bias = {{1, 0.5f}};
+  std::vector<double> expected = {0.1 * 0.1 * std::exp(-1.25), 0.2 * std::exp(0.5), 0.09, 0.4};
+  const double total = std::accumulate(expected.begin(), expected.end(), 0.0);
+  for (double& value : expected) value /= total;
+  ExpectDistribution(logits,
+                     {.seed = 9,
+                      .logit_bias = bias,
+                      .penalties = {.repetition = 2, .presence = 0.5f, .frequency = 0.25f},
+                      .occurrences = occurrences},
+                     expected);
+}
+
+TEST(Sampler, ABiasOf100DecidesEitherWay) {
+  const std::vector<float> logits = {1, 3, 2, 3};
+  const std::vector<sampling::LogitBias> bias = {{0, 100}, {1, -100}, {9, 50}};
+  for (const float temperature : {0.0f, 1.0f}) {
+    for (uint32_t position = 0; position < 100; ++position) {
+      EXPECT_EQ(MustSample(logits,
+                           {.temperature = temperature, .position = position, .logit_bias = bias}),
+                0);
+    }
   }
-  const float maximum = *std::max_element(logits.begin(), logits.end());
-  const auto weight = [&](int32_t id) {
-    return std::exp((double{logits[id]} - maximum) / request.temperature);
+}
+
+TEST(Sampler, PenaltiesDecideGreedyToo) {
+  const std::vector<float> logits = {1, 3, 2.5f};
+  const std::vector<TokenOccurrence> occurrences = {{1, 1}, {7, 1}};
+  const auto greedy = [&](const sampling::Penalties& penalties) {
+    return MustSample(logits,
+                      {.temperature = 0, .penalties = penalties, .occurrences = occurrences});
   };
-  double total = 0;
-  for (const int32_t id : order) total += weight(id);
-  if (request.top_p < 1) {
-    double mass = 0;
-    size_t kept = 0;
-    while (mass < (request.top_p - 0x1p-21) * total) mass += weight(order[kept++]);
-    order.resize(kept);
-    total = mass;
-  }
-  const double target = total * UniformDraw(request.seed, request.position, request.choice_index);
-  double mass = 0;
-  for (const int32_t id : order) {
-    mass += weight(id);
-    if (mass > target) return id;
-  }
-  return order.back();
+  EXPECT_EQ(greedy({}), 1);
+  EXPECT_EQ(greedy({.repetition = 1.5f}), 2);
+  EXPECT_EQ(greedy({.presence = 1}), 2);
+  EXPECT_EQ(greedy({.frequency = 0.25f}), 1);
 }
 
 TEST(Sampler, EveryPathAgreesWithTheDefinition) {
@@ -228,28 +227,55 @@ TEST(Sampler, EveryPathAgreesWithTheDefinition) {
   Sampler sampler;
   int differences = 0;
   constexpr int kCases = 3000;
-  for (int i = 0; i < kCases; ++i) {
-    const size_t size = 1 + random() % 500;
-    const float spread = 0.1f * static_cast<float>(1 + random() % 60);
-    std::vector<float> logits = RandomLogits(size, spread, random());
-    // On a grid logits are equal or clearly different, so float32 weights keep their order. The
-    // coarse grid makes many ties.
-    const float grid = i % 5 == 0 ? 1.0f : 64.0f;
-    for (float& logit : logits) logit = std::round(logit * grid) / grid;
-    constexpr float kTopP[] = {1.0f, 0.95f, 0.7f, 0.2f};
-    const int32_t top_ks[] = {0, 0, 1, 5, 50, static_cast<int32_t>(size / 2)};
-    const SampleRequest request = {.temperature = 0.3f + 0.1f * static_cast<float>(random() % 15),
-                                   .top_p = kTopP[random() % 4],
-                                   .top_k = top_ks[random() % 6],
-                                   .seed = static_cast<int64_t>(random()),
-                                   .position = static_cast<uint32_t>(i)};
-    const auto id = sampler.Sample(logits, request);
+  for (uint32_t i = 0; i < kCases; ++i) {
+    const TestRequest r = RandomTestRequest(1 + random() % 500, i, &random);
+    const auto id = sampler.Sample(r.logits, r.Request());
     ASSERT_TRUE(id.ok());
-    differences += *id != Reference(logits, request);
+    differences += *id != ReferenceSample(r) ? 1 : 0;
   }
   // A draw may fall between a float32 and a float64 boundary. Each of at most 500 boundaries is off
   // by less than 2^-22 of the mass: below 0.36 such draws are expected in all.
   EXPECT_LE(differences, 2);
+}
+
+TEST(Sampler, MassesAddUpAlikeInAnyOrderOfIds) {
+  // With logits in falling order the CDF by id and the one by falling logit are the same, but they
+  // are added up in different blocks and bands. The last id has no mass, so cutting it cuts
+  // nothing.
+  constexpr int kSize = 20'000;
+  for (const float spread : {0.01f, 1.0f, 5.0f}) {
+    std::vector<float> logits = RandomLogits(kSize, spread, 41);
+    std::sort(logits.begin(), logits.end(), std::greater<>());
+    logits.push_back(-1000);
+    for (uint32_t position = 0; position < 100; ++position) {
+      const int32_t by_id = MustSample(logits, {.position = position});
+      EXPECT_EQ(MustSample(logits, {.position = position, .min_p = 1e-20f}), by_id);
+      EXPECT_EQ(MustSample(logits, {.top_k = kSize, .position = position}), by_id);
+    }
+  }
+}
+
+TEST(Sampler, MinPKeepsWhatReachesItExactly) {
+  const auto half = static_cast<float>(std::log(0.5));
+  const std::vector<float> logits = {half, std::nextafter(half, -1.0f), 0};
+  std::set<int32_t> seen;
+  for (uint32_t position = 0; position < 1000; ++position) {
+    seen.insert(MustSample(logits, {.position = position, .min_p = 0.5f}));
+  }
+  EXPECT_THAT(seen, ElementsAre(0, 2));
+}
+
+TEST(Sampler, TheOrderOfEqualWeightsIsThatOfTheirLogits) {
+  // At this temperature every weight is 1 to the last bit.
+  const std::vector<float> logits = {1, 4, 2, 3};
+  std::set<int32_t> top_k;
+  std::set<int32_t> top_p;
+  for (uint32_t position = 0; position < 200; ++position) {
+    top_k.insert(MustSample(logits, {.temperature = 1e30f, .top_k = 2, .position = position}));
+    top_p.insert(MustSample(logits, {.temperature = 1e30f, .top_p = 0.5f, .position = position}));
+  }
+  EXPECT_THAT(top_k, ElementsAre(1, 3));
+  EXPECT_THAT(top_p, ElementsAre(1, 3));
 }
 
 TEST(Sampler, ADrawDoesNotDependOnWhatWasDrawnBefore) {

@@ -5,12 +5,14 @@
 #include <array>
 #include <cstdint>
 
-namespace wintserve::kernels::cpu {
+#include "kernels/plan/host_device.h"
+
+namespace wintserve::kernels {
 
 using PhiloxCounter = std::array<uint32_t, 4>;
 using PhiloxKey = std::array<uint32_t, 2>;
 
-constexpr PhiloxCounter Philox4x32(PhiloxCounter counter, PhiloxKey key) {
+WINTSERVE_HOST_DEVICE constexpr PhiloxCounter Philox4x32(PhiloxCounter counter, PhiloxKey key) {
   constexpr int kRounds = 10;
   for (int round = 0; round < kRounds; ++round) {
     const uint64_t even = uint64_t{0xD2511F53} * counter[0];
@@ -24,4 +26,4 @@ constexpr PhiloxCounter Philox4x32(PhiloxCounter counter, PhiloxKey key) {
   return counter;
 }
 
-}  // namespace wintserve::kernels::cpu
+}  // namespace wintserve::kernels
