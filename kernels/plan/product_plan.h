@@ -1,0 +1,226 @@
+// How a weight product is cut into work: slices of k by shape alone, tiles of tokens and grids by
+// the sizes that the host knows. Pure arithmetic, shared by launches and kernels.
+//
+// A product computes, for the tokens of each expert (a linear layer is one expert),
+//     y [tokens, columns] = x [tokens, k] * W_expert [k, columns].
+// Two kernels do this:
+//   stream  up to 8 tokens at a time; the warps of a block take slices of k of the same columns
+//   tile    8 to 64 tokens at a time; the warps of a block take different columns and share the
+//           tokens' activations
+// Every output is the sum, in slice order, of the sums of its slices, each in the order of k, in
+// both kernels and for any tile of tokens, so a row has the same bits in any batch.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/formats/matrix.h"
+#include "kernels/plan/host_device.h"
+#include "kernels/plan/weight_layout.h"
+
+namespace wintserve::kernels::plan {
+
+inline constexpr int kProductWarps = 8;
+inline constexpr int kProductThreads = 32 * kProductWarps;
+inline constexpr int kBlockTokens = 8;                      // columns of an mma
+inline constexpr int kTileKernelTiles = 2 * kProductWarps;  // tiles of a block of the tile kernel
+inline constexpr int kMaxTokenBlocks = 8;
+inline constexpr int kMaxExperts = 128;
+// Rows that one pass of a larger batch takes, so that workspaces stay bounded.
+inline constexpr int64_t kMaxPassRows = 2048;
+// What a block may use on every architecture from sm_80 on.
+inline constexpr int64_t kMaxSharedBytes = 163 * 1024;
+
+template <typename T>
+WINTSERVE_HOST_DEVICE constexpr T DivideUp(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+// Slices of k: as many of 8, 4, 2 as leave each at least 4 chunks and differ little in length.
+constexpr int NumSlices(int64_t chunks) {
+  for (int slices = kProductWarps; slices > 1; slices /= 2) {
+    const int64_t longest = DivideUp(chunks, int64_t{slices});
+    if (chunks >= 4 * slices && 15 * longest * slices <= 16 * chunks) return slices;
+  }
+  return 1;
+}
+
+WINTSERVE_HOST_DEVICE constexpr int SliceBegin(int chunks, int slices, int slice) {
+  return chunks * slice / slices;
+}
+
+// The token tile and the block of columns of an expert's item `index`, of num_token_tiles *
+// num_row_blocks. Token tiles go first in bands of kBandTiles, so that a band's activations stay in
+// the L2 cache while all weights pass by.
+struct ItemPlace {
+  int token_tile = 0;
+  int row_block = 0;
+};
+inline constexpr int kBandTiles = 16;
+
+WINTSERVE_HOST_DEVICE constexpr ItemPlace PlaceOfItem(int index, int num_token_tiles,
+                                                      int num_row_blocks) {
+  const int band = index / (kBandTiles * num_row_blocks);
+  const int first_tile = band * kBandTiles;
+  const int left = num_token_tiles - first_tile;
+  const int tiles = left < kBandTiles ? left : kBandTiles;
+  const int in_band = index - first_tile * num_row_blocks;
+  return {first_tile + in_band % tiles, in_band / tiles};
+}
+
+// First item of a block when num_items lie in order on num_blocks blocks: the first blocks take one
+// more than the last, so that two blocks of a multiprocessor, whose indices usually differ by the
+// number of multiprocessors, take at most one item more than those of any other.
+WINTSERVE_HOST_DEVICE constexpr int64_t FirstItemOfBlock(int64_t num_items, int num_blocks,
+                                                         int block) {
+  const int64_t each = num_items / num_blocks;
+  const int64_t left = num_items % num_blocks;
+  return block * each + (block < left ? block : left);
+}
+
+struct ProductShape {
+  formats::WeightFormat format = formats::WeightFormat::kWint2;
+  int64_t chunks = 0;
+  int64_t tiles = 0;
+  int num_experts = 1;
+  int64_t num_tokens = 0;      // over all experts
+  int64_t max_per_expert = 0;  // tokens that one expert can get
+};
+
+enum class ProductKernel { kStream, kTile };
+
+struct ProductPlan {
+  ProductKernel kernel = ProductKernel::kStream;
+  int token_blocks = 1;       // of 8 tokens: 1 (stream), 2, 4 or 8 (tile)
+  int tiles_per_warp = 1;     // stream: 1 or 2; tile: 2
+  int slices = 1;             // NumSlices
+  bool split_slices = false;  // tile: a block computes one slice, and another kernel adds them up
+  int grid_blocks = 0;
+
+  constexpr int token_tile() const { return token_blocks * kBlockTokens; }
+};
+
+// Whether the stream kernel exists with two tiles a warp: reading the activations half as often
+// pays where decoding, not memory, is the limit.
+constexpr bool StreamsTwoTiles(formats::WeightFormat format) {
+  return format == formats::WeightFormat::kWint2;
+}
+
+// Ring stages of the kernels: about 40 KiB of weights in flight a block of the stream kernel, and
+// what shared memory holds in the tile kernel.
+WINTSERVE_HOST_DEVICE constexpr int StreamStages(formats::WeightFormat format, int tiles_per_warp) {
+  const int units = UnitsPerChunk(format) * tiles_per_warp;
+  return units == 1 ? 8 : units == 2 ? 5 : units == 4 ? 3 : 2;
+}
+WINTSERVE_HOST_DEVICE constexpr int TileStages(formats::WeightFormat format) {
+  return format == formats::WeightFormat::kWint2   ? 4
+         : format == formats::WeightFormat::kWint4 ? 3
+         : format == formats::WeightFormat::kWint8 ? 3
+                                                   : 2;
+}
+
+// Shared memory of both kernels begins with the schedule: for each expert its first token and its
+// first token tile, and their ends.
+WINTSERVE_HOST_DEVICE constexpr int ScheduleBytes(int num_experts) {
+  return DivideUp(2 * (num_experts + 1) * 4, 16) * 16;
+}
+
+// Floats of a warp's sums of a tile as they pass through shared memory, [token][row]: 20 a token
+// keep the 8 rows and 4 tokens that a warp writes at once in different banks.
+inline constexpr int kSumStride = 20;
+inline constexpr int kTileSumFloats = kBlockTokens * kSumStride;
+
+WINTSERVE_HOST_DEVICE constexpr int StreamSumsBytes(int tiles_per_warp) {
+  return kProductWarps * tiles_per_warp * kTileSumFloats * 4;
+}
+
+// One stage of the tile kernel: weights, then activations, then corrections.
+WINTSERVE_HOST_DEVICE constexpr int TileStageActivations(int token_blocks) {
+  return token_blocks * kBlockTokens * kChunkRows * 2;
+}
+WINTSERVE_HOST_DEVICE constexpr int TileStageBytes(formats::WeightFormat format, int token_blocks) {
+  return kTileKernelTiles * ChunkBytes(format) + TileStageActivations(token_blocks) +
+         token_blocks * kBlockTokens * kGroupsPerChunk * 4;
+}
+
+constexpr int64_t SharedBytes(const ProductPlan& plan, formats::WeightFormat format,
+                              int num_experts) {
+  if (plan.kernel == ProductKernel::kTile) {
+    return ScheduleBytes(num_experts) +
+           int64_t{TileStages(format)} * TileStageBytes(format, plan.token_blocks);
+  }
+  return ScheduleBytes(num_experts) +
+         int64_t{kProductWarps} * StreamStages(format, plan.tiles_per_warp) * plan.tiles_per_warp *
+             ChunkBytes(format) +
+         2 * StreamSumsBytes(plan.tiles_per_warp);
+}
+
+// Blocks of 256 threads that a multiprocessor holds at once (the kernels' launch bounds).
+WINTSERVE_HOST_DEVICE constexpr int BlocksPerMultiprocessor(ProductKernel kernel, int token_blocks,
+                                                            formats::WeightFormat format) {
+  if (kernel == ProductKernel::kStream) return 2;
+  return token_blocks <= 2 && UnitsPerChunk(format) <= 2 ? 2 : 1;
+}
+
+// Token tiles of all experts together, at most.
+constexpr int64_t MaxTokenTiles(const ProductShape& shape, int token_tile) {
+  const int64_t experts = std::min<int64_t>(shape.num_experts, shape.num_tokens);
+  return std::min(shape.num_tokens / token_tile + experts,
+                  experts * DivideUp(shape.max_per_expert, int64_t{token_tile}));
+}
+
+// Columns, in tiles, that a block takes at once.
+constexpr int64_t TilesPerBlock(const ProductPlan& plan) {
+  return plan.kernel == ProductKernel::kTile ? kTileKernelTiles
+                                             : kProductWarps / plan.slices * plan.tiles_per_warp;
+}
+
+// Fills slices and grid of a plan whose other fields are chosen.
+constexpr ProductPlan FinishPlan(const ProductShape& shape, int num_multiprocessors,
+                                 ProductPlan plan) {
+  plan.slices = NumSlices(shape.chunks);
+  const int64_t row_blocks = DivideUp(shape.tiles, TilesPerBlock(plan));
+  const int64_t items =
+      MaxTokenTiles(shape, plan.token_tile()) * row_blocks * (plan.split_slices ? plan.slices : 1);
+  const int64_t resident = int64_t{num_multiprocessors} *
+                           BlocksPerMultiprocessor(plan.kernel, plan.token_blocks, shape.format);
+  plan.grid_blocks = static_cast<int>(std::min(items, resident));
+  return plan;
+}
+
+// REQUIRES: num_tokens > 0.
+constexpr ProductPlan PlanProduct(const ProductShape& shape, int num_multiprocessors) {
+  ProductPlan plan;
+  const int64_t mean = DivideUp(shape.num_tokens, int64_t{shape.num_experts});
+  // Beyond a mean of 4, too many experts would get a second tile of 8 tokens and be decoded twice.
+  if (shape.max_per_expert <= kBlockTokens || (shape.num_experts > 1 && mean <= 4)) {
+    // In a small product two tiles a warp would leave blocks idle at the end.
+    ProductPlan two = plan;
+    two.tiles_per_warp = 2;
+    two.slices = NumSlices(shape.chunks);
+    const int64_t items = std::min<int64_t>(shape.num_experts, shape.num_tokens) *
+                          DivideUp(shape.tiles, TilesPerBlock(two));
+    if (StreamsTwoTiles(shape.format) && items >= 6 * num_multiprocessors) {
+      plan.tiles_per_warp = 2;
+    }
+    return FinishPlan(shape, num_multiprocessors, plan);
+  }
+  plan.kernel = ProductKernel::kTile;
+  plan.tiles_per_warp = 2;
+  // Twice the mean covers nearly every expert under even routing; one expert gets all.
+  const int64_t wanted = shape.num_experts > 1 ? 2 * mean : shape.num_tokens;
+  plan.token_blocks = wanted <= 16 ? 2 : wanted <= 32 ? 4 : 8;
+  const int64_t items =
+      MaxTokenTiles(shape, plan.token_tile()) * DivideUp(shape.tiles, int64_t{kTileKernelTiles});
+  // Too few blocks for the machine: slices go to blocks of their own.
+  plan.split_slices =
+      shape.num_experts == 1 && NumSlices(shape.chunks) > 1 && 3 * items <= 2 * num_multiprocessors;
+  return FinishPlan(shape, num_multiprocessors, plan);
+}
+
+// float32 values of the slices' sums that a split product leaves in its workspace.
+constexpr int64_t SplitSumFloats(const ProductShape& shape, const ProductPlan& plan) {
+  return plan.split_slices ? plan.slices * shape.num_tokens * shape.tiles * kTileColumns : 0;
+}
+
+}  // namespace wintserve::kernels::plan
