@@ -26,7 +26,8 @@ TEST(Segments, CoverEveryKeyOnceInWholeBlocks) {
     ASSERT_GE(length, kMinSegmentTokens);
     ASSERT_LE(length, kMaxSegmentTokens);
     // Never more than an eighth of what lies before, beyond the shortest.
-    if (length > kMinSegmentTokens) ASSERT_LE(length * kSegmentGrowth, SegmentBegin(s));
+    ASSERT_TRUE(length == kMinSegmentTokens || length * kSegmentGrowth <= SegmentBegin(s))
+        << "segment " << s << " of " << length;
   }
 }
 

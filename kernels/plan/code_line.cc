@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <utility>
 #include <vector>
@@ -25,12 +26,37 @@ struct OffsetRange {
 
 OffsetRange FitAll(const Codes& codes, int64_t multiplier) {
   OffsetRange range = {codes[0] * kOne, (codes[0] + 1) * kOne};
+  int64_t product = 0;
   for (int byte = 1; byte < kBytes; ++byte) {
-    const int64_t low = codes[byte] * kOne - byte * multiplier;
+    product += multiplier;
+    const int64_t low = codes[byte] * kOne - product;
     range.low = std::max(range.low, low);
     range.high = std::min(range.high, low + kOne);
   }
   return range;
+}
+
+// formats::Wint2Code of all bytes, without 256 calls of fma. A product of a byte and a float32 is
+// exact in float64, and so is nearly every sum; rounding one again to float32 gives what a single
+// rounding gives unless it lies halfway between two float32 numbers.
+Codes CodesOfBytes(float code_scale, float code_zp) {
+  constexpr uint64_t kDropped = (uint64_t{1} << 29) - 1;  // float64 has 29 bits more
+  constexpr uint64_t kHalfway = uint64_t{1} << 28;
+  const double offset = code_zp + 0.5f;
+  Codes codes;
+  bool halfway = false;
+  for (int byte = 0; byte < kBytes; ++byte) {
+    const double exact = byte * double{code_scale} + offset;
+    halfway |= (std::bit_cast<uint64_t>(exact) & kDropped) == kHalfway;
+    const auto rounded = static_cast<float>(exact);
+    const auto truncated = static_cast<int32_t>(rounded);
+    codes[byte] = truncated - (static_cast<float>(truncated) > rounded ? 1 : 0);
+  }
+  if (!halfway) return codes;
+  for (int byte = 0; byte < kBytes; ++byte) {
+    codes[byte] = formats::Wint2Code(static_cast<uint8_t>(byte), code_scale, code_zp);
+  }
+  return codes;
 }
 
 // The size of FitAll's range is a concave function of the multiplier: a minimum of linear functions
@@ -76,10 +102,7 @@ CodeLine MakeLine(int64_t multiplier, int64_t offset, int num_wrong_bytes) {
 }  // namespace
 
 CodeLine FindCodeLine(float code_scale, float code_zp) {
-  Codes codes;
-  for (int byte = 0; byte < kBytes; ++byte) {
-    codes[byte] = formats::Wint2Code(static_cast<uint8_t>(byte), code_scale, code_zp);
-  }
+  const Codes codes = CodesOfBytes(code_scale, code_zp);
   int64_t multiplier = std::llround(double{code_scale} * static_cast<double>(kOne));
   OffsetRange range = FitAll(codes, multiplier);
   if (range.size() <= 0) {

@@ -134,13 +134,20 @@ WINTSERVE_HOST_DEVICE constexpr int StreamSumsBytes(int tiles_per_warp) {
   return kProductWarps * tiles_per_warp * kTileSumFloats * 4;
 }
 
-// One stage of the tile kernel: weights, then activations, then corrections.
+// One stage of the tile kernel: weights, then activations, then corrections as the accumulators of
+// an mma want them: four floats for every two tokens, each twice.
 WINTSERVE_HOST_DEVICE constexpr int TileStageActivations(int token_blocks) {
   return token_blocks * kBlockTokens * kChunkRows * 2;
 }
+WINTSERVE_HOST_DEVICE constexpr int TileStageCorrections(formats::WeightFormat format,
+                                                         int token_blocks) {
+  return format == formats::WeightFormat::kBfloat16
+             ? 0
+             : token_blocks * kBlockTokens * kGroupsPerChunk * 2 * 4;
+}
 WINTSERVE_HOST_DEVICE constexpr int TileStageBytes(formats::WeightFormat format, int token_blocks) {
   return kTileKernelTiles * ChunkBytes(format) + TileStageActivations(token_blocks) +
-         token_blocks * kBlockTokens * kGroupsPerChunk * 4;
+         TileStageCorrections(format, token_blocks);
 }
 
 constexpr int64_t SharedBytes(const ProductPlan& plan, formats::WeightFormat format,
