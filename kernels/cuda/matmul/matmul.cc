@@ -1,0 +1,120 @@
+#include "kernels/cuda/matmul/matmul.h"
+
+#include <vector>
+
+#include "common/check.h"
+#include "kernels/cuda/matmul/launches.h"
+#include "kernels/cuda/matmul/matmul_sequence.h"
+
+namespace wintserve::kernels::cuda {
+namespace {
+
+class StreamLauncher {
+ public:
+  explicit StreamLauncher(cudaStream_t stream) : stream_(stream) {}
+
+  void Prepare(const PrepareParams& params, int64_t num_rows) {
+    LaunchPrepareRows(params, num_rows, stream_);
+  }
+  void Product(const plan::ProductPlan& plan, const ProductParams& params,
+               formats::WeightFormat format) {
+    const ProductLaunches& launches = LaunchesOf(format);
+    (plan.kernel == plan::ProductKernel::kStream ? launches.stream : launches.tile)(plan, params,
+                                                                                    stream_);
+  }
+  void AddSlices(const ProductParams& params) { LaunchAddSlices(params, stream_); }
+  void Sort(const SortParams& params) { LaunchSortPairs(params, stream_); }
+  void Combine(const CombineParams& params, int64_t num_rows) {
+    LaunchCombineExperts(params, num_rows, stream_);
+  }
+
+ private:
+  const cudaStream_t stream_;
+};
+
+MatmulSequence<StreamLauncher> SequenceFor(const MatmulOptions& options, StreamLauncher* launcher) {
+  CHECK(options.num_multiprocessors > 0);
+  return {options.planner, options.num_multiprocessors, launcher};
+}
+
+}  // namespace
+
+const ProductLaunches& LaunchesOf(formats::WeightFormat format) {
+  switch (format) {
+    case formats::WeightFormat::kWint2:
+      return Wint2Launches();
+    case formats::WeightFormat::kWint4:
+      return Wint4Launches();
+    case formats::WeightFormat::kWint8:
+      return Wint8Launches();
+    case formats::WeightFormat::kBfloat16:
+      return Bfloat16Launches();
+    case formats::WeightFormat::kFloat32:
+      break;
+  }
+  CHECK(false, "format={}", static_cast<int>(format));
+}
+
+int64_t LinearWorkspaceBytes(const MatmulOptions& options, const plan::WeightLayout& w,
+                             int64_t max_rows) {
+  auto sequence = SequenceFor(options, nullptr);
+  return LargestOfPasses(max_rows, [&](int64_t rows) {
+    return sequence.Linear({}, rows, {w, nullptr}, {}, nullptr);
+  });
+}
+
+int64_t SwiGluMlpWorkspaceBytes(const MatmulOptions& options, const DeviceMlp& mlp,
+                                int64_t max_rows) {
+  auto sequence = SequenceFor(options, nullptr);
+  return LargestOfPasses(
+      max_rows, [&](int64_t rows) { return sequence.SwiGluMlp({}, rows, mlp, {}, nullptr); });
+}
+
+int64_t MoeMlpWorkspaceBytes(const MatmulOptions& options, const DeviceMlp& expert, int num_experts,
+                             int top_k, const DeviceMlp* shared, int64_t max_rows) {
+  auto sequence = SequenceFor(options, nullptr);
+  const std::vector<const DeviceMlp*> experts(num_experts, &expert);
+  return LargestOfPasses(max_rows, [&](int64_t rows) {
+    return sequence.MoeMlp({}, rows, experts, top_k, nullptr, nullptr, shared, {}, nullptr);
+  });
+}
+
+void InitMatmul() {
+  for (const ProductLaunches* launches :
+       {&Wint2Launches(), &Wint4Launches(), &Wint8Launches(), &Bfloat16Launches()}) {
+    launches->allow_shared_memory();
+  }
+}
+
+void LaunchLinear(const MatmulOptions& options, const LinearArgs& args, void* workspace,
+                  cudaStream_t stream) {
+  StreamLauncher launcher(stream);
+  auto sequence = SequenceFor(options, &launcher);
+  ForEachPass(args.num_rows, [&](int64_t first, int64_t rows) {
+    sequence.Linear({args.x.row(first), args.x.stride}, rows, *args.w,
+                    {args.y.row(first), args.y.stride}, workspace);
+  });
+}
+
+void LaunchSwiGluMlp(const MatmulOptions& options, const SwiGluMlpArgs& args, void* workspace,
+                     cudaStream_t stream) {
+  StreamLauncher launcher(stream);
+  auto sequence = SequenceFor(options, &launcher);
+  ForEachPass(args.num_rows, [&](int64_t first, int64_t rows) {
+    sequence.SwiGluMlp({args.x.row(first), args.x.stride}, rows, *args.mlp,
+                       {args.y.row(first), args.y.stride}, workspace);
+  });
+}
+
+void LaunchMoeMlp(const MatmulOptions& options, const MoeMlpArgs& args, void* workspace,
+                  cudaStream_t stream) {
+  StreamLauncher launcher(stream);
+  auto sequence = SequenceFor(options, &launcher);
+  ForEachPass(args.num_rows, [&](int64_t first, int64_t rows) {
+    sequence.MoeMlp({args.x.row(first), args.x.stride}, rows, args.experts, args.top_k,
+                    args.expert_ids + first * args.top_k, args.expert_weights + first * args.top_k,
+                    args.shared, {args.y.row(first), args.y.stride}, workspace);
+  });
+}
+
+}  // namespace wintserve::kernels::cuda

@@ -1,0 +1,97 @@
+// The product kernels of one codec on a GPU. Included by one source a format.
+#pragma once
+
+#include "common/check.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/matmul/codecs.cuh"
+#include "kernels/cuda/matmul/gpu_device.cuh"
+#include "kernels/cuda/matmul/launches.h"
+#include "kernels/cuda/matmul/stream_product.cuh"
+#include "kernels/cuda/matmul/tile_product.cuh"
+
+namespace wintserve::kernels::cuda {
+
+template <class Codec, int kTiles>
+__global__ void __launch_bounds__(plan::kProductThreads, 2)
+    StreamKernel(const __grid_constant__ ProductParams params) {
+  extern __shared__ __align__(16) uint8_t product_shared[];
+  StreamProduct<GpuDevice, Codec, kTiles>(params, product_shared);
+}
+
+template <class Codec, int kBlocks>
+__global__ void __launch_bounds__(plan::kProductThreads,
+                                  plan::BlocksPerMultiprocessor(plan::ProductKernel::kTile, kBlocks,
+                                                                Codec::kFormat))
+    TileKernel(const __grid_constant__ ProductParams params) {
+  extern __shared__ __align__(16) uint8_t product_shared[];
+  TileProduct<GpuDevice, Codec, kBlocks>(params, product_shared);
+}
+
+template <class Codec>
+class ProductKernels {
+ public:
+  static void AllowShared() {
+    plan::ProductPlan plan;
+    plan.kernel = plan::ProductKernel::kStream;
+    Allow(StreamKernel<Codec, 1>, plan);
+    plan.tiles_per_warp = 2;
+    if constexpr (kTwoTiles) Allow(StreamKernel<Codec, 2>, plan);
+    plan.kernel = plan::ProductKernel::kTile;
+    plan.token_blocks = 2;
+    Allow(TileKernel<Codec, 2>, plan);
+    plan.token_blocks = 4;
+    Allow(TileKernel<Codec, 4>, plan);
+    plan.token_blocks = 8;
+    Allow(TileKernel<Codec, 8>, plan);
+  }
+
+  static void LaunchStream(const plan::ProductPlan& plan, const ProductParams& params,
+                           cudaStream_t stream) {
+    if constexpr (kTwoTiles) {
+      if (plan.tiles_per_warp == 2) return Launch(StreamKernel<Codec, 2>, plan, params, stream);
+    }
+    CHECK(plan.tiles_per_warp == 1, "tiles_per_warp={}", plan.tiles_per_warp);
+    Launch(StreamKernel<Codec, 1>, plan, params, stream);
+  }
+
+  static void LaunchTile(const plan::ProductPlan& plan, const ProductParams& params,
+                         cudaStream_t stream) {
+    switch (plan.token_blocks) {
+      case 2:
+        return Launch(TileKernel<Codec, 2>, plan, params, stream);
+      case 4:
+        return Launch(TileKernel<Codec, 4>, plan, params, stream);
+      case 8:
+        return Launch(TileKernel<Codec, 8>, plan, params, stream);
+      default:
+        CHECK(false, "token_blocks={}", plan.token_blocks);
+    }
+  }
+
+ private:
+  static constexpr bool kTwoTiles = plan::StreamsTwoTiles(Codec::kFormat);
+  using Kernel = void (*)(ProductParams);
+
+  static void Allow(Kernel kernel, const plan::ProductPlan& plan) {
+    AllowSharedMemory(kernel, plan::SharedBytes(plan, Codec::kFormat, plan::kMaxExperts));
+  }
+
+  static void Launch(Kernel kernel, const plan::ProductPlan& plan, const ProductParams& params,
+                     cudaStream_t stream) {
+    LaunchShape shape;
+    shape.grid = plan.grid_blocks;
+    shape.block = plan::kProductThreads;
+    shape.shared_bytes = plan::SharedBytes(plan, Codec::kFormat, params.num_experts);
+    CUDA_LAUNCH(kernel, shape, stream, params);
+  }
+};
+
+template <class Codec>
+const ProductLaunches& LaunchesOfCodec() {
+  static constexpr ProductLaunches kLaunches = {ProductKernels<Codec>::AllowShared,
+                                                ProductKernels<Codec>::LaunchStream,
+                                                ProductKernels<Codec>::LaunchTile};
+  return kLaunches;
+}
+
+}  // namespace wintserve::kernels::cuda

@@ -1,0 +1,93 @@
+// Which experts have tokens, and where the items of a product lie, in shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/matmul/device_macros.h"
+#include "kernels/cuda/matmul/product_params.h"
+#include "kernels/plan/product_plan.h"
+
+namespace wintserve::kernels::cuda {
+
+struct Item {
+  int expert = 0;
+  int token_tile = 0;  // of the expert
+  int row_block = 0;
+};
+
+struct Schedule {
+  const int32_t* first_token;  // [num_experts + 1]
+  const int32_t* first_tile;   // [num_experts + 1]: token tiles of the experts before
+  int num_token_tiles;         // of all experts
+
+  // Item `index` when each token tile has num_row_blocks items, experts in ascending order.
+  // *expert is one that does not lie behind it, and becomes the item's.
+  WINTSERVE_DEVICE Item Locate(int index, int num_row_blocks, int* expert) const {
+    while (index >= first_tile[*expert + 1] * num_row_blocks) ++*expert;
+    const int first = first_tile[*expert];
+    const plan::ItemPlace place = plan::PlaceOfItem(
+        index - first * num_row_blocks, first_tile[*expert + 1] - first, num_row_blocks);
+    return {*expert, place.token_tile, place.row_block};
+  }
+};
+
+// Called by all threads of a block; a barrier lies between the parts.
+template <class Device>
+WINTSERVE_DEVICE Schedule BuildSchedule(const ProductParams& p, int token_tile, uint8_t* shared) {
+  auto* first_token = reinterpret_cast<int32_t*>(shared);
+  int32_t* first_tile = first_token + p.num_experts + 1;
+  const int thread = Device::thread();
+  if (p.first_token == nullptr) {
+    if (thread == 0) {
+      first_token[0] = 0;
+      first_token[1] = p.num_tokens;
+      first_tile[0] = 0;
+      first_tile[1] = plan::DivideUp(p.num_tokens, token_tile);
+    }
+  } else if (thread < 32) {
+    int before = 0;
+    for (int base = 0; base < p.num_experts; base += 32) {
+      const int expert = base + thread;
+      int begin = 0;
+      int end = 0;
+      if (expert < p.num_experts) {
+        begin = p.first_token[expert];
+        end = p.first_token[expert + 1];
+      }
+      int tiles = plan::DivideUp(end - begin, token_tile);
+      WINTSERVE_UNROLL
+      for (int step = 1; step < 32; step *= 2) {
+        const int other = Device::ShuffleUp(tiles, step);
+        if (thread >= step) tiles += other;
+      }
+      if (expert < p.num_experts) {
+        first_token[expert] = begin;
+        first_tile[expert] = before + tiles - plan::DivideUp(end - begin, token_tile);
+        if (expert == p.num_experts - 1) {
+          first_token[p.num_experts] = end;
+          first_tile[p.num_experts] = before + tiles;
+        }
+      }
+      before += Device::Shuffle(tiles, 31);
+    }
+  }
+  Device::SyncBlock();
+  return {first_token, first_tile, first_tile[p.num_experts]};
+}
+
+// Row of the prepared activations of token `token` over all experts.
+WINTSERVE_DEVICE int64_t SourceRow(const ProductParams& p, int token) {
+  return p.source_row == nullptr ? token : p.source_row[token];
+}
+
+// The first tile of a warp. One beyond the last computes the last two again, for nobody.
+WINTSERVE_DEVICE int ClampTile(const ProductParams& p, int tile, int num_tiles) {
+  return tile < p.tiles ? tile : p.tiles - num_tiles;
+}
+
+template <class Device>
+WINTSERVE_DEVICE float SwiGlu(float gate, float up) {
+  return gate / Device::Add(1.0f, Device::Exp(-gate)) * up;
+}
+
+}  // namespace wintserve::kernels::cuda
