@@ -64,11 +64,20 @@ def expected(tmp_path_factory):
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_text_does_not_depend_on_scheduling(start, expected, name):
     server = start(*CONFIGURATIONS[name]).wait_ready()
-    for concurrency in (32, 1):
+
+    def check(concurrency):
         texts = texts_of(server, concurrency)
         for request, text, wanted in zip(REQUESTS, texts, expected, strict=True):
             assert text == wanted, (name, concurrency, request)
+
+    check(32)
+    check(1)
     if "tiny pool" in name:
+        # Who meets whom in the pool depends on the clock, so that a round may need no preemption.
+        for _ in range(5):
+            if server.metric("wintserve:preemptions_total") > 0:
+                break
+            check(32)
         assert server.metric("wintserve:preemptions_total") > 0
     if "cache" in name and "no cache" not in name:
         assert server.metric("fastdeploy:prefix_cache_token_num_total") > 0
