@@ -168,16 +168,20 @@ void BM_Forward(benchmark::State& state) {
   Loaded& loaded = TheModel();
   Model& model = *loaded.model;
   const int blocks = (position + length + kernels::kKvBlockTokens - 1) / kernels::kKvBlockTokens;
-  const auto pool = loaded.backend->Allocate(sequences * blocks * model.kv_block_bytes());
+  const auto pool = *loaded.backend->Allocate(sequences * blocks * model.kv_block_bytes());
+  const auto device_batch = *loaded.backend->CreateBatch({.max_tokens = model.max_batch_tokens(),
+                                                          .max_rows = sequences,
+                                                          .max_blocks_per_row = blocks,
+                                                          .num_slots = 1});
   std::vector<std::vector<int32_t>> tables(sequences);
   for (int i = 0; i < sequences * blocks; ++i) tables[i % sequences].push_back(i);
 
   // A prompt longer than the batch limit runs in chunks, as the scheduler cuts it.
   std::mt19937 rng(7);
-  std::vector<Batch> batches;
+  std::vector<kernels::Batch> batches;
   for (int32_t done = 0; done < length;) {
     const int32_t count = std::min(length - done, model.max_batch_tokens() / sequences);
-    Batch& batch = batches.emplace_back();
+    kernels::Batch& batch = batches.emplace_back();
     for (int s = 0; s < sequences; ++s) {
       for (int32_t t = 0; t < count; ++t) {
         batch.tokens.push_back(static_cast<int32_t>(rng() % model.vocab_size()));
@@ -191,8 +195,9 @@ void BM_Forward(benchmark::State& state) {
   const double bytes = StepWeightBytes(loaded.config, sequences * length / double(batches.size())) *
                        static_cast<double>(batches.size());
   Measure(state, bytes, multiply_adds, [&] {
-    for (const Batch& batch : batches) {
-      CHECK(model.Forward(batch, pool->data()).ok());
+    for (const kernels::Batch& batch : batches) {
+      loaded.backend->SetBatch(batch, device_batch.get());
+      CHECK(model.Forward(*device_batch, pool->data()).ok());
     }
   });
   state.counters["tokens/s"] =

@@ -7,42 +7,35 @@
 #include <span>
 #include <string>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/batch.h"
 #include "kernels/formats/matrix.h"
+#include "kernels/operands.h"
 
 namespace wintserve::kernels {
 
-// Tokens of one block of the KV pool.
-inline constexpr int kKvBlockTokens = 64;
-
-// Activations in device memory: element (row, column) of a float32 matrix lies at
-// data[row * stride + column], stride >= columns. A stride that is not a multiple of 1024 floats
-// keeps neighbouring rows out of each other's cache sets (see PaddedStride).
-struct Rows {
-  float* data = nullptr;
-  int64_t stride = 0;
-
-  float* row(int64_t r) const { return data + r * stride; }
-};
-
-struct ConstRows {
-  const float* data = nullptr;
-  int64_t stride = 0;
-
-  ConstRows() = default;
-  ConstRows(const float* data_in, int64_t stride_in) : data(data_in), stride(stride_in) {}
-  ConstRows(Rows rows) : data(rows.data), stride(rows.stride) {}  // NOLINT: a view of the same rows
-  const float* row(int64_t r) const { return data + r * stride; }
-};
-
-constexpr int64_t PaddedStride(int64_t columns) { return columns + 16; }
-
-// Device memory; freed on destruction. The backend outlives it.
+// Memory on the device, or on the host where the device can reach it; freed on destruction. The
+// backend outlives it.
 class Buffer {
  public:
   virtual ~Buffer() = default;
   virtual void* data() const = 0;
   virtual int64_t size_bytes() const = 0;
+};
+
+// A point in the order of operators. Threading: any thread, also while operators are called.
+class Event {
+ public:
+  virtual ~Event() = default;
+  // Whether Wait() would return at once.
+  virtual bool IsDone() = 0;
+  // Returns when everything that was called before the event is done. INTERNAL: the device failed;
+  // nothing that it computed since an event that was OK counts, and the process cannot go on with
+  // it.
+  virtual absl::Status Wait() = 0;
+  // Device time between two events. REQUIRES: Wait() of both was OK.
+  virtual int64_t MicrosecondsSince(const Event& earlier) const = 0;
 };
 
 // A weight matrix in a layout of its backend's own. Immutable; belongs to the backend that made it.
@@ -56,60 +49,52 @@ class WeightMatrix {
 
 // What a pack is for: a backend may lay out the columns or rows of each differently.
 enum class MatrixUse {
-  kLinear,     // Linear, Route, and the down matrix of an MLP
+  kLinear,     // Linear, and the down matrix of an MLP
   kGateUp,     // columns: the gate half, then the up half
+  kRouter,     // Route; float32
   kEmbedding,  // k = vocabulary rows, n = hidden; float32 or bfloat16
 };
 
 // kFastDeploy: every decoded weight is rounded to bf16 as FastDeploy's kernels do.
-// kUnrounded:  code * scale in float32; for comparing backends.
+// kUnrounded:  code * scale as it is; for comparing backends, and what CUDA computes.
 enum class WeightRounding { kFastDeploy, kUnrounded };
 
-struct AttentionShape {
-  int num_heads = 0;
-  int num_kv_heads = 0;  // query head h reads KV head h / (num_heads / num_kv_heads)
-  int head_dim = 0;      // even
-  int64_t qkv_columns() const { return int64_t{num_heads + 2 * num_kv_heads} * head_dim; }
-};
-
-// Tokens first_token … first_token + length - 1 of the batch continue one sequence at `position`.
-// Host memory; block_table covers position + length tokens and names blocks of the pool.
-struct SequenceChunk {
-  int64_t first_token = 0;
-  int32_t position = 0;
-  int32_t length = 0;
-  std::span<const int32_t> block_table;
-};
-
-// One layer's share of the KV pool. A block holds [layer][K, V][kv_head][kKvBlockTokens * head_dim]
-// float32; how a backend orders the last part (K may be transposed) is its own matter, so blocks
-// move between backends only as opaque bytes of the same kv_layout.
+// One layer's share of the KV pool. A block holds [layer][K, V][kv_head][kKvBlockTokens *
+// head_dim]; the type of the numbers, how the last part is ordered and what stands beside it is the
+// backend's own matter, so blocks move between backends only as opaque bytes of the same kv_layout.
 struct KvLayer {
-  float* pool = nullptr;     // device memory
-  int64_t block_stride = 0;  // floats from one block to the next
-  int64_t layer_offset = 0;  // floats from a block's start to this layer's K
+  void* pool = nullptr;            // device memory
+  int64_t block_stride_bytes = 0;  // from one block to the next
+  int64_t layer_offset_bytes = 0;  // from a block's start to this layer
 };
 
-struct RouterShape {
-  int num_experts = 0;
-  int top_k = 0;
-  float norm_min = 0;  // lower bound of the sum that the chosen probabilities are divided by
-};
-
-struct ExpertWeights {
+struct MlpWeights {
   const WeightMatrix* gate_up = nullptr;  // kGateUp
   const WeightMatrix* down = nullptr;     // kLinear
 };
 
+// The routed experts of one layer, as MoeMlp takes them. Borrows the matrices.
+class ExpertGroup {
+ public:
+  virtual ~ExpertGroup() = default;
+  virtual int num_experts() const = 0;
+};
+
 // Threading:   one thread calls; operators may run on more inside.
-// Memory:      pointers in Rows, KvLayer and Route's outputs are device memory (host memory on a
-//              CPU); tokens, positions, row lists, SequenceChunks and ExpertWeights are host
-//              memory.
-// Order:       operators run in call order; CopyToHost and CopyFromHost wait for what was called
-//              before. Outputs must not overlap inputs unless an operator says so.
+// Memory:      pointers in Rows, KvLayer, a batch and Route's outputs are device memory (host
+// memory
+//              where uses_host_memory()); spans are host memory, read before the call returns.
+// Order:       operators run in call order, and so do copies, SetBatch and Sample. None of them
+//              waits for the device, but for CopyToHost, CopyFromHost and SetBatch, which waits
+//              when several batches before it have not been read yet: what a step computes reaches
+//              the host through CopyToHostAsync and an event. Outputs must not overlap inputs
+//              unless an operator says so.
 // Determinism: on one device type and SIMD target a row's result has the same bits in any batch and
 //              with any number of threads.
-// Errors:      Pack* report what a file can get wrong; a wrong shape in a call is our bug (CHECK).
+// Errors:      Allocate, Pack and their like report what a machine or a file can get wrong; a wrong
+//              shape in a call is our bug (CHECK). What fails on the device after a call has
+//              returned is reported by Event::Wait and CopyToHost, and ends the process at the
+//              latest at the next call that the device refuses.
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -118,46 +103,71 @@ class Backend {
   virtual std::string name() const = 0;
   // Names the order of a KV block's bytes; part of the KV layout digest.
   virtual std::string kv_layout() const = 0;
+  // Of one layer in a block. INVALID_ARGUMENT: the backend has no attention of this shape; the
+  // message names what is wrong and what is allowed.
+  virtual absl::StatusOr<int64_t> KvLayerBytes(const AttentionShape& shape) const = 0;
   virtual WeightRounding rounding() const = 0;
 
-  virtual std::unique_ptr<Buffer> Allocate(int64_t size_bytes) = 0;  // zeroed
+  // Whether the host reads and writes device memory as its own.
+  virtual bool uses_host_memory() const = 0;
+
+  // Zeroed. RESOURCE_EXHAUSTED: no memory; the message says how much was asked for.
+  virtual absl::StatusOr<std::unique_ptr<Buffer>> Allocate(int64_t size_bytes) = 0;
+  // Host memory that asynchronous copies take without a detour. Zeroed.
+  virtual absl::StatusOr<std::unique_ptr<Buffer>> AllocateHost(int64_t size_bytes) = 0;
+
   virtual void CopyFromHost(void* device, const void* host, int64_t size_bytes) = 0;
-  virtual void CopyToHost(void* host, const void* device, int64_t size_bytes) = 0;
+  virtual absl::Status CopyToHost(void* host, const void* device, int64_t size_bytes) = 0;
+  // Host memory stays as it is until an event that is recorded later is done; of AllocateHost, or
+  // the call may wait.
+  virtual void CopyFromHostAsync(void* device, const void* host, int64_t size_bytes) = 0;
+  virtual void CopyToHostAsync(void* host, const void* device, int64_t size_bytes) = 0;
+  virtual std::unique_ptr<Event> Record() = 0;
 
   // INVALID_ARGUMENT: a shape or scale that the kernels cannot represent; the message names it.
+  // RESOURCE_EXHAUSTED: no memory.
   virtual absl::StatusOr<std::unique_ptr<WeightMatrix>> Pack(const formats::HostMatrix& matrix,
                                                              MatrixUse use) = 0;
+  // INVALID_ARGUMENT: the experts differ in shape or format; the message names the first that does.
+  virtual absl::StatusOr<std::unique_ptr<ExpertGroup>> GroupExperts(
+      std::span<const MlpWeights> experts) = 0;
 
-  // x[t, :] = table[tokens[t], :]
-  virtual void Embed(const WeightMatrix& table, std::span<const int32_t> tokens, Rows x) = 0;
+  // Empty; every slot's last drawn id is 0.
+  virtual absl::StatusOr<std::unique_ptr<DeviceBatch>> CreateBatch(const BatchLimits& limits) = 0;
+  // Puts `batch` in place of what `device` held; operators that were called before still see that.
+  // REQUIRES: within the limits; a DeviceBatch of this backend.
+  virtual void SetBatch(const Batch& batch, DeviceBatch* device) = 0;
 
-  // For each i: r = row_ids[i] (or i, when row_ids is empty);
+  // x[t, :] = table[id of token t, :]
+  virtual void Embed(const WeightMatrix& table, const DeviceBatch& batch, Rows x) = 0;
+
+  // For each i: r = row_ids[i] (device memory), or i when row_ids is null;
   //   x[r, :] += delta[r, :]  (unless delta.data is null; written back)
   //   out[i, :] = x[r, :] / sqrt(mean(x[r, :]^2) + epsilon) * gain[:]
-  virtual void AddRmsNorm(Rows x, ConstRows delta, std::span<const int32_t> row_ids,
-                          int64_t num_rows, int64_t columns, const float* gain, float epsilon,
-                          Rows out) = 0;
+  virtual void AddRmsNorm(Rows x, ConstRows delta, const int32_t* row_ids, int64_t num_rows,
+                          int64_t columns, const float* gain, float epsilon, Rows out) = 0;
 
   // y [num_rows, n] = x [num_rows, k] * w [k, n]
   virtual void Linear(ConstRows x, int64_t num_rows, const WeightMatrix& w, Rows y) = 0;
 
+  // With p the position of token t:
   // cos_sin[t, j] = cos(a), cos_sin[t, head_dim / 2 + j] = sin(a) with
-  // a = (positions[t] / compression_ratio) * theta^(-2j / head_dim), j < head_dim / 2.
-  virtual void RopeAngles(std::span<const int32_t> positions, int head_dim, float theta,
+  // a = (p / compression_ratio) * theta^(-2j / head_dim), j < head_dim / 2.
+  virtual void RopeAngles(const DeviceBatch& batch, int head_dim, float theta,
                           float compression_ratio, Rows cos_sin) = 0;
 
   // qkv [tokens, qkv_columns]: rotates adjacent pairs of q in place, writes rotated k and plain v
-  // to the tokens' places in the sequences' blocks.
-  virtual void RopeAndAppendKv(const AttentionShape& shape, std::span<const SequenceChunk> chunks,
+  // to the tokens' places in the sequences' blocks. What becomes of k in qkv is not defined.
+  virtual void RopeAndAppendKv(const AttentionShape& shape, const DeviceBatch& batch,
                                ConstRows cos_sin, Rows qkv, const KvLayer& kv) = 0;
 
   // Causal attention of the rotated q in qkv over each sequence's blocks, positions 0 … own;
   // out [tokens, num_heads * head_dim]. Scores are scaled by 1 / sqrt(head_dim).
-  virtual void Attention(const AttentionShape& shape, std::span<const SequenceChunk> chunks,
-                         ConstRows qkv, const KvLayer& kv, Rows out) = 0;
+  virtual void Attention(const AttentionShape& shape, const DeviceBatch& batch, ConstRows qkv,
+                         const KvLayer& kv, Rows out) = 0;
 
   // y = down(silu(gate(x)) * up(x))
-  virtual void SwiGluMlp(ConstRows x, int64_t num_rows, const ExpertWeights& mlp, Rows y) = 0;
+  virtual void SwiGluMlp(ConstRows x, int64_t num_rows, const MlpWeights& mlp, Rows y) = 0;
 
   // P = softmax(x * router); the top_k of P + bias (float32 addition; bias may be null; the lower
   // index wins a tie), best first, to expert_ids [num_rows, top_k]; P of each, divided by
@@ -167,9 +177,23 @@ class Backend {
 
   // y[r, :] = sum over a row's experts, in ascending order of index, of weight * mlp_e(x[r, :]),
   // then + shared(x[r, :]) unless shared is null.
-  virtual void MoeMlp(ConstRows x, int64_t num_rows, std::span<const ExpertWeights> experts,
-                      int top_k, const int32_t* expert_ids, const float* expert_weights,
-                      const ExpertWeights* shared, Rows y) = 0;
+  virtual void MoeMlp(ConstRows x, int64_t num_rows, const ExpertGroup& experts, int top_k,
+                      const int32_t* expert_ids, const float* expert_weights,
+                      const MlpWeights* shared, Rows y) = 0;
+
+  // to[r, :] = from[r, :]
+  virtual void CopyRows(ConstRows from, int64_t num_rows, int64_t columns, Rows to) = 0;
+
+  // ids[i], device memory [batch.num_logit_rows()] = the id drawn from logits[i, 0 … vocab_size -
+  // 1] with the SampleParams of the i-th row that wants logits; -1 - j if the logit of j, the first
+  // such id, is NaN or infinite. The same logits give the same id on every backend.
+  virtual void Sample(ConstRows logits, int64_t vocab_size, const DeviceBatch& batch,
+                      int32_t* ids) = 0;
+
+  // What TokenOfSlot will stand for, from the next SetBatch on: ids[i] for the slot of the i-th row
+  // that wants logits. A negative id counts as 0, so that whatever follows a failed draw is
+  // defined.
+  virtual void KeepIds(const int32_t* ids, DeviceBatch* batch) = 0;
 };
 
 }  // namespace wintserve::kernels

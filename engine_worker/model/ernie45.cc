@@ -17,11 +17,12 @@ namespace {
 using kernels::Backend;
 using kernels::Buffer;
 using kernels::ConstRows;
-using kernels::ExpertWeights;
+using kernels::DeviceBatch;
+using kernels::ExpertGroup;
 using kernels::KvLayer;
 using kernels::MatrixUse;
+using kernels::MlpWeights;
 using kernels::Rows;
-using kernels::SequenceChunk;
 using kernels::WeightMatrix;
 
 using Matrix = std::unique_ptr<WeightMatrix>;
@@ -30,7 +31,7 @@ struct Mlp {
   Matrix gate_up;
   Matrix down;
 
-  ExpertWeights view() const { return {gate_up.get(), down.get()}; }
+  MlpWeights view() const { return {gate_up.get(), down.get()}; }
 };
 
 struct Layer {
@@ -42,8 +43,8 @@ struct Layer {
   Matrix router;
   std::unique_ptr<Buffer> router_bias;  // null without has_router_bias
   std::vector<Mlp> experts;
-  std::vector<ExpertWeights> expert_views;
-  Mlp shared;  // empty without shared experts
+  std::unique_ptr<ExpertGroup> expert_group;  // of `experts`
+  Mlp shared;                                 // empty without shared experts
 
   bool is_moe() const { return router != nullptr; }
 };
@@ -99,7 +100,7 @@ class Loader {
   absl::StatusOr<std::unique_ptr<Buffer>> LoadVector(VectorRole role, int layer) {
     ASSIGN_OR_RETURN(const std::vector<float> host, checkpoint_.LoadVector(role, layer));
     const auto size_bytes = static_cast<int64_t>(host.size() * sizeof(float));
-    std::unique_ptr<Buffer> buffer = backend_->Allocate(size_bytes);
+    ASSIGN_OR_RETURN(std::unique_ptr<Buffer> buffer, backend_->Allocate(size_bytes));
     backend_->CopyFromHost(buffer->data(), host.data(), size_bytes);
     return buffer;
   }
@@ -127,15 +128,19 @@ class Loader {
       return layer;
     }
     ASSIGN_OR_RETURN(layer.router,
-                     LoadMatrix({MatrixRole::kRouter, i}, MatrixUse::kLinear, place + " router"));
+                     LoadMatrix({MatrixRole::kRouter, i}, MatrixUse::kRouter, place + " router"));
     if (config_.has_router_bias) {
       ASSIGN_OR_RETURN(layer.router_bias, LoadVector(VectorRole::kRouterBias, i));
     }
+    std::vector<MlpWeights> views;
     for (int e = 0; e < config_.num_experts; ++e) {
       ASSIGN_OR_RETURN(Mlp expert, LoadMlp(i, e, fmt::format("{} expert {}", place, e)));
-      layer.expert_views.push_back(expert.view());
+      views.push_back(expert.view());
       layer.experts.push_back(std::move(expert));
     }
+    absl::StatusOr<std::unique_ptr<ExpertGroup>> group = backend_->GroupExperts(views);
+    if (!group.ok()) return InFrontOf(group.status(), place);
+    layer.expert_group = *std::move(group);
     if (config_.num_shared_experts > 0) {
       ASSIGN_OR_RETURN(layer.shared, LoadMlp(i, kSharedExperts, place + " shared experts"));
     }
@@ -149,210 +154,216 @@ class Loader {
   const int world_size_;
 };
 
-// Activations [max_batch_tokens, columns] in device memory.
+// Rows in device memory.
 class Activations {
  public:
-  Activations(Backend* backend, int64_t rows, int64_t columns)
-      : stride_(kernels::PaddedStride(columns)),
-        buffer_(backend->Allocate(rows * stride_ * static_cast<int64_t>(sizeof(float)))) {}
+  static absl::StatusOr<Activations> Allocate(Backend* backend, int64_t rows, int64_t columns,
+                                              int64_t stride) {
+    Activations activations;
+    activations.stride_ = stride;
+    CHECK(stride >= columns, "stride={} columns={}", stride, columns);
+    ASSIGN_OR_RETURN(activations.buffer_,
+                     backend->Allocate(rows * stride * static_cast<int64_t>(sizeof(float))));
+    return activations;
+  }
+  static absl::StatusOr<Activations> Allocate(Backend* backend, int64_t rows, int64_t columns) {
+    return Allocate(backend, rows, columns, kernels::PaddedStride(columns));
+  }
   Rows rows() const { return {static_cast<float*>(buffer_->data()), stride_}; }
 
  private:
-  int64_t stride_;
+  int64_t stride_ = 0;
   std::unique_ptr<Buffer> buffer_;
 };
 
+// One rank's share of the model, and what follows from it.
+struct RankShape {
+  int rank = 0;
+  int world_size = 1;
+  kernels::AttentionShape attention;
+  int64_t kv_layer_bytes = 0;
+};
+
+// What a forward pass leaves between its operators. Token rows but for the logits.
+struct Workspace {
+  Activations residual;
+  Activations normed;
+  Activations delta;  // output of attention or MLP, before it joins the residual
+  Activations qkv;
+  Activations attended;
+  Activations cos_sin;
+  std::unique_ptr<Buffer> expert_ids;
+  std::unique_ptr<Buffer> expert_weights;
+  Activations rank_logits;      // [logit rows, this rank's vocabulary]
+  Activations gathered_logits;  // [ranks, logit rows, a rank's vocabulary]; of several ranks
+  Activations logits;           // [logit rows, vocabulary]; rank 0 of several
+};
+
+absl::StatusOr<Workspace> AllocateWorkspace(Backend* backend, const ModelConfig& config,
+                                            const RankShape& shape, const Ernie45Options& options) {
+  const int64_t tokens = options.max_batch_tokens;
+  const int64_t hidden = config.hidden_size;
+  const auto allocate = [&](int64_t columns) {
+    return Activations::Allocate(backend, tokens, columns);
+  };
+  Workspace w;
+  ASSIGN_OR_RETURN(w.residual, allocate(hidden));
+  ASSIGN_OR_RETURN(w.normed, allocate(hidden));
+  // Summed over ranks as one array, hence without padding.
+  ASSIGN_OR_RETURN(w.delta, Activations::Allocate(
+                                backend, tokens, hidden,
+                                shape.world_size == 1 ? kernels::PaddedStride(hidden) : hidden));
+  ASSIGN_OR_RETURN(w.qkv, allocate(shape.attention.qkv_columns()));
+  ASSIGN_OR_RETURN(w.attended,
+                   allocate(int64_t{shape.attention.num_heads} * shape.attention.head_dim));
+  ASSIGN_OR_RETURN(w.cos_sin, allocate(config.head_dim));
+  const int64_t pairs = tokens * std::max(1, config.num_experts_per_token);
+  ASSIGN_OR_RETURN(w.expert_ids, backend->Allocate(pairs * static_cast<int64_t>(sizeof(int32_t))));
+  ASSIGN_OR_RETURN(w.expert_weights,
+                   backend->Allocate(pairs * static_cast<int64_t>(sizeof(float))));
+
+  const int64_t logit_rows = options.max_logit_rows;
+  const int64_t rank_vocab = config.vocab_size / shape.world_size;
+  ASSIGN_OR_RETURN(w.rank_logits,
+                   Activations::Allocate(backend, logit_rows, rank_vocab, rank_vocab));
+  if (shape.world_size == 1) return w;
+  ASSIGN_OR_RETURN(w.gathered_logits, Activations::Allocate(backend, logit_rows * shape.world_size,
+                                                            rank_vocab, rank_vocab));
+  if (shape.rank == 0) {
+    ASSIGN_OR_RETURN(
+        w.logits, Activations::Allocate(backend, logit_rows, config.vocab_size, config.vocab_size));
+  }
+  return w;
+}
+
 class Ernie45 final : public Model {
  public:
-  Ernie45(const ModelConfig& config, Weights weights, uint64_t weights_digest, Backend* backend,
-          Collective* collective, const Ernie45Options& options)
+  Ernie45(const ModelConfig& config, const RankShape& shape, Weights weights, Workspace workspace,
+          uint64_t weights_digest, Backend* backend, Collective* collective,
+          const Ernie45Options& options)
       : config_(config),
+        shape_(shape),
         weights_(std::move(weights)),
+        workspace_(std::move(workspace)),
         weights_digest_(weights_digest),
         backend_(backend),
         collective_(collective),
-        world_size_(collective == nullptr ? 1 : collective->world_size()),
-        max_batch_tokens_(options.max_batch_tokens),
-        attention_{config.num_heads / world_size_, std::max(1, config.num_kv_heads / world_size_),
-                   config.head_dim},
-        residual_(backend, max_batch_tokens_, config.hidden_size),
-        normed_(backend, max_batch_tokens_, config.hidden_size),
-        // Summed over ranks as one array, hence without padding.
-        delta_stride_(world_size_ == 1 ? kernels::PaddedStride(config.hidden_size)
-                                       : config.hidden_size),
-        delta_(backend->Allocate(max_batch_tokens_ * delta_stride_ *
-                                 static_cast<int64_t>(sizeof(float)))),
-        qkv_(backend, max_batch_tokens_, attention_.qkv_columns()),
-        attended_(backend, max_batch_tokens_, int64_t{attention_.num_heads} * attention_.head_dim),
-        cos_sin_(backend, max_batch_tokens_, config.head_dim),
-        expert_ids_(backend->Allocate(ExpertSlots() * static_cast<int64_t>(sizeof(int32_t)))),
-        expert_weights_(backend->Allocate(ExpertSlots() * static_cast<int64_t>(sizeof(float)))) {}
+        options_(options) {}
 
+  kernels::Backend* backend() const override { return backend_; }
   int vocab_size() const override { return config_.vocab_size; }
   int num_layers() const override { return config_.num_layers; }
   int max_position() const override { return config_.max_position_embeddings; }
-  int max_batch_tokens() const override { return max_batch_tokens_; }
+  int max_batch_tokens() const override { return options_.max_batch_tokens; }
+  int max_logit_rows() const override { return options_.max_logit_rows; }
   uint64_t weights_digest() const override { return weights_digest_; }
-
-  int64_t kv_block_bytes() const override {
-    return config_.num_layers * LayerKvFloats() * static_cast<int64_t>(sizeof(float));
-  }
+  int64_t kv_block_bytes() const override { return config_.num_layers * shape_.kv_layer_bytes; }
 
   uint64_t kv_layout_digest() const override {
     const std::string layout = fmt::format(
         "{} block_tokens={} layers={} kv_heads={} head_dim={} world_size={} theta={} "
         "compression={}",
         backend_->kv_layout(), kernels::kKvBlockTokens, config_.num_layers, config_.num_kv_heads,
-        config_.head_dim, world_size_, config_.rope_theta, config_.compression_ratio);
+        config_.head_dim, shape_.world_size, config_.rope_theta, config_.compression_ratio);
     return XXH3_64bits(layout.data(), layout.size());
   }
 
-  absl::StatusOr<std::span<const float>> Forward(const Batch& batch, void* kv_pool) override {
-    const auto num_tokens = static_cast<int64_t>(batch.tokens.size());
-    CHECK(num_tokens >= 1 && num_tokens <= max_batch_tokens_, "num_tokens={}", num_tokens);
-    PlaceTokens(batch);
-
-    backend_->Embed(*weights_.embedding, batch.tokens, residual_.rows());
-    backend_->RopeAngles(positions_, config_.head_dim, config_.rope_theta,
-                         config_.compression_ratio, cos_sin_.rows());
+  absl::StatusOr<ConstRows> Forward(const DeviceBatch& batch, void* kv_pool) override {
+    CHECK(batch.num_tokens() >= 1 && batch.num_tokens() <= options_.max_batch_tokens,
+          "num_tokens={}", batch.num_tokens());
+    CHECK(batch.num_logit_rows() <= options_.max_logit_rows, "num_logit_rows={}",
+          batch.num_logit_rows());
+    backend_->Embed(*weights_.embedding, batch, workspace_.residual.rows());
+    backend_->RopeAngles(batch, config_.head_dim, config_.rope_theta, config_.compression_ratio,
+                         workspace_.cos_sin.rows());
     ConstRows pending;  // what the next norm adds to the residual first
     for (int i = 0; i < config_.num_layers; ++i) {
       const Layer& layer = weights_.layers[i];
-      AddNorm(pending, Floats(layer.input_norm), num_tokens);
-      RETURN_IF_ERROR(AttentionBlock(layer, KvOf(i, kv_pool), num_tokens));
-      AddNorm(Delta(), Floats(layer.post_attention_norm), num_tokens);
-      RETURN_IF_ERROR(MlpBlock(layer, num_tokens));
+      AddNorm(pending, Floats(layer.input_norm), batch.num_tokens());
+      RETURN_IF_ERROR(AttentionBlock(layer, KvOf(i, kv_pool), batch));
+      AddNorm(Delta(), Floats(layer.post_attention_norm), batch.num_tokens());
+      RETURN_IF_ERROR(MlpBlock(layer, batch.num_tokens()));
       pending = Delta();
     }
-    return Head(pending);
+    return Head(pending, batch);
   }
 
  private:
-  int64_t ExpertSlots() const {
-    return int64_t{max_batch_tokens_} * std::max(1, config_.num_experts_per_token);
-  }
-  int64_t LayerKvFloats() const {
-    return int64_t{2} * attention_.num_kv_heads * kernels::kKvBlockTokens * attention_.head_dim;
-  }
   KvLayer KvOf(int layer, void* kv_pool) const {
-    return {static_cast<float*>(kv_pool), config_.num_layers * LayerKvFloats(),
-            layer * LayerKvFloats()};
+    return {kv_pool, kv_block_bytes(), layer * shape_.kv_layer_bytes};
   }
-  Rows Delta() const { return {static_cast<float*>(delta_->data()), delta_stride_}; }
-
-  // Where each token stands in its sequence, and which rows want logits.
-  void PlaceTokens(const Batch& batch) {
-    positions_.clear();
-    chunks_.clear();
-    logit_rows_.clear();
-    int64_t first_token = 0;
-    for (const BatchRow& row : batch.rows) {
-      chunks_.push_back({first_token, row.position, row.length, row.block_table});
-      for (int32_t t = 0; t < row.length; ++t) positions_.push_back(row.position + t);
-      first_token += row.length;
-      if (row.want_logits) logit_rows_.push_back(static_cast<int32_t>(first_token - 1));
-    }
-    CHECK(positions_.size() == batch.tokens.size(), "rows hold {} tokens, the batch {}",
-          positions_.size(), batch.tokens.size());
-  }
+  Rows Normed() const { return workspace_.normed.rows(); }
+  Rows Delta() const { return workspace_.delta.rows(); }
 
   void AddNorm(ConstRows delta, const float* gain, int64_t num_tokens) {
-    backend_->AddRmsNorm(residual_.rows(), delta, /*row_ids=*/{}, num_tokens, config_.hidden_size,
-                         gain, config_.rms_norm_eps, normed_.rows());
+    backend_->AddRmsNorm(workspace_.residual.rows(), delta, /*row_ids=*/nullptr, num_tokens,
+                         config_.hidden_size, gain, config_.rms_norm_eps, Normed());
   }
 
-  absl::Status AttentionBlock(const Layer& layer, const KvLayer& kv, int64_t num_tokens) {
-    backend_->Linear(normed_.rows(), num_tokens, *layer.qkv, qkv_.rows());
-    backend_->RopeAndAppendKv(attention_, chunks_, cos_sin_.rows(), qkv_.rows(), kv);
-    backend_->Attention(attention_, chunks_, qkv_.rows(), kv, attended_.rows());
-    backend_->Linear(attended_.rows(), num_tokens, *layer.output, Delta());
-    return SumDeltaOverRanks(num_tokens);
+  absl::Status AttentionBlock(const Layer& layer, const KvLayer& kv, const DeviceBatch& batch) {
+    const Rows qkv = workspace_.qkv.rows();
+    const Rows attended = workspace_.attended.rows();
+    backend_->Linear(Normed(), batch.num_tokens(), *layer.qkv, qkv);
+    backend_->RopeAndAppendKv(shape_.attention, batch, workspace_.cos_sin.rows(), qkv, kv);
+    backend_->Attention(shape_.attention, batch, qkv, kv, attended);
+    backend_->Linear(attended, batch.num_tokens(), *layer.output, Delta());
+    return SumDeltaOverRanks(batch.num_tokens());
   }
 
   absl::Status MlpBlock(const Layer& layer, int64_t num_tokens) {
     if (layer.is_moe()) {
-      auto* expert_ids = static_cast<int32_t*>(expert_ids_->data());
-      auto* expert_weights = static_cast<float*>(expert_weights_->data());
+      auto* expert_ids = static_cast<int32_t*>(workspace_.expert_ids->data());
+      auto* expert_weights = static_cast<float*>(workspace_.expert_weights->data());
       const kernels::RouterShape router = {config_.num_experts, config_.num_experts_per_token,
                                            config_.moe_norm_min};
-      const ExpertWeights shared = layer.shared.view();
-      backend_->Route(normed_.rows(), num_tokens, *layer.router, Floats(layer.router_bias), router,
+      const MlpWeights shared = layer.shared.view();
+      backend_->Route(Normed(), num_tokens, *layer.router, Floats(layer.router_bias), router,
                       expert_ids, expert_weights);
-      backend_->MoeMlp(normed_.rows(), num_tokens, layer.expert_views, router.top_k, expert_ids,
+      backend_->MoeMlp(Normed(), num_tokens, *layer.expert_group, router.top_k, expert_ids,
                        expert_weights, shared.gate_up == nullptr ? nullptr : &shared, Delta());
     } else {
-      backend_->SwiGluMlp(normed_.rows(), num_tokens, layer.mlp.view(), Delta());
+      backend_->SwiGluMlp(Normed(), num_tokens, layer.mlp.view(), Delta());
     }
     return SumDeltaOverRanks(num_tokens);
   }
 
   absl::Status SumDeltaOverRanks(int64_t num_tokens) {
-    if (world_size_ == 1) return absl::OkStatus();
-    return collective_->AllReduceSum(Delta().data, num_tokens * delta_stride_);
+    if (shape_.world_size == 1) return absl::OkStatus();
+    return collective_->AllReduceSum(Delta().data, num_tokens * Delta().stride);
   }
 
   // Logits of the rows that want them: full rows on rank 0, nothing elsewhere.
-  absl::StatusOr<std::span<const float>> Head(ConstRows delta) {
-    const auto num_rows = static_cast<int64_t>(logit_rows_.size());
-    if (num_rows == 0) return std::span<const float>();
-    backend_->AddRmsNorm(residual_.rows(), delta, logit_rows_, num_rows, config_.hidden_size,
-                         Floats(weights_.final_norm), config_.rms_norm_eps, normed_.rows());
-    const int64_t rank_vocab = weights_.head->n();
+  absl::StatusOr<ConstRows> Head(ConstRows delta, const DeviceBatch& batch) {
+    const int64_t num_rows = batch.num_logit_rows();
+    if (num_rows == 0) return ConstRows();
+    backend_->AddRmsNorm(workspace_.residual.rows(), delta, batch.logit_tokens(), num_rows,
+                         config_.hidden_size, Floats(weights_.final_norm), config_.rms_norm_eps,
+                         Normed());
+    const Rows rank_logits = workspace_.rank_logits.rows();
+    backend_->Linear(Normed(), num_rows, *weights_.head, rank_logits);
+    if (shape_.world_size == 1) return rank_logits;
+
+    const int64_t rank_vocab = rank_logits.stride;
     const int64_t count = num_rows * rank_vocab;
-    Reserve(count, &rank_logits_);
-    auto* rank_logits = static_cast<float*>(rank_logits_->data());
-    backend_->Linear(normed_.rows(), num_rows, *weights_.head, {rank_logits, rank_vocab});
-
-    logits_.resize(num_rows * config_.vocab_size);
-    if (world_size_ == 1) {
-      backend_->CopyToHost(logits_.data(), rank_logits, count * sizeof(float));
-      return logits_;
+    float* gathered = workspace_.gathered_logits.rows().data;
+    RETURN_IF_ERROR(collective_->AllGather(rank_logits.data, count, gathered));
+    if (shape_.rank != 0) return ConstRows();
+    const Rows logits = workspace_.logits.rows();
+    for (int rank = 0; rank < shape_.world_size; ++rank) {
+      backend_->CopyRows({gathered + rank * count, rank_vocab}, num_rows, rank_vocab,
+                         {logits.data + rank * rank_vocab, logits.stride});
     }
-    Reserve(count * world_size_, &gathered_logits_);
-    auto* gathered = static_cast<float*>(gathered_logits_->data());
-    RETURN_IF_ERROR(collective_->AllGather(rank_logits, count, gathered));
-    if (collective_->rank() != 0) return std::span<const float>();
-    for (int rank = 0; rank < world_size_; ++rank) {
-      for (int64_t r = 0; r < num_rows; ++r) {
-        backend_->CopyToHost(logits_.data() + r * config_.vocab_size + rank * rank_vocab,
-                             gathered + rank * count + r * rank_vocab, rank_vocab * sizeof(float));
-      }
-    }
-    return logits_;
-  }
-
-  void Reserve(int64_t count, std::unique_ptr<Buffer>* buffer) {
-    const int64_t size_bytes = count * static_cast<int64_t>(sizeof(float));
-    if (*buffer == nullptr || (*buffer)->size_bytes() < size_bytes) {
-      *buffer = backend_->Allocate(size_bytes);
-    }
+    return logits;
   }
 
   const ModelConfig config_;
+  const RankShape shape_;
   const Weights weights_;
+  const Workspace workspace_;
   const uint64_t weights_digest_;
   Backend* const backend_;
   Collective* const collective_;
-  const int world_size_;
-  const int max_batch_tokens_;
-  const kernels::AttentionShape attention_;  // of this rank
-
-  Activations residual_;
-  Activations normed_;
-  const int64_t delta_stride_;
-  std::unique_ptr<Buffer> delta_;  // output of attention or MLP, before it joins the residual
-  Activations qkv_;
-  Activations attended_;
-  Activations cos_sin_;
-  std::unique_ptr<Buffer> expert_ids_;
-  std::unique_ptr<Buffer> expert_weights_;
-  std::unique_ptr<Buffer> rank_logits_;
-  std::unique_ptr<Buffer> gathered_logits_;
-  std::vector<float> logits_;
-
-  std::vector<int32_t> positions_;
-  std::vector<SequenceChunk> chunks_;
-  std::vector<int32_t> logit_rows_;
+  const Ernie45Options options_;
 };
 
 }  // namespace
@@ -361,21 +372,25 @@ absl::StatusOr<std::unique_ptr<Model>> LoadErnie45(const ModelConfig& config,
                                                    const Checkpoint& checkpoint, Backend* backend,
                                                    Collective* collective,
                                                    const Ernie45Options& options) {
-  CHECK(options.max_batch_tokens >= 1, "max_batch_tokens={}", options.max_batch_tokens);
-  if (config.head_dim % 32 != 0) {
-    return absl::InvalidArgumentError(
-        fmt::format("head_dim {} is not supported; it must be a multiple of 32", config.head_dim));
+  CHECK(options.max_batch_tokens >= 1 && options.max_logit_rows >= 1,
+        "max_batch_tokens={} max_logit_rows={}", options.max_batch_tokens, options.max_logit_rows);
+  RankShape shape;
+  if (collective != nullptr) {
+    shape.rank = collective->rank();
+    shape.world_size = collective->world_size();
   }
-  const int rank = collective == nullptr ? 0 : collective->rank();
-  const int world_size = collective == nullptr ? 1 : collective->world_size();
-  RETURN_IF_ERROR(CheckTensorParallel(config, world_size));
+  RETURN_IF_ERROR(CheckTensorParallel(config, shape.world_size));
+  shape.attention = {config.num_heads / shape.world_size,
+                     std::max(1, config.num_kv_heads / shape.world_size), config.head_dim};
+  ASSIGN_OR_RETURN(shape.kv_layer_bytes, backend->KvLayerBytes(shape.attention));
   ASSIGN_OR_RETURN(Weights weights,
-                   Loader(config, checkpoint, backend, rank, world_size).LoadAll());
+                   Loader(config, checkpoint, backend, shape.rank, shape.world_size).LoadAll());
+  ASSIGN_OR_RETURN(Workspace workspace, AllocateWorkspace(backend, config, shape, options));
   const std::string identity =
       fmt::format("checkpoint={:016x} k_order={} unrounded={}", checkpoint.digest(),
                   static_cast<int>(checkpoint.k_order()),
                   backend->rounding() == kernels::WeightRounding::kUnrounded);
-  return std::make_unique<Ernie45>(config, std::move(weights),
+  return std::make_unique<Ernie45>(config, shape, std::move(weights), std::move(workspace),
                                    XXH3_64bits(identity.data(), identity.size()), backend,
                                    collective, options);
 }

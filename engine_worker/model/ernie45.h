@@ -12,13 +12,16 @@
 
 namespace wintserve {
 
+// Of one Forward call; memory is allocated for this many.
 struct Ernie45Options {
-  int max_batch_tokens = 256;  // of one Forward call; activations are allocated for this many
+  int max_batch_tokens = 256;
+  int max_logit_rows = 64;
 };
 
 // Loads this rank's slice of every weight, one tensor at a time, into the backend's layout.
 // collective: null for a single rank. It and the backend outlive the model; the checkpoint may go.
-// Errors: INVALID_ARGUMENT for shapes that the model cannot run over world_size ranks, and whatever
+// Errors: INVALID_ARGUMENT for shapes that the model cannot run over world_size ranks,
+// RESOURCE_EXHAUSTED when weights and activations do not fit the device's memory, and whatever else
 // the checkpoint or the backend reports, with the tensor's place in front.
 absl::StatusOr<std::unique_ptr<Model>> LoadErnie45(const ModelConfig& config,
                                                    const Checkpoint& checkpoint,

@@ -21,6 +21,8 @@
 namespace wintserve {
 namespace {
 
+using kernels::Batch;
+
 std::string model_dir = "models/poet";
 std::string golden_file = "tests/golden/poet-wint2.json";
 
@@ -59,7 +61,11 @@ class Group {
                                {.max_batch_tokens = group_config.max_batch_tokens});
       CHECK(model.ok(), "{}", model.status().ToString());
       rank.model = *std::move(model);
-      rank.pool = rank.backend->Allocate(kMaxBlocks * rank.model->kv_block_bytes());
+      rank.pool = *rank.backend->Allocate(kMaxBlocks * rank.model->kv_block_bytes());
+      rank.batch = *rank.backend->CreateBatch({.max_tokens = group_config.max_batch_tokens,
+                                               .max_rows = kMaxBlocks,
+                                               .max_blocks_per_row = kMaxBlocks,
+                                               .num_slots = 1});
       // Whatever a block held before must not show.
       std::memset(rank.pool->data(), 0xFF, rank.pool->size_bytes());
     }
@@ -72,17 +78,19 @@ class Group {
     std::vector<std::thread> threads;
     for (size_t r = 1; r < ranks_.size(); ++r) {
       threads.emplace_back([this, r, &batch] {
-        const auto logits = ranks_[r].model->Forward(batch, ranks_[r].pool->data());
-        CHECK(logits.ok() && logits->empty());
+        const auto logits = ranks_[r].Forward(batch);
+        CHECK(logits.ok() && logits->data == nullptr);
       });
     }
-    const auto logits = ranks_[0].model->Forward(batch, ranks_[0].pool->data());
+    const auto logits = ranks_[0].Forward(batch);
     for (std::thread& thread : threads) thread.join();
     CHECK(logits.ok(), "{}", logits.status().ToString());
-    const size_t vocab = model().vocab_size();
-    std::vector<std::vector<float>> rows;
-    for (size_t begin = 0; begin < logits->size(); begin += vocab) {
-      rows.emplace_back(logits->begin() + begin, logits->begin() + begin + vocab);
+    std::vector<std::vector<float>> rows(ranks_[0].batch->num_logit_rows());
+    for (size_t r = 0; r < rows.size(); ++r) {
+      rows[r].resize(model().vocab_size());
+      CHECK(ranks_[0]
+                .backend->CopyToHost(rows[r].data(), logits->row(r), rows[r].size() * sizeof(float))
+                .ok());
     }
     return rows;
   }
@@ -92,6 +100,12 @@ class Group {
     std::unique_ptr<kernels::Backend> backend;
     std::unique_ptr<Model> model;
     std::unique_ptr<kernels::Buffer> pool;
+    std::unique_ptr<kernels::DeviceBatch> batch;
+
+    absl::StatusOr<kernels::ConstRows> Forward(const Batch& tokens) {
+      backend->SetBatch(tokens, batch.get());
+      return model->Forward(*batch, pool->data());
+    }
   };
   ThreadGroup members_;
   std::vector<Rank> ranks_;

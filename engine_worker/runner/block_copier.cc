@@ -2,8 +2,6 @@
 
 #include <fmt/format.h>
 
-#include <cstring>
-
 #include "common/check.h"
 
 namespace wintserve {
@@ -16,8 +14,11 @@ absl::Status Invalid(fmt::format_string<Args...> format, Args&&... args) {
 
 }  // namespace
 
-BlockCopier::BlockCopier(const BlockTiers& tiers)
-    : tiers_(tiers), block_check_(tiers.num_blocks, 0), slot_check_(tiers.num_host_slots, 0) {
+BlockCopier::BlockCopier(kernels::Backend* backend, const BlockTiers& tiers)
+    : backend_(backend),
+      tiers_(tiers),
+      block_check_(tiers.num_blocks, 0),
+      slot_check_(tiers.num_host_slots, 0) {
   CHECK(tiers.num_host_slots == 0 || tiers.host_tier != nullptr);
 }
 
@@ -50,7 +51,11 @@ void BlockCopier::Run(std::span<const BlockCopy> copies) const {
                         int64_t{static_cast<int32_t>(copy.block)} * tiers_.block_bytes;
     char* const slot =
         static_cast<char*>(tiers_.host_tier) + int64_t{copy.host_slot} * tiers_.block_bytes;
-    std::memcpy(copy.to_device ? block : slot, copy.to_device ? slot : block, tiers_.block_bytes);
+    if (copy.to_device) {
+      backend_->CopyFromHostAsync(block, slot, tiers_.block_bytes);
+    } else {
+      backend_->CopyToHostAsync(slot, block, tiers_.block_bytes);
+    }
   }
 }
 

@@ -62,23 +62,18 @@ absl::Status SlotTable::BeginStep(const StepPlan& plan) {
   return absl::OkStatus();
 }
 
-void SlotTable::FinishStep(const StepPlan& plan, const std::vector<int32_t>& sampled_ids) {
-  auto id = sampled_ids.begin();
+void SlotTable::FinishStep(const StepPlan& plan) {
   for (const PlanRow& row : plan.rows) {
     Slot& slot = slots_[row.slot];
     slot.next_position = row.position + row.length;
-    slot.last_token.reset();
-    if (row.sample) {
-      CHECK(id != sampled_ids.end());
-      slot.last_token = *id++;
-    }
+    slot.has_token = row.sample;
   }
   for (const uint32_t index : plan.slot_release) {
     Slot& slot = slots_[index];
     slot.in_use = false;
     slot.block_table.clear();
     slot.next_position.reset();
-    slot.last_token.reset();
+    slot.has_token = false;
   }
 }
 
@@ -139,7 +134,7 @@ absl::Status SlotTable::CheckTokens(const PlanRow& row) const {
       return Invalid("slot {}: a row of {} tokens without any id; only one can come from the slot",
                      row.slot, row.length);
     }
-    if (!slots_[row.slot].last_token.has_value()) {
+    if (!slots_[row.slot].has_token) {
       return Invalid("slot {}: no token was sampled there that a row could take up", row.slot);
     }
     return absl::OkStatus();

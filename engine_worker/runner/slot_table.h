@@ -25,7 +25,7 @@ struct Slot {
   std::vector<int32_t> block_table;
   // Unknown until the first row: a cached prefix may precede it.
   std::optional<uint32_t> next_position;
-  std::optional<int32_t> last_token;  // sampled at next_position - 1's logits, not computed yet
+  bool has_token = false;  // one was sampled from the last row's logits and is not computed yet
 };
 
 // Threading: thread-compatible.
@@ -37,8 +37,8 @@ class SlotTable {
 
   // Applies slot_init and block_append, then checks rows and slot_release against the result.
   absl::Status BeginStep(const StepPlan& plan);
-  // After the rows have run: sampled_ids has one id for every row with `sample`, in row order.
-  void FinishStep(const StepPlan& plan, const std::vector<int32_t>& sampled_ids);
+  // Once the rows have been handed to the device.
+  void FinishStep(const StepPlan& plan);
 
   // REQUIRES: a slot of a row of the plan that began last.
   const Slot& slot(uint32_t index) const { return slots_[index]; }

@@ -2,21 +2,15 @@
 
 #include <fmt/format.h>
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
-
 #include <algorithm>
-#include <chrono>
 #include <string>
+#include <utility>
 
 #include "common/check.h"
 #include "common/status_macros.h"
 
 namespace wintserve {
 namespace {
-
-// Enough rows for matrix products to run at full speed; more would only grow the model's scratch.
-constexpr int kMaxBatchTokens = 512;
 
 SlotLimits LimitsOf(const StepRunnerConfig& config, const Model& model) {
   return {.max_slots = config.max_slots,
@@ -58,62 +52,87 @@ absl::StatusOr<std::unique_ptr<StepRunner>> StepRunner::Create(const StepRunnerC
     return absl::InvalidArgumentError(
         fmt::format("stop_ids holds {}, this model has ids 0 … {}", id, model->vocab_size() - 1));
   }
-  CHECK(config.block_size_tokens > 0 && model->max_batch_tokens() > 0);
-  return std::unique_ptr<StepRunner>(
+  if (config.block_size_tokens != kernels::kKvBlockTokens) {
+    return absl::InvalidArgumentError(
+        fmt::format("block_size_tokens is {}, this worker has blocks of {}",
+                    config.block_size_tokens, kernels::kKvBlockTokens));
+  }
+  CHECK(model->max_batch_tokens() > 0 && model->max_logit_rows() > 0);
+  auto runner = std::unique_ptr<StepRunner>(
       new StepRunner(WithSortedStopIds(config), model, collective, kv_pool, host_tier));
+  RETURN_IF_ERROR(runner->AllocateMemory());
+  return runner;
 }
 
 StepRunner::StepRunner(const StepRunnerConfig& config, Model* model, Collective* collective,
                        void* kv_pool, void* host_tier)
     : config_(config),
       model_(model),
+      backend_(model->backend()),
       collective_(collective),
       kv_pool_(kv_pool),
-      batch_tokens_(std::min(kMaxBatchTokens, model->max_batch_tokens())),
-      copier_({.pool = kv_pool,
-               .num_blocks = config.num_blocks,
-               .host_tier = host_tier,
-               .num_host_slots = config.num_host_slots,
-               .block_bytes = model->kv_block_bytes()}),
+      copier_(model->backend(), {.pool = kv_pool,
+                                 .num_blocks = config.num_blocks,
+                                 .host_tier = host_tier,
+                                 .num_host_slots = config.num_host_slots,
+                                 .block_bytes = model->kv_block_bytes()}),
       slots_(LimitsOf(config, *model)),
-      chain_(config.chain) {
-  batch_.tokens.reserve(batch_tokens_);
+      chain_(config.chain),
+      id_buffers_(std::make_shared<IdBuffers>(model->backend(), config.max_slots)) {}
+
+absl::Status StepRunner::AllocateMemory() {
+  // A plan has at most one row a slot.
+  const int64_t max_tokens = model_->max_batch_tokens();
+  ASSIGN_OR_RETURN(device_batch_, backend_->CreateBatch(
+                                      {.max_tokens = max_tokens,
+                                       .max_rows = std::min<int64_t>(config_.max_slots, max_tokens),
+                                       .max_blocks_per_row = (int64_t{config_.max_sequence_tokens} +
+                                                              kernels::kKvBlockTokens - 1) /
+                                                             kernels::kKvBlockTokens,
+                                       .num_slots = static_cast<int32_t>(config_.max_slots),
+                                       .stop_ids = config_.stop_ids}));
+  ASSIGN_OR_RETURN(device_ids_, backend_->Allocate(int64_t{config_.max_slots} *
+                                                   static_cast<int64_t>(sizeof(int32_t))));
+  return absl::OkStatus();
 }
 
 absl::Status StepRunner::WarmUp() {
   CHECK(chain_.step == config_.chain.step, "a warm-up after step {}", chain_.step);
   const int32_t block = 0;
-  Batch batch;
-  batch.tokens = {0};
-  batch.rows = {{.position = 0, .length = 1, .block_table = {&block, 1}, .want_logits = true}};
-  RETURN_IF_ERROR(model_->Forward(batch, kv_pool_).status());
-  sampled_ids_.assign(1, 0);
-  return ShareSampledIds(1);
+  batch_.tokens = {0};
+  batch_.rows = {{.position = 0, .length = 1, .block_table = {&block, 1}, .want_logits = true}};
+  num_device_ids_ = 0;
+  RETURN_IF_ERROR(RunBatch());
+  return backend_->Record()->Wait();
 }
 
 absl::StatusOr<StepDone> StepRunner::Apply(const StepPlan& plan, uint64_t plan_hash) {
-  const auto begin = std::chrono::steady_clock::now();
+  ASSIGN_OR_RETURN(const std::unique_ptr<PendingStep> pending, Begin(plan, plan_hash));
+  return pending->Wait();
+}
+
+absl::StatusOr<std::unique_ptr<PendingStep>> StepRunner::Begin(const StepPlan& plan,
+                                                               uint64_t plan_hash) {
   RETURN_IF_ERROR(CheckChain(plan));
   RETURN_IF_ERROR(copier_.Check(plan.copies));
   RETURN_IF_ERROR(slots_.BeginStep(plan));
+  PendingStep::Work work = {
+      .done = {.group_epoch = plan.group_epoch, .step = plan.step, .plan_hash = plan_hash},
+      .reports_ids = collective_->rank() == 0,
+      .sampled_vocab_size = static_cast<int32_t>(config_.sampled_vocab_size)};
+  ASSIGN_OR_RETURN(work.ids, id_buffers_->Take());
+  work.begin = backend_->Record();
   copier_.Run(plan.copies);
   RETURN_IF_ERROR(RunRows(plan));
-  slots_.FinishStep(plan, sampled_ids_);
-  chain_ = {.step = plan.step, .plan_hash = plan_hash};
-
-  StepDone done = {.group_epoch = plan.group_epoch, .step = plan.step, .plan_hash = plan_hash};
-  done.sampled_digest =
-      XXH3_64bits(sampled_ids_.data(), sampled_ids_.size() * sizeof(sampled_ids_[0]));
-  if (collective_->rank() == 0) {
-    done.sampled.reserve(sampled_ids_.size());
-    for (const PlanRow& row : plan.rows) {
-      if (row.sample) done.sampled.push_back({row.slot, sampled_ids_[done.sampled.size()]});
-    }
+  if (!sampled_.empty()) {
+    backend_->CopyToHostAsync(work.ids->data(), device_ids_->data(),
+                              std::ssize(sampled_) * static_cast<int64_t>(sizeof(int32_t)));
   }
-  done.execute_us = static_cast<uint32_t>(std::chrono::duration_cast<std::chrono::microseconds>(
-                                              std::chrono::steady_clock::now() - begin)
-                                              .count());
-  return done;
+  work.end = backend_->Record();
+  work.sampled = std::move(sampled_);
+  slots_.FinishStep(plan);
+  chain_ = {.step = plan.step, .plan_hash = plan_hash};
+  return std::make_unique<PendingStep>(std::move(work), id_buffers_);
 }
 
 absl::Status StepRunner::CheckChain(const StepPlan& plan) const {
@@ -138,89 +157,77 @@ absl::Status StepRunner::CheckChain(const StepPlan& plan) const {
 }
 
 absl::Status StepRunner::RunRows(const StepPlan& plan) {
-  sampled_ids_.clear();
-  size_t num_sampled = 0;
+  sampled_.clear();
+  num_device_ids_ = 0;
   for (const PlanRow& row : plan.rows) {
-    num_sampled += row.sample ? 1 : 0;
     for (uint32_t offset = 0; offset < row.length;) {
-      const size_t free_tokens = batch_tokens_ - batch_.tokens.size();
+      const size_t free_tokens = model_->max_batch_tokens() - batch_.tokens.size();
       const auto length = static_cast<uint32_t>(std::min<size_t>(row.length - offset, free_tokens));
       AddToBatch(row, offset, length);
       offset += length;
-      if (batch_.tokens.size() == batch_tokens_) RETURN_IF_ERROR(RunBatch());
+      if (BatchIsFull()) RETURN_IF_ERROR(RunBatch());
     }
   }
   if (!batch_.rows.empty()) RETURN_IF_ERROR(RunBatch());
-  return ShareSampledIds(num_sampled);
+  CHECK(num_device_ids_ == std::ssize(sampled_));
+  return absl::OkStatus();
 }
 
 void StepRunner::AddToBatch(const PlanRow& row, uint32_t offset, uint32_t length) {
-  const Slot& slot = slots_.slot(row.slot);
+  const auto slot = static_cast<int32_t>(row.slot);
   if (row.tokens.empty()) {
-    batch_.tokens.push_back(*slot.last_token);
+    batch_.tokens.push_back(kernels::TokenOfSlot(slot));
   } else {
     const auto first = row.tokens.begin() + offset;
     batch_.tokens.insert(batch_.tokens.end(), first, first + length);
   }
-  const bool want_logits = row.sample && offset + length == row.length;
-  batch_.rows.push_back({.position = static_cast<int32_t>(row.position + offset),
-                         .length = static_cast<int32_t>(length),
-                         .block_table = slot.block_table,
-                         .want_logits = want_logits});
-  if (want_logits) batch_samples_.push_back(&row);
+  kernels::BatchRow batch_row = {.position = static_cast<int32_t>(row.position + offset),
+                                 .length = static_cast<int32_t>(length),
+                                 .block_table = slots_.slot(row.slot).block_table,
+                                 .slot = slot};
+  if (row.sample && offset + length == row.length) {
+    batch_row.want_logits = true;
+    batch_row.sample = SampleParamsOf(row);
+    sampled_.push_back({.slot = row.slot, .position = batch_row.sample.position});
+    ++batch_logit_rows_;
+  }
+  batch_.rows.push_back(batch_row);
+}
+
+bool StepRunner::BatchIsFull() const {
+  return std::ssize(batch_.tokens) == model_->max_batch_tokens() ||
+         batch_logit_rows_ == model_->max_logit_rows();
 }
 
 absl::Status StepRunner::RunBatch() {
-  ASSIGN_OR_RETURN(const std::span<const float> logits, model_->Forward(batch_, kv_pool_));
-  if (collective_->rank() == 0) RETURN_IF_ERROR(Sample(logits));
+  backend_->SetBatch(batch_, device_batch_.get());
   batch_.tokens.clear();
   batch_.rows.clear();
-  batch_samples_.clear();
-  return absl::OkStatus();
-}
+  batch_logit_rows_ = 0;
+  ASSIGN_OR_RETURN(const kernels::ConstRows logits, model_->Forward(*device_batch_, kv_pool_));
+  const int64_t num_ids = device_batch_->num_logit_rows();
+  if (num_ids == 0) return absl::OkStatus();
 
-absl::Status StepRunner::Sample(std::span<const float> logits) {
-  const size_t vocab_size = model_->vocab_size();
-  CHECK(logits.size() == batch_samples_.size() * vocab_size, "logits {} rows {} vocabulary {}",
-        logits.size(), batch_samples_.size(), vocab_size);
-  for (const PlanRow* row : batch_samples_) {
-    const kernels::cpu::SampleRequest request = RequestOf(*row);
-    const absl::StatusOr<int32_t> id =
-        sampler_.Sample(logits.first(config_.sampled_vocab_size), request);
-    if (!id.ok()) {
-      return absl::InternalError(fmt::format("slot {} at position {}: {}", row->slot,
-                                             request.position, std::string(id.status().message())));
-    }
-    sampled_ids_.push_back(*id);
-    logits = logits.subspan(vocab_size);
+  int32_t* const ids = static_cast<int32_t*>(device_ids_->data()) + num_device_ids_;
+  if (collective_->rank() == 0) {
+    backend_->Sample(logits, config_.sampled_vocab_size, *device_batch_, ids);
   }
+  RETURN_IF_ERROR(collective_->Broadcast(ids, num_ids * static_cast<int64_t>(sizeof(int32_t))));
+  backend_->KeepIds(ids, device_batch_.get());
+  num_device_ids_ += num_ids;
   return absl::OkStatus();
 }
 
-kernels::cpu::SampleRequest StepRunner::RequestOf(const PlanRow& row) const {
+kernels::SampleParams StepRunner::SampleParamsOf(const PlanRow& row) const {
   const SamplingParams& sampling = slots_.slot(row.slot).sampling;
-  kernels::cpu::SampleRequest request = {.temperature = sampling.temperature,
-                                         .top_p = sampling.top_p,
-                                         .top_k = sampling.top_k,
-                                         .seed = sampling.seed,
-                                         .position = row.position + row.length,
-                                         .choice_index = sampling.choice_index};
-  if (request.position < sampling.first_stop_position) request.masked_ids = config_.stop_ids;
-  return request;
-}
-
-absl::Status StepRunner::ShareSampledIds(size_t num_sampled) {
-  sampled_ids_.resize(num_sampled);
-  if (num_sampled == 0) return absl::OkStatus();
-  RETURN_IF_ERROR(
-      collective_->Broadcast(sampled_ids_.data(), num_sampled * sizeof(sampled_ids_[0])));
-  for (const int32_t id : sampled_ids_) {
-    if (id < 0 || static_cast<uint32_t>(id) >= config_.sampled_vocab_size) {
-      return absl::InternalError(fmt::format("rank 0 shared the token {}, allowed are 0 … {}", id,
-                                             config_.sampled_vocab_size - 1));
-    }
-  }
-  return absl::OkStatus();
+  const uint32_t position = row.position + row.length;
+  return {.temperature = sampling.temperature,
+          .top_p = sampling.top_p,
+          .top_k = sampling.top_k,
+          .mask_stop_ids = position < sampling.first_stop_position,
+          .seed = sampling.seed,
+          .position = position,
+          .choice_index = sampling.choice_index};
 }
 
 }  // namespace wintserve

@@ -10,8 +10,9 @@
 #include "engine_worker/collectives/collective.h"
 #include "engine_worker/model/model.h"
 #include "engine_worker/runner/block_copier.h"
+#include "engine_worker/runner/pending_step.h"
 #include "engine_worker/runner/slot_table.h"
-#include "kernels/cpu/sampling.h"
+#include "kernels/backend.h"
 
 namespace wintserve {
 
@@ -45,17 +46,21 @@ struct StepRunnerConfig {
 // A plan may hold more tokens than the model takes at once: it then runs as several forward passes,
 // which gives the same bits where the model is deterministic.
 //
-// Ownership: borrows model, collective, pool and host tier.
-// Threading: one thread.
-// Errors:    INVALID_ARGUMENT, FAILED_PRECONDITION: the plan breaks a rule (another epoch, a gap in
+// Sampled ids stay on the device as the next plan's input, so plans may begin one after the other
+// while the device is still at work on the first.
+//
+// Ownership: borrows model, collective, pool and host tier; a PendingStep must not outlive the
+// model. Threading: one thread, but for PendingStep::Wait. Errors:    INVALID_ARGUMENT,
+// FAILED_PRECONDITION: the plan breaks a rule (another epoch, a gap in
 //            the chain of plans, a slot, block, position or token out of place); found before the
 //            model runs, and alike on every rank. UNAVAILABLE: a peer is gone. Others come from the
 //            model. After any error the runner is of no use.
 class StepRunner {
  public:
-  // kv_pool [num_blocks, block bytes], host_tier [num_host_slots, block bytes]: mapped host memory;
-  // host_tier is null when there are no host slots.
+  // kv_pool [num_blocks, block bytes]: device memory of the model's backend. host_tier
+  // [num_host_slots, block bytes]: mapped host memory; null when there are no host slots.
   // INVALID_ARGUMENT: the model cannot serve this configuration; names the number.
+  // RESOURCE_EXHAUSTED: no memory for the batch.
   static absl::StatusOr<std::unique_ptr<StepRunner>> Create(const StepRunnerConfig& config,
                                                             Model* model, Collective* collective,
                                                             void* kv_pool, void* host_tier);
@@ -64,7 +69,10 @@ class StepRunner {
   // pay for what happens once. Before the first plan only: it overwrites the block.
   absl::Status WarmUp();
 
-  // plan_hash: of the plan's bytes as received.
+  // Checks the plan and calls the operators that it asks for. plan_hash: of the plan's bytes as
+  // received.
+  absl::StatusOr<std::unique_ptr<PendingStep>> Begin(const StepPlan& plan, uint64_t plan_hash);
+  // Begin and Wait.
   absl::StatusOr<StepDone> Apply(const StepPlan& plan, uint64_t plan_hash);
 
   // For the runner of the next pool.
@@ -74,29 +82,34 @@ class StepRunner {
   StepRunner(const StepRunnerConfig& config, Model* model, Collective* collective, void* kv_pool,
              void* host_tier);
 
+  absl::Status AllocateMemory();
   absl::Status CheckChain(const StepPlan& plan) const;
   absl::Status RunRows(const StepPlan& plan);
   void AddToBatch(const PlanRow& row, uint32_t offset, uint32_t length);
+  bool BatchIsFull() const;
   absl::Status RunBatch();
-  absl::Status Sample(std::span<const float> logits);
-  kernels::cpu::SampleRequest RequestOf(const PlanRow& row) const;
-  absl::Status ShareSampledIds(size_t num_sampled);
+  kernels::SampleParams SampleParamsOf(const PlanRow& row) const;
 
   const StepRunnerConfig config_;  // stop_ids in rising order, each once
   Model* const model_;
+  kernels::Backend* const backend_;
   Collective* const collective_;
   void* const kv_pool_;
-  const size_t batch_tokens_;
 
   BlockCopier copier_;
   SlotTable slots_;
   PlanChain chain_;
 
-  // Of the step at work; members for their memory.
-  Batch batch_;
-  std::vector<const PlanRow*> batch_samples_;  // rows whose logits the batch yields
-  std::vector<int32_t> sampled_ids_;           // rank 0 until they are shared
-  kernels::cpu::Sampler sampler_;
+  // Of the pass at work; a member for its memory.
+  kernels::Batch batch_;
+  int64_t batch_logit_rows_ = 0;
+  std::unique_ptr<kernels::DeviceBatch> device_batch_;
+
+  // Of the step at work.
+  std::vector<PendingStep::Sampled> sampled_;
+  std::unique_ptr<kernels::Buffer> device_ids_;  // int32 [max_slots], of `sampled_`
+  int64_t num_device_ids_ = 0;
+  std::shared_ptr<IdBuffers> id_buffers_;
 };
 
 }  // namespace wintserve

@@ -339,7 +339,8 @@ TEST(StepRunner, LogitsThatAreNotFiniteNameSlotAndPosition) {
       rank.Apply({.slot_init = {{1, {}, Blocks({0})}}, .rows = {PrefillRow(1, 0, {5, 6}, true)}})
           .status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
-  EXPECT_THAT(status.message(), HasSubstr("slot 1 at position 2: the logit of token 0 is nan"));
+  EXPECT_THAT(status.message(),
+              HasSubstr("slot 1 at position 2: the logit of token 0 is not a finite number"));
 }
 
 }  // namespace

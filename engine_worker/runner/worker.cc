@@ -54,7 +54,11 @@ absl::Status CheckSize(const char* what, const MappedMemory& memory, uint32_t co
 }  // namespace
 
 Worker::Worker(Model* model, RankGroup* group, WorkQueueClient* queue, WorkerLinks links)
-    : model_(model), group_(group), queue_(queue), links_(std::move(links)) {}
+    : model_(model),
+      group_(group),
+      queue_(queue),
+      links_(std::move(links)),
+      finisher_([this](const absl::StatusOr<StepDone>& done) { Report(done); }) {}
 
 absl::Status Worker::Run() {
   std::thread heartbeat([this] { BeatUntilEnd(); });
@@ -71,38 +75,54 @@ absl::Status Worker::Run() {
 absl::Status Worker::Serve() {
   while (true) {
     const absl::StatusOr<ServerEvent> event = queue_->Next();
+    // Plans follow each other while the device is still at work on the first; all else waits for
+    // it.
+    const bool is_plan = event.ok() && std::holds_alternative<ReceivedPlan>(*event);
+    if (!is_plan) finisher_.Drain();
+    RETURN_IF_ERROR(StepError());
     if (!event.ok()) return WaitForStop(kStopSkewMs) ? absl::OkStatus() : event.status();
     if (std::holds_alternative<ShutdownWorker>(*event)) return absl::OkStatus();
-    const bool is_plan = std::holds_alternative<ReceivedPlan>(*event);
-    if (!BeginWork(is_plan ? Work::kPlan : Work::kPreparation)) return absl::OkStatus();
+    if (!BeginWork(is_plan ? Work::kPlan : Work::kPreparation)) {
+      finisher_.Drain();
+      return StepError();
+    }
     const absl::Status status = Handle(*event);
     const bool go_on = EndWork();
-    if (!status.ok()) {
-      if (absl::IsUnavailable(status) && WaitForStop(kStopSkewMs)) return absl::OkStatus();
-      // The stream may be gone as well; the caller logs the status in any case.
-      queue_->SendFault(KindOf(status), std::string(status.message())).IgnoreError();
-      return absl::Status(absl::StatusCode::kInternal, status.message());
-    }
-    if (!go_on) return absl::OkStatus();
+    if (status.ok() && go_on) continue;
+
+    finisher_.Drain();
+    RETURN_IF_ERROR(StepError());
+    if (status.ok()) return absl::OkStatus();
+    if (absl::IsUnavailable(status) && WaitForStop(kStopSkewMs)) return absl::OkStatus();
+    // The stream may be gone as well; the caller logs the status in any case.
+    queue_->SendFault(KindOf(status), std::string(status.message())).IgnoreError();
+    return absl::Status(absl::StatusCode::kInternal, status.message());
   }
 }
 
 bool Worker::RequestStop(int64_t patience_ms) {
-  MutexLock lock(&mutex_);
-  stopping_ = true;
-  changed_.NotifyAll();
-  if (work_ == Work::kNone) {
-    queue_->Close();
-    return true;
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(patience_ms);
+  {
+    MutexLock lock(&mutex_);
+    stopping_ = true;
+    changed_.NotifyAll();
+    if (work_ == Work::kPreparation) {
+      group_->Abort();
+      return false;
+    }
+    // Nobody is at work on a plan: Next() must return.
+    if (work_ == Work::kNone) queue_->Close();
+    const bool handled =
+        changed_.WaitFor(&mutex_, deadline - std::chrono::steady_clock::now(),
+                         [this]() NO_THREAD_SAFETY_ANALYSIS { return work_ == Work::kNone; });
+    if (!handled) {
+      group_->Abort();
+      return true;
+    }
   }
-  if (work_ == Work::kPreparation) {
-    group_->Abort();
-    return false;
-  }
-  const bool done =
-      changed_.WaitFor(&mutex_, std::chrono::milliseconds(patience_ms),
-                       [this]() NO_THREAD_SAFETY_ANALYSIS { return work_ == Work::kNone; });
-  if (!done) group_->Abort();
+  const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(
+      deadline - std::chrono::steady_clock::now());
+  if (!finisher_.DrainFor(left.count())) group_->Abort();
   return true;
 }
 
@@ -172,8 +192,7 @@ absl::Status Worker::MapPool(const AttachPool& attach) {
   if (!all_mapped) {
     LOG_WARNING("pool epoch {:x} is lost with its cache manager: {}", attach.pool_epoch,
                 mapped.ok() ? "another rank could not map it" : std::string(mapped.message()));
-    host_tier_ = MappedMemory();
-    pool_ = MappedMemory();
+    UnmapTiers();
     return absl::OkStatus();  // the API server hears of the loss itself, and detaches
   }
   const StepRunnerConfig config = {.group_epoch = config_->group_epoch,
@@ -187,7 +206,7 @@ absl::Status Worker::MapPool(const AttachPool& attach) {
                                    .stop_ids = config_->stop_ids,
                                    .chain = chain_};
   ASSIGN_OR_RETURN(runner_,
-                   StepRunner::Create(config, model_, group_, pool_.data(), host_tier_.data()));
+                   StepRunner::Create(config, model_, group_, kv_pool(), host_tier_.data()));
   RETURN_IF_ERROR(runner_->WarmUp());
   LOG_INFO("ready: {} slots, {} blocks and {} host slots of {} bytes", config.max_slots,
            config.num_blocks, config.num_host_slots, model_->kv_block_bytes());
@@ -200,15 +219,29 @@ absl::Status Worker::MapTiers(const AttachPool& attach) {
   const int64_t block_bytes = model_->kv_block_bytes();
   ASSIGN_OR_RETURN(pool_, links_.fetch_pool(attach));
   RETURN_IF_ERROR(CheckSize("the pool", pool_, attach.num_blocks, "blocks", block_bytes));
+  if (!model_->backend()->uses_host_memory()) {
+    ASSIGN_OR_RETURN(device_pool_,
+                     model_->backend()->Allocate(int64_t{attach.num_blocks} * block_bytes));
+  }
   if (attach.num_host_slots == 0) return absl::OkStatus();
   ASSIGN_OR_RETURN(host_tier_, links_.fetch_host_tier(attach));
   return CheckSize("the host tier", host_tier_, attach.num_host_slots, "slots", block_bytes);
 }
 
+void Worker::UnmapTiers() {
+  host_tier_ = MappedMemory();
+  device_pool_.reset();
+  pool_ = MappedMemory();
+}
+
 absl::StatusOr<bool> Worker::AllMapped(bool mapped) {
   // A rank that went on alone would wait in its warm-up for one that has no pool.
+  kernels::Backend& backend = *model_->backend();
   float num_mapped = mapped ? 1 : 0;
-  RETURN_IF_ERROR(group_->AllReduceSum(&num_mapped, 1));
+  ASSIGN_OR_RETURN(const std::unique_ptr<kernels::Buffer> sum, backend.Allocate(sizeof(float)));
+  backend.CopyFromHost(sum->data(), &num_mapped, sizeof(float));
+  RETURN_IF_ERROR(group_->AllReduceSum(static_cast<float*>(sum->data()), 1));
+  RETURN_IF_ERROR(backend.CopyToHost(&num_mapped, sum->data(), sizeof(float)));
   return num_mapped == static_cast<float>(group_->world_size());
 }
 
@@ -223,8 +256,7 @@ absl::Status Worker::UnmapPool(const DetachPool& detach) {
   }
   if (runner_ != nullptr) chain_ = runner_->chain();
   runner_.reset();
-  host_tier_ = MappedMemory();
-  pool_ = MappedMemory();
+  UnmapTiers();
   pool_epoch_.reset();
   LOG_INFO("detached from pool epoch {:x} after step {}", detach.pool_epoch, chain_.step);
   queue_->SendPoolDetached(detach.pool_epoch).IgnoreError();
@@ -237,10 +269,29 @@ absl::Status Worker::Execute(const ReceivedPlan& received) {
         fmt::format("plan of step {}, but no pool is mapped", received.plan.step));
   }
   step_started_ = received.plan.step;
-  ASSIGN_OR_RETURN(const StepDone done, runner_->Apply(received.plan, received.plan_hash));
-  step_done_ = done.step;
-  queue_->SendStepDone(done).IgnoreError();
+  ASSIGN_OR_RETURN(std::unique_ptr<PendingStep> step,
+                   runner_->Begin(received.plan, received.plan_hash));
+  finisher_.Add(std::move(step));
   return absl::OkStatus();
+}
+
+void Worker::Report(const absl::StatusOr<StepDone>& done) {
+  if (!done.ok()) {
+    {
+      MutexLock lock(&mutex_);
+      step_error_ = absl::InternalError(done.status().message());
+    }
+    queue_->SendFault(KindOf(done.status()), std::string(done.status().message())).IgnoreError();
+    queue_->Close();  // the thread that serves may be waiting there
+    return;
+  }
+  step_done_ = done->step;
+  queue_->SendStepDone(*done).IgnoreError();
+}
+
+absl::Status Worker::StepError() {
+  MutexLock lock(&mutex_);
+  return step_error_;
 }
 
 }  // namespace wintserve

@@ -13,6 +13,7 @@
 #include "common/mutex.h"
 #include "engine_worker/collectives/rank_group.h"
 #include "engine_worker/model/model.h"
+#include "engine_worker/runner/step_finisher.h"
 #include "engine_worker/runner/step_runner.h"
 
 namespace wintserve {
@@ -37,8 +38,8 @@ class Worker {
   // API server ended. Any other error went to the API server as a Fault, too.
   absl::Status Run();
 
-  // True: Run() returns after the plan in hand. Blocks until that plan is done; one that takes
-  // longer than `patience_ms` loses its group, because it may be waiting for a rank that is gone.
+  // True: Run() returns after the plans in hand. Blocks until those are done; if they take longer
+  // than `patience_ms`, they lose their group, because they may be waiting for a rank that is gone.
   // False: the worker is at work on something else (joining the group, mapping or warming up a
   // pool), where it may be waiting for another process and has nothing to finish: the caller ends
   // the process at once. The group is aborted, so that no peer waits for this rank.
@@ -52,10 +53,15 @@ class Worker {
   absl::Status Configure(const ConfigureWorker& configure);
   absl::Status MapPool(const AttachPool& attach);
   absl::Status MapTiers(const AttachPool& attach);
+  void* kv_pool() const { return device_pool_ == nullptr ? pool_.data() : device_pool_->data(); }
+  void UnmapTiers();
   // Whether every rank could map the pool. Blocks until all have said so.
   absl::StatusOr<bool> AllMapped(bool mapped);
   absl::Status UnmapPool(const DetachPool& detach);
   absl::Status Execute(const ReceivedPlan& received);
+  void Report(const absl::StatusOr<StepDone>& done) EXCLUDES(mutex_);
+  // INTERNAL: a step failed on the device, and Report has said so. OK: none has.
+  absl::Status StepError() EXCLUDES(mutex_);
   bool BeginWork(Work work) EXCLUDES(mutex_);
   bool EndWork() EXCLUDES(mutex_);
   // True once a stop was requested, at the latest after timeout_ms.
@@ -69,6 +75,9 @@ class Worker {
 
   std::optional<ConfigureWorker> config_;
   MappedMemory pool_;
+  // Where the model's device has memory of its own, the pool proper; what the cache manager lends
+  // then stands for it and stays untouched.
+  std::unique_ptr<kernels::Buffer> device_pool_;
   MappedMemory host_tier_;
   std::optional<uint64_t> pool_epoch_;  // of the attached pool, also if it was gone
   std::unique_ptr<StepRunner> runner_;  // null: no pool is mapped
@@ -82,6 +91,9 @@ class Worker {
   Work work_ GUARDED_BY(mutex_) = Work::kNone;  // on what came from the queue last
   bool stopping_ GUARDED_BY(mutex_) = false;
   bool ended_ GUARDED_BY(mutex_) = false;
+  absl::Status step_error_ GUARDED_BY(mutex_);
+
+  StepFinisher finisher_;  // last: its thread calls Report
 };
 
 }  // namespace wintserve

@@ -393,6 +393,19 @@ TEST_F(WorkerTest, ABadPlanIsAFaultThatSaysWhatIsWrong) {
   EXPECT_EQ(queue_.faults()[0].kind, FaultKind::kInternal);
 }
 
+TEST_F(WorkerTest, AStepThatFailsIsOneFaultAndTheEnd) {
+  queue_.Push(kConfigure);
+  queue_.Push(kAttachPool);
+  PushPlan(FirstPlan());
+  PushPlan({.rows = {{0, 3, 1, true, {}}}});  // planned ahead; too late for it
+  model_.BreakLogits();
+  Start();
+  EXPECT_EQ(End().message(), "slot 0 at position 3: the logit of token 0 is not a finite number");
+  ASSERT_EQ(queue_.faults().size(), 1u);
+  EXPECT_EQ(queue_.faults()[0].text, status_.message());
+  EXPECT_TRUE(queue_.WaitForSteps(0).empty());
+}
+
 TEST_F(WorkerTest, APlanBeforeThePoolIsAFault) {
   queue_.Push(kConfigure);
   PushPlan(FirstPlan());

@@ -83,8 +83,7 @@ void AttendTokensImpl(const AttentionShape& shape, const SequenceChunk& chunk, i
   const int32_t first_position = chunk.position + first;
   const int32_t last_position = first_position + count - 1;
   for (int32_t block = 0; block <= last_position / kKvBlockTokens; ++block) {
-    const float* layer =
-        kv.pool + int64_t{chunk.block_table[block]} * kv.block_stride + kv.layer_offset;
+    const float* layer = LayerOfBlock(kv, chunk.block_table[block]);
     const float* keys = layer + KeyOffset(shape, kv_head);
     const float* values = layer + ValueOffset(shape, kv_head);
     const int32_t block_begin = block * kKvBlockTokens;
@@ -148,7 +147,7 @@ void RopeAndAppendToken(const AttentionShape& shape, const float* cos_sin, const
   }
   const int32_t block = chunk.block_table[position / kKvBlockTokens];
   const int32_t slot = position % kKvBlockTokens;
-  float* layer = kv.pool + block * kv.block_stride + kv.layer_offset;
+  float* layer = LayerOfBlock(kv, block);
   for (int kv_head = 0; kv_head < shape.num_kv_heads; ++kv_head) {
     const float* k = qkv + (shape.num_heads + kv_head) * head_dim;
     const float* v = k + shape.num_kv_heads * head_dim;

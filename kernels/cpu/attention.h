@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/backend.h"
+#include "kernels/cpu/cpu_batch.h"
 
 namespace wintserve::kernels::cpu {
 
@@ -18,6 +19,17 @@ constexpr int64_t KeyOffset(const AttentionShape& shape, int kv_head) {
 }
 constexpr int64_t ValueOffset(const AttentionShape& shape, int kv_head) {
   return int64_t{shape.num_kv_heads + kv_head} * kKvBlockTokens * shape.head_dim;
+}
+
+// One layer in a block.
+constexpr int64_t KvLayerFloats(const AttentionShape& shape) {
+  return int64_t{2} * shape.num_kv_heads * kKvBlockTokens * shape.head_dim;
+}
+
+// This layer's numbers in block `block`.
+inline float* LayerOfBlock(const KvLayer& kv, int32_t block) {
+  return reinterpret_cast<float*>(static_cast<char*>(kv.pool) + block * kv.block_stride_bytes +
+                                  kv.layer_offset_bytes);
 }
 
 // Rotates adjacent pairs of head [head_dim] in place; cos_sin [head_dim]: cosines, then sines.

@@ -23,20 +23,21 @@ class Sequence {
         stride_(PaddedStride(shape.qkv_columns())),
         qkv_(RandomFloats(length * stride_, rng)),
         cos_sin_(length * shape.head_dim) {
-    const auto backend = CreateCpuBackend({});
-    std::vector<int32_t> positions(length);
-    std::iota(positions.begin(), positions.end(), 0);
-    backend->RopeAngles(positions, shape.head_dim, 10000.0f, 1.0f,
-                        {cos_sin_.data(), shape.head_dim});
     const int num_blocks = length / kKvBlockTokens + 3;
-    block_stride_ = 2 * 2 * shape.num_kv_heads * kKvBlockTokens * shape.head_dim;  // two layers
+    block_stride_ = 2 * KvLayerFloats(shape);  // two layers
     pool_.assign(num_blocks * block_stride_, std::nanf(""));
     block_table_.resize(length / kKvBlockTokens + 1);
     std::iota(block_table_.begin(), block_table_.end(), 1);
     std::shuffle(block_table_.begin(), block_table_.end(), *rng);
+    const auto backend = CreateCpuBackend({});
+    backend->RopeAngles(*ChunkBatch(backend.get(), 0, length), shape.head_dim, 10000.0f, 1.0f,
+                        {cos_sin_.data(), shape.head_dim});
   }
 
-  KvLayer layer() { return {pool_.data(), block_stride_, block_stride_ / 2}; }
+  KvLayer layer() {
+    const int64_t stride_bytes = block_stride_ * static_cast<int64_t>(sizeof(float));
+    return {pool_.data(), stride_bytes, stride_bytes / 2};
+  }
 
   // Appends and attends in chunks of the given size; out [length, heads * head_dim].
   std::vector<float> Run(int threads, int32_t chunk_length) {
@@ -46,13 +47,12 @@ class Sequence {
     std::vector<float> out(length_ * columns);
     for (int32_t begin = 0; begin < length_; begin += chunk_length) {
       const int32_t count = std::min(chunk_length, length_ - begin);
-      const SequenceChunk chunk = {0, begin, count, block_table_};
+      const auto batch = ChunkBatch(backend.get(), begin, count);
       const Rows rows = {qkv.data() + begin * stride_, stride_};
-      backend->RopeAndAppendKv(shape_, {&chunk, 1},
+      backend->RopeAndAppendKv(shape_, *batch,
                                {cos_sin_.data() + begin * shape_.head_dim, shape_.head_dim}, rows,
                                layer());
-      backend->Attention(shape_, {&chunk, 1}, rows, layer(),
-                         {out.data() + begin * columns, columns});
+      backend->Attention(shape_, *batch, rows, layer(), {out.data() + begin * columns, columns});
     }
     rotated_ = qkv;
     return out;
@@ -103,6 +103,12 @@ class Sequence {
   }
 
  private:
+  std::unique_ptr<DeviceBatch> ChunkBatch(Backend* backend, int32_t begin, int32_t count) const {
+    return FilledBatch(
+        backend, {.tokens = std::vector<int32_t>(count),
+                  .rows = {{.position = begin, .length = count, .block_table = block_table_}}});
+  }
+
   const AttentionShape shape_;
   const int32_t length_;
   const int64_t stride_;

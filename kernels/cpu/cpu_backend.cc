@@ -1,6 +1,7 @@
 #include "kernels/cpu/cpu_backend.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -10,10 +11,12 @@
 #include "fmt/format.h"
 #include "hwy/aligned_allocator.h"
 #include "kernels/cpu/attention.h"
+#include "kernels/cpu/cpu_batch.h"
 #include "kernels/cpu/matmul.h"
 #include "kernels/cpu/mlp.h"
 #include "kernels/cpu/packed_matrix.h"
 #include "kernels/cpu/row_ops.h"
+#include "kernels/cpu/sampling.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/cpu/work_split.h"
@@ -23,20 +26,52 @@ namespace {
 
 class HostBuffer final : public Buffer {
  public:
-  explicit HostBuffer(int64_t size_bytes)
-      : size_bytes_(size_bytes), bytes_(hwy::AllocateAligned<uint8_t>(size_bytes)) {
-    CHECK(bytes_ != nullptr, "no memory for {} bytes", size_bytes);
-    std::memset(bytes_.get(), 0, size_bytes);
+  static absl::StatusOr<std::unique_ptr<Buffer>> Create(int64_t size_bytes) {
+    auto bytes = hwy::AllocateAligned<uint8_t>(size_bytes);
+    if (bytes == nullptr) {
+      return absl::ResourceExhaustedError(fmt::format("no memory for {} bytes", size_bytes));
+    }
+    std::memset(bytes.get(), 0, size_bytes);
+    return std::unique_ptr<Buffer>(new HostBuffer(size_bytes, std::move(bytes)));
   }
   void* data() const override { return bytes_.get(); }
   int64_t size_bytes() const override { return size_bytes_; }
 
  private:
+  HostBuffer(int64_t size_bytes, hwy::AlignedFreeUniquePtr<uint8_t[]> bytes)
+      : size_bytes_(size_bytes), bytes_(std::move(bytes)) {}
+
   const int64_t size_bytes_;
-  hwy::AlignedFreeUniquePtr<uint8_t[]> bytes_;
+  const hwy::AlignedFreeUniquePtr<uint8_t[]> bytes_;
+};
+
+// Operators are done when they return.
+class TimeStamp final : public Event {
+ public:
+  bool IsDone() override { return true; }
+  absl::Status Wait() override { return absl::OkStatus(); }
+  int64_t MicrosecondsSince(const Event& earlier) const override {
+    return std::chrono::duration_cast<std::chrono::microseconds>(
+               time_ - static_cast<const TimeStamp&>(earlier).time_)
+        .count();
+  }
+
+ private:
+  const std::chrono::steady_clock::time_point time_ = std::chrono::steady_clock::now();
 };
 
 const PackedMatrix& Packed(const WeightMatrix& w) { return static_cast<const PackedMatrix&>(w); }
+const CpuBatch& OnCpu(const DeviceBatch& batch) { return static_cast<const CpuBatch&>(batch); }
+
+class CpuExperts final : public ExpertGroup {
+ public:
+  explicit CpuExperts(std::span<const MlpWeights> mlps) : mlps_(mlps.begin(), mlps.end()) {}
+  int num_experts() const override { return static_cast<int>(mlps_.size()); }
+  const MlpWeights& mlp(int expert) const { return mlps_[expert]; }
+
+ private:
+  const std::vector<MlpWeights> mlps_;
+};
 
 class CpuBackend final : public Backend {
  public:
@@ -55,17 +90,45 @@ class CpuBackend final : public Backend {
     return fmt::format("cpu {}, {} threads", SimdTargetName(), pool_.num_threads());
   }
   std::string kv_layout() const override { return kKvLayoutName; }
+  absl::StatusOr<int64_t> KvLayerBytes(const AttentionShape& shape) const override {
+    const int group = shape.num_heads / shape.num_kv_heads;
+    if (shape.head_dim % kTileColumns != 0) {
+      return absl::InvalidArgumentError(
+          fmt::format("head_dim {} is not supported; it must be a multiple of {}", shape.head_dim,
+                      kTileColumns));
+    }
+    if (shape.num_heads % shape.num_kv_heads != 0 || group > kMaxQueryRows) {
+      return absl::InvalidArgumentError(
+          fmt::format("{} attention heads over {} KV heads are not supported; each KV head must "
+                      "have the same number, at most {}",
+                      shape.num_heads, shape.num_kv_heads, kMaxQueryRows));
+    }
+    return KvLayerFloats(shape) * static_cast<int64_t>(sizeof(float));
+  }
   WeightRounding rounding() const override { return rounding_; }
 
-  std::unique_ptr<Buffer> Allocate(int64_t size_bytes) override {
-    return std::make_unique<HostBuffer>(size_bytes);
+  bool uses_host_memory() const override { return true; }
+
+  absl::StatusOr<std::unique_ptr<Buffer>> Allocate(int64_t size_bytes) override {
+    return HostBuffer::Create(size_bytes);
+  }
+  absl::StatusOr<std::unique_ptr<Buffer>> AllocateHost(int64_t size_bytes) override {
+    return HostBuffer::Create(size_bytes);
   }
   void CopyFromHost(void* device, const void* host, int64_t size_bytes) override {
     std::memcpy(device, host, size_bytes);
   }
-  void CopyToHost(void* host, const void* device, int64_t size_bytes) override {
+  absl::Status CopyToHost(void* host, const void* device, int64_t size_bytes) override {
+    std::memcpy(host, device, size_bytes);
+    return absl::OkStatus();
+  }
+  void CopyFromHostAsync(void* device, const void* host, int64_t size_bytes) override {
+    std::memcpy(device, host, size_bytes);
+  }
+  void CopyToHostAsync(void* host, const void* device, int64_t size_bytes) override {
     std::memcpy(host, device, size_bytes);
   }
+  std::unique_ptr<Event> Record() override { return std::make_unique<TimeStamp>(); }
 
   absl::StatusOr<std::unique_ptr<WeightMatrix>> Pack(const formats::HostMatrix& matrix,
                                                      MatrixUse use) override {
@@ -73,17 +136,41 @@ class CpuBackend final : public Backend {
     return PackedMatrix::Create(matrix, use, rounding_);
   }
 
-  void Embed(const WeightMatrix& table, std::span<const int32_t> tokens, Rows x) override {
+  absl::StatusOr<std::unique_ptr<ExpertGroup>> GroupExperts(
+      std::span<const MlpWeights> experts) override {
+    const auto same = [](const WeightMatrix* a, const WeightMatrix* b) {
+      return Packed(*a).format() == Packed(*b).format() && a->k() == b->k() && a->n() == b->n();
+    };
+    for (size_t e = 1; e < experts.size(); ++e) {
+      if (!same(experts[e].gate_up, experts[0].gate_up) ||
+          !same(experts[e].down, experts[0].down)) {
+        return absl::InvalidArgumentError(
+            fmt::format("expert {} has another shape or format than expert 0", e));
+      }
+    }
+    return std::make_unique<CpuExperts>(experts);
+  }
+
+  absl::StatusOr<std::unique_ptr<DeviceBatch>> CreateBatch(const BatchLimits& limits) override {
+    return std::make_unique<CpuBatch>(limits);
+  }
+
+  void SetBatch(const Batch& batch, DeviceBatch* device) override {
+    static_cast<CpuBatch*>(device)->Set(batch);
+  }
+
+  void Embed(const WeightMatrix& table, const DeviceBatch& batch, Rows x) override {
     const auto& rows = static_cast<const EmbeddingTable&>(table);
+    const std::span<const int32_t> tokens = OnCpu(batch).tokens();
     for (size_t t = 0; t < tokens.size(); ++t) {
       rows.CopyRow(tokens[t], x.row(static_cast<int64_t>(t)));
     }
   }
 
-  void AddRmsNorm(Rows x, ConstRows delta, std::span<const int32_t> row_ids, int64_t num_rows,
+  void AddRmsNorm(Rows x, ConstRows delta, const int32_t* row_ids, int64_t num_rows,
                   int64_t columns, const float* gain, float epsilon, Rows out) override {
     ForRows(num_rows, num_rows * columns, [&](int64_t i) {
-      const int64_t r = row_ids.empty() ? i : row_ids[i];
+      const int64_t r = row_ids == nullptr ? i : row_ids[i];
       AddRmsNormRow(x.row(r), delta.data == nullptr ? nullptr : delta.row(r), columns, gain,
                     epsilon, out.row(i));
     });
@@ -101,8 +188,9 @@ class CpuBackend final : public Backend {
               });
   }
 
-  void RopeAngles(std::span<const int32_t> positions, int head_dim, float theta,
-                  float compression_ratio, Rows cos_sin) override {
+  void RopeAngles(const DeviceBatch& batch, int head_dim, float theta, float compression_ratio,
+                  Rows cos_sin) override {
+    const std::span<const int32_t> positions = OnCpu(batch).positions();
     frequencies_.resize(head_dim / 2);
     for (int j = 0; j < head_dim / 2; ++j) {
       frequencies_[j] = static_cast<float>(std::pow(double{theta}, -2.0 * j / head_dim));
@@ -114,9 +202,9 @@ class CpuBackend final : public Backend {
     });
   }
 
-  void RopeAndAppendKv(const AttentionShape& shape, std::span<const SequenceChunk> chunks,
-                       ConstRows cos_sin, Rows qkv, const KvLayer& kv) override {
-    for (const SequenceChunk& chunk : chunks) {
+  void RopeAndAppendKv(const AttentionShape& shape, const DeviceBatch& batch, ConstRows cos_sin,
+                       Rows qkv, const KvLayer& kv) override {
+    for (const SequenceChunk& chunk : OnCpu(batch).chunks()) {
       ForRows(chunk.length, chunk.length * shape.qkv_columns() * 4, [&](int64_t t) {
         const int64_t row = chunk.first_token + t;
         RopeAndAppendToken(shape, cos_sin.row(row), kv, chunk,
@@ -125,7 +213,7 @@ class CpuBackend final : public Backend {
     }
   }
 
-  void Attention(const AttentionShape& shape, std::span<const SequenceChunk> chunks, ConstRows qkv,
+  void Attention(const AttentionShape& shape, const DeviceBatch& batch, ConstRows qkv,
                  const KvLayer& kv, Rows out) override {
     const int group = shape.num_heads / shape.num_kv_heads;
     CHECK(shape.head_dim % kTileColumns == 0 && group <= kMaxQueryRows, "head_dim={} group={}",
@@ -133,7 +221,7 @@ class CpuBackend final : public Backend {
     const int tokens_per_item = kMaxQueryRows / group;
     attention_items_.clear();
     int64_t num_keys = 0;
-    for (const SequenceChunk& chunk : chunks) {
+    for (const SequenceChunk& chunk : OnCpu(batch).chunks()) {
       // The last tokens attend to most and start first, for an even finish.
       for (int32_t end = chunk.length; end > 0; end -= tokens_per_item) {
         const int32_t first = std::max(0, end - tokens_per_item);
@@ -155,7 +243,7 @@ class CpuBackend final : public Backend {
               });
   }
 
-  void SwiGluMlp(ConstRows x, int64_t num_rows, const ExpertWeights& mlp, Rows y) override {
+  void SwiGluMlp(ConstRows x, int64_t num_rows, const MlpWeights& mlp, Rows y) override {
     const MlpRun run = {&Packed(*mlp.gate_up), &Packed(*mlp.down), AllTokens(num_rows), nullptr};
     RunMlps(x, num_rows, {&run, 1}, y, &pool_, &scratch_);
   }
@@ -173,15 +261,16 @@ class CpuBackend final : public Backend {
     }
   }
 
-  void MoeMlp(ConstRows x, int64_t num_rows, std::span<const ExpertWeights> experts, int top_k,
-              const int32_t* expert_ids, const float* expert_weights, const ExpertWeights* shared,
+  void MoeMlp(ConstRows x, int64_t num_rows, const ExpertGroup& experts, int top_k,
+              const int32_t* expert_ids, const float* expert_weights, const MlpWeights* shared,
               Rows y) override {
+    const auto& mlps = static_cast<const CpuExperts&>(experts);
     const auto sorted =
-        sorter_.Sort(num_rows, top_k, static_cast<int>(experts.size()), expert_ids, expert_weights);
+        sorter_.Sort(num_rows, top_k, mlps.num_experts(), expert_ids, expert_weights);
     runs_.clear();
-    for (size_t e = 0; e < experts.size(); ++e) {
+    for (int e = 0; e < mlps.num_experts(); ++e) {
       if (sorted[e].tokens.empty()) continue;
-      runs_.push_back({&Packed(*experts[e].gate_up), &Packed(*experts[e].down), sorted[e].tokens,
+      runs_.push_back({&Packed(*mlps.mlp(e).gate_up), &Packed(*mlps.mlp(e).down), sorted[e].tokens,
                        sorted[e].weights.data()});
     }
     if (shared != nullptr) {
@@ -189,6 +278,23 @@ class CpuBackend final : public Backend {
           {&Packed(*shared->gate_up), &Packed(*shared->down), AllTokens(num_rows), nullptr});
     }
     RunMlps(x, num_rows, runs_, y, &pool_, &scratch_);
+  }
+
+  void CopyRows(ConstRows from, int64_t num_rows, int64_t columns, Rows to) override {
+    for (int64_t r = 0; r < num_rows; ++r) {
+      std::memcpy(to.row(r), from.row(r), columns * sizeof(float));
+    }
+  }
+
+  void Sample(ConstRows logits, int64_t vocab_size, const DeviceBatch& batch,
+              int32_t* ids) override {
+    for (int64_t i = 0; i < batch.num_logit_rows(); ++i) {
+      ids[i] = SampleRow({logits.row(i), static_cast<size_t>(vocab_size)}, OnCpu(batch), i);
+    }
+  }
+
+  void KeepIds(const int32_t* ids, DeviceBatch* batch) override {
+    static_cast<CpuBatch*>(batch)->KeepIds(ids);
   }
 
  private:
@@ -207,6 +313,23 @@ class CpuBackend final : public Backend {
       const int64_t end = std::min((item + 1) * kRowsPerItem, num_rows);
       for (int64_t r = item * kRowsPerItem; r < end; ++r) fn(r);
     });
+  }
+
+  int32_t SampleRow(std::span<const float> logits, const CpuBatch& batch, int64_t i) {
+    const SampleParams& params = batch.sample(i);
+    SampleRequest request = {.temperature = params.temperature,
+                             .top_p = params.top_p,
+                             .top_k = params.top_k,
+                             .seed = params.seed,
+                             .position = params.position,
+                             .choice_index = params.choice_index};
+    if (params.mask_stop_ids) request.masked_ids = batch.stop_ids();
+    const absl::StatusOr<int32_t> id = sampler_.Sample(logits, request);
+    if (id.ok()) return *id;
+    const auto bad = std::find_if(logits.begin(), logits.end(),
+                                  [](float logit) { return !std::isfinite(logit); });
+    CHECK(bad != logits.end(), "{}", id.status().ToString());
+    return -1 - static_cast<int32_t>(bad - logits.begin());
   }
 
   static void LinearItem(ConstRows x, int64_t first, int64_t rows, const PackedMatrix& w,
@@ -241,6 +364,7 @@ class CpuBackend final : public Backend {
   std::vector<AttentionItem> attention_items_;
   std::vector<int32_t> all_tokens_;
   std::vector<float> frequencies_;
+  Sampler sampler_;
 };
 
 }  // namespace

@@ -60,7 +60,7 @@ struct HostMlp {
 struct PackedMlp {
   std::unique_ptr<WeightMatrix> gate_up;
   std::unique_ptr<WeightMatrix> down;
-  ExpertWeights view() const { return {gate_up.get(), down.get()}; }
+  MlpWeights view() const { return {gate_up.get(), down.get()}; }
 };
 
 HostMlp RandomMlp(WeightFormat format, int64_t hidden, int64_t width, std::mt19937* rng) {
@@ -146,13 +146,14 @@ class MoeTest : public testing::TestWithParam<bool> {
   std::vector<float> Run(int threads, int64_t first, int64_t rows) {
     const auto backend = CreateCpuBackend({.num_threads = threads});
     std::vector<PackedMlp> packed;
-    std::vector<ExpertWeights> views;
+    std::vector<MlpWeights> views;
     for (const HostMlp& expert : experts_) packed.push_back(Pack(backend.get(), expert));
     for (const PackedMlp& expert : packed) views.push_back(expert.view());
     const PackedMlp shared = Pack(backend.get(), shared_);
-    const ExpertWeights shared_view = shared.view();
+    const MlpWeights shared_view = shared.view();
+    const auto group = *backend->GroupExperts(views);
     std::vector<float> y(rows * kHidden, std::nanf(""));
-    backend->MoeMlp({x_.data() + first * kHidden, kHidden}, rows, views, kTopK,
+    backend->MoeMlp({x_.data() + first * kHidden, kHidden}, rows, *group, kTopK,
                     ids_.data() + first * kTopK, weights_.data() + first * kTopK,
                     GetParam() ? &shared_view : nullptr, {y.data(), kHidden});
     return y;

@@ -50,9 +50,10 @@ TEST(RmsNorm, RowListChoosesAndPacksRows) {
   const std::vector<float> gain = RandomFloats(32, &rng);
   std::vector<float> all(5 * 32);
   std::vector<float> chosen(2 * 32);
-  backend->AddRmsNorm({x.data(), 48}, {}, {}, 5, 32, gain.data(), 1e-5f, {all.data(), 32});
+  backend->AddRmsNorm({x.data(), 48}, {}, nullptr, 5, 32, gain.data(), 1e-5f, {all.data(), 32});
   const std::vector<int32_t> rows = {4, 1};
-  backend->AddRmsNorm({x.data(), 48}, {}, rows, 2, 32, gain.data(), 1e-5f, {chosen.data(), 32});
+  backend->AddRmsNorm({x.data(), 48}, {}, rows.data(), 2, 32, gain.data(), 1e-5f,
+                      {chosen.data(), 32});
   EXPECT_TRUE(std::equal(chosen.begin(), chosen.begin() + 32, all.begin() + 4 * 32));
   EXPECT_TRUE(std::equal(chosen.begin() + 32, chosen.end(), all.begin() + 32));
 }
@@ -66,7 +67,11 @@ TEST(Embed, WidensTheTokensRows) {
     const auto table = *backend->Pack(matrix, MatrixUse::kEmbedding);
     std::vector<float> x(3 * 9);
     const std::vector<int32_t> tokens = {9, 0, 9};
-    backend->Embed(*table, tokens, {x.data(), 9});
+    const std::vector<int32_t> block = {0};
+    const auto batch = FilledBatch(
+        backend.get(),
+        {.tokens = tokens, .rows = {{.position = 5, .length = 3, .block_table = block}}});
+    backend->Embed(*table, *batch, {x.data(), 9});
     for (int t = 0; t < 3; ++t) {
       for (int c = 0; c < 8; ++c) EXPECT_EQ(x[t * 9 + c], values[tokens[t] * 8 + c]);
     }
@@ -75,11 +80,18 @@ TEST(Embed, WidensTheTokensRows) {
 
 TEST(RopeAngles, AreSinesAndCosinesOfTheFloat32Angle) {
   const auto backend = CreateCpuBackend({.num_threads = 2});
+  const std::vector<int32_t> blocks(131072 / kKvBlockTokens);
   std::vector<int32_t> positions;
-  for (int32_t p = 0; p < 131072; p = p * 2 + 1) positions.push_back(p);
+  Batch tokens;
+  for (int32_t p = 0; p < 131072; p = p * 2 + 1) {
+    positions.push_back(p);
+    tokens.tokens.push_back(0);
+    tokens.rows.push_back({.position = p, .length = 1, .block_table = blocks});
+  }
+  const auto batch = FilledBatch(backend.get(), tokens);
   for (const float ratio : {1.0f, 4.0f}) {
     std::vector<float> cos_sin(positions.size() * 64);
-    backend->RopeAngles(positions, 64, 500000.0f, ratio, {cos_sin.data(), 64});
+    backend->RopeAngles(*batch, 64, 500000.0f, ratio, {cos_sin.data(), 64});
     for (size_t t = 0; t < positions.size(); ++t) {
       for (int j = 0; j < 32; ++j) {
         const auto frequency = static_cast<float>(std::pow(500000.0, -2.0 * j / 64));
@@ -153,7 +165,7 @@ TEST(Route, ThreadsAndBatchesDoNotChangeBits) {
   const auto route = [&](int threads, int64_t first, int64_t rows, std::vector<int32_t>* ids,
                          std::vector<float>* weights) {
     const auto backend = CreateCpuBackend({.num_threads = threads});
-    const auto router = *backend->Pack(matrix, MatrixUse::kLinear);
+    const auto router = *backend->Pack(matrix, MatrixUse::kRouter);
     ids->resize(rows * 4);
     weights->resize(rows * 4);
     backend->Route({x.data() + first * 384, 384}, rows, *router, bias.data(), shape, ids->data(),

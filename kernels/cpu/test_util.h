@@ -3,12 +3,15 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "common/check.h"
 #include "hwy/highway.h"
 #include "kernels/backend.h"
 #include "kernels/cpu/matmul.h"
@@ -33,6 +36,20 @@ void ForEachTarget(const Fn& fn) {
     fn();
     hwy::SetSupportedTargetsForTest(0);
   }
+}
+
+// `batch` on the device of `backend`.
+inline std::unique_ptr<DeviceBatch> FilledBatch(Backend* backend, const Batch& batch) {
+  BatchLimits limits = {
+      .max_tokens = std::ssize(batch.tokens), .max_rows = std::ssize(batch.rows), .num_slots = 1};
+  for (const BatchRow& row : batch.rows) {
+    limits.max_blocks_per_row = std::max(limits.max_blocks_per_row, BlocksOf(row));
+    limits.num_slots = std::max(limits.num_slots, row.slot + 1);
+  }
+  auto device = backend->CreateBatch(limits);
+  CHECK(device.ok(), "{}", device.status().ToString());
+  backend->SetBatch(batch, device->get());
+  return *std::move(device);
 }
 
 inline std::vector<float> RandomFloats(int64_t count, std::mt19937* rng, float deviation = 1.0f) {

@@ -6,6 +6,8 @@
 
 #include "common/check.h"
 #include "common/status_macros.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/cpu_batch.h"
 
 namespace wintserve::testing_fakes {
 namespace {
@@ -17,38 +19,50 @@ uint64_t Mix(uint64_t hash, uint64_t value) {
 
 }  // namespace
 
-absl::StatusOr<std::span<const float>> FakeModel::Forward(const Batch& batch, void* kv_pool) {
+FakeModel::FakeModel(Collective* collective, int max_batch_tokens)
+    : backend_(kernels::cpu::CreateCpuBackend({})),
+      collective_(collective),
+      max_batch_tokens_(max_batch_tokens) {}
+
+absl::StatusOr<kernels::ConstRows> FakeModel::Forward(const kernels::DeviceBatch& device_batch,
+                                                      void* kv_pool) {
   ++num_forwards_;
   logits_.clear();
-  CHECK(std::ssize(batch.tokens) <= max_batch_tokens_, "{} tokens", batch.tokens.size());
+  const auto& batch = static_cast<const kernels::cpu::CpuBatch&>(device_batch);
+  CHECK(batch.num_tokens() <= max_batch_tokens_, "{} tokens", batch.num_tokens());
   auto* pool = static_cast<int32_t*>(kv_pool);
-  const auto entry = [&](const BatchRow& row, int position) -> int32_t& {
-    return pool[row.block_table[position / kBlockTokens] * kBlockTokens + position % kBlockTokens];
+  const auto entry = [&](const kernels::cpu::SequenceChunk& chunk, int position) -> int32_t& {
+    return pool[chunk.block_table[position / kBlockTokens] * kBlockTokens +
+                position % kBlockTokens];
   };
-  auto token = batch.tokens.begin();
-  for (const BatchRow& row : batch.rows) {
-    const int end = row.position + row.length;
-    CHECK(std::ssize(row.block_table) * kBlockTokens >= end);
-    for (int position = row.position; position < end; ++position)
-      entry(row, position) = *token++ + 1;
+  int64_t num_logit_rows = 0;
+  for (const kernels::cpu::SequenceChunk& chunk : batch.chunks()) {
+    const int end = chunk.position + chunk.length;
+    for (int t = 0; t < chunk.length; ++t) {
+      entry(chunk, chunk.position + t) = batch.tokens()[chunk.first_token + t] + 1;
+    }
     uint64_t history = 0;
     for (int position = 0; position < end; ++position) {
-      if (entry(row, position) == 0) {
+      if (entry(chunk, position) == 0) {
         return absl::InternalError(fmt::format("position {} was never written", position));
       }
-      history = Mix(history, entry(row, position));
+      history = Mix(history, entry(chunk, position));
     }
-    if (!row.want_logits) continue;
+    if (num_logit_rows == batch.num_logit_rows() ||
+        batch.logit_tokens()[num_logit_rows] != chunk.first_token + chunk.length - 1) {
+      continue;
+    }
+    ++num_logit_rows;
     for (int id = 0; id < kVocabSize; ++id) {
       logits_.push_back(broken_ ? NAN : static_cast<float>(Mix(history, id) % 4096) / 512.0f);
     }
   }
-  CHECK(token == batch.tokens.end());
+  CHECK(num_logit_rows == batch.num_logit_rows());
   float arrived = 1;
   RETURN_IF_ERROR(collective_->AllReduceSum(&arrived, 1));
   CHECK(arrived == static_cast<float>(collective_->world_size()));
-  if (collective_->rank() != 0) logits_.clear();
-  return logits_;
+  if (collective_->rank() != 0) return kernels::ConstRows();
+  return kernels::ConstRows(logits_.data(), kVocabSize);
 }
 
 }  // namespace wintserve::testing_fakes

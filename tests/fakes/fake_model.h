@@ -2,11 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
+#include <memory>
 #include <vector>
 
 #include "engine_worker/collectives/collective.h"
 #include "engine_worker/model/model.h"
+#include "kernels/backend.h"
 
 namespace wintserve::testing_fakes {
 
@@ -19,9 +20,9 @@ class FakeModel : public Model {
   static constexpr int kVocabSize = 1000;
 
   // collective: joined once a forward pass, as a real model does; logits on its rank 0 only.
-  explicit FakeModel(Collective* collective, int max_batch_tokens = 512)
-      : collective_(collective), max_batch_tokens_(max_batch_tokens) {}
+  explicit FakeModel(Collective* collective, int max_batch_tokens = 512);
 
+  kernels::Backend* backend() const override { return backend_.get(); }
   int vocab_size() const override { return kVocabSize; }
   int num_layers() const override { return 1; }
   int max_position() const override { return 4096; }
@@ -29,15 +30,18 @@ class FakeModel : public Model {
   uint64_t kv_layout_digest() const override { return 1; }
   uint64_t weights_digest() const override { return 2; }
   int max_batch_tokens() const override { return max_batch_tokens_; }
+  int max_logit_rows() const override { return max_batch_tokens_; }
 
   // INTERNAL: a history has a hole, as if a position had never been written.
-  absl::StatusOr<std::span<const float>> Forward(const Batch& batch, void* kv_pool) override;
+  absl::StatusOr<kernels::ConstRows> Forward(const kernels::DeviceBatch& batch,
+                                             void* kv_pool) override;
 
   int num_forwards() const { return num_forwards_; }
   // From now on every logit is NaN.
   void BreakLogits() { broken_ = true; }
 
  private:
+  const std::unique_ptr<kernels::Backend> backend_;  // of the CPU
   Collective* const collective_;
   const int max_batch_tokens_;
   int num_forwards_ = 0;

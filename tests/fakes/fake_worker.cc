@@ -8,6 +8,7 @@
 #include "api_server/work_queue/plan_codec.h"
 #include "common/check.h"
 #include "common/status_macros.h"
+#include "kernels/cpu/cpu_backend.h"
 
 namespace wintserve {
 namespace {
@@ -43,7 +44,8 @@ WorkerHello FakeHello(uint32_t rank, uint32_t world_size) {
           .max_position = 8192};
 }
 
-FakeWorker::FakeWorker(FakeWorkerOptions options) : options_(std::move(options)) {
+FakeWorker::FakeWorker(FakeWorkerOptions options)
+    : options_(std::move(options)), backend_(kernels::cpu::CreateCpuBackend({})) {
   auto client =
       WorkQueueClient::Attach(options_.target, options_.token, options_.hello, kAttachTimeoutMs);
   CHECK(client.ok(), "{}", client.status().ToString());
@@ -113,8 +115,8 @@ absl::Status FakeWorker::Attach(const AttachPool& attach) {
                           .num_blocks = attach.num_blocks,
                           .block_size_tokens = kBlockTokens,
                           .vocab_size = static_cast<int32_t>(options_.hello.vocab_size)};
-  pool_.emplace(
-      Pool{std::move(blocks), std::move(host_tier), BlockCopier(tiers), SlotTable(limits)});
+  pool_.emplace(Pool{std::move(blocks), std::move(host_tier), BlockCopier(backend_.get(), tiers),
+                     SlotTable(limits), std::vector<int32_t>(config_->max_slots)});
   if (!options_.never_ready) (void)client_->SendReady(config_->group_epoch, attach.pool_epoch);
   return absl::OkStatus();
 }
@@ -161,9 +163,10 @@ absl::Status FakeWorker::Execute(const ReceivedPlan& received) {
     ASSIGN_OR_RETURN(const std::vector<int32_t> history, RunRow(row));
     if (!row.sample) continue;
     ids.push_back(NextToken(history, pool_->slots.slot(row.slot).sampling));
+    pool_->last_tokens[row.slot] = ids.back();
     if (options_.hello.rank == 0) done.sampled.push_back({row.slot, ids.back()});
   }
-  pool_->slots.FinishStep(plan, ids);
+  pool_->slots.FinishStep(plan);
   last_step_ = plan.step;
   last_plan_hash_ = received.plan_hash;
   done.sampled_digest = SampledDigest(ids);
@@ -180,7 +183,8 @@ absl::StatusOr<std::vector<int32_t>> FakeWorker::RunRow(const PlanRow& row) {
                   position % kBlockTokens];
   };
   for (uint32_t i = 0; i < row.length; ++i) {
-    entry(row.position + i) = (row.tokens.empty() ? *slot.last_token : row.tokens[i]) + 1;
+    entry(row.position + i) =
+        (row.tokens.empty() ? pool_->last_tokens[row.slot] : row.tokens[i]) + 1;
   }
   std::vector<int32_t> history(row.position + row.length);
   for (uint32_t position = 0; position < history.size(); ++position) {

@@ -15,6 +15,7 @@
 #include "common/mapped_memory.h"
 #include "engine_worker/runner/block_copier.h"
 #include "engine_worker/runner/slot_table.h"
+#include "kernels/backend.h"
 
 namespace wintserve {
 
@@ -64,6 +65,7 @@ class FakeWorker {
     MappedMemory host_tier;  // int32 [num_host_slots, kBlockTokens]
     BlockCopier copier;
     SlotTable slots;
+    std::vector<int32_t> last_tokens;  // by slot: the one that was sampled last
   };
 
   void Run();
@@ -77,6 +79,7 @@ class FakeWorker {
   int32_t NextToken(const std::vector<int32_t>& history, const SamplingParams& sampling) const;
 
   const FakeWorkerOptions options_;
+  const std::unique_ptr<kernels::Backend> backend_;  // copies blocks
   std::unique_ptr<WorkQueueClient> client_;
   std::optional<ConfigureWorker> config_;
   std::optional<uint64_t> pool_epoch_;  // of the attached pool

@@ -1,0 +1,93 @@
+// The tokens of one forward pass: as the host describes them, and as a device has them.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace wintserve::kernels {
+
+// Tokens of one block of the KV pool.
+inline constexpr int kKvBlockTokens = 64;
+
+// How an id is drawn from a row's logits; kernels/cpu/sampling.h states the rule. The random
+// numbers are a pure function of (seed, position, choice_index).
+struct SampleParams {
+  float temperature = 1.0f;  // >= 0; 0 is greedy
+  float top_p = 1.0f;        // (0, 1]
+  int32_t top_k = 0;         // >= 0; 0 keeps all
+  bool mask_stop_ids = false;
+  int64_t seed = 0;
+  uint32_t position = 0;  // of the drawn token in its sequence
+  uint32_t choice_index = 0;
+};
+
+// A run of consecutive tokens that continues one sequence at `position`. Its keys and values are
+// written to the sequence's blocks before they are attended to; those of positions 0 … position - 1
+// are there already.
+struct BatchRow {
+  int32_t position = 0;                  // of the row's first token
+  int32_t length = 0;                    // tokens; >= 1
+  std::span<const int32_t> block_table;  // of the pool's blocks; covers position + length tokens
+  // The row's last token wants logits; the other two are for drawing from them.
+  bool want_logits = false;
+  int32_t slot = 0;  // of the sequence; no two rows share one
+  SampleParams sample = {};
+};
+
+// Stands in Batch::tokens for the id that was drawn last for a slot and may not have reached the
+// host yet.
+constexpr int32_t TokenOfSlot(int32_t slot) { return -1 - slot; }
+
+struct Batch {
+  std::vector<int32_t> tokens = {};  // of all rows, concatenated: ids, or TokenOfSlot
+  std::vector<BatchRow> rows = {};
+};
+
+// What a DeviceBatch has room for.
+struct BatchLimits {
+  int64_t max_tokens = 0;
+  int64_t max_rows = 0;
+  int64_t max_blocks_per_row = 0;
+  int32_t num_slots = 0;
+  std::vector<int32_t> stop_ids = {};  // for mask_stop_ids; in rising order, each once
+};
+
+// Blocks that hold positions 0 … position + length - 1: the part of its block table that a row
+// needs.
+constexpr int64_t BlocksOf(const BatchRow& row) {
+  return (int64_t{row.position} + row.length + kKvBlockTokens - 1) / kKvBlockTokens;
+}
+
+// A batch beyond the limits, or one whose rows do not fit its tokens, is our bug (CHECK).
+void CheckBatch(const Batch& batch, const BatchLimits& limits);
+
+// A batch in device memory, with the ids that were drawn last for every slot. Made by a backend
+// (Backend::CreateBatch), filled anew for each forward pass (Backend::SetBatch).
+// Ownership: the backend outlives it.
+// Threading: that of the backend.
+class DeviceBatch {
+ public:
+  virtual ~DeviceBatch() = default;
+
+  int64_t num_tokens() const { return num_tokens_; }
+  int64_t num_rows() const { return num_rows_; }
+  int64_t num_logit_rows() const { return num_logit_rows_; }
+  // Device memory [num_logit_rows()]: the places in the batch of the tokens that want logits, in
+  // row order.
+  virtual const int32_t* logit_tokens() const = 0;
+
+ protected:
+  void SetCounts(int64_t num_tokens, int64_t num_rows, int64_t num_logit_rows) {
+    num_tokens_ = num_tokens;
+    num_rows_ = num_rows;
+    num_logit_rows_ = num_logit_rows;
+  }
+
+ private:
+  int64_t num_tokens_ = 0;
+  int64_t num_rows_ = 0;
+  int64_t num_logit_rows_ = 0;
+};
+
+}  // namespace wintserve::kernels
