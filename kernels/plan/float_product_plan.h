@@ -1,0 +1,57 @@
+// How a product with float32 weights is cut into work. It serves the routers, where a few rows meet
+// a small matrix and the whole GPU must share it, and the rare unquantised layer.
+//
+// A row's result has the same bits in any batch: the k rows of the weights are cut into slices of
+// fixed length, a slice into kSubslices interleaved parts that one thread each adds up in order of
+// k, and parts and slices are added in their order, whoever adds them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/plan/host_device.h"
+
+namespace wintserve::kernels::plan {
+
+inline constexpr int kFloatSliceRows = 256;  // k rows of one slice
+inline constexpr int kFloatColumns = 64;     // columns of one thread block
+inline constexpr int kSubslices = 4;
+inline constexpr int kFloatThreads = kFloatColumns * kSubslices;
+inline constexpr int kFewRows = 8;  // rows of a thread block: few, or many
+inline constexpr int kManyRows = 32;
+
+struct FloatProductPlan {
+  int block_rows = kFewRows;
+  int num_slices = 1;
+  bool split = false;  // every slice has blocks of its own, whose sums are added up afterwards
+  int grid_slices = 1;
+  int grid_row_blocks = 1;
+  int grid_column_blocks = 1;
+};
+
+constexpr int NumFloatSlices(int64_t k) {
+  return static_cast<int>((k + kFloatSliceRows - 1) / kFloatSliceRows);
+}
+
+// REQUIRES: num_rows, k, n > 0.
+constexpr FloatProductPlan PlanFloatProduct(int64_t num_rows, int64_t k, int64_t n,
+                                            int num_multiprocessors) {
+  FloatProductPlan plan;
+  plan.num_slices = NumFloatSlices(k);
+  plan.grid_column_blocks = static_cast<int>((n + kFloatColumns - 1) / kFloatColumns);
+  // Many rows a block read the weights less often, once they leave no multiprocessor idle.
+  const int64_t many = (num_rows + kManyRows - 1) / kManyRows * plan.grid_column_blocks;
+  if (many * plan.num_slices >= num_multiprocessors) plan.block_rows = kManyRows;
+  plan.grid_row_blocks = static_cast<int>((num_rows + plan.block_rows - 1) / plan.block_rows);
+  const int64_t blocks = int64_t{plan.grid_row_blocks} * plan.grid_column_blocks;
+  plan.split = plan.num_slices > 1 && blocks < 2 * num_multiprocessors;
+  plan.grid_slices = plan.split ? plan.num_slices : 1;
+  return plan;
+}
+
+// float32 sums of a split product, [slice][row][column].
+constexpr int64_t FloatPartials(const FloatProductPlan& plan, int64_t num_rows, int64_t n) {
+  return plan.split ? plan.num_slices * num_rows * n : 0;
+}
+
+}  // namespace wintserve::kernels::plan
