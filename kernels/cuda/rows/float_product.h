@@ -1,0 +1,47 @@
+// Products with float32 weights in true float32 arithmetic, and the router on top of them. Launches
+// only. All pointers are device memory. kernels/plan/float_product_plan.h says how work is cut and
+// why a row's result has the same bits in any batch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/operands.h"
+#include "kernels/plan/float_product_plan.h"
+
+namespace wintserve::kernels::cuda {
+
+struct FloatProductArgs {
+  ConstRows x;
+  int64_t num_rows = 0;
+  const float* w = nullptr;  // [k, n]
+  int64_t k = 0;
+  int64_t n = 0;
+  Rows y;                     // [num_rows, n]; unused by a split plan
+  float* partials = nullptr;  // [num_slices, num_rows, n], plan::FloatPartials; of a split plan
+};
+// y = x * w. A split plan leaves the slices' sums in `partials` instead.
+void LaunchFloatProduct(const plan::FloatProductPlan& plan, const FloatProductArgs& args,
+                        cudaStream_t stream);
+
+// y[r, c] = sum over slices, in their order, of partials[slice, r, c]
+void LaunchAddPartials(const float* partials, int num_slices, int64_t num_rows, int64_t n, Rows y,
+                       cudaStream_t stream);
+
+inline constexpr int kMaxRoutedExperts = 256;
+inline constexpr int kMaxChosenExperts = 32;
+
+struct SelectExpertsArgs {
+  const float* logits = nullptr;  // [num_slices, num_rows, num_experts], to be added up
+  int num_slices = 1;
+  int64_t num_rows = 0;
+  const float* bias = nullptr;      // [num_experts] or null
+  RouterShape shape;                // at most kMaxRoutedExperts, kMaxChosenExperts
+  int32_t* expert_ids = nullptr;    // [num_rows, top_k]
+  float* expert_weights = nullptr;  // [num_rows, top_k]
+};
+// The second half of Backend::Route. Ids are distinct and in range whatever the logits are.
+void LaunchSelectExperts(const SelectExpertsArgs& args, cudaStream_t stream);
+
+}  // namespace wintserve::kernels::cuda
