@@ -322,8 +322,20 @@ std::optional<BrokenRule> CheckCaching(const ServeOptions& options) {
   return std::nullopt;
 }
 
+// What a GPU needs for speed would only make a CPU's steps long.
+void FillGpuDefaults(const Draft& draft) {
+  constexpr int kMaxNumSeqs = 128;
+  constexpr int kMaxNumBatchedTokens = 8192;
+  ServeOptions& options = draft.command->options;
+  if (!draft.given.contains("max-num-seqs")) options.max_num_seqs = kMaxNumSeqs;
+  if (!draft.given.contains("max-num-batched-tokens")) {
+    options.max_num_batched_tokens = kMaxNumBatchedTokens;
+  }
+}
+
 void FillDefaults(const Draft& draft) {
   ServeOptions& options = draft.command->options;
+  if (options.device == "cuda") FillGpuDefaults(draft);
   if (!draft.given.contains("max-num-batched-tokens")) {
     options.max_num_batched_tokens = std::max(options.max_num_batched_tokens, options.max_num_seqs);
   }
@@ -348,6 +360,9 @@ void AddNotes(const std::function<const char*(const char*)>& get_env, Draft* dra
   if (options.use_cudagraph && options.device == "cpu") {
     draft->Note("use-cudagraph", "there are no CUDA graphs on --device cpu; ignored");
     options.use_cudagraph = false;
+  }
+  if (options.use_cudagraph && options.device == "cuda") {
+    draft->Note("use-cudagraph", "steps run without CUDA graphs in this version; ignored");
   }
   if (get_env("FD_LOG_DIR") != nullptr) {
     draft->command->notes.push_back("FD_LOG_DIR: logs go to stderr; ignored");

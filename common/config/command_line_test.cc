@@ -88,6 +88,17 @@ TEST(CommandLine, WithoutFlagsTheDefaultsOfTheCpuHold) {
   EXPECT_THAT(command.notes, IsEmpty());
 }
 
+TEST(CommandLine, AGpuHasItsOwnDefaults) {
+  const CommandLine command = Serve({"--device=cuda"});
+  ASSERT_EQ(command.error, "");
+  EXPECT_EQ(command.options.max_num_seqs, 128);
+  EXPECT_EQ(command.options.max_num_batched_tokens, 8192);
+  EXPECT_EQ(Serve({"--device=cuda", "--max-num-seqs=7"}).options.max_num_seqs, 7);
+  EXPECT_EQ(Serve({"--device=cuda", "--max-num-batched-tokens=99", "--max-num-seqs=7"})
+                .options.max_num_batched_tokens,
+            99);
+}
+
 TEST(CommandLine, ReadsEverySpelling) {
   const Args spellings[] = {
       {"--max-num-seqs", "7"}, {"--max-num-seqs=7"},
