@@ -309,6 +309,15 @@ std::optional<BrokenRule> CheckChunking(const ServeOptions& options, const Sourc
   return std::nullopt;
 }
 
+std::optional<BrokenRule> CheckDevice(const ServeOptions& options) {
+  if (options.device == "cuda" && options.tensor_parallel_size > 1) {
+    return BrokenRule{"tensor-parallel-size",
+                      fmt::format("must be 1 on --device cuda in this version (got {})",
+                                  options.tensor_parallel_size)};
+  }
+  return std::nullopt;
+}
+
 std::optional<BrokenRule> CheckCaching(const ServeOptions& options) {
   if (options.enable_prefix_caching) {
     if (options.cache_isolation == "key" && options.api_keys.empty()) {
@@ -346,6 +355,7 @@ std::optional<Failure> CheckTogether(const ServeOptions& options, const Sources&
   std::optional<BrokenRule> broken = CheckPorts(options);
   if (!broken.has_value()) broken = CheckLimits(options);
   if (!broken.has_value()) broken = CheckChunking(options, sources);
+  if (!broken.has_value()) broken = CheckDevice(options);
   if (!broken.has_value()) broken = CheckCaching(options);
   if (!broken.has_value()) return std::nullopt;
   const auto source = sources.find(broken->flag);

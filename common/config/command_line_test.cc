@@ -266,6 +266,8 @@ TEST(CommandLine, OneLineSaysWhatIsWrong) {
       {{"--client-stall-timeout=0"}, "error: --client-stall-timeout: must be 0.1..86400 (got 0)"},
       {{"--tensor-parallel-size", "3"}, "error: --tensor-parallel-size: must be 1, 2 or 4 (got 3)"},
       {{"--device", "tpu"}, "error: --device: must be one of cpu, cuda (got tpu)"},
+      {{"--device=cuda", "-tp", "2"},
+       "error: --tensor-parallel-size: must be 1 on --device cuda in this version (got 2)"},
       {{"--block-size", "32"}, "error: --block-size: must be 64 (got 32)"},
       {{"--gpu-memory-utilization", "1.5"}, "must be 0..1 (got 1.5)"},
       {{"--gpu-memory-utilization", "nan"}, "must be 0..1 (got nan)"},
