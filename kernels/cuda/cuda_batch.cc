@@ -1,0 +1,99 @@
+#include "kernels/cuda/cuda_batch.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/status_macros.h"
+#include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/rows/batch_kernels.h"
+
+namespace wintserve::kernels::cuda {
+namespace {
+
+// Hands out parts of one allocation; with a null base it only counts.
+class Carver {
+ public:
+  explicit Carver(char* base) : base_(base) {}
+
+  template <typename T>
+  T* Take(int64_t count) {
+    char* const part = base_ == nullptr ? nullptr : base_ + size_bytes_;
+    size_bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return reinterpret_cast<T*>(part);
+  }
+  int64_t size_bytes() const { return size_bytes_; }
+
+ private:
+  char* const base_;
+  int64_t size_bytes_ = 0;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<CudaBatch>> CudaBatch::Create(const BatchLimits& limits,
+                                                             cudaStream_t stream) {
+  auto batch = std::unique_ptr<CudaBatch>(new CudaBatch(limits, stream));
+  RETURN_IF_ERROR(batch->AllocateMemory());
+  return batch;
+}
+
+absl::Status CudaBatch::AllocateMemory() {
+  const int64_t num_words = plan::LargestShape(limits_).num_words();
+  const auto carve = [&](char* base) {
+    Carver carver(base);
+    words_ = carver.Take<int32_t>(num_words);
+    arrays_.tokens = carver.Take<int32_t>(limits_.max_tokens);
+    arrays_.positions = carver.Take<int32_t>(limits_.max_tokens);
+    arrays_.token_rows = carver.Take<int32_t>(limits_.max_tokens);
+    arrays_.row_first_tokens = carver.Take<int32_t>(limits_.max_rows);
+    arrays_.row_positions = carver.Take<int32_t>(limits_.max_rows);
+    arrays_.row_lengths = carver.Take<int32_t>(limits_.max_rows);
+    arrays_.block_tables = carver.Take<int32_t>(limits_.max_rows * limits_.max_blocks_per_row);
+    arrays_.block_table_stride = limits_.max_blocks_per_row;
+    arrays_.logit_tokens = carver.Take<int32_t>(limits_.max_rows);
+    arrays_.logit_slots = carver.Take<int32_t>(limits_.max_rows);
+    sampling_rows_ = carver.Take<SamplingRow>(limits_.max_rows);
+    arrays_.slot_ids = carver.Take<int32_t>(limits_.num_slots);
+    stop_ids_ = carver.Take<int32_t>(num_stop_ids());
+    return carver.size_bytes();
+  };
+  ASSIGN_OR_RETURN(memory_, DeviceBuffer::Allocate(carve(nullptr)));
+  carve(memory_.data<char>());
+  CUDA_CALL(cudaMemsetAsync, memory_.data(), 0, static_cast<size_t>(memory_.size_bytes()), stream_);
+  if (num_stop_ids() > 0) {
+    CUDA_CALL(cudaMemcpyAsync, stop_ids_, limits_.stop_ids.data(),
+              limits_.stop_ids.size() * sizeof(int32_t), cudaMemcpyHostToDevice, stream_);
+  }
+  for (Staging& staging : stagings_) {
+    ASSIGN_OR_RETURN(staging.words,
+                     PinnedBuffer::Allocate(num_words * static_cast<int64_t>(sizeof(int32_t))));
+    ASSIGN_OR_RETURN(staging.copied, CreateEvent());
+  }
+  return ToStatus(cudaStreamSynchronize(stream_), "preparing a batch");
+}
+
+void CudaBatch::Set(const Batch& batch) {
+  CheckBatch(batch, limits_);
+  Staging& staging = stagings_[next_staging_];
+  next_staging_ = (next_staging_ + 1) % kStagings;
+  if (staging.in_use) CUDA_CALL(cudaEventSynchronize, staging.copied.get());
+
+  const plan::PackedBatchShape shape = plan::ShapeOf(batch);
+  plan::PackBatch(batch, staging.words.data<int32_t>());
+  CUDA_CALL(cudaMemcpyAsync, words_, staging.words.data(), shape.num_words() * sizeof(int32_t),
+            cudaMemcpyHostToDevice, stream_);
+  CUDA_CALL(cudaEventRecord, staging.copied.get(), stream_);
+  staging.in_use = true;
+  LaunchUnpackBatch(words_, shape, arrays_, sampling_rows_, stream_);
+
+  max_row_length_ = 0;
+  for (const BatchRow& row : batch.rows) max_row_length_ = std::max(max_row_length_, row.length);
+  SetCounts(shape.num_tokens, shape.num_rows, shape.num_logit_rows);
+}
+
+void CudaBatch::KeepIds(const int32_t* ids) {
+  LaunchKeepIds(ids, num_logit_rows(), arrays_, stream_);
+}
+
+}  // namespace wintserve::kernels::cuda

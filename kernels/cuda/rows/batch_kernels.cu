@@ -1,0 +1,61 @@
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/rows/batch_kernels.h"
+
+namespace wintserve::kernels::cuda {
+namespace {
+
+constexpr int kUnpackThreads = 256;
+
+__device__ SamplingRow SamplingRowOf(const plan::PackedLogitRow& row) {
+  SamplingRow sampling;
+  sampling.slot = row.slot;
+  sampling.temperature = row.sample.temperature;
+  sampling.top_p = row.sample.top_p;
+  sampling.top_k = row.sample.top_k;
+  sampling.masks_stop_ids = row.sample.mask_stop_ids ? 1 : 0;
+  sampling.position = row.sample.position;
+  sampling.choice_index = row.sample.choice_index;
+  sampling.seed = row.sample.seed;
+  return sampling;
+}
+
+// Blocks 0 … num_rows - 1 unpack a row each, one more all the logit rows.
+__global__ void __launch_bounds__(kUnpackThreads)
+    UnpackBatchKernel(const int32_t* words, plan::PackedBatchShape shape, plan::BatchArrays arrays,
+                      SamplingRow* sampling_rows) {
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const auto block = static_cast<int32_t>(blockIdx.x);
+  if (block < shape.num_rows) {
+    plan::UnpackRow(words, shape, arrays, block, thread, kUnpackThreads);
+    return;
+  }
+  for (int32_t i = thread; i < shape.num_logit_rows; i += kUnpackThreads) {
+    sampling_rows[i] = SamplingRowOf(plan::UnpackLogitRow(words, shape, arrays, i));
+  }
+}
+
+__global__ void __launch_bounds__(kUnpackThreads)
+    KeepIdsKernel(const int32_t* ids, int32_t num_ids, plan::BatchArrays arrays) {
+  for (auto i = static_cast<int32_t>(threadIdx.x); i < num_ids; i += kUnpackThreads) {
+    arrays.slot_ids[arrays.logit_slots[i]] = max(ids[i], 0);
+  }
+}
+
+}  // namespace
+
+void LaunchUnpackBatch(const int32_t* words, const plan::PackedBatchShape& shape,
+                       const plan::BatchArrays& arrays, SamplingRow* sampling_rows,
+                       cudaStream_t stream) {
+  const LaunchShape launch = {.grid = static_cast<unsigned>(shape.num_rows + 1),
+                              .block = kUnpackThreads};
+  CUDA_LAUNCH(UnpackBatchKernel, launch, stream, words, shape, arrays, sampling_rows);
+}
+
+void LaunchKeepIds(const int32_t* ids, int64_t num_ids, const plan::BatchArrays& arrays,
+                   cudaStream_t stream) {
+  if (num_ids == 0) return;
+  const LaunchShape launch = {.block = kUnpackThreads};
+  CUDA_LAUNCH(KeepIdsKernel, launch, stream, ids, static_cast<int32_t>(num_ids), arrays);
+}
+
+}  // namespace wintserve::kernels::cuda
