@@ -27,7 +27,7 @@ namespace {
 class HostBuffer final : public Buffer {
  public:
   static absl::StatusOr<std::unique_ptr<Buffer>> Create(int64_t size_bytes) {
-    auto bytes = hwy::AllocateAligned<uint8_t>(size_bytes);
+    auto bytes = hwy::AllocateAligned<uint8_t>(std::max<int64_t>(size_bytes, 1));
     if (bytes == nullptr) {
       return absl::ResourceExhaustedError(fmt::format("no memory for {} bytes", size_bytes));
     }
