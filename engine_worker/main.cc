@@ -13,10 +13,8 @@
 
 #include "api_server/work_queue/client/work_queue_client.h"
 #include "cache_manager/client/pool_memory_client.h"
-#include "cache_manager/memory/available_memory.h"
 #include "common/config/instance.h"
 #include "common/exit_code.h"
-#include "common/heap.h"
 #include "common/log.h"
 #include "common/status_macros.h"
 #include "engine_worker/collectives/rank_group.h"
@@ -43,8 +41,9 @@ constexpr int64_t kCollectiveSlotBytes = 512 << 10;
 // What goes wrong is reported by us, in one line; gRPC's own account is for debugging.
 void LogGrpcMessage(gpr_log_func_args* args) { LOG_DEBUG("grpc: {}", args->message); }
 
-absl::StatusOr<WorkerHello> MakeHello(const Instance& instance, const Model& model) {
+WorkerHello MakeHello(const Instance& instance, const LoadedModel& loaded) {
   const ServeOptions& options = instance.options;
+  const Model& model = *loaded.model;
   std::random_device random;
   WorkerHello hello;
   hello.worker_id = uint64_t{random()} << 32 | random();
@@ -54,7 +53,7 @@ absl::StatusOr<WorkerHello> MakeHello(const Instance& instance, const Model& mod
   hello.weights_digest = model.weights_digest();
   hello.kv_layout_digest = model.kv_layout_digest();
   hello.kv_block_bytes = model.kv_block_bytes();
-  ASSIGN_OR_RETURN(hello.kv_bytes_available, AvailableMemoryBytes());
+  hello.kv_bytes_available = loaded.kv_bytes_available;
   hello.max_slots = options.max_num_seqs;
   hello.max_tokens = std::max(options.max_num_batched_tokens, options.max_model_len);
   hello.vocab_size = model.vocab_size();
@@ -103,15 +102,13 @@ int RunEngineWorker(const Instance& instance, StopSignal& stop) {
   RankGroup group(instance.rank, instance.options.tensor_parallel_size);
   absl::StatusOr<LoadedModel> loaded = LoadModel(instance.options, &group);
   if (!loaded.ok()) {
-    return Fail(loaded.status(),
-                absl::IsUnavailable(loaded.status()) ? kExitUnavailable : kExitCheckpoint);
+    const bool device_is_at_fault =
+        absl::IsUnavailable(loaded.status()) || absl::IsResourceExhausted(loaded.status());
+    return Fail(loaded.status(), device_is_at_fault ? kExitUnavailable : kExitCheckpoint);
   }
-  // What unpacking the weights took. Once: a step must not wait for the heap of a large model.
-  ReturnFreeMemory();
-  const absl::StatusOr<WorkerHello> hello = MakeHello(instance, *loaded->model);
-  if (!hello.ok()) return Fail(hello.status(), kExitInternal);
-  const absl::StatusOr<std::unique_ptr<WorkQueueClient>> queue = WorkQueueClient::Attach(
-      "unix:" + instance.work_queue_socket(), instance.token, *hello, kAttachTimeoutMs);
+  const absl::StatusOr<std::unique_ptr<WorkQueueClient>> queue =
+      WorkQueueClient::Attach("unix:" + instance.work_queue_socket(), instance.token,
+                              MakeHello(instance, *loaded), kAttachTimeoutMs);
   if (!queue.ok()) {
     if (absl::IsUnavailable(queue.status())) std::this_thread::sleep_for(kStopSkew);
     return Fail(queue.status(), kExitInternal);

@@ -5,14 +5,21 @@
 #include <algorithm>
 #include <chrono>
 #include <thread>
+#include <vector>
 
+#include "cache_manager/memory/available_memory.h"
 #include "common/check.h"
+#include "common/heap.h"
 #include "common/log.h"
 #include "common/status_macros.h"
 #include "engine_worker/config/model_config.h"
 #include "engine_worker/model/ernie45.h"
 #include "engine_worker/weights/checkpoint.h"
 #include "kernels/cpu/cpu_backend.h"
+#ifdef WINTSERVE_HAS_CUDA
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/device.h"
+#endif
 
 namespace wintserve {
 namespace {
@@ -24,6 +31,72 @@ KOrderChoice KOrderOf(const std::string& name) {
   return KOrderChoice::kAuto;
 }
 
+Ernie45Options ModelOptionsOf(const ServeOptions& options) {
+  // On a CPU so many rows are enough for matrix products to run at full speed; more would only grow
+  // the model's scratch. Longer plans run as several passes.
+  constexpr int kMaxCpuBatchTokens = 512;
+  const int max_tokens = options.device == "cpu"
+                             ? std::min(options.max_num_batched_tokens, kMaxCpuBatchTokens)
+                             : options.max_num_batched_tokens;
+  return {.max_batch_tokens = max_tokens,
+          .max_logit_rows = std::min(options.max_num_seqs, max_tokens)};
+}
+
+absl::StatusOr<std::unique_ptr<kernels::Backend>> CreateBackend(const ServeOptions& options,
+                                                                [[maybe_unused]] int rank) {
+  if (options.device == "cpu") {
+    return kernels::cpu::CreateCpuBackend(
+        {.num_threads = CpuThreads(options), .max_rows = ModelOptionsOf(options).max_batch_tokens});
+  }
+#ifdef WINTSERVE_HAS_CUDA
+  if (options.device == "cuda") return kernels::cuda::CreateCudaBackend({.device = rank});
+#endif
+  return absl::UnavailableError(
+      fmt::format("--device {}: this build has no backend for it", options.device));
+}
+
+// A pass as large as any that will come, so that what the device takes for itself is taken before
+// the rest is given to the KV pool.
+absl::Status RunLargestBatch(Model* model) {
+  kernels::Backend& backend = *model->backend();
+  const int max_tokens = model->max_batch_tokens();
+  const int num_rows = model->max_logit_rows();
+  const int row_tokens = max_tokens / num_rows;
+  const int row_blocks = (row_tokens + kernels::kKvBlockTokens - 1) / kernels::kKvBlockTokens;
+  ASSIGN_OR_RETURN(const std::unique_ptr<kernels::Buffer> pool,
+                   backend.Allocate(int64_t{num_rows} * row_blocks * model->kv_block_bytes()));
+  ASSIGN_OR_RETURN(const std::unique_ptr<kernels::DeviceBatch> device_batch,
+                   backend.CreateBatch({.max_tokens = max_tokens,
+                                        .max_rows = num_rows,
+                                        .max_blocks_per_row = row_blocks,
+                                        .num_slots = num_rows}));
+  kernels::Batch batch;
+  batch.tokens.resize(int64_t{num_rows} * row_tokens);
+  std::vector<std::vector<int32_t>> tables(num_rows);
+  for (int row = 0; row < num_rows; ++row) {
+    for (int i = 0; i < row_blocks; ++i) tables[row].push_back(row * row_blocks + i);
+    batch.rows.push_back({.position = 0,
+                          .length = row_tokens,
+                          .block_table = tables[row],
+                          .want_logits = true,
+                          .slot = row});
+  }
+  backend.SetBatch(batch, device_batch.get());
+  RETURN_IF_ERROR(model->Forward(*device_batch, pool->data()).status());
+  return backend.Record()->Wait();
+}
+
+absl::StatusOr<int64_t> KvBytesAvailable(const kernels::Backend& backend) {
+  if (backend.uses_host_memory()) return AvailableMemoryBytes();
+#ifdef WINTSERVE_HAS_CUDA
+  ASSIGN_OR_RETURN(const kernels::cuda::DeviceMemoryBytes memory,
+                   kernels::cuda::QueryDeviceMemory());
+  return memory.free;
+#else
+  CHECK(false, "{} has memory of its own", backend.name());
+#endif
+}
+
 }  // namespace
 
 int CpuThreads(const ServeOptions& options) {
@@ -33,25 +106,23 @@ int CpuThreads(const ServeOptions& options) {
 }
 
 absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, Collective* group) {
-  if (options.device != "cpu") {
-    return absl::UnavailableError(
-        fmt::format("--device {}: this build has no backend for it, only for cpu", options.device));
-  }
   const auto begin = std::chrono::steady_clock::now();
+  LoadedModel loaded;
+  ASSIGN_OR_RETURN(loaded.backend, CreateBackend(options, group->rank()));
   ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(options.model));
   RETURN_IF_ERROR(CheckTensorParallel(config, group->world_size()));
   ASSIGN_OR_RETURN(const std::unique_ptr<Checkpoint> checkpoint,
                    Checkpoint::Open(options.model, config, KOrderOf(options.k_order)));
-
-  // Longer plans run as several passes.
-  const int max_batch_tokens = std::min(options.max_num_batched_tokens, 512);
-  LoadedModel loaded;
-  loaded.backend = kernels::cpu::CreateCpuBackend(
-      {.num_threads = CpuThreads(options), .max_rows = max_batch_tokens});
-  const Ernie45Options model_options = {.max_batch_tokens = max_batch_tokens};
-  ASSIGN_OR_RETURN(loaded.model,
-                   LoadErnie45(config, *checkpoint, loaded.backend.get(),
-                               group->world_size() == 1 ? nullptr : group, model_options));
+  ASSIGN_OR_RETURN(loaded.model, LoadErnie45(config, *checkpoint, loaded.backend.get(),
+                                             group->world_size() == 1 ? nullptr : group,
+                                             ModelOptionsOf(options)));
+  // Ranks of a group cannot run anything before they have joined it.
+  if (!loaded.backend->uses_host_memory() && group->world_size() == 1) {
+    RETURN_IF_ERROR(RunLargestBatch(loaded.model.get()));
+  }
+  // What unpacking the weights took. Once: a step must not wait for the heap of a large model.
+  ReturnFreeMemory();
+  ASSIGN_OR_RETURN(loaded.kv_bytes_available, KvBytesAvailable(*loaded.backend));
   LOG_INFO("loaded {} in {:.1f} s: {} layers, {} MiB on disk, {}", options.model,
            std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(),
            config.num_layers, checkpoint->total_bytes() >> 20, loaded.backend->name());

@@ -14,14 +14,17 @@ namespace wintserve {
 struct LoadedModel {
   std::unique_ptr<kernels::Backend> backend;  // outlives the model
   std::unique_ptr<Model> model;
+  // What is left for KV blocks: memory of the device, or of the host where the device has none.
+  int64_t kv_bytes_available = 0;
 };
 
 // Threads of one worker: options.cpu_threads, or its share of the cores that this process may use.
 int CpuThreads(const ServeOptions& options);
 
-// Loads the slice of group->rank(). The group is used by forward passes only, and outlives the
-// model. UNAVAILABLE: this build has no such device. Any other error: the checkpoint; it names the
-// file and the tensor or key.
+// Loads the slice of group->rank(), on the device of that number among those that the process sees.
+// The group is used by forward passes only, and outlives the model. UNAVAILABLE: this build or this
+// machine has no such device. RESOURCE_EXHAUSTED: the model does not fit its memory. Any other
+// error: the checkpoint; it names the file and the tensor or key.
 absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, Collective* group);
 
 }  // namespace wintserve
