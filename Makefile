@@ -4,8 +4,8 @@ TEST_JOBS ?= 2
 BUILD := build/$(PRESET)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve setup python-env build test test-long test-asan test-tsan test-poet-bf16 \
-        format format-check tidy bench bench-scheduling clean
+.PHONY: help serve setup python-env build test test-long test-asan test-tsan test-gpu \
+        test-poet-bf16 cuda-check bundle format format-check tidy bench bench-scheduling clean
 
 help:  ## Print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -30,9 +30,32 @@ build: setup $(BUILD)/build.ninja  ## Build everything (PRESET=cpu, cuda, asan o
 build/%/build.ninja:
 	cmake --preset $*
 
-test: build python-env  ## Build, compile every header alone, run all tests but those that need a GPU
+test: build python-env cuda-check  ## Build, compile every header alone, run all tests but those that need a GPU
 	@ninja -C $(BUILD) check_headers
 	ctest --preset $(PRESET) -j$(TEST_JOBS) --no-tests=error -LE gpu
+
+# The CUDA code for one architecture, wherever there is a toolkit; a GPU is not needed for that.
+NVCC := $(or $(shell command -v nvcc), $(wildcard /usr/local/cuda/bin/nvcc))
+cuda-check: setup
+ifeq ($(NVCC),)
+	@echo "cuda-check: no CUDA toolkit here (nvcc), so the CUDA backend is not compiled; the CPU is tested"
+else
+	@test -f build/cuda-check/build.ninja || cmake --preset cuda-check
+	@ninja -C build/cuda-check cuda_objects check_headers
+endif
+
+# From the bundle, so that what is tested is what is shipped.
+test-gpu: setup  ## Tests that need a GPU, on this machine's
+	@tests/gpu/run --find-gpu
+	@test -f build/cuda/build.ninja || cmake --preset cuda
+	@ninja -C build/cuda programs gpu_tests
+	@tools/bundle build/cuda --gpu-tests
+	@tests/gpu/run build/cuda/bundle
+
+bundle: setup  ## Programs with CUDA, their libraries and the demo model as build/cuda/wintserve-*.tar.xz
+	@test -f build/cuda/build.ninja || cmake --preset cuda
+	@ninja -C build/cuda programs
+	@tools/bundle build/cuda
 
 # Each part prints its own summary; a failing seed prints the command that replays it.
 test-long: setup $(BUILD)/build.ninja  ## 10,000 seeds of the simulator (tests/simulation), on all cores
@@ -73,4 +96,4 @@ bench-scheduling: build  ## Batching and prefix cache through HTTP: JSON and plo
 	@build/bench-venv/bin/python bench/scheduling --build $(BUILD)
 
 clean:  ## Remove the build directories of all presets, keep the Python environment
-	rm -rf build/cpu build/cuda build/asan build/tsan
+	rm -rf build/cpu build/cuda build/cuda-check build/asan build/tsan

@@ -29,6 +29,12 @@ if(ENABLE_CUDA)
       -lineinfo --expt-relaxed-constexpr)
   # Everything that needs nvcc, and the tests that need a GPU: `make test` builds it.
   add_custom_target(cuda_objects)
+  add_custom_target(gpu_tests)
+  add_dependencies(cuda_objects gpu_tests)
+  # tools/bundle installs programs and tests beside a lib/ with what they link to. RPATH, not RUNPATH,
+  # so that the libraries find each other there, too.
+  set(CMAKE_INSTALL_RPATH "$ORIGIN/../lib")
+  add_link_options(-Wl,--disable-new-dtags)
 endif()
 
 # room_library(NAME SRCS a.cc DEPS other_room imported::target)
@@ -66,6 +72,7 @@ function(room_binary name)
   add_executable(${name} ${ARG_SRCS})
   target_link_libraries(${name} PRIVATE wintserve_options ${ARG_DEPS})
   add_dependencies(programs ${name})
+  install(TARGETS ${name} RUNTIME DESTINATION bin COMPONENT programs)
 endfunction()
 
 # room_test(NAME SRCS a_test.cc DEPS room LABELS unit [TIMEOUT seconds] [ARGS …])
@@ -84,6 +91,10 @@ function(room_test name)
     math(EXPR ARG_TIMEOUT "${ARG_TIMEOUT} * 3")  # checked debug code, on shared machines
   endif()
   set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
+  if("gpu" IN_LIST ARG_LABELS)
+    add_dependencies(gpu_tests ${name})
+    install(TARGETS ${name} RUNTIME DESTINATION tests COMPONENT gpu_tests EXCLUDE_FROM_ALL)
+  endif()
   if(SANITIZE MATCHES thread)
     set_tests_properties(${name} PROPERTIES ENVIRONMENT
       "TSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/cmake/tsan.suppressions:ignore_noninstrumented_modules=1")
