@@ -8,8 +8,9 @@
 namespace wintserve {
 
 // Every rank calls the same operations in the same order with the same sizes. Data is device memory
-// of the ranks' backends (host memory on CPUs), and an operation stands in the order of the backend's
-// operators: those called before it have written its input, those called after it read its result.
+// of the ranks' backends (host memory on CPUs), and an operation stands in the order of the
+// backend's operators: those called before it have written its input, those called after it read
+// its result.
 //
 // Threading: one thread per rank; Abort() from any thread.
 // Errors:    UNAVAILABLE when a peer is gone or the group was aborted; the group is then unusable.
