@@ -1,7 +1,7 @@
 #include <cuda_runtime.h>
 
 #include "common/check.h"
-#include "kernels/cuda/sampling/launch_rows.h"
+#include "kernels/cuda/sampling/launch_rows.cuh"
 #include "kernels/cuda/sampling/logit_source.cuh"
 #include "kernels/cuda/sampling/row_group.cuh"
 #include "kernels/cuda/sampling/row_selection.cuh"
