@@ -355,6 +355,8 @@ AttentionReference AttendHead(const TestShape& shape, const float* q, const floa
                               const float* values, int32_t num_keys) {
   const int dim = shape.head_dim;
   const double scale = std::log2(std::exp(1.0)) / std::sqrt(dim);  // the kernel's unit is log2
+  // FastDeploy's kernels multiply the codes of an 8-bit cache by their scale in bfloat16.
+  const auto as_fast_deploy = [](float stored) { return formats::RoundToBfloat16(stored); };
   std::vector<float> rounded_q(dim);
   for (int i = 0; i < dim; ++i) rounded_q[i] = formats::RoundToBfloat16(q[i]);
 
@@ -365,7 +367,7 @@ AttentionReference AttendHead(const TestShape& shape, const float* q, const floa
     double magnitudes = 0;
     for (int i = 0; i < dim; ++i) {
       scores[j] += scale * q[i] * key[i];
-      rounded_scores[j] += scale * rounded_q[i] * key[i];
+      rounded_scores[j] += scale * rounded_q[i] * as_fast_deploy(key[i]);
       magnitudes += scale * std::fabs(double{q[i]} * key[i]);
     }
     // Two limbs keep q to 2^-16. Each of the 2 * dim terms of the product may cut off a last bit of
@@ -393,6 +395,7 @@ AttentionReference AttendHead(const TestShape& shape, const float* q, const floa
   reference.error.assign(dim, 0);
   reference.fast_deploy.assign(dim, 0);
   double sum = 0, rounded_sum = 0;
+  std::vector<double> magnitudes(dim);
   for (int32_t j = 0; j < num_keys; ++j) {
     const double weight = std::exp2(scores[j] - maximum);
     const double rounded_weight = std::exp2(rounded_scores[j] - rounded_maximum);
@@ -403,7 +406,8 @@ AttentionReference AttendHead(const TestShape& shape, const float* q, const floa
       const double value = values[int64_t{j} * dim + i];
       reference.value[i] += weight * value;
       reference.error[i] += weight * std::fabs(value);
-      reference.fast_deploy[i] += bfloat16_weight * value;
+      reference.fast_deploy[i] += bfloat16_weight * as_fast_deploy(values[int64_t{j} * dim + i]);
+      magnitudes[i] += std::fabs(value);
     }
   }
   for (int i = 0; i < dim; ++i) {
@@ -411,8 +415,9 @@ AttentionReference AttendHead(const TestShape& shape, const float* q, const floa
     reference.fast_deploy[i] /= rounded_sum;
     // Numerator and denominator each err by weight_error.
     reference.error[i] *= (2.02 * weight_error + 1.01 * bfloat16_error) / sum;
-    // Tensor cores and ex2 flush float32 results below the smallest normal one to zero.
-    reference.error[i] += std::numeric_limits<float>::min();
+    // Tensor cores and ex2 flush float32 results below the smallest normal one to zero: the result,
+    // or a weight before it is multiplied by a value.
+    reference.error[i] += std::numeric_limits<float>::min() * (1 + (1 + merges) * magnitudes[i]);
   }
   return reference;
 }

@@ -113,8 +113,8 @@ class AttentionProblem {
 struct AttentionReference {
   std::vector<double> value;
   std::vector<double> error;
-  // With q and the softmax weights rounded to bfloat16 and everything else exact, as FastDeploy's
-  // kernels round on the same keys and values.
+  // With q, the softmax weights and the keys and values that an 8-bit cache stands for rounded to
+  // bfloat16 and everything else exact, as FastDeploy's kernels round on the same cache.
   std::vector<double> fast_deploy;
 };
 AttentionReference Attend(const AttentionProblem& problem, int sequence, int32_t token, int head);
