@@ -127,7 +127,10 @@ ScheduledRequest ToScheduled(GenerationRequest request, uint64_t id, const Reque
   constexpr int64_t kLongestMs = int64_t{1} << 40;  // 35 years; its microseconds fit
   int64_t timeout_ms = request.timeout_ms.value_or(kLongestMs);
   if (limits.max_timeout_ms > 0) timeout_ms = std::min(timeout_ms, limits.max_timeout_ms);
-  if (timeout_ms < kLongestMs) scheduled.deadline_us = now_us + timeout_ms * 1000;
+  if (timeout_ms < kLongestMs) {
+    scheduled.deadline_us = now_us + timeout_ms * 1000;
+    scheduled.timeout_ms = timeout_ms;
+  }
   return scheduled;
 }
 

@@ -127,8 +127,10 @@ TEST(RequestCheck, ADeadlineIsTheTimeoutOrTheServersMaximum) {
     request.timeout_ms = row.timeout_ms;
     RequestLimits limits = kLimits;
     limits.max_timeout_ms = row.max_timeout_ms;
-    EXPECT_EQ(ToScheduled(request, 1, limits, 1'000).deadline_us, row.deadline_us)
+    const ScheduledRequest scheduled = ToScheduled(request, 1, limits, 1'000);
+    EXPECT_EQ(scheduled.deadline_us, row.deadline_us)
         << row.timeout_ms.value_or(-1) << " " << row.max_timeout_ms;
+    EXPECT_EQ(scheduled.timeout_ms * 1'000, row.deadline_us.value_or(1'000) - 1'000);
   }
 }
 

@@ -25,11 +25,8 @@ absl::Status TooBusy(std::string text, double seconds) {
   return status;
 }
 
-// Of a client's "timeout": 1 ms at least, and it counts from some microseconds before the scheduler
-// hears of it.
-std::string SecondsText(int64_t duration_us) {
-  const double seconds = std::max(0.001, static_cast<double>(duration_us) / 1e6);
-  return seconds < 1 ? fmt::format("{:.2g}", seconds) : fmt::format("{:.1f}", seconds);
+std::string SecondsText(int64_t milliseconds) {
+  return fmt::format("{}", static_cast<double>(milliseconds) / 1e3);
 }
 
 }  // namespace
@@ -106,7 +103,7 @@ absl::Status Scheduler::Impl::AdmitToQueue(const ScheduledRequest& request, int6
   const double excess_seconds = *wait - static_cast<double>(allowed_us) / 1e6;
   if (excess_seconds <= 0) return absl::OkStatus();
   return TooBusy(fmt::format("the queue takes about {:.1f} s, longer than the timeout of {} s",
-                             *wait, SecondsText(allowed_us)),
+                             *wait, SecondsText(request.timeout_ms)),
                  excess_seconds);
 }
 
@@ -130,7 +127,7 @@ absl::Status Scheduler::Impl::Submit(ScheduledRequest request, int64_t now_us) {
   shared->salt = std::move(request.cache_salt);
   shared->bypass_cache_match = request.bypass_cache_match;
   shared->deadline_us = request.deadline_us;
-  shared->submitted_us = now_us;
+  shared->timeout_ms = request.timeout_ms;
   if (!request.tenant.empty() && config_.max_seqs_per_tenant > 0) {
     shared->tenant = &tenants_[request.tenant];
     shared->tenant->name = std::move(request.tenant);
@@ -280,8 +277,8 @@ void Scheduler::Impl::ExpireDeadlines(int64_t now_us) {
     const Request& request = *sequence->request;
     failed_.push_back({key, absl::DeadlineExceededError(fmt::format(
                                 "the timeout of {} s is over, after {} of at most {} tokens",
-                                SecondsText(*request.deadline_us - request.submitted_us),
-                                sequence->generated.size(), request.max_tokens))});
+                                SecondsText(request.timeout_ms), sequence->generated.size(),
+                                request.max_tokens))});
     End(sequence);
   }
 }

@@ -59,6 +59,7 @@ struct ScheduledRequest {
   std::string cache_salt = {};              // prompts share KV only under the same salt
   bool bypass_cache_match = false;          // every prompt token has to be computed
   std::optional<int64_t> deadline_us = {};  // on the caller's clock
+  int64_t timeout_ms = 0;                   // what the deadline follows from, for messages
 };
 
 enum class SequenceEnd { kStop, kLength };

@@ -217,9 +217,10 @@ TEST(Queue, AWaitThatIsPredictedToOutlastTheDeadlineIsRefused) {
   const absl::Status status = world.Submit({.id = 99,
                                             .prompt_ids = Prompt(3),
                                             .max_tokens = 1,
-                                            .deadline_us = world.now_us + 2'000'000});
+                                            .deadline_us = world.now_us + 2'000'000,
+                                            .timeout_ms = 2'000});
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_THAT(std::string(status.message()), HasSubstr("longer than the timeout of 2.0 s"));
+  EXPECT_THAT(std::string(status.message()), HasSubstr("longer than the timeout of 2 s"));
   EXPECT_GT(RetryAfterSeconds(status), 5);
 }
 
@@ -252,19 +253,23 @@ TEST(Queue, SequencesOfAnotherTenantAtItsCapAreNotPartOfThePredictedWait) {
   EXPECT_TRUE(world.started().contains({id - 1, 0}));  // there is a slot for it
 }
 
-TEST(Queue, NamesAShortTimeoutAsTheClientGaveIt) {
+TEST(Queue, NamesTheTimeoutAsTheClientGaveItHoweverLateTheSchedulerHearsOfIt) {
   constexpr struct {
-    int64_t us;  // that are left when the scheduler hears of it
+    int64_t timeout_ms;
+    int64_t left_us;
     const char* text;
-  } kRows[] = {{-40, "0.001"}, {961, "0.001"},     {49'950, "0.05"},    {299'919, "0.3"},
-               {999'919, "1"}, {1'499'919, "1.5"}, {59'999'919, "60.0"}};
+  } kRows[] = {{1, -40, "0.001"},   {50, 40'000, "0.05"}, {300, 299'919, "0.3"},
+               {500, 1'700, "0.5"}, {1'500, 900, "1.5"},  {60'000, 59'999'919, "60"}};
   for (const auto& row : kRows) {
     FakeWorld world({.max_num_seqs = 1, .async_depth = 0});
-    const int64_t deadline_us = world.now_us + row.us;
-    ASSERT_TRUE(
-        world
-            .Submit({.id = 1, .prompt_ids = Prompt(3), .max_tokens = 9, .deadline_us = deadline_us})
-            .ok());
+    const int64_t deadline_us = world.now_us + row.left_us;
+    ASSERT_TRUE(world
+                    .Submit({.id = 1,
+                             .prompt_ids = Prompt(3),
+                             .max_tokens = 9,
+                             .deadline_us = deadline_us,
+                             .timeout_ms = row.timeout_ms})
+                    .ok());
     world.now_us = std::max(world.now_us, deadline_us);
     world.RunToEnd();
     EXPECT_EQ(world.failed().at({1, 0}).message(),
@@ -280,7 +285,8 @@ TEST(Queue, ADeadlineEndsAWaitingAndARunningSequenceAndNamesTheTimeout) {
                              .prompt_ids = Prompt(3),
                              .max_tokens = 100,
                              .ignore_eos = true,
-                             .deadline_us = 2'500'000})
+                             .deadline_us = 2'500'000,
+                             .timeout_ms = 2'500})
                     .ok());
   }
   EXPECT_EQ(world.scheduler().NextDeadlineUs(), 2'500'000);

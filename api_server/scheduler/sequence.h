@@ -39,7 +39,7 @@ struct Request {
   std::string salt;
   bool bypass_cache_match = false;
   std::optional<int64_t> deadline_us;
-  int64_t submitted_us = 0;
+  int64_t timeout_ms = 0;
   Tenant* tenant = nullptr;          // null: not capped, or all choices have ended
   std::vector<Sequence*> choices;    // null once it has ended
   bool prompt_is_shareable = false;  // choice 0 has computed and committed it
