@@ -315,6 +315,11 @@ std::optional<BrokenRule> CheckDevice(const ServeOptions& options) {
                       fmt::format("must be 1 on --device cuda in this version (got {})",
                                   options.tensor_parallel_size)};
   }
+  if (options.device == "cpu" && options.kv_cache_dtype != "auto") {
+    return BrokenRule{"kv-cache-dtype",
+                      fmt::format("must be auto, which is float32, on --device cpu (got {})",
+                                  options.kv_cache_dtype)};
+  }
   return std::nullopt;
 }
 

@@ -94,6 +94,7 @@ TEST(CommandLine, AGpuHasItsOwnDefaults) {
   EXPECT_EQ(command.options.max_num_seqs, 128);
   EXPECT_EQ(command.options.max_num_batched_tokens, 8192);
   EXPECT_EQ(Serve({"--device=cuda", "--max-num-seqs=7"}).options.max_num_seqs, 7);
+  EXPECT_EQ(Serve({"--device=cuda", "--kv-cache-dtype=int8"}).options.kv_cache_dtype, "int8");
   EXPECT_EQ(Serve({"--device=cuda", "--max-num-batched-tokens=99", "--max-num-seqs=7"})
                 .options.max_num_batched_tokens,
             99);
@@ -268,6 +269,10 @@ TEST(CommandLine, OneLineSaysWhatIsWrong) {
       {{"--device", "tpu"}, "error: --device: must be one of cpu, cuda (got tpu)"},
       {{"--device=cuda", "-tp", "2"},
        "error: --tensor-parallel-size: must be 1 on --device cuda in this version (got 2)"},
+      {{"--kv-cache-dtype", "fp8"},
+       "error: --kv-cache-dtype: must be one of auto, bfloat16, int8 (got fp8)"},
+      {{"--kv-cache-dtype", "int8"},
+       "error: --kv-cache-dtype: must be auto, which is float32, on --device cpu (got int8)"},
       {{"--block-size", "32"}, "error: --block-size: must be 64 (got 32)"},
       {{"--gpu-memory-utilization", "1.5"}, "must be 0..1 (got 1.5)"},
       {{"--gpu-memory-utilization", "nan"}, "must be 0..1 (got nan)"},

@@ -223,6 +223,9 @@ void AddFeatureFlags(std::vector<Flag>* flags) {
                if (value.integer == 64) return absl::OkStatus();
                return absl::InvalidArgumentError(fmt::format("must be 64 (got {})", value.integer));
              })));
+  flags->push_back(Text("kv-cache-dtype", kFeatures, &ServeOptions::kv_cache_dtype,
+                        "Keys and values on a GPU: bfloat16 (auto), or int8 with a scale a token",
+                        {"auto", "bfloat16", "int8"}));
   flags->push_back(Bounded(1, 1 << 24,
                            Custom("num-gpu-blocks-override", kFeatures, Type::kInteger, "",
                                   "KV blocks of the pool; default: sized from the memory",

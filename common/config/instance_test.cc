@@ -32,6 +32,7 @@ Instance UnusualInstance() {
   options.cache_queue_port = 4;
   options.api_keys = {"key,with=signs"};
   options.device = "cuda";
+  options.kv_cache_dtype = "int8";
   options.tensor_parallel_size = 4;
   options.cpu_threads = 5;
   options.max_model_len = 6;
@@ -140,7 +141,7 @@ TEST(Instance, RefusesWhatItDidNotWrite) {
       {"option of another type", changed([](auto& j) { j["options"]["port"] = "x"; }), kAllSeals,
        "options.port: wrong type"},
       {"option of a newer version", changed([](auto& j) { j["options"]["new"] = 1; }), kAllSeals,
-       "37 fields, expected 36"},
+       "38 fields, expected 37"},
       {"list of the wrong thing", changed([](auto& j) { j["options"]["api_keys"] = {1}; }),
        kAllSeals, "options.api_keys: wrong type"},
       {"an array", "[]", kAllSeals, "array"},

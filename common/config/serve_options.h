@@ -51,6 +51,7 @@ struct ServeOptions {
   int64_t client_stall_timeout_ms = 30'000;  // a stream whose client reads nothing for so long ends
   bool use_cudagraph = false;
   int block_size = 64;
+  std::string kv_cache_dtype = "auto";  // auto | bfloat16 | int8; on a CPU it is float32
   std::optional<int> num_gpu_blocks_override;
   double swap_space_gib = 0;
 

@@ -45,6 +45,7 @@ void VisitFields(Options& options, Visit&& visit) {
   visit("client_stall_timeout_ms", options.client_stall_timeout_ms);
   visit("use_cudagraph", options.use_cudagraph);
   visit("block_size", options.block_size);
+  visit("kv_cache_dtype", options.kv_cache_dtype);
   visit("num_gpu_blocks_override", options.num_gpu_blocks_override);
   visit("swap_space_gib", options.swap_space_gib);
   visit("log_level", options.log_level);

@@ -49,7 +49,12 @@ absl::StatusOr<std::unique_ptr<kernels::Backend>> CreateBackend(const ServeOptio
         {.num_threads = CpuThreads(options), .max_rows = ModelOptionsOf(options).max_batch_tokens});
   }
 #ifdef WINTSERVE_HAS_CUDA
-  if (options.device == "cuda") return kernels::cuda::CreateCudaBackend({.device = rank});
+  if (options.device == "cuda") {
+    return kernels::cuda::CreateCudaBackend(
+        {.device = rank,
+         .kv_cache = options.kv_cache_dtype == "int8" ? kernels::plan::KvCacheKind::kInt8
+                                                      : kernels::plan::KvCacheKind::kBfloat16});
+  }
 #endif
   return absl::UnavailableError(
       fmt::format("--device {}: this build has no backend for it", options.device));
