@@ -55,6 +55,7 @@ test-gpu: setup  ## Tests that need a GPU, on this machine's
 bundle: setup  ## Programs with CUDA, their libraries and the demo model as build/cuda/wintserve-*.tar.xz
 	@test -f build/cuda/build.ninja || cmake --preset cuda
 	@ninja -C build/cuda programs
+	@tools/bundle build/cuda --full
 	@tools/bundle build/cuda
 
 # Each part prints its own summary; a failing seed prints the command that replays it.
