@@ -29,8 +29,9 @@ void HeapTrimmer::Run() {
   }
 }
 
-std::string HeapTunables(const char* inherited) {
+std::string HeapTunables(HeapArenas arenas, const char* inherited) {
   std::string tunables = "GLIBC_TUNABLES=glibc.malloc.tcache_count=0";
+  if (arenas == HeapArenas::kOne) tunables += ":glibc.malloc.arena_max=1";
   // The last one counts where a name stands twice.
   if (inherited != nullptr && *inherited != '\0') tunables.append(":").append(inherited);
   return tunables;

@@ -4,10 +4,12 @@
 #include <malloc.h>
 #include <unistd.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "common/child_process.h"
@@ -68,36 +70,60 @@ bool ThreadKeepsWhatItFrees() {
   return ::mallinfo2().uordblks == in_use;
 }
 
-// Run by the tests below in a process of its own, since the variable counts at a start alone.
-constexpr int kKeeps = 3;
-constexpr int kGivesBack = 4;
-TEST(HeapTunables, DISABLED_InAChild) {
-  std::_Exit(ThreadKeepsWhatItFrees() ? kKeeps : kGivesBack);
+// Whether a second thread gets an arena of its own, by glibc's account.
+bool ThreadsHaveArenas() {
+  std::thread([] { std::free(std::malloc(600)); }).join();
+  char* text = nullptr;
+  size_t size = 0;
+  FILE* const stream = ::open_memstream(&text, &size);
+  ::malloc_info(/*options=*/0, stream);
+  std::fclose(stream);
+  const bool found = std::string(text, size).find("<heap nr=\"1\">") != std::string::npos;
+  std::free(text);
+  return found;
 }
 
-bool ChildKeepsWhatItFrees(const std::vector<std::string>& environment) {
+// Run by the tests below in a process of its own, since the variable counts at a start alone.
+constexpr int kReported = 8;
+constexpr int kKeeps = 1;
+constexpr int kHasArenas = 2;
+TEST(HeapInAChild, DISABLED_Report) {
+  std::_Exit(kReported | (ThreadKeepsWhatItFrees() ? kKeeps : 0) |
+             (ThreadsHaveArenas() ? kHasArenas : 0));
+}
+
+// kKeeps, kHasArenas
+int InAChild(const std::vector<std::string>& environment) {
   ChildOptions options;
   options.argv = {"/proc/self/exe", "--gtest_also_run_disabled_tests",
-                  "--gtest_filter=HeapTunables.DISABLED_InAChild"};
+                  "--gtest_filter=HeapInAChild.DISABLED_Report"};
   options.environment = environment;
   auto child = ChildProcess::Spawn(options);
   EXPECT_TRUE(child.ok()) << child.status();
   const auto ended = child->Wait(/*timeout_ms=*/20'000);
-  EXPECT_TRUE(ended.has_value() && (ended->code == kKeeps || ended->code == kGivesBack));
-  return ended->code == kKeeps;
+  EXPECT_TRUE(ended.has_value() && (ended->code & kReported) != 0);
+  return ended->code & ~kReported;
 }
 
-TEST(HeapTunables, TakeFromThreadsWhatTheyFree) {
-  if (!kHeapIsGlibcs) GTEST_SKIP() << "a sanitizer has a heap of its own";
-  ASSERT_TRUE(ChildKeepsWhatItFrees({})) << "glibc has changed: nothing needs to be set";
-  EXPECT_FALSE(ChildKeepsWhatItFrees({HeapTunables(nullptr)}));
-  EXPECT_FALSE(ChildKeepsWhatItFrees({HeapTunables("")}));
-  EXPECT_FALSE(ChildKeepsWhatItFrees({HeapTunables("glibc.malloc.arena_max=3")}));
+class HeapTunablesTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!kHeapIsGlibcs) GTEST_SKIP() << "a sanitizer has a heap of its own";
+    ASSERT_EQ(InAChild({}), kKeeps | kHasArenas) << "glibc has changed: nothing needs to be set";
+  }
+};
+
+TEST_F(HeapTunablesTest, TakeFromThreadsWhatTheyFree) {
+  for (const char* inherited : {static_cast<const char*>(nullptr), "", "glibc.malloc.perturb=1"}) {
+    EXPECT_EQ(InAChild({HeapTunables(HeapArenas::kGlibcsChoice, inherited)}), kHasArenas);
+    EXPECT_EQ(InAChild({HeapTunables(HeapArenas::kOne, inherited)}), 0);
+  }
 }
 
-TEST(HeapTunables, LeaveTheLastWordToTheOperator) {
-  if (!kHeapIsGlibcs) GTEST_SKIP() << "a sanitizer has a heap of its own";
-  EXPECT_TRUE(ChildKeepsWhatItFrees({HeapTunables("glibc.malloc.tcache_count=7")}));
+TEST_F(HeapTunablesTest, LeaveTheLastWordToTheOperator) {
+  EXPECT_EQ(InAChild({HeapTunables(HeapArenas::kOne,
+                                   "glibc.malloc.tcache_count=7:glibc.malloc.arena_max=4")}),
+            kKeeps | kHasArenas);
 }
 
 }  // namespace

@@ -198,6 +198,8 @@ TEST_F(LauncherTest, StartsEveryProcessWithWhatItNeedsAndNothingElse) {
     EXPECT_EQ(ReadFile(fmt::format("/proc/{}/cmdline", PidOf(child))).find("token"),
               std::string::npos);
   }
+  EXPECT_EQ(Reported("cache-manager", "tunables"),
+            "glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1");
   EXPECT_NE(Reported("api-server", "port"), "0");
   EXPECT_THAT(Stderr(), HasSubstr("effective config: model=\"" + Model()));
   launcher_.Signal(SIGTERM);

@@ -136,7 +136,9 @@ absl::Status Supervisor::Spawn(Child* child) {
   ChildOptions options;
   options.argv = {(self.parent_path() / child->program).string(),
                   fmt::format("--instance-fd={}", kInstanceFd)};
-  options.environment = {HeapTunables(std::getenv("GLIBC_TUNABLES"))};
+  options.environment = {HeapTunables(
+      child->role == Role::kCacheManager ? HeapArenas::kOne : HeapArenas::kGlibcsChoice,
+      std::getenv("GLIBC_TUNABLES"))};
   options.descriptors.push_back({instance_fd.get(), kInstanceFd});
   if (instance.http_fd >= 0) options.descriptors.push_back({ports_.http.get(), kHttpFd});
   if (instance.metrics_fd >= 0) options.descriptors.push_back({ports_.metrics.get(), kMetricsFd});
