@@ -76,10 +76,9 @@ def write_input(path, sequences, prompts=()):
 
 
 class Run:
-    """What one model on one device computed."""
+    """What model_outputs wrote."""
 
     def __init__(self, directory):
-        directory = pathlib.Path(directory)
         self.report = json.loads((directory / "outputs.json").read_text())
         self.greedy = self.report["greedy"]
         vocab_size = self.report["vocab_size"]
@@ -87,6 +86,18 @@ class Run:
         self.logits = np.memmap(directory / "logits.f32", np.float32, "r",
                                 shape=(size // BYTES_OF_FLOAT // vocab_size, vocab_size)
                                 ) if size else np.zeros((0, vocab_size), np.float32)
+
+
+def run_program(program, model, input_path, directory, *flags):
+    """A run of model_outputs into `directory`."""
+    subprocess.run([program, "--model", model, "--input", input_path, "--output", directory, *flags],
+                   check=True)
+    return Run(directory)
+
+
+def seconds_of(run):
+    forced = run.report["teacher_forced"]["seconds"]
+    return f"{forced:.1f} s for the chats, {run.report['greedy_seconds']:.1f} s for the recitations"
 
 
 def _losses(logits, ids):
@@ -99,7 +110,8 @@ def _losses(logits, ids):
 
 def compare(reference, candidate, next_ids, is_answer):
     """Measures of two runs over the same positions, a dict. Differences are of logits."""
-    assert reference.logits.shape == candidate.logits.shape == (len(next_ids), reference.logits.shape[1])
+    assert reference.logits.shape == candidate.logits.shape
+    assert len(reference.logits) == len(next_ids) == len(is_answer)
     same, largest, squares = [], [], 0.0
     losses = ([], [])
     for begin in range(0, len(next_ids), 1024):
@@ -132,13 +144,15 @@ def compare(reference, candidate, next_ids, is_answer):
 
 
 def first_differences(prompts, reference, candidate):
-    """[(index, the ids up to where the two continuations part, the next id of each)]."""
+    """[(index, the ids up to where the two continuations part, the candidate's next id)]. A text
+    that has no next id there has ended at the limit, which the other has not reached: impossible
+    while both have the same limit and the stop id is kept."""
     found = []
     for index, (prompt, a, b) in enumerate(zip(prompts, reference, candidate)):
         if a == b:
             continue
-        at = next(i for i in range(len(a)) if i >= len(b) or a[i] != b[i])
-        found.append((index, prompt + a[:at], a[at], b[at]))
+        at = next(i for i, pair in enumerate(zip(a, b)) if pair[0] != pair[1])
+        found.append((index, prompt + a[:at], b[at]))
     return found
 
 

@@ -1,0 +1,253 @@
+// Decode and prefill rates of a model on one device, through the worker's own loader and step
+// runner but without the other processes.
+//
+//   model_rates --model models/poet --device cuda --batches 1,8,64 --json out.json
+//
+// Decoding: every sequence has a prompt of --context-tokens random ids; then --steps plans of one
+// greedy token a sequence, one plan begun ahead of the one that is waited for, as a worker gets
+// them. Prefill: prompts of --prompt-tokens random ids, one alone and several in one plan; time to
+// the sampled ids. Each is the median of --repeats runs after one that warms up. device_ms is what
+// the step itself took on the device, from its events.
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <chrono>
+#include <deque>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bench/provenance.h"
+#include "common/config/serve_options.h"
+#include "common/log.h"
+#include "common/status_macros.h"
+#include "engine_worker/collectives/single_rank_collective.h"
+#include "engine_worker/runner/load_model.h"
+#include "engine_worker/runner/step_runner.h"
+
+namespace wintserve::bench {
+namespace {
+
+using nlohmann::json;
+using Clock = std::chrono::steady_clock;
+
+struct RateOptions {
+  ServeOptions serve;
+  std::vector<int> batches = {1, 8, 64};
+  std::vector<int> prompts = {1, 8};
+  int context_tokens = 128;
+  int prompt_tokens = 1024;
+  int steps = 256;
+  int repeats = 5;
+  std::string json_path;
+};
+
+struct Rate {
+  double tokens_per_second = 0;
+  double device_ms = 0;  // of a step, the mean
+};
+
+double Seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
+
+Rate MedianOf(std::vector<Rate> rates) {
+  std::sort(rates.begin(), rates.end(),
+            [](const Rate& a, const Rate& b) { return a.tokens_per_second < b.tokens_per_second; });
+  return rates[rates.size() / 2];
+}
+
+uint32_t BlocksFor(int tokens) {
+  return static_cast<uint32_t>((tokens + kernels::kKvBlockTokens - 1) / kernels::kKvBlockTokens);
+}
+
+// Sequences of one length on a pool of their own.
+class Sequences {
+ public:
+  static absl::StatusOr<std::unique_ptr<Sequences>> Create(Model* model, Collective* collective,
+                                                           int num_sequences, int max_tokens) {
+    std::unique_ptr<Sequences> made(new Sequences(num_sequences, BlocksFor(max_tokens)));
+    const uint32_t num_blocks = num_sequences * made->blocks_each_;
+    ASSIGN_OR_RETURN(made->pool_,
+                     model->backend()->Allocate(int64_t{num_blocks} * model->kv_block_bytes()));
+    const StepRunnerConfig config = {
+        .num_blocks = num_blocks,
+        .max_slots = static_cast<uint32_t>(num_sequences),
+        .max_tokens = static_cast<uint32_t>(num_sequences * max_tokens),
+        .max_sequence_tokens = static_cast<uint32_t>(max_tokens),
+        .sampled_vocab_size = static_cast<uint32_t>(model->vocab_size())};
+    ASSIGN_OR_RETURN(made->runner_,
+                     StepRunner::Create(config, model, collective, made->pool_->data(), nullptr));
+    RETURN_IF_ERROR(made->runner_->WarmUp());
+    made->vocab_size_ = model->vocab_size();
+    return made;
+  }
+
+  // A prompt of random ids in every slot.
+  absl::StatusOr<Rate> Prefill(int prompt_tokens) {
+    StepPlan plan = {.step = ++step_};
+    for (uint32_t slot = 0; slot < num_sequences_; ++slot) {
+      std::vector<BlockId> blocks;
+      for (uint32_t i = 0; i < blocks_each_; ++i) {
+        blocks.push_back(BlockId{static_cast<int32_t>(slot * blocks_each_ + i)});
+      }
+      std::vector<int32_t> ids(prompt_tokens);
+      for (int32_t& id : ids) id = static_cast<int32_t>(random_() % vocab_size_);
+      plan.slot_init.push_back({slot, {.temperature = 0}, std::move(blocks)});
+      plan.rows.push_back({slot, 0, static_cast<uint32_t>(prompt_tokens), true, std::move(ids)});
+    }
+    position_ = prompt_tokens;
+    const auto begin = Clock::now();
+    ASSIGN_OR_RETURN(const StepDone done, runner_->Apply(plan, /*plan_hash=*/0));
+    return Rate{num_sequences_ * prompt_tokens / Seconds(Clock::now() - begin),
+                1e-3 * done.execute_us};
+  }
+
+  absl::StatusOr<Rate> Decode(int steps) {
+    constexpr size_t kPlansInHand = 2;
+    std::deque<std::unique_ptr<PendingStep>> pending;
+    double device_ms = 0;
+    const auto wait = [&]() -> absl::Status {
+      ASSIGN_OR_RETURN(const StepDone done, pending.front()->Wait());
+      pending.pop_front();
+      device_ms += 1e-3 * done.execute_us;
+      return absl::OkStatus();
+    };
+    const auto begin = Clock::now();
+    for (int i = 0; i < steps; ++i, ++position_) {
+      StepPlan plan = {.step = ++step_};
+      for (uint32_t slot = 0; slot < num_sequences_; ++slot) {
+        plan.rows.push_back({slot, static_cast<uint32_t>(position_), 1, true, {}});
+      }
+      ASSIGN_OR_RETURN(auto step, runner_->Begin(plan, /*plan_hash=*/0));
+      pending.push_back(std::move(step));
+      if (pending.size() == kPlansInHand) RETURN_IF_ERROR(wait());
+    }
+    while (!pending.empty()) RETURN_IF_ERROR(wait());
+    return Rate{num_sequences_ * steps / Seconds(Clock::now() - begin), device_ms / steps};
+  }
+
+  absl::Status Release() {
+    StepPlan plan = {.step = ++step_};
+    for (uint32_t slot = 0; slot < num_sequences_; ++slot) plan.slot_release.push_back(slot);
+    return runner_->Apply(plan, /*plan_hash=*/0).status();
+  }
+
+ private:
+  Sequences(int num_sequences, uint32_t blocks_each)
+      : num_sequences_(num_sequences), blocks_each_(blocks_each) {}
+
+  const uint32_t num_sequences_;
+  const uint32_t blocks_each_;
+  int vocab_size_ = 0;
+  int position_ = 0;
+  uint64_t step_ = 0;
+  std::mt19937 random_{1};
+  std::unique_ptr<kernels::Buffer> pool_;
+  std::unique_ptr<StepRunner> runner_;
+};
+
+absl::StatusOr<Rate> DecodeRate(const RateOptions& options, Model* model, Collective* collective,
+                                int batch) {
+  ASSIGN_OR_RETURN(const auto sequences, Sequences::Create(model, collective, batch,
+                                                           options.context_tokens + options.steps));
+  std::vector<Rate> rates;
+  for (int run = 0; run <= options.repeats; ++run) {
+    RETURN_IF_ERROR(sequences->Prefill(options.context_tokens).status());
+    ASSIGN_OR_RETURN(const Rate rate, sequences->Decode(options.steps));
+    RETURN_IF_ERROR(sequences->Release());
+    if (run > 0) rates.push_back(rate);
+  }
+  return MedianOf(std::move(rates));
+}
+
+absl::StatusOr<Rate> PrefillRate(const RateOptions& options, Model* model, Collective* collective,
+                                 int num_prompts) {
+  ASSIGN_OR_RETURN(const auto sequences,
+                   Sequences::Create(model, collective, num_prompts, options.prompt_tokens));
+  std::vector<Rate> rates;
+  for (int run = 0; run <= options.repeats; ++run) {
+    ASSIGN_OR_RETURN(const Rate rate, sequences->Prefill(options.prompt_tokens));
+    RETURN_IF_ERROR(sequences->Release());
+    if (run > 0) rates.push_back(rate);
+  }
+  return MedianOf(std::move(rates));
+}
+
+absl::Status Run(const RateOptions& options) {
+  const std::unique_ptr<Collective> collective = MakeSingleRankCollective();
+  ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(options.serve, collective.get()));
+  json report = {{"device", loaded.backend->name()},
+                 {"host", DeviceDescription()},
+                 {"date", Today()},
+                 {"model", options.serve.model},
+                 {"max_num_batched_tokens", options.serve.max_num_batched_tokens},
+                 {"context_tokens", options.context_tokens},
+                 {"steps", options.steps},
+                 {"prompt_tokens", options.prompt_tokens},
+                 {"repeats", options.repeats}};
+  fmt::print("{}, {}, {}\n", loaded.backend->name(), DeviceDescription(), Today());
+  for (const int batch : options.batches) {
+    ASSIGN_OR_RETURN(const Rate rate,
+                     DecodeRate(options, loaded.model.get(), collective.get(), batch));
+    const double step_ms = 1e3 * batch / rate.tokens_per_second;
+    fmt::print(
+        "decode, batch {:3}:              {:10.0f} tokens/s  step {:.3f} ms, device {:.3f} ms\n",
+        batch, rate.tokens_per_second, step_ms, rate.device_ms);
+    report["decode"].push_back({{"batch", batch},
+                                {"tokens_per_second", rate.tokens_per_second},
+                                {"step_ms", step_ms},
+                                {"device_ms", rate.device_ms}});
+  }
+  for (const int prompts : options.prompts) {
+    ASSIGN_OR_RETURN(const Rate rate,
+                     PrefillRate(options, loaded.model.get(), collective.get(), prompts));
+    fmt::print("prefill, {:2} prompts of {:5}:   {:10.0f} tokens/s  device {:.3f} ms\n", prompts,
+               options.prompt_tokens, rate.tokens_per_second, rate.device_ms);
+    report["prefill"].push_back({{"prompts", prompts},
+                                 {"tokens_per_second", rate.tokens_per_second},
+                                 {"device_ms", rate.device_ms}});
+  }
+  if (options.json_path.empty()) return absl::OkStatus();
+  std::ofstream file(options.json_path);
+  file << report.dump(1) << "\n";
+  file.close();
+  return file ? absl::OkStatus()
+              : absl::UnknownError(fmt::format("cannot write {}", options.json_path));
+}
+
+int Main(int argc, char** argv) {
+  RateOptions options;
+  options.serve.model = "models/poet";
+  options.serve.max_num_batched_tokens = 2048;
+  CLI::App app("Decode and prefill rates of a model through the step runner");
+  const auto positive = CLI::Range(1, 1 << 20);
+  app.add_option("--model", options.serve.model);
+  app.add_option("--device", options.serve.device)->check(CLI::IsMember({"cpu", "cuda"}));
+  app.add_option("--cpu-threads", options.serve.cpu_threads);
+  app.add_option("--max-num-batched-tokens", options.serve.max_num_batched_tokens)->check(positive);
+  app.add_option("--batches", options.batches)->delimiter(',')->check(positive);
+  app.add_option("--prompts", options.prompts)->delimiter(',')->check(positive);
+  app.add_option("--context-tokens", options.context_tokens)->check(positive);
+  app.add_option("--prompt-tokens", options.prompt_tokens)->check(positive);
+  app.add_option("--steps", options.steps)->check(positive);
+  app.add_option("--repeats", options.repeats)->check(positive);
+  app.add_option("--json", options.json_path);
+  CLI11_PARSE(app, argc, argv);
+  for (const std::vector<int>* counts : {&options.batches, &options.prompts}) {
+    const int largest = counts->empty() ? 1 : *std::max_element(counts->begin(), counts->end());
+    options.serve.max_num_seqs = std::max(options.serve.max_num_seqs, largest);
+  }
+  InitLog("model_rates", "warning");
+  const absl::Status status = Run(options);
+  if (status.ok()) return 0;
+  fmt::print(stderr, "model_rates: {}\n", std::string(status.message()));
+  return 1;
+}
+
+}  // namespace
+}  // namespace wintserve::bench
+
+int main(int argc, char** argv) { return wintserve::bench::Main(argc, argv); }
