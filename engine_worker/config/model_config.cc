@@ -98,6 +98,7 @@ absl::Status ReadExperts(const JsonObject& json, ModelConfig& config) {
   ASSIGN_OR_RETURN(config.num_experts_per_token, json.Int("moe_k", 1, config.num_experts));
   ASSIGN_OR_RETURN(config.num_shared_experts,
                    json.IntOr("moe_num_shared_experts", 0, kMaxExperts, 0));
+  config.has_router_bias_is_set = json.Has("moe_use_aux_free");
   ASSIGN_OR_RETURN(config.has_router_bias, json.BoolOr("moe_use_aux_free", false));
   ASSIGN_OR_RETURN(config.moe_norm_min, json.PositiveFloatOr("moe_norm_min", 1e-12f));
   return absl::OkStatus();

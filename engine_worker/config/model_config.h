@@ -35,7 +35,8 @@ struct ModelConfig {
   int moe_layer_start = 0;
   int moe_layer_end = -1;  // inclusive
   int moe_layer_interval = 1;
-  bool has_router_bias = false;  // moe_use_aux_free
+  bool has_router_bias = false;         // moe_use_aux_free
+  bool has_router_bias_is_set = false;  // absent: decided by whether the biases' tensors exist
   float moe_norm_min = 1e-12f;
 
   bool dense_is_wint8 = false;  // attention, dense MLP, shared experts

@@ -74,6 +74,7 @@ TEST(ModelConfig, ReadsThePublished2BitConfiguration) {
   EXPECT_EQ(config->num_experts_per_token, 8);
   EXPECT_EQ(config->num_shared_experts, 0);
   EXPECT_TRUE(config->has_router_bias);
+  EXPECT_TRUE(config->has_router_bias_is_set);
   EXPECT_TRUE(config->tie_word_embeddings_is_set);
   EXPECT_FALSE(config->tie_word_embeddings);
   EXPECT_TRUE(config->dense_is_wint8);
@@ -140,8 +141,8 @@ INSTANTIATE_TEST_SUITE_P(
                 [](const ModelConfig& c) { EXPECT_FALSE(c.tie_word_embeddings_is_set); }},
         Variant{"KvHeadsDefaultToHeads", R"({"num_key_value_heads": null})",
                 [](const ModelConfig& c) { EXPECT_EQ(c.num_kv_heads, 64); }},
-        Variant{"NoRouterBiasUnlessAuxFree", R"({"moe_use_aux_free": null})",
-                [](const ModelConfig& c) { EXPECT_FALSE(c.has_router_bias); }},
+        Variant{"AbsentAuxFreeIsLeftToTheWeights", R"({"moe_use_aux_free": null})",
+                [](const ModelConfig& c) { EXPECT_FALSE(c.has_router_bias_is_set); }},
         Variant{"DtypeSpellingDoesNotMatter", R"({"dtype": null, "torch_dtype": "bfloat16"})",
                 [](const ModelConfig& c) { EXPECT_EQ(c.hidden_size, 8192); }},
         Variant{"DenseFirstReleaseName", R"({"architectures": ["Ernie4_5_ForCausalLM"]})",

@@ -41,7 +41,7 @@ struct Layer {
   Matrix output;
   Mlp mlp;  // dense layers only; the rest is for MoE layers
   Matrix router;
-  std::unique_ptr<Buffer> router_bias;  // null without has_router_bias
+  std::unique_ptr<Buffer> router_bias;  // null without Checkpoint::has_router_bias
   std::vector<Mlp> experts;
   std::unique_ptr<ExpertGroup> expert_group;  // of `experts`
   Mlp shared;                                 // empty without shared experts
@@ -129,7 +129,7 @@ class Loader {
     }
     ASSIGN_OR_RETURN(layer.router,
                      LoadMatrix({MatrixRole::kRouter, i}, MatrixUse::kRouter, place + " router"));
-    if (config_.has_router_bias) {
+    if (checkpoint_.has_router_bias()) {
       ASSIGN_OR_RETURN(layer.router_bias, LoadVector(VectorRole::kRouterBias, i));
     }
     std::vector<MlpWeights> views;

@@ -105,7 +105,7 @@ std::vector<ExpectedTensor> ExpectedVectors(const Layout& layout, const ModelCon
   for (int layer = 0; layer < config.num_layers; ++layer) {
     add(VectorRole::kInputNorm, layer, {{config.hidden_size}});
     add(VectorRole::kPostAttentionNorm, layer, {{config.hidden_size}});
-    if (config.has_router_bias && config.IsMoeLayer(layer)) {
+    if (layout.has_router_bias && config.IsMoeLayer(layer)) {
       add(VectorRole::kRouterBias, layer, {{1, config.num_experts}, {config.num_experts}});
     }
   }
@@ -214,6 +214,7 @@ class CheckpointFiles : public Checkpoint {
   absl::StatusOr<std::vector<float>> LoadVector(VectorRole role, int layer) const override;
 
   bool head_is_tied() const override { return layout_.head_is_tied; }
+  bool has_router_bias() const override { return layout_.has_router_bias; }
   KOrder k_order() const override { return k_order_; }
   uint64_t digest() const override { return digest_; }
   int64_t total_bytes() const override { return total_bytes_; }

@@ -57,6 +57,7 @@ class Checkpoint {
   virtual absl::StatusOr<std::vector<float>> LoadVector(VectorRole role, int layer) const = 0;
 
   virtual bool head_is_tied() const = 0;
+  virtual bool has_router_bias() const = 0;
   virtual formats::KOrder k_order() const = 0;  // what kAuto decided
   // XXH3-64 over every file's header, size and samples of its data: tells checkpoints apart (two
   // trainings of one model included), does not verify the bytes.

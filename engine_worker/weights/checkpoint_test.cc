@@ -276,6 +276,21 @@ TEST(Checkpoint, TheTieIsDecidedByTheHeadTensorWhereTheConfigurationIsSilent) {
   EXPECT_TRUE(WriteAndOpen(tied, config)->head_is_tied());
 }
 
+TEST(Checkpoint, TheRouterHasABiasIfItsTensorsAreThereWhereTheConfigurationIsSilent) {
+  ModelConfig config = SmallConfig();
+  TestTensors tensors = MakeTensors(config, TestLayout::kHuggingFace, kSeed);
+  EXPECT_TRUE(WriteAndOpen(tensors, config)->has_router_bias());
+  config.has_router_bias = false;
+  config.has_router_bias_is_set = false;
+  const auto with_bias = WriteAndOpen(tensors, config);
+  EXPECT_TRUE(with_bias->has_router_bias());
+  EXPECT_EQ(with_bias->LoadVector(VectorRole::kRouterBias, 1)->size(), config.num_experts);
+  for (const int layer : {1, 2}) {
+    tensors.erase(fmt::format("model.layers.{}.mlp.moe_statics.e_score_correction_bias", layer));
+  }
+  EXPECT_FALSE(WriteAndOpen(tensors, config)->has_router_bias());
+}
+
 TEST(Checkpoint, TheHeadMayLieEitherWay) {
   const ModelConfig config = SmallConfig();
   TestTensors paddle = MakeTensors(config, TestLayout::kPaddle, kSeed);

@@ -244,6 +244,7 @@ ModelConfig SmallConfig() {
   config.moe_layer_start = 1;
   config.moe_layer_end = 2;
   config.has_router_bias = true;
+  config.has_router_bias_is_set = true;
   return config;
 }
 

@@ -11,6 +11,7 @@ namespace wintserve {
 namespace {
 
 constexpr char kHeadTensor[] = "lm_head.weight";
+constexpr char kRouterBiasSuffix[] = ".mlp.moe_statics.e_score_correction_bias";
 
 bool IsQuantized(const ModelConfig& config) {
   return config.dense_is_wint8 || config.expert_quantization != ExpertQuantization::kNone;
@@ -127,6 +128,10 @@ absl::StatusOr<Layout> DetectLayout(const TensorSet& set, const ModelConfig& con
   }
   const bool has_head = set.Find(kHeadTensor) != nullptr;
   layout.head_is_tied = config.tie_word_embeddings_is_set ? config.tie_word_embeddings : !has_head;
+  // transformers does not write the key, and every model of its has the biases.
+  layout.has_router_bias = config.has_router_bias_is_set
+                               ? config.has_router_bias
+                               : any(layout.prefix + ".", kRouterBiasSuffix);
   layout.head_is_out_in =
       HasShape(set, kHeadTensor, config.vocab_size, config.hidden_size) ||
       (layout.is_out_in && !HasShape(set, kHeadTensor, config.hidden_size, config.vocab_size));
@@ -224,7 +229,7 @@ std::string VectorTensorName(const Layout& layout, VectorRole role, int layer) {
     case VectorRole::kFinalNorm:
       return layout.prefix + ".norm.weight";
     case VectorRole::kRouterBias:
-      return parent + ".mlp.moe_statics.e_score_correction_bias";
+      return parent + kRouterBiasSuffix;
   }
   CHECK(false, "role={}", static_cast<int>(role));
 }

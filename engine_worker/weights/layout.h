@@ -23,6 +23,7 @@ struct Layout {
   bool is_out_in = false;
   bool head_is_out_in = false;
   bool head_is_tied = false;
+  bool has_router_bias = false;
 };
 
 // DATA_LOSS: the names fit none of the layouts.
