@@ -12,6 +12,12 @@ from outputs import GREEDY_TOKENS, STOP_ID
 # The published configurations, but for the number of layers.
 # https://huggingface.co/baidu/ERNIE-4.5-21B-A3B-PT, ERNIE-4.5-0.3B-PT
 RANDOM_MODELS = {
+    "0.3b": {
+        "class": "Ernie4_5",
+        "vocab_size": 103424, "hidden_size": 1024, "num_hidden_layers": 18,
+        "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128,
+        "intermediate_size": 3072,
+    },
     "21b": {
         "class": "Ernie4_5_Moe",
         "vocab_size": 103424, "hidden_size": 2560, "num_hidden_layers": 3,
@@ -19,12 +25,6 @@ RANDOM_MODELS = {
         "moe_num_experts": 64, "moe_k": 6, "moe_intermediate_size": 1536,
         "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 2,
         "moe_layer_interval": 1, "moe_norm_min": 1e-12,
-    },
-    "0.3b": {
-        "class": "Ernie4_5",
-        "vocab_size": 103424, "hidden_size": 1024, "num_hidden_layers": 18,
-        "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128,
-        "intermediate_size": 3072,
     },
 }
 COMMON = {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "tie_word_embeddings": True,
