@@ -7,6 +7,8 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
+import time
 
 import numpy as np
 
@@ -14,6 +16,7 @@ BEGIN, TURN = "<|begin_of_sentence|>", "<|end_of_sentence|>"
 STOP_ID = 2
 GREEDY_TOKENS = 160
 BYTES_OF_FLOAT = 4
+COMPARED_LOGITS = 1 << 20  # at once: arrays that the heap keeps, not fresh pages each time
 
 
 def read_lines(path):
@@ -114,8 +117,9 @@ def compare(reference, candidate, next_ids, is_answer):
     assert len(reference.logits) == len(next_ids) == len(is_answer)
     same, largest, squares = [], [], 0.0
     losses = ([], [])
-    for begin in range(0, len(next_ids), 1024):
-        rows = slice(begin, begin + 1024)
+    chunk = max(1, COMPARED_LOGITS // reference.logits.shape[1])
+    for begin in range(0, len(next_ids), chunk):
+        rows = slice(begin, begin + chunk)
         a, b = np.array(reference.logits[rows]), np.array(candidate.logits[rows])
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise SystemExit("a logit is not finite")
@@ -154,6 +158,25 @@ def first_differences(prompts, reference, candidate):
         at = next(i for i, pair in enumerate(zip(a, b)) if pair[0] != pair[1])
         found.append((index, prompt + a[:at], b[at]))
     return found
+
+
+def command_line():
+    """Of this script, without where its report goes."""
+    words = [os.path.relpath(sys.argv[0])] + sys.argv[1:]
+    if "--json" in words:
+        at = words.index("--json")
+        del words[at:at + 2]
+    return " ".join(words)
+
+
+class StageClock:
+    """Prints what was done, with the seconds since it was made in front."""
+
+    def __init__(self):
+        self.began = time.monotonic()
+
+    def note(self, text):
+        print(f"[{time.monotonic() - self.began:5.1f} s] {text}", flush=True)
 
 
 def describe_machine():
