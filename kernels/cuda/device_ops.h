@@ -17,6 +17,8 @@
 #define WINTSERVE_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
 #define WINTSERVE_PARAMS const __grid_constant__
 #define WINTSERVE_UNROLL _Pragma("unroll")
+#define WINTSERVE_UNROLL_BY(count) WINTSERVE_PRAGMA(unroll count)
+#define WINTSERVE_PRAGMA(text) _Pragma(#text)
 #define WINTSERVE_NO_UNROLL _Pragma("unroll 1")
 
 namespace wintserve::kernels::cuda {
@@ -43,10 +45,41 @@ WINTSERVE_DEVICE T ShuffleXor(T value, int mask) {
   return __shfl_xor_sync(kWholeWarp, value, mask);
 }
 WINTSERVE_DEVICE uint32_t Ballot(bool predicate) { return __ballot_sync(kWholeWarp, predicate); }
+WINTSERVE_DEVICE bool IsSameInWarp(int value) {
+  int is_same = 0;
+  __match_all_sync(kWholeWarp, value, &is_same);
+  return is_same != 0;
+}
 
 WINTSERVE_DEVICE uint32_t SharedBase() {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
+}
+
+// The same memory as an object of C++.
+WINTSERVE_DEVICE unsigned char* SharedMemory() {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  return shared_memory;
+}
+
+// The blocks of a cluster, which not every device has: where a launch asks for none, and compiled
+// for such a device, every block is one of its own.
+WINTSERVE_DEVICE void SyncCluster() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+#else
+  SyncBlock();
+#endif
+}
+// The object of another block of the cluster that lies in shared memory where `object` does here.
+template <typename T>
+WINTSERVE_DEVICE T* OfBlock([[maybe_unused]] int block_of_cluster, T* object) {
+#if __CUDA_ARCH__ >= 900
+  return static_cast<T*>(__cluster_map_shared_rank(object, block_of_cluster));
+#else
+  return object;
+#endif
 }
 
 WINTSERVE_DEVICE void StoreShared(uint32_t address, uint32_t value) {
@@ -166,15 +199,26 @@ WINTSERVE_DEVICE float2 UnpackHalves(uint32_t pair) {
   return __half22float2(halves);
 }
 
+// Of memory that nobody writes while the kernel runs.
+template <typename T>
+WINTSERVE_DEVICE T LoadConstant(const T* from) {
+  return __ldg(from);
+}
+
 // Past the first-level cache, which does not see what other multiprocessors write.
 WINTSERVE_DEVICE float4 LoadFromL2(const float4* from) { return __ldcg(from); }
 WINTSERVE_DEVICE float2 LoadFromL2(const float2* from) { return __ldcg(from); }
 
 // What this thread wrote before is seen by whoever sees what it writes after.
 WINTSERVE_DEVICE void FenceDevice() { __threadfence(); }
+// In any memory, also of another block of the cluster.
 WINTSERVE_DEVICE int32_t FetchAndAdd(int32_t* counter, int32_t value) {
   return atomicAdd(counter, value);
 }
+WINTSERVE_DEVICE uint32_t FetchAndAdd(uint32_t* counter, uint32_t value) {
+  return atomicAdd(counter, value);
+}
+WINTSERVE_DEVICE uint32_t FetchAndOr(uint32_t* word, uint32_t bits) { return atomicOr(word, bits); }
 
 }  // namespace wintserve::kernels::cuda
 
@@ -186,6 +230,7 @@ WINTSERVE_DEVICE int32_t FetchAndAdd(int32_t* counter, int32_t value) {
 #define WINTSERVE_KERNEL(max_threads) void
 #define WINTSERVE_PARAMS const
 #define WINTSERVE_UNROLL
+#define WINTSERVE_UNROLL_BY(count)
 #define WINTSERVE_NO_UNROLL
 
 #endif

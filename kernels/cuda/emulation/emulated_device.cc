@@ -54,8 +54,11 @@ struct Thread {
   std::deque<std::vector<Copy>> copy_groups;
 };
 
+struct Cluster;
+
 struct Block {
   const EmulatedLaunch* launch = nullptr;
+  Cluster* cluster = nullptr;
   const std::function<void()>* kernel = nullptr;
   int index = 0;
   jmp_buf scheduler;
@@ -65,6 +68,12 @@ struct Block {
   int at_barrier = 0;
   std::vector<unsigned char> shared;
   Thread* running = nullptr;
+};
+
+struct Cluster {
+  std::vector<Block> blocks;
+  int64_t barriers = 0;
+  int at_barrier = 0;  // threads
 };
 
 Block* current_block = nullptr;
@@ -78,6 +87,7 @@ Warp& warp() { return block().warps[thread().index / kLanes]; }
 int lane() { return thread().index % kLanes; }
 
 __attribute__((noinline)) void Resume(Block* b, Thread* t) {
+  current_block = b;
   b->running = t;
   if (_setjmp(b->scheduler) != 0) return;
   if (t->started) _longjmp(t->state, 1);
@@ -150,33 +160,47 @@ void Prepare(Thread* t, int index) {
   makecontext(&t->start, RunThread, 0);
 }
 
-void RunBlock(Block* b, std::mt19937* rng) {
-  std::vector<int> order(b->threads.size());
-  for (size_t i = 0; i < order.size(); ++i) {
-    order[i] = static_cast<int>(i);
-    Prepare(&b->threads[i], order[i]);
+// All threads of the cluster's blocks, in an order drawn from rng.
+void RunCluster(Cluster* cluster, std::mt19937* rng) {
+  struct Entry {
+    Block* block;
+    Thread* thread;
+  };
+  std::vector<Entry> order;
+  for (Block& b : cluster->blocks) {
+    for (size_t i = 0; i < b.threads.size(); ++i) {
+      current_block = &b;
+      Prepare(&b.threads[i], static_cast<int>(i));
+      order.push_back({&b, &b.threads[i]});
+    }
   }
   std::shuffle(order.begin(), order.end(), *rng);
   size_t num_done = 0;
   while (num_done < order.size()) {
     bool progress = false;
     num_done = 0;
-    for (const int i : order) {
-      Thread& t = b->threads[i];
-      if (!t.done && (t.waits_for == nullptr || *t.waits_for > t.passed)) {
-        Resume(b, &t);
+    for (const auto [b, t] : order) {
+      if (!t->done && (t->waits_for == nullptr || *t->waits_for > t->passed)) {
+        Resume(b, t);
         progress = true;
       }
-      num_done += t.done ? 1 : 0;
+      num_done += t->done ? 1 : 0;
     }
     CHECK(progress || num_done == order.size(),
-          "block {}: {} of {} threads ended, {} stand at a barrier, the rest wait for their warps",
-          b->index, num_done, order.size(), b->at_barrier);
+          "block {}: {} of {} threads ended, {} stand at a barrier, {} at one of the cluster, the "
+          "rest wait for their warps",
+          cluster->blocks[0].index, num_done, order.size(), cluster->blocks[0].at_barrier,
+          cluster->at_barrier);
   }
 }
 
 float Float(uint32_t bits) { return std::bit_cast<float>(bits); }
 uint32_t Bits(float value) { return std::bit_cast<uint32_t>(value); }
+
+std::array<uint32_t, 6> Halves(uint64_t value) {
+  return {static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)};
+}
+uint64_t Whole(const LaneInput& input) { return uint64_t{input.words[1]} << 32 | input.words[0]; }
 
 float Bfloat16(uint32_t pair, int half) {
   return formats::Bfloat16ToFloat(static_cast<uint16_t>(pair >> (16 * half)));
@@ -192,21 +216,29 @@ uint16_t SharedElement(uint32_t row_address, int element) {
 
 void Emulate(const EmulatedLaunch& launch, const std::function<void()>& kernel) {
   CHECK(launch.threads_per_block % kLanes == 0, "threads_per_block={}", launch.threads_per_block);
+  CHECK(launch.num_blocks % launch.blocks_per_cluster == 0, "{} blocks in clusters of {}",
+        launch.num_blocks, launch.blocks_per_cluster);
   std::mt19937 rng(launch.seed);
-  std::vector<int> order(launch.num_blocks);
-  for (int i = 0; i < launch.num_blocks; ++i) order[i] = i;
+  std::vector<int> order(launch.num_blocks / launch.blocks_per_cluster);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
   std::shuffle(order.begin(), order.end(), rng);
   CHECK(current_block == nullptr, "a launch inside a kernel");
-  Block b;
-  b.launch = &launch;
-  b.kernel = &kernel;
-  b.threads.resize(launch.threads_per_block);
-  current_block = &b;
+  Cluster cluster;
+  cluster.blocks.resize(launch.blocks_per_cluster);
+  for (Block& b : cluster.blocks) {
+    b.launch = &launch;
+    b.cluster = &cluster;
+    b.kernel = &kernel;
+    b.threads.resize(launch.threads_per_block);
+  }
   for (const int index : order) {
-    b.index = index;
-    b.warps.assign(launch.threads_per_block / kLanes, Warp());
-    b.shared.assign(launch.shared_bytes, 0xFF);  // NaN in every format
-    RunBlock(&b, &rng);
+    for (int i = 0; i < launch.blocks_per_cluster; ++i) {
+      Block& b = cluster.blocks[i];
+      b.index = index * launch.blocks_per_cluster + i;
+      b.warps.assign(launch.threads_per_block / kLanes, Warp());
+      b.shared.assign(launch.shared_bytes, 0xFF);  // NaN in every format
+    }
+    RunCluster(&cluster, &rng);
   }
   current_block = nullptr;
 }
@@ -226,6 +258,18 @@ void SyncBlock() {
   }
 }
 
+void SyncCluster() {
+  Cluster& cluster = *block().cluster;
+  const int64_t barriers = cluster.barriers;
+  const size_t num_threads = cluster.blocks.size() * block().threads.size();
+  if (++cluster.at_barrier == static_cast<int>(num_threads)) {
+    cluster.at_barrier = 0;
+    ++cluster.barriers;
+  } else {
+    WaitUntilPassed(cluster.barriers, barriers);
+  }
+}
+
 int32_t Shuffle(int32_t value, int source_lane) {
   const auto& inputs = Exchange({"shfl.idx", {static_cast<uint32_t>(value)}});
   return static_cast<int32_t>(inputs[source_lane % kLanes].words[0]);
@@ -237,8 +281,15 @@ int32_t ShuffleUp(int32_t value, int distance) {
   const auto& inputs = Exchange({"shfl.up", {static_cast<uint32_t>(value)}});
   return lane() < distance ? value : static_cast<int32_t>(inputs[lane() - distance].words[0]);
 }
+uint64_t ShuffleUp(uint64_t value, int distance) {
+  const auto& inputs = Exchange({"shfl.up.64", Halves(value)});
+  return lane() < distance ? value : Whole(inputs[lane() - distance]);
+}
 float ShuffleXor(float value, int mask) {
   return Float(Exchange({"shfl.bfly", {Bits(value)}})[lane() ^ mask].words[0]);
+}
+uint64_t ShuffleXor(uint64_t value, int mask) {
+  return Whole(Exchange({"shfl.bfly.64", Halves(value)})[lane() ^ mask]);
 }
 uint32_t Ballot(bool predicate) {
   const auto& inputs = Exchange({"vote.ballot", {predicate ? 1u : 0u}});
@@ -247,7 +298,23 @@ uint32_t Ballot(bool predicate) {
   return votes;
 }
 
+bool IsSameInWarp(int value) {
+  const auto& inputs = Exchange({"match.all", {static_cast<uint32_t>(value)}});
+  return std::all_of(inputs.begin(), inputs.end(), [&](const LaneInput& input) {
+    return input.words[0] == static_cast<uint32_t>(value);
+  });
+}
+
 uint32_t SharedBase() { return 0; }
+unsigned char* SharedMemory() { return block().shared.data(); }
+void* SharedOfBlock(int block_of_cluster, const void* object) {
+  auto& blocks = block().cluster->blocks;
+  const auto offset = static_cast<const unsigned char*>(object) - block().shared.data();
+  CHECK(block_of_cluster >= 0 && block_of_cluster < std::ssize(blocks) && offset >= 0 &&
+            offset < std::ssize(block().shared),
+        "byte {} of the shared memory of block {} of the cluster", offset, block_of_cluster);
+  return blocks[block_of_cluster].shared.data() + offset;
+}
 void StoreShared(uint32_t address, uint32_t value) {
   std::memcpy(SharedBytes(address, 4), &value, 4);
 }
@@ -361,6 +428,16 @@ void FenceDevice() {}
 int32_t FetchAndAdd(int32_t* counter, int32_t value) {
   const int32_t before = *counter;
   *counter += value;
+  return before;
+}
+uint32_t FetchAndAdd(uint32_t* counter, uint32_t value) {
+  const uint32_t before = *counter;
+  *counter += value;
+  return before;
+}
+uint32_t FetchAndOr(uint32_t* word, uint32_t bits) {
+  const uint32_t before = *word;
+  *word |= bits;
   return before;
 }
 

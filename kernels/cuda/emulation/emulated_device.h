@@ -32,7 +32,8 @@ namespace wintserve::kernels::cuda {
 enum class CopyTiming { kEarly, kLate };
 
 struct EmulatedLaunch {
-  int num_blocks = 1;
+  int num_blocks = 1;          // a multiple of blocks_per_cluster
+  int blocks_per_cluster = 1;  // consecutive ones
   int threads_per_block = 32;  // a multiple of 32
   int shared_bytes = 0;
   uint32_t seed = 0;
@@ -48,14 +49,24 @@ int BlockIndex();
 int NumBlocks();
 
 void SyncBlock();
+void SyncCluster();
 
 float Shuffle(float value, int source_lane);
 int32_t Shuffle(int32_t value, int source_lane);
 int32_t ShuffleUp(int32_t value, int distance);
+uint64_t ShuffleUp(uint64_t value, int distance);
 float ShuffleXor(float value, int mask);
+uint64_t ShuffleXor(uint64_t value, int mask);
 uint32_t Ballot(bool predicate);
+bool IsSameInWarp(int value);
 
 uint32_t SharedBase();
+unsigned char* SharedMemory();
+void* SharedOfBlock(int block_of_cluster, const void* object);
+template <typename T>
+T* OfBlock(int block_of_cluster, T* object) {
+  return static_cast<T*>(SharedOfBlock(block_of_cluster, object));
+}
 void StoreShared(uint32_t address, uint32_t value);
 void StoreShared(uint32_t address, uint2 value);
 void StoreShared(uint32_t address, uint4 value);
@@ -93,9 +104,15 @@ inline uint32_t AndOr(uint32_t a, uint32_t mask, uint32_t bits) { return (a & ma
 uint32_t AddBfloat16Pairs(uint32_t a, uint32_t b);
 float2 UnpackHalves(uint32_t pair);
 
+template <typename T>
+T LoadConstant(const T* from) {
+  return *from;
+}
 inline float4 LoadFromL2(const float4* from) { return *from; }
 inline float2 LoadFromL2(const float2* from) { return *from; }
 void FenceDevice();
 int32_t FetchAndAdd(int32_t* counter, int32_t value);
+uint32_t FetchAndAdd(uint32_t* counter, uint32_t value);
+uint32_t FetchAndOr(uint32_t* word, uint32_t bits);
 
 }  // namespace wintserve::kernels::cuda

@@ -130,6 +130,32 @@ TEST(EmulatedDevice, BarriersOrderTheThreadsOfABlock) {
 
 using EmulatedDeviceDeathTest = testing::Test;
 
+TEST(EmulatedDevice, BlocksOfAClusterMeetAndReachEachOthersMemory) {
+  // Every block counts threads in the memory of the next block of its cluster.
+  constexpr int kBlocks = 6;
+  constexpr int kCluster = 3;
+  constexpr int kThreads = 64;
+  std::vector<uint32_t> counts(kBlocks, 0);
+  for (uint32_t seed = 0; seed < 5; ++seed) {
+    Emulate({.num_blocks = kBlocks,
+             .blocks_per_cluster = kCluster,
+             .threads_per_block = kThreads,
+             .shared_bytes = 16,
+             .seed = seed},
+            [&] {
+              auto* const count = reinterpret_cast<uint32_t*>(SharedMemory());
+              if (ThreadIndex() == 0) *count = 100 * BlockIndex();
+              SyncCluster();
+              FetchAndAdd(OfBlock((BlockIndex() + 1) % kCluster, count), 1u);
+              SyncCluster();
+              if (ThreadIndex() == kThreads - 1) counts[BlockIndex()] = *count;
+            });
+    for (int block = 0; block < kBlocks; ++block) {
+      EXPECT_EQ(counts[block], 100u * block + kThreads) << "block " << block << " seed " << seed;
+    }
+  }
+}
+
 TEST(EmulatedDeviceDeathTest, FindsWhatWouldHangOrCorrupt) {
   EXPECT_DEATH(Emulate({.threads_per_block = 64},
                        [] {

@@ -9,8 +9,6 @@
 
 namespace wintserve::kernels::cuda {
 
-constexpr int kSelectionBytes = (static_cast<int>(sizeof(SelectionMemory)) + 15) / 16 * 16;
-
 inline int DeviceAttribute(cudaDeviceAttr attribute) {
   int device = 0;
   int value = 0;

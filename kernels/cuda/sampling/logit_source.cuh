@@ -3,8 +3,9 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/sampling/row_group.cuh"
-#include "kernels/cuda/sampling/sampling.h"
+#include "kernels/cuda/device_ops.h"
+#include "kernels/cuda/sampling/row_blocks.cuh"
+#include "kernels/cuda/sampling/sampling_args.h"
 #include "kernels/plan/sampling_plan.h"
 #include "kernels/sampling/definition.h"
 
@@ -34,8 +35,8 @@ struct LogitSource {
   float* cache = nullptr;  // in shared memory: processed logits of the first num_cached ids
   int num_cached = 0;
 
-  __device__ LogitSource(const float* row, int vocabulary, const RowBlocks& blocks,
-                         const plan::SamplingPlan& plan)
+  WINTSERVE_DEVICE LogitSource(const float* row, int vocabulary, const RowBlocks& blocks,
+                               const plan::SamplingPlan& plan)
       : logits(row),
         begin(min(vocabulary, blocks.index * plan.ids_per_block)),
         end(min(vocabulary, begin + plan.ids_per_block)),
@@ -46,34 +47,35 @@ struct LogitSource {
   // Calls visit(chunk, id) in every lane, where id is the lane's first of four in that chunk.
   // kUnroll: how many reads of the logits are under way at a time.
   template <int kUnroll = 1, typename Visit>
-  __device__ void ForEachChunk(Visit visit) const {
+  WINTSERVE_DEVICE void ForEachChunk(Visit visit) const {
     const int num_chunks = (end - begin + plan::kSamplingChunk - 1) / plan::kSamplingChunk;
-#pragma unroll kUnroll
+    WINTSERVE_UNROLL_BY(kUnroll)
     for (int chunk = Warp(); chunk < num_chunks; chunk += plan::kSamplingWarps) {
       visit(chunk, FirstId(chunk));
     }
   }
 
-  __device__ int FirstId(int chunk) const {
+  WINTSERVE_DEVICE int FirstId(int chunk) const {
     return begin + chunk * plan::kSamplingChunk + Lane() * 4;
   }
 
   // As the model gave them; minus infinity at and beyond `end`.
-  __device__ FourLogits ReadRaw(int id) const {
+  WINTSERVE_DEVICE FourLogits ReadRaw(int id) const {
     FourLogits x;
     if (is_aligned && id + 4 <= end) {
-      const float4 four = __ldg(reinterpret_cast<const float4*>(logits + id));
+      const float4 four = LoadConstant(reinterpret_cast<const float4*>(logits + id));
       x = {four.x, four.y, four.z, four.w};
     } else {
       for (int i = 0; i < 4; ++i) {
-        x.value[i] = id + i < end ? __ldg(logits + id + i) : sampling::LogitOfKey(0xff800000u);
+        x.value[i] =
+            id + i < end ? LoadConstant(logits + id + i) : sampling::LogitOfKey(0xff800000u);
       }
     }
     return x;
   }
 
   // What becomes of them, in order: bias, penalties, mask (minus infinity).
-  __device__ FourLogits Process(int id, FourLogits x) const {
+  WINTSERVE_DEVICE FourLogits Process(int id, FourLogits x) const {
     const uint32_t marked =
         marks == nullptr ? 0 : marks[(id - begin) / 32] >> ((id - begin) % 32) & 0xf;
     if (counts == nullptr && marked == 0) return x;
@@ -92,7 +94,7 @@ struct LogitSource {
   }
 
   // Processed. REQUIRES: Cache was called for ids from the cache, and a block barrier since.
-  __device__ FourLogits Read(int id) const {
+  WINTSERVE_DEVICE FourLogits Read(int id) const {
     if (id - begin < num_cached) {
       const float4 four = *reinterpret_cast<const float4*>(cache + (id - begin));
       return {four.x, four.y, four.z, four.w};
@@ -100,28 +102,27 @@ struct LogitSource {
     return Process(id, ReadRaw(id));
   }
 
-  __device__ void Cache(int id, const FourLogits& x) const {
+  WINTSERVE_DEVICE void Cache(int id, const FourLogits& x) const {
     if (id - begin >= num_cached) return;
     *reinterpret_cast<float4*>(cache + (id - begin)) =
-        make_float4(x.value[0], x.value[1], x.value[2], x.value[3]);
+        float4{x.value[0], x.value[1], x.value[2], x.value[3]};
   }
 
   // Fills the bits of `memory`, which has one for each id of the block, and makes them `marks`.
   // All threads of a block together.
-  __device__ void Mark(uint32_t* memory) {
+  WINTSERVE_DEVICE void Mark(uint32_t* memory) {
     marks = memory;
-    for (int word = static_cast<int>(threadIdx.x); word * 32 < end - begin;
-         word += plan::kSamplingThreads) {
+    for (int word = ThreadIndex(); word * 32 < end - begin; word += plan::kSamplingThreads) {
       marks[word] = 0;
     }
-    __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < num_bias; i += plan::kSamplingThreads) {
+    SyncBlock();
+    for (int i = ThreadIndex(); i < num_bias; i += plan::kSamplingThreads) {
       MarkId(bias[i].id);
     }
-    for (int i = static_cast<int>(threadIdx.x); i < num_stop_ids; i += plan::kSamplingThreads) {
+    for (int i = ThreadIndex(); i < num_stop_ids; i += plan::kSamplingThreads) {
       MarkId(stop_ids[i]);
     }
-    __syncthreads();
+    SyncBlock();
   }
 
  private:
@@ -130,7 +131,7 @@ struct LogitSource {
   };
 
   // 0 at and beyond `end`.
-  __device__ FourOccurrences ReadOccurrences(int id) const {
+  WINTSERVE_DEVICE FourOccurrences ReadOccurrences(int id) const {
     if (counts == nullptr) return {};
     if (id + 4 <= end) {
       const uint4 four = *reinterpret_cast<const uint4*>(counts + id);
@@ -141,11 +142,11 @@ struct LogitSource {
     return occurrences;
   }
 
-  __device__ void MarkId(int id) const {
-    if (id >= begin && id < end) atomicOr(&marks[(id - begin) / 32], 1u << ((id - begin) % 32));
+  WINTSERVE_DEVICE void MarkId(int id) const {
+    if (id >= begin && id < end) FetchAndOr(&marks[(id - begin) / 32], 1u << ((id - begin) % 32));
   }
 
-  __device__ float BiasOf(int id) const {
+  WINTSERVE_DEVICE float BiasOf(int id) const {
     int low = 0;
     int high = num_bias;
     while (low < high) {
@@ -159,7 +160,7 @@ struct LogitSource {
     return low < num_bias && bias[low].id == id ? bias[low].bias : 0.0f;
   }
 
-  __device__ bool IsStopId(int id) const {
+  WINTSERVE_DEVICE bool IsStopId(int id) const {
     int low = 0;
     int high = num_stop_ids;
     while (low < high) {

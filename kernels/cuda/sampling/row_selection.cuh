@@ -10,10 +10,13 @@
 // which threads come changes a result.
 #pragma once
 
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 
+#include "kernels/cuda/device_ops.h"
 #include "kernels/cuda/sampling/logit_source.cuh"
-#include "kernels/cuda/sampling/row_group.cuh"
+#include "kernels/cuda/sampling/row_blocks.cuh"
 #include "kernels/plan/sampling_plan.h"
 #include "kernels/sampling/definition.h"
 
@@ -57,6 +60,8 @@ struct SelectionMemory {
   uint64_t found_rest;
 };
 
+constexpr int kSelectionBytes = (static_cast<int>(sizeof(SelectionMemory)) + 15) / 16 * 16;
+
 // How logits become scaled logits, masses and members of the order.
 struct LogitScale {
   float maximum = 0;
@@ -65,17 +70,17 @@ struct LogitScale {
   // Ids without mass are elements, too: for log-probabilities.
   bool counts_all = false;
 
-  __device__ float Scaled(float logit) const {
+  WINTSERVE_DEVICE float Scaled(float logit) const {
     return sampling::ScaledLogit(logit, maximum, temperature);
   }
-  __device__ bool Has(float scaled_logit) const {
+  WINTSERVE_DEVICE bool Has(float scaled_logit) const {
     return counts_all || scaled_logit >= min_scaled_logit;
   }
-  __device__ uint64_t MassOf(float scaled_logit) const {
+  WINTSERVE_DEVICE uint64_t MassOf(float scaled_logit) const {
     return sampling::Mass(sampling::Weight(scaled_logit, min_scaled_logit));
   }
   // Of the coarse histogram: 16 bins are a factor e of the weight; the last one has the rest.
-  __device__ static int Bin(float scaled_logit) {
+  WINTSERVE_DEVICE static int Bin(float scaled_logit) {
     return static_cast<int>(
         fminf(sampling::Multiply(scaled_logit, -16.0f), plan::kSamplingBins - 1));
   }
@@ -102,20 +107,18 @@ struct Range {
 // Threading: every method is called by all threads of the row together, unless it says otherwise.
 class RowSelection {
  public:
-  __device__ RowSelection(const LogitSource& source, const RowBlocks& blocks,
-                          const plan::SamplingPlan& plan)
+  WINTSERVE_DEVICE RowSelection(const LogitSource& source, const RowBlocks& blocks,
+                                const plan::SamplingPlan& plan)
       : source_(source),
         blocks_(blocks),
         memory_(*reinterpret_cast<SelectionMemory*>(SharedMemory())),
         chunk_sums_(reinterpret_cast<uint64_t*>(SharedMemory() + plan.chunk_sums_offset())) {
-    if (threadIdx.x == 0) memory_.list_size = 0;
+    if (ThreadIndex() == 0) memory_.list_size = 0;
   }
-
-  __device__ int thread() const { return static_cast<int>(threadIdx.x); }
 
   // The largest processed logit as a candidate, which is the first in the order. Below 2^32: the
   // lowest id whose logit is not finite. Fills the source's cache.
-  __device__ uint64_t FindBest() {
+  WINTSERVE_DEVICE uint64_t FindBest() {
     uint64_t best = ~uint64_t{0};
     float best_logit = 0;
     bool has_best = false;
@@ -126,7 +129,7 @@ class RowSelection {
       source_.Cache(id, x);
       for (int i = 0; i < 4; ++i) {
         if (id + i >= source_.end) break;
-        if (!(fabsf(raw.value[i]) <= FLT_MAX)) best = min(best, uint64_t(id + i));
+        if (!(fabsf(raw.value[i]) <= FLT_MAX)) best = Least(best, static_cast<uint64_t>(id + i));
         if (!has_best || x.value[i] > best_logit) {
           has_best = true;
           best_logit = x.value[i];
@@ -135,28 +138,28 @@ class RowSelection {
       }
     });
     if (has_best) {
-      best = min(best, sampling::CandidateOf(sampling::FallingKey(best_logit), best_id));
+      best = Least(best, sampling::CandidateOf(sampling::FallingKey(best_logit), best_id));
     }
     best = BlockMinimum(best, memory_.scratch);
-    if (thread() == 0) memory_.best = best;
+    if (ThreadIndex() == 0) memory_.best = best;
     blocks_.Sync();
     for (int block = 0; block < blocks_.count; ++block) {
-      best = min(best, *blocks_.Of(block, &memory_.best));
+      best = Least(best, *blocks_.Of(block, &memory_.best));
     }
     return best;
   }
 
-  __device__ void SetScale(const LogitScale& scale) { scale_ = scale; }
+  WINTSERVE_DEVICE void SetScale(const LogitScale& scale) { scale_ = scale; }
 
   // The id at which the running mass by rising id is more than uniform_bits / 2^24 of the whole.
-  __device__ int DrawById(uint32_t uniform_bits) {
+  WINTSERVE_DEVICE int DrawById(uint32_t uniform_bits) {
     const auto mass = [&](float logit) { return scale_.MassOf(scale_.Scaled(logit)); };
     const uint64_t total = SumChunks(mass);
     return FindById(mass, sampling::TargetMass(uniform_bits, total) + 1);
   }
 
   // Counts every element. Before any Select.
-  __device__ void CountBins() {
+  WINTSERVE_DEVICE void CountBins() {
     ClearHistogram();
     source_.ForEachChunk([&](int, int id) {
       const FourLogits x = source_.Read(id);
@@ -170,11 +173,11 @@ class RowSelection {
   }
 
   // After CountBins: of the row.
-  __device__ uint32_t count() const { return memory_.coarse.counts[plan::kSamplingBins - 1]; }
-  __device__ uint64_t mass() const { return memory_.coarse.masses[plan::kSamplingBins - 1]; }
+  WINTSERVE_DEVICE uint32_t count() const { return memory_.coarse.counts[plan::kSamplingBins - 1]; }
+  WINTSERVE_DEVICE uint64_t mass() const { return memory_.coarse.masses[plan::kSamplingBins - 1]; }
 
   // How many elements are `candidate` or before it.
-  __device__ uint64_t CountUpTo(sampling::Candidate candidate) {
+  WINTSERVE_DEVICE uint64_t CountUpTo(sampling::Candidate candidate) {
     uint64_t count = 0;
     source_.ForEachChunk([&](int, int id) {
       const FourLogits x = source_.Read(id);
@@ -189,12 +192,12 @@ class RowSelection {
 
   // Whether list() has the first elements of the order up to the place last selected. From then on
   // Select is called in block 0 alone.
-  __device__ bool lists_first() const { return lists_first_; }
+  WINTSERVE_DEVICE bool lists_first() const { return lists_first_; }
   // In block 0. Valid until the next Select that does not find lists_first().
-  __device__ const sampling::Candidate* list() const { return memory_.list; }
+  WINTSERVE_DEVICE const sampling::Candidate* list() const { return memory_.list; }
 
   // REQUIRES: once lists_first(), a goal no later than the one that was selected last.
-  __device__ Place Select(const Goal& goal) {
+  WINTSERVE_DEVICE Place Select(const Goal& goal) {
     if (lists_first_) return FindInList(goal);
     Range range = FindRange(goal);
     if (range.count_before + range.count <= plan::kSamplingListSize) {
@@ -210,7 +213,7 @@ class RowSelection {
   }
 
   // Makes list() the elements up to `last`, sorted. REQUIRES: at most kSamplingListSize.
-  __device__ void ListUpTo(sampling::Candidate last, uint32_t count) {
+  WINTSERVE_DEVICE void ListUpTo(sampling::Candidate last, uint32_t count) {
     Range range = {.last_bin = plan::kSamplingBins - 1,
                    .last_key = static_cast<uint32_t>(last >> 32),
                    .last_id = static_cast<uint32_t>(last),
@@ -220,11 +223,13 @@ class RowSelection {
   }
 
  private:
+  WINTSERVE_DEVICE static uint64_t Least(uint64_t a, uint64_t b) { return b < a ? b : a; }
+
   // --- Sums by id -------------------------------------------------------------------------------
 
   // The row's sum of value(logit); chunk_sums_ become those of this block.
   template <typename Value>
-  __device__ uint64_t SumChunks(Value value) {
+  WINTSERVE_DEVICE uint64_t SumChunks(Value value) {
     uint64_t sum = 0;
     source_.ForEachChunk([&](int chunk, int id) {
       const uint64_t in_chunk = WarpSum(SumOfFour(value, id));
@@ -236,7 +241,7 @@ class RowSelection {
   }
 
   template <typename Value>
-  __device__ uint64_t SumOfFour(Value value, int id) {
+  WINTSERVE_DEVICE uint64_t SumOfFour(Value value, int id) {
     const FourLogits x = source_.Read(id);
     uint64_t sum = 0;
     for (int i = 0; i < 4; ++i) sum += id + i < source_.end ? value(x.value[i]) : 0;
@@ -244,8 +249,8 @@ class RowSelection {
   }
 
   // The sum over the row's blocks of a number that all threads of a block have.
-  __device__ uint64_t RowSum(uint64_t value) {
-    if (thread() == 0) memory_.sum = value;
+  WINTSERVE_DEVICE uint64_t RowSum(uint64_t value) {
+    if (ThreadIndex() == 0) memory_.sum = value;
     blocks_.Sync();
     uint64_t sum = 0;
     for (int block = 0; block < blocks_.count; ++block) sum += *blocks_.Of(block, &memory_.sum);
@@ -255,7 +260,7 @@ class RowSelection {
   // After SumChunks of the same values: the first id by which they add up to `amount`, which is at
   // least 1 and at most their sum.
   template <typename Value>
-  __device__ int FindById(Value value, uint64_t amount) {
+  WINTSERVE_DEVICE int FindById(Value value, uint64_t amount) {
     uint64_t before = 0;
     for (int block = 0; block < blocks_.index; ++block) before += *blocks_.Of(block, &memory_.sum);
     if (before < amount && amount <= before + memory_.sum) {
@@ -268,11 +273,11 @@ class RowSelection {
 
   // Which chunk of this block `amount` falls in; found_rest is what is left of it there. All
   // threads of this block.
-  __device__ int FindChunk(uint64_t amount) {
+  WINTSERVE_DEVICE int FindChunk(uint64_t amount) {
     const int num_chunks =
         (source_.end - source_.begin + plan::kSamplingChunk - 1) / plan::kSamplingChunk;
     const int per_thread = (num_chunks + plan::kSamplingThreads - 1) / plan::kSamplingThreads;
-    const int first = thread() * per_thread;
+    const int first = ThreadIndex() * per_thread;
     uint64_t sum = 0;
     for (int i = first; i < min(num_chunks, first + per_thread); ++i) sum += chunk_sums_[i];
     uint64_t running = BlockRunningSum(sum, memory_.scratch) - sum;
@@ -283,13 +288,13 @@ class RowSelection {
       }
       running += chunk_sums_[i];
     }
-    __syncthreads();
+    SyncBlock();
     return memory_.found;
   }
 
   // One warp: writes the id to block 0's place.
   template <typename Value>
-  __device__ void FindInChunk(Value value, int chunk, uint64_t amount) {
+  WINTSERVE_DEVICE void FindInChunk(Value value, int chunk, uint64_t amount) {
     const int id = source_.FirstId(chunk);
     const uint64_t sum = SumOfFour(value, id);
     uint64_t running = WarpRunningSum(sum) - sum;
@@ -306,23 +311,21 @@ class RowSelection {
   // --- Histograms -------------------------------------------------------------------------------
 
   // The other blocks must have read this block's histogram before: see ReduceHistogram.
-  __device__ void ClearHistogram() {
-    memory_.histogram.counts[thread()] = 0;
-    memory_.histogram.mass_lows[thread()] = 0;
-    memory_.histogram.mass_highs[thread()] = 0;
-    __syncthreads();
+  WINTSERVE_DEVICE void ClearHistogram() {
+    memory_.histogram.counts[ThreadIndex()] = 0;
+    memory_.histogram.mass_lows[ThreadIndex()] = 0;
+    memory_.histogram.mass_highs[ThreadIndex()] = 0;
+    SyncBlock();
   }
 
   // All lanes of a warp together.
-  __device__ void AddToHistogram(bool has, int bin, float scaled_logit) {
-    const unsigned lanes = __ballot_sync(kAllLanes, has);
+  WINTSERVE_DEVICE void AddToHistogram(bool has, int bin, float scaled_logit) {
+    const uint32_t lanes = Ballot(has);
     if (lanes == 0) return;
     uint64_t mass = has ? scale_.MassOf(scaled_logit) : 0;
-    if (lanes == kAllLanes) {
+    if (lanes == 0xFFFFFFFFu) {
       // Where many logits are alike, additions to one bin would queue up.
-      int is_alike = 0;
-      __match_all_sync(kAllLanes, bin, &is_alike);
-      if (is_alike != 0) {
+      if (IsSameInWarp(bin)) {
         mass = WarpSum(mass);
         if (Lane() == 0) AddToBin(bin, 32, mass);
         return;
@@ -331,43 +334,44 @@ class RowSelection {
     if (has) AddToBin(bin, 1, mass);
   }
 
-  __device__ void AddToBin(int bin, uint32_t count, uint64_t mass) {
+  WINTSERVE_DEVICE void AddToBin(int bin, uint32_t count, uint64_t mass) {
     BlockHistogram& histogram = memory_.histogram;
-    atomicAdd(&histogram.counts[bin], count);
+    FetchAndAdd(&histogram.counts[bin], count);
     const auto low = static_cast<uint32_t>(mass);
-    const uint32_t low_before = atomicAdd(&histogram.mass_lows[bin], low);
+    const uint32_t low_before = FetchAndAdd(&histogram.mass_lows[bin], low);
     const uint32_t carry = low_before + low < low_before ? 1 : 0;
     const uint32_t high = static_cast<uint32_t>(mass >> 32) + carry;
-    if (high != 0) atomicAdd(&histogram.mass_highs[bin], high);
+    if (high != 0) FetchAndAdd(&histogram.mass_highs[bin], high);
   }
 
   // Adds up the blocks' histograms. A second barrier lets every block write its own again.
-  __device__ void ReduceHistogram(RunningHistogram* running) {
+  WINTSERVE_DEVICE void ReduceHistogram(RunningHistogram* running) {
     blocks_.Sync();
     uint64_t mass = 0;
     uint64_t count = 0;
     for (int block = 0; block < blocks_.count; ++block) {
       const BlockHistogram& histogram = *blocks_.Of(block, &memory_.histogram);
-      mass += (uint64_t{histogram.mass_highs[thread()]} << 32) + histogram.mass_lows[thread()];
-      count += histogram.counts[thread()];
+      mass += (uint64_t{histogram.mass_highs[ThreadIndex()]} << 32) +
+              histogram.mass_lows[ThreadIndex()];
+      count += histogram.counts[ThreadIndex()];
     }
-    running->masses[thread()] = BlockRunningSum(mass, memory_.scratch);
-    running->counts[thread()] = static_cast<uint32_t>(BlockRunningSum(count, memory_.scratch));
+    running->masses[ThreadIndex()] = BlockRunningSum(mass, memory_.scratch);
+    running->counts[ThreadIndex()] = static_cast<uint32_t>(BlockRunningSum(count, memory_.scratch));
     blocks_.Sync();
   }
 
   // The bin in which the goal is reached, when *range has all bins; *range becomes what is in it.
-  __device__ int FindBin(const RunningHistogram& running, const Goal& goal, Range* range) {
+  WINTSERVE_DEVICE int FindBin(const RunningHistogram& running, const Goal& goal, Range* range) {
     const auto reached = [&](int bin) {
       if (bin < 0) return goal.is_count ? uint64_t{range->count_before} : range->mass_before;
       return goal.is_count ? uint64_t{range->count_before} + running.counts[bin]
                            : range->mass_before + running.masses[bin];
     };
-    const int own = thread();
+    const int own = ThreadIndex();
     if (reached(own - 1) < goal.amount && goal.amount <= reached(own)) memory_.found = own;
-    __syncthreads();
+    SyncBlock();
     const int bin = memory_.found;
-    __syncthreads();
+    SyncBlock();
     range->count = running.counts[bin];
     if (bin > 0) {
       range->count -= running.counts[bin - 1];
@@ -378,7 +382,7 @@ class RowSelection {
   }
 
   // A range that has the goal: of one bin, and of one key if it is too large for the list.
-  __device__ Range FindRange(const Goal& goal) {
+  WINTSERVE_DEVICE Range FindRange(const Goal& goal) {
     Range range;
     const int bin = FindBin(memory_.coarse, goal, &range);
     range.first_bin = range.last_bin = bin;
@@ -395,7 +399,7 @@ class RowSelection {
     return range;
   }
 
-  __device__ void CountKeys(const Range& range, int shift) {
+  WINTSERVE_DEVICE void CountKeys(const Range& range, int shift) {
     ClearHistogram();
     source_.ForEachChunk([&](int, int id) {
       const FourLogits x = source_.Read(id);
@@ -409,7 +413,7 @@ class RowSelection {
     ReduceHistogram(&memory_.fine);
   }
 
-  __device__ bool IsIn(const Range& range, float scaled_logit, uint32_t key, int id) const {
+  WINTSERVE_DEVICE bool IsIn(const Range& range, float scaled_logit, uint32_t key, int id) const {
     if (id >= source_.end || !scale_.Has(scaled_logit)) return false;
     const int bin = LogitScale::Bin(scaled_logit);
     if (bin < range.first_bin || bin > range.last_bin) return false;
@@ -420,7 +424,7 @@ class RowSelection {
   // --- The list ---------------------------------------------------------------------------------
 
   // Puts a range's elements into block 0's list, in any order. list_size is 0 before.
-  __device__ void Gather(const Range& range) {
+  WINTSERVE_DEVICE void Gather(const Range& range) {
     uint32_t* const size = blocks_.Of(0, &memory_.list_size);
     sampling::Candidate* const list = blocks_.Of(0, memory_.list);
     source_.ForEachChunk([&](int, int id) {
@@ -428,7 +432,7 @@ class RowSelection {
       for (int i = 0; i < 4; ++i) {
         const uint32_t key = sampling::FallingKey(x.value[i]);
         if (!IsIn(range, scale_.Scaled(x.value[i]), key, id + i)) continue;
-        const uint32_t place = atomicAdd(size, 1u);
+        const uint32_t place = FetchAndAdd(size, 1u);
         if (place < plan::kSamplingListSize) {
           list[place] = sampling::CandidateOf(key, static_cast<uint32_t>(id + i));
         }
@@ -438,21 +442,21 @@ class RowSelection {
   }
 
   // Block 0: sorts the list, empties it for the next Gather to fill, and sums up its masses.
-  __device__ void SortList(const Range& range) {
-    list_count_ = static_cast<int>(min(range.count, uint32_t{plan::kSamplingListSize}));
+  WINTSERVE_DEVICE void SortList(const Range& range) {
+    list_count_ = min(static_cast<int>(range.count), plan::kSamplingListSize);
     list_count_before_ = range.count_before;
     list_mass_before_ = range.mass_before;
     int size = 2;
     while (size < list_count_) size *= 2;
-    for (int i = thread(); i < size; i += plan::kSamplingThreads) {
+    for (int i = ThreadIndex(); i < size; i += plan::kSamplingThreads) {
       if (i >= list_count_) memory_.list[i] = ~sampling::Candidate{0};
     }
-    if (thread() == 0) memory_.list_size = 0;
-    __syncthreads();
+    if (ThreadIndex() == 0) memory_.list_size = 0;
+    SyncBlock();
     // Bitonic: a thread has one pair of places at each step.
     for (int run = 2; run <= size; run *= 2) {
       for (int step = run / 2; step > 0; step /= 2) {
-        for (int pair = thread(); pair < size / 2; pair += plan::kSamplingThreads) {
+        for (int pair = ThreadIndex(); pair < size / 2; pair += plan::kSamplingThreads) {
           const int low = pair / step * step * 2 + pair % step;
           const bool rises = (low & run) == 0;
           const sampling::Candidate a = memory_.list[low];
@@ -462,39 +466,40 @@ class RowSelection {
             memory_.list[low + step] = a;
           }
         }
-        __syncthreads();
+        SyncBlock();
       }
     }
     uint64_t mass[2] = {0, 0};
     for (int i = 0; i < 2; ++i) {
-      if (thread() * 2 + i < list_count_) {
-        mass[i] = scale_.MassOf(scale_.Scaled(sampling::LogitOf(memory_.list[thread() * 2 + i])));
+      if (ThreadIndex() * 2 + i < list_count_) {
+        mass[i] =
+            scale_.MassOf(scale_.Scaled(sampling::LogitOf(memory_.list[ThreadIndex() * 2 + i])));
       }
     }
     const uint64_t both = BlockRunningSum(mass[0] + mass[1], memory_.scratch) + range.mass_before;
-    memory_.running_masses[thread() * 2] = both - mass[1];
-    memory_.running_masses[thread() * 2 + 1] = both;
-    __syncthreads();
+    memory_.running_masses[ThreadIndex() * 2] = both - mass[1];
+    memory_.running_masses[ThreadIndex() * 2 + 1] = both;
+    SyncBlock();
   }
 
   // Block 0.
-  __device__ Place FindInList(const Goal& goal) {
+  WINTSERVE_DEVICE Place FindInList(const Goal& goal) {
     const auto reached = [&](int i) {
       if (goal.is_count) return uint64_t{list_count_before_} + static_cast<uint64_t>(i + 1);
       return i < 0 ? list_mass_before_ : memory_.running_masses[i];
     };
-    for (int i = thread(); i < list_count_; i += plan::kSamplingThreads) {
+    for (int i = ThreadIndex(); i < list_count_; i += plan::kSamplingThreads) {
       if (reached(i - 1) < goal.amount && goal.amount <= reached(i)) {
         memory_.place = {.candidate = memory_.list[i], .mass = memory_.running_masses[i]};
       }
     }
-    __syncthreads();
+    SyncBlock();
     const Place place = memory_.place;
-    __syncthreads();
+    SyncBlock();
     return place;
   }
 
-  __device__ Place SelectInRange(const Goal& goal, const Range& range) {
+  WINTSERVE_DEVICE Place SelectInRange(const Goal& goal, const Range& range) {
     Gather(range);
     Place place;
     if (blocks_.index == 0) {
@@ -505,7 +510,7 @@ class RowSelection {
   }
 
   // More elements than the list can take, all of one logit: the goal is reached with the n-th.
-  __device__ Place SelectAmongEqual(const Goal& goal, const Range& range) {
+  WINTSERVE_DEVICE Place SelectAmongEqual(const Goal& goal, const Range& range) {
     const uint64_t mass = scale_.MassOf(scale_.Scaled(sampling::LogitOfKey(range.first_key)));
     const uint64_t nth = goal.is_count ? goal.amount - range.count_before
                                        : (goal.amount - range.mass_before + mass - 1) / mass;
@@ -519,7 +524,7 @@ class RowSelection {
             .mass = range.mass_before + nth * mass};
   }
 
-  __device__ Place SharePlace() {
+  WINTSERVE_DEVICE Place SharePlace() {
     blocks_.Sync();
     const Place place = *blocks_.Of(0, &memory_.place);
     blocks_.Sync();

@@ -18,6 +18,7 @@
 #include "kernels/cpu/sampling_test_util.h"
 #include "kernels/cpu/token_counts.h"
 #include "kernels/cuda/sampling/sampling.h"
+#include "kernels/cuda/sampling/sampling_cuda_test_util.h"
 #include "kernels/cuda/sampling/sampling_test_util.h"
 
 namespace wintserve::kernels::cuda {
@@ -63,120 +64,6 @@ INSTANTIATE_TEST_SUITE_P(Divisions, DividedRows,
 std::vector<int32_t> Sample(DeviceRows* rows, const plan::SamplingDevice& device) {
   LaunchSampling(rows->args(), device, /*stream=*/nullptr);
   return rows->ids().Get();
-}
-
-std::string Describe(const TestRequest& r) {
-  const SampleRequest& s = r.scalars;
-  return fmt::format(
-      "vocabulary {} temperature {} top_p {} top_k {} min_p {} seed {} position {} penalties {} {} "
-      "{} biased {} occurring {} masked {}",
-      r.logits.size(), s.temperature, s.top_p, s.top_k, s.min_p, s.seed, s.position,
-      s.penalties.repetition, s.penalties.presence, s.penalties.frequency, r.bias.size(),
-      r.occurrences.size(), r.masked.size());
-}
-
-void ExpectCpuIds(const std::vector<TestRequest>& requests, const std::vector<int32_t>& ids) {
-  cpu::Sampler sampler;
-  for (size_t i = 0; i < requests.size(); ++i) {
-    const auto expected = sampler.Sample(requests[i].logits, requests[i].Request());
-    ASSERT_TRUE(expected.ok()) << expected.status();
-    EXPECT_EQ(ids[i], *expected) << "row " << i << ": " << Describe(requests[i]);
-  }
-}
-
-// Rows of every shape of distribution that takes its own path: flat, peaked, full of ties, so wide
-// that most has no mass, at the edges of float32.
-std::vector<float> LogitsOfKind(int kind, int size, std::mt19937* random) {
-  const auto seed = static_cast<uint32_t>((*random)());
-  std::vector<float> logits = RandomLogits(size, 3, seed);
-  switch (kind % 12) {
-    case 0:
-      break;
-    case 1:
-      logits = RandomLogits(size, 0.01f, seed);
-      break;
-    case 2:
-      logits = RandomLogits(size, 40, seed);
-      break;
-    case 3:
-      std::fill(logits.begin(), logits.end(), -1.25f);
-      break;
-    case 4:
-      for (float& logit : logits) logit = std::round(logit);
-      break;
-    case 5:
-      logits[seed % size] = 60;
-      break;
-    case 6:  // two logits alone
-      for (float& logit : logits) logit = logit > 0 ? 0.5f : -0.5f;
-      break;
-    case 7:
-      for (int i = 0; i < size; ++i) logits[i] = -1e-3f * static_cast<float>(i);
-      break;
-    case 8:  // both zeros, and what is next to them
-      for (float& logit : logits) {
-        const float values[] = {0.0f, -0.0f, 0x1p-149f, -0x1p-149f, 0x1p-126f};
-        logit = values[(*random)() % 5];
-      }
-      break;
-    case 9:
-      for (float& logit : logits) logit *= FLT_MAX / 40;
-      break;
-    case 10:  // many neighbours in float32
-      for (float& logit : logits) logit = 20 + static_cast<float>((*random)() % 64) * 0x1p-19f;
-      break;
-    default:  // a plateau of more ids than a block sorts, and a tail
-      for (float& logit : logits) logit = std::min(logit, 1.0f);
-      break;
-  }
-  return logits;
-}
-
-SampleRequest RandomScalars(int size, uint32_t position, std::mt19937* random) {
-  const auto pick = [random](auto... values) {
-    const std::common_type_t<decltype(values)...> list[] = {values...};
-    return list[(*random)() % sizeof...(values)];
-  };
-  return {.temperature = pick(1.0f, 1.0f, 0.7f, 0.3f, 2.0f, 0.0f, 1e-3f, 1e-38f, 50.0f, 1e30f),
-          .top_p = pick(1.0f, 1.0f, 0.95f, 0.8f, 0.3f, 1e-6f, 0x1.fffffep-1f),
-          .top_k = pick(0, 0, 1, 2, 50, 1024, 1025, 5000, size - 1, size, size + 1),
-          .seed = static_cast<int64_t>(uint64_t{(*random)()} << 32 | (*random)()),
-          .position = position,
-          .choice_index = static_cast<uint32_t>((*random)() % 3),
-          .min_p = pick(0.0f, 0.0f, 0.0f, 0.05f, 0.5f, 1.0f, 1e-9f)};
-}
-
-// A vocabulary of one id may ask for top_k 0 by size - 1.
-std::vector<TestRequest> RandomRequests(int num_rows, int size, std::mt19937* random) {
-  std::vector<TestRequest> requests(num_rows);
-  std::vector<int32_t> masked;
-  for (int32_t id = 0; id < size + 2; ++id) {
-    if ((*random)() % 8 == 0) masked.push_back(id);
-  }
-  for (int i = 0; i < num_rows; ++i) {
-    TestRequest& r = requests[i];
-    r.logits = LogitsOfKind(i, size, random);
-    r.scalars = RandomScalars(size, static_cast<uint32_t>((*random)()), random);
-    if ((*random)() % 3 == 0) r.masked = masked;
-    if ((*random)() % 3 == 0) {
-      for (int32_t id = 0; id < size + 2; ++id) {
-        if ((*random)() % 64 != 0) continue;
-        r.bias.push_back({id, static_cast<float>((*random)() % 2000) * 0.1f - 100});
-      }
-    }
-    if ((*random)() % 3 == 0) {
-      r.scalars.penalties = {.repetition = 0.5f + 0.1f * static_cast<float>((*random)() % 15),
-                             .presence = 0.1f * static_cast<float>((*random)() % 40) - 2,
-                             .frequency = 0.1f * static_cast<float>((*random)() % 40) - 2};
-      for (int32_t id = 0; id < size; ++id) {
-        if ((*random)() % 16 != 0) continue;
-        const uint32_t count = (*random)() % 3;
-        const bool in_prompt = count == 0 || (*random)() % 2 == 0;
-        r.occurrences.push_back({id, (in_prompt ? sampling::kInPrompt : 0) + count});
-      }
-    }
-  }
-  return requests;
 }
 
 TEST_P(DividedRows, DrawTheIdsThatTheCpuDraws) {

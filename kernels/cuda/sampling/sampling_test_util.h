@@ -1,64 +1,150 @@
-// Rows of logits and requests on the device, for the tests of sampling and log-probabilities.
+// Shared by the tests of sampling on a GPU and on an emulated one: rows of logits and requests of
+// every kind, and what a launch for them reads and writes.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <limits>
+#include <random>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/cpu/sampling.h"
 #include "kernels/cpu/sampling_test_util.h"
-#include "kernels/cuda/cuda_check.h"
-#include "kernels/cuda/handles.h"
-#include "kernels/cuda/sampling/sampling.h"
+#include "kernels/cuda/sampling/sampling_args.h"
 
 namespace wintserve::kernels::cuda {
 
-template <typename T>
-class DeviceArray {
- public:
-  // Filled with bytes 0xff: NaN, or -1.
-  explicit DeviceArray(size_t size) : size_(size) {
-    auto memory = DeviceBuffer::Allocate(static_cast<int64_t>(size * sizeof(T)));
-    if (!memory.ok()) {
-      ADD_FAILURE() << memory.status();
-      std::abort();
+inline std::string Describe(const cpu::TestRequest& r) {
+  const cpu::SampleRequest& s = r.scalars;
+  return fmt::format(
+      "vocabulary {} temperature {} top_p {} top_k {} min_p {} seed {} position {} penalties {} {} "
+      "{} biased {} occurring {} masked {}",
+      r.logits.size(), s.temperature, s.top_p, s.top_k, s.min_p, s.seed, s.position,
+      s.penalties.repetition, s.penalties.presence, s.penalties.frequency, r.bias.size(),
+      r.occurrences.size(), r.masked.size());
+}
+
+inline void ExpectCpuIds(const std::vector<cpu::TestRequest>& requests,
+                         const std::vector<int32_t>& ids) {
+  cpu::Sampler sampler;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    const auto expected = sampler.Sample(requests[i].logits, requests[i].Request());
+    ASSERT_TRUE(expected.ok()) << expected.status();
+    EXPECT_EQ(ids[i], *expected) << "row " << i << ": " << Describe(requests[i]);
+  }
+}
+
+// Rows of every shape of distribution that takes its own path: flat, peaked, full of ties, so wide
+// that most has no mass, at the edges of float32.
+inline std::vector<float> LogitsOfKind(int kind, int size, std::mt19937* random) {
+  const auto seed = static_cast<uint32_t>((*random)());
+  std::vector<float> logits = cpu::RandomLogits(size, 3, seed);
+  switch (kind % 12) {
+    case 0:
+      break;
+    case 1:
+      logits = cpu::RandomLogits(size, 0.01f, seed);
+      break;
+    case 2:
+      logits = cpu::RandomLogits(size, 40, seed);
+      break;
+    case 3:
+      std::fill(logits.begin(), logits.end(), -1.25f);
+      break;
+    case 4:
+      for (float& logit : logits) logit = std::round(logit);
+      break;
+    case 5:
+      logits[seed % size] = 60;
+      break;
+    case 6:  // two logits alone
+      for (float& logit : logits) logit = logit > 0 ? 0.5f : -0.5f;
+      break;
+    case 7:
+      for (int i = 0; i < size; ++i) logits[i] = -1e-3f * static_cast<float>(i);
+      break;
+    case 8:  // both zeros, and what is next to them
+      for (float& logit : logits) {
+        const float values[] = {0.0f, -0.0f, 0x1p-149f, -0x1p-149f, 0x1p-126f};
+        logit = values[(*random)() % 5];
+      }
+      break;
+    case 9:
+      for (float& logit : logits) logit *= FLT_MAX / 40;
+      break;
+    case 10:  // many neighbours in float32
+      for (float& logit : logits) logit = 20 + static_cast<float>((*random)() % 64) * 0x1p-19f;
+      break;
+    default:  // a plateau of more ids than a block sorts, and a tail
+      for (float& logit : logits) logit = std::min(logit, 1.0f);
+      break;
+  }
+  return logits;
+}
+
+inline cpu::SampleRequest RandomScalars(int size, uint32_t position, std::mt19937* random) {
+  const auto pick = [random](auto... values) {
+    const std::common_type_t<decltype(values)...> list[] = {values...};
+    return list[(*random)() % sizeof...(values)];
+  };
+  return {.temperature = pick(1.0f, 1.0f, 0.7f, 0.3f, 2.0f, 0.0f, 1e-3f, 1e-38f, 50.0f, 1e30f),
+          .top_p = pick(1.0f, 1.0f, 0.95f, 0.8f, 0.3f, 1e-6f, 0x1.fffffep-1f),
+          .top_k = pick(0, 0, 1, 2, 50, 1024, 1025, 5000, size - 1, size, size + 1),
+          .seed = static_cast<int64_t>(uint64_t{(*random)()} << 32 | (*random)()),
+          .position = position,
+          .choice_index = static_cast<uint32_t>((*random)() % 3),
+          .min_p = pick(0.0f, 0.0f, 0.0f, 0.05f, 0.5f, 1.0f, 1e-9f)};
+}
+
+// A vocabulary of one id may ask for top_k 0 by size - 1.
+inline std::vector<cpu::TestRequest> RandomRequests(int num_rows, int size, std::mt19937* random) {
+  std::vector<cpu::TestRequest> requests(num_rows);
+  std::vector<int32_t> masked;
+  for (int32_t id = 0; id < size + 2; ++id) {
+    if ((*random)() % 8 == 0) masked.push_back(id);
+  }
+  for (int i = 0; i < num_rows; ++i) {
+    cpu::TestRequest& r = requests[i];
+    r.logits = LogitsOfKind(i, size, random);
+    r.scalars = RandomScalars(size, static_cast<uint32_t>((*random)()), random);
+    if ((*random)() % 3 == 0) r.masked = masked;
+    if ((*random)() % 3 == 0) {
+      for (int32_t id = 0; id < size + 2; ++id) {
+        if ((*random)() % 64 != 0) continue;
+        r.bias.push_back({id, static_cast<float>((*random)() % 2000) * 0.1f - 100});
+      }
     }
-    memory_ = *std::move(memory);
-    if (size > 0) CUDA_CALL(cudaMemset, data(), 0xff, size * sizeof(T));
-  }
-  explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) { Set(values); }
-
-  T* data() const { return memory_.data<T>(); }
-
-  void Set(const std::vector<T>& values) {
-    ASSERT_EQ(values.size(), size_);
-    if (size_ == 0) return;
-    CUDA_CALL(cudaMemcpy, data(), values.data(), size_ * sizeof(T), cudaMemcpyDefault);
-  }
-  // Waits for what was launched on the default stream.
-  std::vector<T> Get() const {
-    std::vector<T> values(size_);
-    if (size_ > 0) {
-      CUDA_CALL(cudaMemcpy, values.data(), data(), size_ * sizeof(T), cudaMemcpyDefault);
+    if ((*random)() % 3 == 0) {
+      r.scalars.penalties = {.repetition = 0.5f + 0.1f * static_cast<float>((*random)() % 15),
+                             .presence = 0.1f * static_cast<float>((*random)() % 40) - 2,
+                             .frequency = 0.1f * static_cast<float>((*random)() % 40) - 2};
+      for (int32_t id = 0; id < size; ++id) {
+        if ((*random)() % 16 != 0) continue;
+        const uint32_t count = (*random)() % 3;
+        const bool in_prompt = count == 0 || (*random)() % 2 == 0;
+        r.occurrences.push_back({id, (in_prompt ? sampling::kInPrompt : 0) + count});
+      }
     }
-    return values;
   }
-
- private:
-  size_t size_;
-  DeviceBuffer memory_;
-};
+  return requests;
+}
 
 // What a launch reads and writes, for rows of one vocabulary. Slots are not in the order of rows,
 // some are unused.
-class DeviceRows {
+// Array: of elements T, made from a size or a vector, with data(), Set(vector) and Get().
+template <template <typename> typename Array>
+class TestRows {
  public:
   // padding: floats between one row of logits and the next. Every request with masked ids has the
   // same ones: those of the launch.
-  explicit DeviceRows(const std::vector<cpu::TestRequest>& requests, int padding = 0)
+  explicit TestRows(const std::vector<cpu::TestRequest>& requests, int padding = 0)
       : num_rows_(static_cast<int>(requests.size())),
         vocabulary_(static_cast<int>(requests[0].logits.size())),
         logits_stride_(vocabulary_ + padding),
@@ -88,9 +174,9 @@ class DeviceRows {
     counts_.Set(counts);
     rows_.Set(host_rows_);
     bias_stride_ = static_cast<int64_t>(max_bias);
-    bias_ = DeviceArray<sampling::LogitBias>(bias);
+    bias_ = Array<sampling::LogitBias>(bias);
     num_stop_ids_ = static_cast<int>(stop_ids.size());
-    stop_ids_ = DeviceArray<int32_t>(stop_ids);
+    stop_ids_ = Array<int32_t>(stop_ids);
   }
 
   int num_slots() const { return num_rows_ + 5; }
@@ -114,10 +200,10 @@ class DeviceRows {
 
   std::vector<SamplingRow>& host_rows() { return host_rows_; }
   void UploadRows() { rows_.Set(host_rows_); }
-  DeviceArray<float>& logits() { return logits_; }
-  DeviceArray<sampling::Occurrence>& counts() { return counts_; }
-  DeviceArray<int32_t>& ids() { return ids_; }
-  DeviceArray<int32_t>& last_ids() { return last_ids_; }
+  Array<float>& logits() { return logits_; }
+  Array<sampling::Occurrence>& counts() { return counts_; }
+  Array<int32_t>& ids() { return ids_; }
+  Array<int32_t>& last_ids() { return last_ids_; }
 
  private:
   SamplingRow RowOf(int row, const cpu::TestRequest& r) const {
@@ -140,15 +226,15 @@ class DeviceRows {
   const int64_t logits_stride_;
   const int64_t counts_stride_;
   std::vector<SamplingRow> host_rows_;
-  DeviceArray<float> logits_;
-  DeviceArray<SamplingRow> rows_;
-  DeviceArray<sampling::Occurrence> counts_;
-  DeviceArray<int32_t> ids_;
-  DeviceArray<int32_t> last_ids_;
+  Array<float> logits_;
+  Array<SamplingRow> rows_;
+  Array<sampling::Occurrence> counts_;
+  Array<int32_t> ids_;
+  Array<int32_t> last_ids_;
   int64_t bias_stride_ = 0;
   int num_stop_ids_ = 0;
-  DeviceArray<sampling::LogitBias> bias_{0};
-  DeviceArray<int32_t> stop_ids_{0};
+  Array<sampling::LogitBias> bias_{0};
+  Array<int32_t> stop_ids_{0};
 };
 
 }  // namespace wintserve::kernels::cuda
