@@ -86,9 +86,9 @@ class ExpertGroup {
 //              where uses_host_memory()); spans are host memory, read before the call returns.
 // Order:       operators run in call order, and so do copies, SetBatch and Sample. None of them
 //              waits for the device, but for CopyToHost, CopyFromHost and SetBatch, which waits
-//              when several batches before it have not been read yet: what a step computes reaches
-//              the host through CopyToHostAsync and an event. Outputs must not overlap inputs
-//              unless an operator says so.
+//              when several batches before it have not been read yet, and StartSlot in the same
+//              way: what a step computes reaches the host through CopyToHostAsync and an event.
+//              Outputs must not overlap inputs unless an operator says so.
 // Determinism: on one device type and SIMD target a row's result has the same bits in any batch and
 //              with any number of threads.
 // Errors:      Allocate, Pack and their like report what a machine or a file can get wrong; a wrong
@@ -184,11 +184,23 @@ class Backend {
   // to[r, :] = from[r, :]
   virtual void CopyRows(ConstRows from, int64_t num_rows, int64_t columns, Rows to) = 0;
 
-  // ids[i], device memory [batch.num_logit_rows()] = the id drawn from logits[i, 0 … vocab_size -
+  // A new sequence, or one that is computed again, takes the slot: for batches that are set from
+  // now on. Only needed before rows with logit biases or penalties.
+  virtual void StartSlot(int32_t slot, const SlotSampling& sampling, DeviceBatch* batch) = 0;
+
+  // ids[i], device memory [batch->num_logit_rows()] = the id drawn from logits[i, 0 … vocab_size -
   // 1] with the SampleParams of the i-th row that wants logits; -1 - j if the logit of j, the first
-  // such id, is NaN or infinite. The same logits give the same id on every backend.
-  virtual void Sample(ConstRows logits, int64_t vocab_size, const DeviceBatch& batch,
-                      int32_t* ids) = 0;
+  // such id, is NaN or infinite. The same logits give the same id on every backend. Where the row
+  // has penalties, the id is counted as one that its slot's sequence has generated.
+  // REQUIRES: vocab_size is BatchLimits::counted_vocab_size if a row has penalties.
+  virtual void Sample(ConstRows logits, int64_t vocab_size, DeviceBatch* batch, int32_t* ids) = 0;
+
+  // For the rows whose num_top_logprobs asks for them: log-probabilities of ids[i], which Sample
+  // drew from the same logits, and of the most probable ids (-1 and NaN beyond the vocabulary), as
+  // the model gave them: step 2 of kernels/sampling/definition.h. Of a negative id: NaN, rank 0.
+  // What is not asked for is left alone.
+  virtual void Logprobs(ConstRows logits, int64_t vocab_size, const DeviceBatch& batch,
+                        const int32_t* ids, const LogprobArrays& out) = 0;
 
   // What TokenOfSlot will stand for, from the next SetBatch on: ids[i] for the slot of the i-th row
   // that wants logits. A negative id counts as 0, so that whatever follows a failed draw is

@@ -1,8 +1,34 @@
 #include "kernels/batch.h"
 
+#include <cmath>
+
 #include "common/check.h"
 
 namespace wintserve::kernels {
+namespace {
+
+// What the sampler checks on a CPU and cannot on other devices. Written so that NaN fails, too.
+void CheckSample(const SampleParams& sample, const BatchLimits& limits) {
+  CHECK(sample.temperature >= 0 && std::isfinite(sample.temperature), "temperature={}",
+        sample.temperature);
+  CHECK(sample.top_p > 0 && sample.top_p <= 1, "top_p={}", sample.top_p);
+  CHECK(sample.top_k >= 0, "top_k={}", sample.top_k);
+  CHECK(sample.min_p >= 0 && sample.min_p <= 1, "min_p={}", sample.min_p);
+  const sampling::Penalties& penalties = sample.penalties;
+  CHECK(penalties.repetition > 0 && std::isfinite(penalties.repetition), "repetition={}",
+        penalties.repetition);
+  CHECK(std::fabs(penalties.presence) <= sampling::kMaxAbsPenalty, "presence={}",
+        penalties.presence);
+  CHECK(std::fabs(penalties.frequency) <= sampling::kMaxAbsPenalty, "frequency={}",
+        penalties.frequency);
+  CHECK(penalties.none() || limits.counted_vocab_size > 0, "penalties, but nothing is counted");
+  CHECK(sample.num_logit_biases >= 0 && sample.num_logit_biases <= sampling::kMaxLogitBiases,
+        "num_logit_biases={}", sample.num_logit_biases);
+  CHECK(sample.num_top_logprobs >= -1 && sample.num_top_logprobs <= sampling::kMaxTopLogprobs,
+        "num_top_logprobs={}", sample.num_top_logprobs);
+}
+
+}  // namespace
 
 void CheckBatch(const Batch& batch, const BatchLimits& limits) {
   const auto num_tokens = static_cast<int64_t>(batch.tokens.size());
@@ -20,6 +46,7 @@ void CheckBatch(const Batch& batch, const BatchLimits& limits) {
           row.position, row.length, limits.max_blocks_per_row);
     CHECK(!row.want_logits || (row.slot >= 0 && row.slot < limits.num_slots),
           "slot={} num_slots={}", row.slot, limits.num_slots);
+    if (row.want_logits) CheckSample(row.sample, limits);
     row_tokens += row.length;
   }
   CHECK(row_tokens == num_tokens, "the rows hold {} tokens, the batch {}", row_tokens, num_tokens);
@@ -27,6 +54,23 @@ void CheckBatch(const Batch& batch, const BatchLimits& limits) {
     CHECK(token >= TokenOfSlot(limits.num_slots - 1), "token={} num_slots={}", token,
           limits.num_slots);
   }
+}
+
+void CheckSlotSampling(int32_t slot, const SlotSampling& sampling, const BatchLimits& limits) {
+  CHECK(slot >= 0 && slot < limits.num_slots, "slot={} num_slots={}", slot, limits.num_slots);
+  const auto num_biases = static_cast<int64_t>(sampling.logit_biases.size());
+  CHECK(num_biases <= sampling::kMaxLogitBiases, "num_biases={}", num_biases);
+  int64_t previous = -1;
+  for (const auto [id, bias] : sampling.logit_biases) {
+    CHECK(id > previous, "a bias of token {} after one of {}", id, previous);
+    CHECK(bias == sampling::kBanned || std::fabs(bias) <= sampling::kMaxAbsLogitBias,
+          "bias {} of token {}", bias, id);
+    previous = id;
+  }
+  const auto num_ids =
+      static_cast<int64_t>(sampling.prompt_ids.size() + sampling.generated_ids.size());
+  CHECK(num_ids <= limits.max_sequence_tokens(), "num_ids={} max_sequence_tokens={}", num_ids,
+        limits.max_sequence_tokens());
 }
 
 }  // namespace wintserve::kernels

@@ -5,21 +5,51 @@
 #include <span>
 #include <vector>
 
+#include "kernels/sampling/sampling_types.h"
+
 namespace wintserve::kernels {
 
 // Tokens of one block of the KV pool.
 inline constexpr int kKvBlockTokens = 64;
 
-// How an id is drawn from a row's logits; kernels/cpu/sampling.h states the rule. The random
+// How an id is drawn from a row's logits; kernels/sampling/definition.h states the rule. The random
 // numbers are a pure function of (seed, position, choice_index).
 struct SampleParams {
   float temperature = 1.0f;  // >= 0; 0 is greedy
   float top_p = 1.0f;        // (0, 1]
   int32_t top_k = 0;         // >= 0; 0 keeps all
+  float min_p = 0.0f;        // [0, 1]; 0 keeps all
+  // Other than none: the row's slot was started (Backend::StartSlot) with the sequence's ids.
+  sampling::Penalties penalties = {};
+  int32_t num_logit_biases = 0;   // all that the slot was started with, or 0
+  int32_t num_top_logprobs = -1;  // 0 … kMaxTopLogprobs; -1: no log-probability either
   bool mask_stop_ids = false;
   int64_t seed = 0;
   uint32_t position = 0;  // of the drawn token in its sequence
   uint32_t choice_index = 0;
+};
+
+// What drawing for one sequence needs beyond the SampleParams of its rows. Spans are host memory.
+struct SlotSampling {
+  // Ids rising, each once; at most kMaxLogitBiases.
+  std::span<const sampling::LogitBias> logit_biases = {};
+  // Of the sequence so far, for penalties. Ids that are not sampled do not count.
+  std::span<const int32_t> prompt_ids = {};
+  std::span<const int32_t> generated_ids = {};
+};
+
+// Log-probabilities by the i-th row that wants logits, in device memory.
+struct LogprobArrays {
+  float* logprobs = nullptr;      // [rows] of the drawn id
+  int32_t* ranks = nullptr;       // [rows] its place in the order of falling logits, from 1
+  int32_t* top_ids = nullptr;     // [rows, kMaxTopLogprobs] in that order
+  float* top_logprobs = nullptr;  // [rows, kMaxTopLogprobs]
+
+  // Of the rows from `row` on.
+  LogprobArrays From(int64_t row) const {
+    const int64_t top = row * sampling::kMaxTopLogprobs;
+    return {logprobs + row, ranks + row, top_ids + top, top_logprobs + top};
+  }
 };
 
 // A run of consecutive tokens that continues one sequence at `position`. Its keys and values are
@@ -51,6 +81,10 @@ struct BatchLimits {
   int64_t max_blocks_per_row = 0;
   int32_t num_slots = 0;
   std::vector<int32_t> stop_ids = {};  // for mask_stop_ids; in rising order, each once
+  // Ids 0 … counted_vocab_size - 1 are counted for penalties. 0: no row has any.
+  int64_t counted_vocab_size = 0;
+
+  constexpr int64_t max_sequence_tokens() const { return max_blocks_per_row * kKvBlockTokens; }
 };
 
 // Blocks that hold positions 0 … position + length - 1: the part of its block table that a row
@@ -61,8 +95,11 @@ constexpr int64_t BlocksOf(const BatchRow& row) {
 
 // A batch beyond the limits, or one whose rows do not fit its tokens, is our bug (CHECK).
 void CheckBatch(const Batch& batch, const BatchLimits& limits);
+// The same for a slot that is started.
+void CheckSlotSampling(int32_t slot, const SlotSampling& sampling, const BatchLimits& limits);
 
-// A batch in device memory, with the ids that were drawn last for every slot. Made by a backend
+// A batch in device memory, with the ids that were drawn last for every slot, and what drawing for
+// it needs. Made by a backend
 // (Backend::CreateBatch), filled anew for each forward pass (Backend::SetBatch).
 // Ownership: the backend outlives it.
 // Threading: that of the backend.

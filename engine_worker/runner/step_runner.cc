@@ -210,7 +210,7 @@ absl::Status StepRunner::RunBatch() {
 
   int32_t* const ids = static_cast<int32_t*>(device_ids_->data()) + num_device_ids_;
   if (collective_->rank() == 0) {
-    backend_->Sample(logits, config_.sampled_vocab_size, *device_batch_, ids);
+    backend_->Sample(logits, config_.sampled_vocab_size, device_batch_.get(), ids);
   }
   RETURN_IF_ERROR(collective_->Broadcast(ids, num_ids * static_cast<int64_t>(sizeof(int32_t))));
   backend_->KeepIds(ids, device_batch_.get());

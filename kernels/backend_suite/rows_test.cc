@@ -8,7 +8,6 @@
 #include <string>
 
 #include "kernels/backend_suite/suite_test_util.h"
-#include "kernels/cpu/sampling.h"
 #include "kernels/formats/bf16.h"
 
 namespace wintserve::kernels {
@@ -16,7 +15,6 @@ namespace {
 
 using testing::Each;
 using testing::ElementsAre;
-using testing::ElementsAreArray;
 
 TEST(Memory, IsZeroedAndKeepsWhatIsCopied) {
   constexpr int64_t kBytes = 1000;
@@ -254,93 +252,6 @@ TEST(CopyRows, MovesARectangleAndNothingElse) {
       EXPECT_EQ(got.at(r, c), copied ? from.at(r - 1, c + 27) : to.at(r, c)) << r << " " << c;
     }
   }
-}
-
-class SampleTest : public testing::Test {
- protected:
-  static constexpr int64_t kVocab = 1000;
-  static constexpr int64_t kRealVocab = 900;  // ids at and above are never drawn
-
-  // The ids that the rows draw from logits [rows, kVocab].
-  std::vector<int32_t> Draw(const HostRows& logits, const std::vector<SampleParams>& params,
-                            const std::vector<int32_t>& stop_ids) {
-    const std::vector<int32_t> block = {0};
-    const auto num_rows = static_cast<int32_t>(params.size());
-    Batch tokens;
-    for (int32_t i = 0; i < num_rows; ++i) {
-      tokens.tokens.push_back(0);
-      tokens.rows.push_back({.position = 0,
-                             .length = 1,
-                             .block_table = block,
-                             .want_logits = true,
-                             .slot = num_rows - 1 - i,
-                             .sample = params[i]});
-    }
-    auto batch = Must(TheBackend().CreateBatch({.max_tokens = num_rows,
-                                                .max_rows = num_rows,
-                                                .max_blocks_per_row = 1,
-                                                .num_slots = num_rows,
-                                                .stop_ids = stop_ids}));
-    TheBackend().SetBatch(tokens, batch.get());
-    const DeviceArray<int32_t> ids(std::vector<int32_t>(num_rows, -999));
-    TheBackend().Sample(DeviceRows(logits).rows(), kRealVocab, *batch, ids.data());
-    return ids.ToHost();
-  }
-};
-
-TEST_F(SampleTest, DrawsWhatTheReferenceSamplerDraws) {
-  std::mt19937 rng(std::random_device{}());
-  constexpr int kRows = 40;
-  HostRows logits = RandomRows(kRows, kVocab, &rng, 3.0f);
-  for (int64_t r = 0; r < kRows; ++r) {  // beyond the real vocabulary anything may stand
-    for (int64_t c = kRealVocab; c < kVocab; ++c) logits.row(r)[c] = c % 2 == 0 ? NAN : 1e30f;
-  }
-  const std::vector<int32_t> stop_ids = {2, 17, 899};
-  const float temperatures[] = {0.0f, 0.6f, 1.0f, 3.0f};
-  const float top_ps[] = {1.0f, 0.9f, 0.3f};
-  const int32_t top_ks[] = {0, 1, 20};
-  std::vector<SampleParams> params;
-  for (int i = 0; i < kRows; ++i) {
-    params.push_back({.temperature = temperatures[i % 4],
-                      .top_p = top_ps[i / 4 % 3],
-                      .top_k = top_ks[i / 12 % 3],
-                      .mask_stop_ids = i % 5 == 0,
-                      .seed = static_cast<int64_t>(rng()) * (i % 2 == 0 ? 1 : -1),
-                      .position = static_cast<uint32_t>(rng()),
-                      .choice_index = static_cast<uint32_t>(i % 3)});
-    // What must not be drawn is what would be.
-    if (params.back().mask_stop_ids) logits.row(i)[17] = 20.0f;
-  }
-  std::vector<int32_t> expected;
-  cpu::Sampler sampler;
-  for (int i = 0; i < kRows; ++i) {
-    cpu::SampleRequest request = {.temperature = params[i].temperature,
-                                  .top_p = params[i].top_p,
-                                  .top_k = params[i].top_k,
-                                  .seed = params[i].seed,
-                                  .position = params[i].position,
-                                  .choice_index = params[i].choice_index};
-    if (params[i].mask_stop_ids) request.masked_ids = stop_ids;
-    expected.push_back(Must(sampler.Sample({logits.row(i), kRealVocab}, request)));
-    EXPECT_FALSE(params[i].mask_stop_ids && expected.back() == 17);
-  }
-  EXPECT_THAT(Draw(logits, params, stop_ids), ElementsAreArray(expected));
-}
-
-TEST_F(SampleTest, ALogitThatIsNotFiniteIsNamedInPlaceOfTheId) {
-  std::mt19937 rng(std::random_device{}());
-  HostRows logits = RandomRows(4, kVocab, &rng);
-  logits.row(1)[899] = NAN;
-  logits.row(2)[0] = INFINITY;
-  logits.row(2)[5] = NAN;
-  logits.row(3)[7] = -INFINITY;
-  const std::vector<SampleParams> params = {
-      {.temperature = 0}, {.temperature = 0}, {}, {.top_p = 0.5f}};
-  const std::vector<int32_t> ids = Draw(logits, params, {});
-  EXPECT_GE(ids[0], 0);
-  EXPECT_EQ(ids[1], -900);
-  EXPECT_EQ(ids[2], -1);
-  EXPECT_EQ(ids[3], -8);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "common/check.h"
@@ -12,6 +13,7 @@
 #include "hwy/aligned_allocator.h"
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/cpu_batch.h"
+#include "kernels/cpu/logprobs.h"
 #include "kernels/cpu/matmul.h"
 #include "kernels/cpu/mlp.h"
 #include "kernels/cpu/packed_matrix.h"
@@ -23,6 +25,11 @@
 
 namespace wintserve::kernels::cpu {
 namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+// Of a row whose draw failed.
+RowLogprobs NoLogprobs() { return {.logprob = kNan, .rank = 0}; }
 
 class HostBuffer final : public Buffer {
  public:
@@ -286,10 +293,34 @@ class CpuBackend final : public Backend {
     }
   }
 
-  void Sample(ConstRows logits, int64_t vocab_size, const DeviceBatch& batch,
-              int32_t* ids) override {
+  void StartSlot(int32_t slot, const SlotSampling& sampling, DeviceBatch* batch) override {
+    static_cast<CpuBatch*>(batch)->StartSlot(slot, sampling);
+  }
+
+  void Sample(ConstRows logits, int64_t vocab_size, DeviceBatch* batch, int32_t* ids) override {
+    auto* const rows = static_cast<CpuBatch*>(batch);
+    for (int64_t i = 0; i < rows->num_logit_rows(); ++i) {
+      ids[i] = SampleRow({logits.row(i), static_cast<size_t>(vocab_size)}, *rows, i);
+      if (ids[i] >= 0) rows->CountDrawn(i, ids[i]);
+    }
+  }
+
+  void Logprobs(ConstRows logits, int64_t vocab_size, const DeviceBatch& batch, const int32_t* ids,
+                const LogprobArrays& out) override {
     for (int64_t i = 0; i < batch.num_logit_rows(); ++i) {
-      ids[i] = SampleRow({logits.row(i), static_cast<size_t>(vocab_size)}, OnCpu(batch), i);
+      const int num_top = OnCpu(batch).sample(i).num_top_logprobs;
+      if (num_top < 0) continue;
+      const std::span row(logits.row(i), static_cast<size_t>(vocab_size));
+      const LogprobArrays to = out.From(i);
+      const RowLogprobs logprobs =
+          ids[i] < 0 ? NoLogprobs() : *logprob_reader_.Read(row, ids[i], num_top);
+      *to.logprobs = logprobs.logprob;
+      *to.ranks = logprobs.rank;
+      for (int j = 0; j < num_top; ++j) {
+        const bool is_there = j < std::ssize(logprobs.top);
+        to.top_ids[j] = is_there ? logprobs.top[j].id : -1;
+        to.top_logprobs[j] = is_there ? logprobs.top[j].logprob : kNan;
+      }
     }
   }
 
@@ -322,7 +353,11 @@ class CpuBackend final : public Backend {
                              .top_k = params.top_k,
                              .seed = params.seed,
                              .position = params.position,
-                             .choice_index = params.choice_index};
+                             .choice_index = params.choice_index,
+                             .min_p = params.min_p,
+                             .logit_bias = batch.logit_biases(i),
+                             .penalties = params.penalties,
+                             .occurrences = batch.occurrences(i)};
     if (params.mask_stop_ids) request.masked_ids = batch.stop_ids();
     const absl::StatusOr<int32_t> id = sampler_.Sample(logits, request);
     if (id.ok()) return *id;
@@ -365,6 +400,7 @@ class CpuBackend final : public Backend {
   std::vector<int32_t> all_tokens_;
   std::vector<float> frequencies_;
   Sampler sampler_;
+  LogprobReader logprob_reader_;
 };
 
 }  // namespace

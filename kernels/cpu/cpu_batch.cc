@@ -2,10 +2,12 @@
 
 #include <algorithm>
 
+#include "common/check.h"
+
 namespace wintserve::kernels::cpu {
 
 CpuBatch::CpuBatch(const BatchLimits& limits)
-    : limits_(limits), ids_of_slots_(limits.num_slots, 0) {}
+    : limits_(limits), slots_(limits.num_slots), ids_of_slots_(limits.num_slots, 0) {}
 
 void CpuBatch::Set(const Batch& batch) {
   CheckBatch(batch, limits_);
@@ -38,6 +40,35 @@ void CpuBatch::Set(const Batch& batch) {
 
 void CpuBatch::KeepIds(const int32_t* ids) {
   for (const LogitRow& row : logit_rows_) ids_of_slots_[row.slot] = std::max(*ids++, 0);
+}
+
+void CpuBatch::StartSlot(int32_t slot, const SlotSampling& sampling) {
+  CheckSlotSampling(slot, sampling, limits_);
+  SlotState& state = slots_[slot];
+  state.logit_biases.assign(sampling.logit_biases.begin(), sampling.logit_biases.end());
+  state.counts.Clear();
+  state.counts.AddPrompt(sampling.prompt_ids);
+  for (const int32_t id : sampling.generated_ids) state.counts.AddGenerated(id);
+}
+
+void CpuBatch::CountDrawn(int64_t i, int32_t id) {
+  const LogitRow& row = logit_rows_[i];
+  if (!row.sample.penalties.none()) slots_[row.slot].counts.AddGenerated(id);
+}
+
+std::span<const sampling::LogitBias> CpuBatch::logit_biases(int64_t i) const {
+  const LogitRow& row = logit_rows_[i];
+  if (row.sample.num_logit_biases == 0) return {};
+  const std::vector<sampling::LogitBias>& biases = slots_[row.slot].logit_biases;
+  CHECK(std::ssize(biases) == row.sample.num_logit_biases, "slot {} has {} biases, the row {}",
+        row.slot, biases.size(), row.sample.num_logit_biases);
+  return biases;
+}
+
+std::span<const TokenOccurrence> CpuBatch::occurrences(int64_t i) const {
+  const LogitRow& row = logit_rows_[i];
+  if (row.sample.penalties.none()) return {};
+  return slots_[row.slot].counts.occurrences();
 }
 
 }  // namespace wintserve::kernels::cpu

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/batch.h"
+#include "kernels/cpu/token_counts.h"
 
 namespace wintserve::kernels::cpu {
 
@@ -23,12 +24,18 @@ class CpuBatch final : public DeviceBatch {
 
   void Set(const Batch& batch);
   void KeepIds(const int32_t* ids);
+  void StartSlot(int32_t slot, const SlotSampling& sampling);
+  // The i-th row that wants logits has drawn `id`.
+  void CountDrawn(int64_t i, int32_t id);
 
   std::span<const int32_t> tokens() const { return tokens_; }
   std::span<const int32_t> positions() const { return positions_; }
   std::span<const SequenceChunk> chunks() const { return chunks_; }
   // Of the i-th row that wants logits.
   const SampleParams& sample(int64_t i) const { return logit_rows_[i].sample; }
+  // Of that row's slot, as far as the row's SampleParams ask for it.
+  std::span<const sampling::LogitBias> logit_biases(int64_t i) const;
+  std::span<const TokenOccurrence> occurrences(int64_t i) const;
   std::span<const int32_t> stop_ids() const { return limits_.stop_ids; }
 
   const int32_t* logit_tokens() const override { return logit_tokens_.data(); }
@@ -39,7 +46,13 @@ class CpuBatch final : public DeviceBatch {
     SampleParams sample;
   };
 
+  struct SlotState {
+    std::vector<sampling::LogitBias> logit_biases;
+    TokenCounts counts;
+  };
+
   const BatchLimits limits_;
+  std::vector<SlotState> slots_;
   std::vector<int32_t> ids_of_slots_;
   std::vector<int32_t> tokens_;
   std::vector<int32_t> positions_;

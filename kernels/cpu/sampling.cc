@@ -74,13 +74,17 @@ std::span<const float> Sampler::Process(std::span<const float> logits, const Sam
     processed_[id] = sampling::ProcessedLogit(processed_[id], bias, occurrence, request.penalties);
   };
   // A biased id that occurs is processed twice, which is the same as once: no bias in its bounds
-  // takes a finite logit out of float32's range.
+  // takes a finite logit out of float32's range. A banned id comes last.
   for (const auto [id, bias] : request.logit_bias) {
+    if (bias == sampling::kBanned) continue;
     CHECK(std::fabs(bias) <= sampling::kMaxAbsLogitBias, "bias {} of token {}", bias, id);
     process(id, bias, 0);
   }
   if (!request.penalties.none()) {
     for (const auto [id, occurrence] : request.occurrences) process(id, 0, occurrence);
+  }
+  for (const auto [id, bias] : request.logit_bias) {
+    if (bias == sampling::kBanned) process(id, bias, 0);
   }
   if (num_masked > 0) {
     for (const int32_t id : request.masked_ids) {

@@ -209,6 +209,23 @@ TEST(Sampler, ABiasOf100DecidesEitherWay) {
   }
 }
 
+TEST(Sampler, ABannedIdIsNotDrawnUnlessItIsAllThatThereIs) {
+  const std::vector<float> logits = {9, 1, 0};
+  const std::vector<sampling::LogitBias> first = {{0, sampling::kBanned}};
+  const std::vector<TokenOccurrence> often = {{.id = 0, .occurrence = 100}};
+  for (uint32_t position = 0; position < 500; ++position) {
+    for (const float temperature : {0.0f, 100.0f}) {
+      EXPECT_NE(MustSample(logits, {.temperature = temperature,
+                                    .position = position,
+                                    .logit_bias = first,
+                                    .penalties = {.repetition = 1e-30f, .frequency = -2},
+                                    .occurrences = often}),
+                0);
+    }
+  }
+  EXPECT_EQ(MustSample(std::vector<float>{9}, {.logit_bias = first}), 0);
+}
+
 TEST(Sampler, PenaltiesDecideGreedyToo) {
   const std::vector<float> logits = {1, 3, 2.5f};
   const std::vector<TokenOccurrence> occurrences = {{1, 1}, {7, 1}};

@@ -7,7 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "kernels/sampling/definition.h"
+#include "kernels/sampling/sampling_types.h"
 
 namespace wintserve::kernels::cpu {
 

@@ -351,17 +351,44 @@ class CudaBackend final : public Backend {
               cudaMemcpyDeviceToDevice, stream());
   }
 
-  void Sample(ConstRows logits, int64_t vocab_size, const DeviceBatch& batch,
-              int32_t* ids) override {
-    const CudaBatch& rows = BatchOf(batch);
+  void StartSlot(int32_t slot, const SlotSampling& sampling, DeviceBatch* batch) override {
+    static_cast<CudaBatch*>(batch)->StartSlot(slot, sampling);
+  }
+
+  void Sample(ConstRows logits, int64_t vocab_size, DeviceBatch* batch, int32_t* ids) override {
+    const CudaBatch& rows = BatchOf(*batch);
+    CHECK(!rows.has_penalties() || vocab_size == rows.counted_vocab_size(),
+          "vocab_size={} counted_vocab_size={}", vocab_size, rows.counted_vocab_size());
     LaunchSampling({.logits = logits.data,
                     .logits_stride = logits.stride,
-                    .num_rows = static_cast<int32_t>(batch.num_logit_rows()),
+                    .num_rows = static_cast<int32_t>(batch->num_logit_rows()),
                     .vocabulary = static_cast<int32_t>(vocab_size),
                     .rows = rows.sampling_rows(),
                     .stop_ids = rows.stop_ids(),
                     .num_stop_ids = static_cast<int32_t>(rows.num_stop_ids()),
+                    .logit_bias = rows.logit_biases(),
+                    .logit_bias_stride = sampling::kMaxLogitBiases,
+                    .token_counts = rows.token_counts(),
+                    .token_counts_stride = rows.token_counts_stride(),
                     .ids = ids},
+                   sampling_, stream());
+  }
+
+  void Logprobs(ConstRows logits, int64_t vocab_size, const DeviceBatch& batch, const int32_t* ids,
+                const LogprobArrays& out) override {
+    const CudaBatch& rows = BatchOf(batch);
+    if (!rows.wants_logprobs()) return;
+    LaunchLogprobs({.logits = logits.data,
+                    .logits_stride = logits.stride,
+                    .num_rows = static_cast<int32_t>(batch.num_logit_rows()),
+                    .vocabulary = static_cast<int32_t>(vocab_size),
+                    .rows = rows.sampling_rows(),
+                    .ids = ids,
+                    .logprobs = out.logprobs,
+                    .ranks = out.ranks,
+                    .top_ids = out.top_ids,
+                    .top_logprobs = out.top_logprobs,
+                    .top_stride = sampling::kMaxTopLogprobs},
                    sampling_, stream());
   }
 

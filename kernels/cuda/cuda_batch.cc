@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "common/status_macros.h"
 #include "kernels/cuda/cuda_check.h"
@@ -10,6 +11,10 @@
 
 namespace wintserve::kernels::cuda {
 namespace {
+
+// Of a slot's staging: the biases come first.
+constexpr int64_t kSlotBiasBytes =
+    sampling::kMaxLogitBiases * static_cast<int64_t>(sizeof(sampling::LogitBias));
 
 // Hands out parts of one allocation; with a null base it only counts.
 class Carver {
@@ -56,6 +61,13 @@ absl::Status CudaBatch::AllocateMemory() {
     sampling_rows_ = carver.Take<SamplingRow>(limits_.max_rows);
     arrays_.slot_ids = carver.Take<int32_t>(limits_.num_slots);
     stop_ids_ = carver.Take<int32_t>(num_stop_ids());
+    logit_biases_ =
+        carver.Take<sampling::LogitBias>(int64_t{limits_.num_slots} * sampling::kMaxLogitBiases);
+    if (limits_.counted_vocab_size > 0) {
+      sequence_ids_ = carver.Take<int32_t>(limits_.max_sequence_tokens());
+      token_counts_ =
+          carver.Take<sampling::Occurrence>(int64_t{limits_.num_slots} * token_counts_stride());
+    }
     return carver.size_bytes();
   };
   ASSIGN_OR_RETURN(memory_, DeviceBuffer::Allocate(carve(nullptr)));
@@ -70,7 +82,63 @@ absl::Status CudaBatch::AllocateMemory() {
                      PinnedBuffer::Allocate(num_words * static_cast<int64_t>(sizeof(int32_t))));
     ASSIGN_OR_RETURN(staging.copied, CreateEvent());
   }
+  ASSIGN_OR_RETURN(SlotStaging slot_staging, NewSlotStaging());
+  slot_stagings_.push_back(std::move(slot_staging));
   return ToStatus(cudaStreamSynchronize(stream_), "preparing a batch");
+}
+
+absl::StatusOr<CudaBatch::SlotStaging> CudaBatch::NewSlotStaging() const {
+  SlotStaging staging;
+  ASSIGN_OR_RETURN(staging.memory, PinnedBuffer::Allocate(
+                                       kSlotBiasBytes + limits_.max_sequence_tokens() *
+                                                            static_cast<int64_t>(sizeof(int32_t))));
+  ASSIGN_OR_RETURN(staging.copied, CreateEvent());
+  return staging;
+}
+
+CudaBatch::SlotStaging CudaBatch::TakeSlotStaging() {
+  const bool is_free = cudaEventQuery(slot_stagings_.front().copied.get()) == cudaSuccess;
+  if (!is_free && slot_stagings_.size() < kMaxSlotStagings) {
+    absl::StatusOr<SlotStaging> fresh = NewSlotStaging();
+    if (fresh.ok()) return *std::move(fresh);
+  }
+  SlotStaging first = std::move(slot_stagings_.front());
+  slot_stagings_.pop_front();
+  if (!is_free) CUDA_CALL(cudaEventSynchronize, first.copied.get());
+  return first;
+}
+
+void CudaBatch::StartSlot(int32_t slot, const SlotSampling& sampling) {
+  CheckSlotSampling(slot, sampling, limits_);
+  SlotStaging staging = TakeSlotStaging();
+  char* const memory = staging.memory.data<char>();
+  if (!sampling.logit_biases.empty()) {
+    const size_t num_bytes = sampling.logit_biases.size_bytes();
+    std::memcpy(memory, sampling.logit_biases.data(), num_bytes);
+    CUDA_CALL(cudaMemcpyAsync, logit_biases_ + int64_t{slot} * sampling::kMaxLogitBiases, memory,
+              num_bytes, cudaMemcpyHostToDevice, stream_);
+  }
+  if (limits_.counted_vocab_size > 0) {
+    auto* const ids = reinterpret_cast<int32_t*>(memory + kSlotBiasBytes);
+    const auto num_prompt_ids = static_cast<int32_t>(sampling.prompt_ids.size());
+    const auto num_generated_ids = static_cast<int32_t>(sampling.generated_ids.size());
+    std::copy(sampling.generated_ids.begin(), sampling.generated_ids.end(),
+              std::copy(sampling.prompt_ids.begin(), sampling.prompt_ids.end(), ids));
+    if (num_prompt_ids + num_generated_ids > 0) {
+      CUDA_CALL(cudaMemcpyAsync, sequence_ids_, ids,
+                (num_prompt_ids + num_generated_ids) * sizeof(int32_t), cudaMemcpyHostToDevice,
+                stream_);
+    }
+    LaunchResetTokenCounts({.counts = token_counts_ + slot * token_counts_stride(),
+                            .vocabulary = static_cast<int32_t>(limits_.counted_vocab_size),
+                            .prompt_ids = sequence_ids_,
+                            .num_prompt_ids = num_prompt_ids,
+                            .generated_ids = sequence_ids_ + num_prompt_ids,
+                            .num_generated_ids = num_generated_ids},
+                           stream_);
+  }
+  CUDA_CALL(cudaEventRecord, staging.copied.get(), stream_);
+  slot_stagings_.push_back(std::move(staging));
 }
 
 void CudaBatch::Set(const Batch& batch) {
@@ -88,7 +156,14 @@ void CudaBatch::Set(const Batch& batch) {
   LaunchUnpackBatch(words_, shape, arrays_, sampling_rows_, stream_);
 
   max_row_length_ = 0;
-  for (const BatchRow& row : batch.rows) max_row_length_ = std::max(max_row_length_, row.length);
+  has_penalties_ = false;
+  wants_logprobs_ = false;
+  for (const BatchRow& row : batch.rows) {
+    max_row_length_ = std::max(max_row_length_, row.length);
+    if (!row.want_logits) continue;
+    has_penalties_ |= !row.sample.penalties.none();
+    wants_logprobs_ |= row.sample.num_top_logprobs >= 0;
+  }
   SetCounts(shape.num_tokens, shape.num_rows, shape.num_logit_rows);
 }
 

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "kernels/sampling/definition.h"
+
 namespace wintserve::kernels::plan {
 
 static_assert(std::is_trivially_copyable_v<PackedRow> &&
@@ -43,7 +45,8 @@ void PackBatch(const Batch& batch, int32_t* words) {
     first_block += num_blocks;
     first_token += row.length;
     if (!row.want_logits) continue;
-    const PackedLogitRow logit_row = {first_token - 1, row.slot, row.sample};
+    const PackedLogitRow logit_row = {first_token - 1, row.slot, row.sample,
+                                      sampling::MinScaledLogit(row.sample.min_p)};
     std::memcpy(logit_words, &logit_row, sizeof(logit_row));
     logit_words += sizeof(logit_row);
   }

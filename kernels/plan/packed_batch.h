@@ -26,6 +26,7 @@ struct alignas(16) PackedLogitRow {
   int32_t token = 0;  // its place in the batch
   int32_t slot = 0;
   SampleParams sample;
+  float min_scaled_logit = 0;  // sampling::MinScaledLogit of sample.min_p
 };
 
 struct PackedBatchShape {

@@ -8,6 +8,8 @@
 #include <random>
 #include <vector>
 
+#include "kernels/sampling/definition.h"
+
 namespace wintserve::kernels::plan {
 namespace {
 
@@ -28,6 +30,7 @@ struct Unpacked {
         logit_tokens(limits.max_rows, kPoison),
         logit_slots(limits.max_rows, kPoison),
         samples(limits.max_rows),
+        min_scaled_logits(limits.max_rows),
         slot_ids(limits.num_slots) {
     arrays = {.tokens = tokens.data(),
               .positions = positions.data(),
@@ -53,7 +56,9 @@ struct Unpacked {
       }
     }
     for (int32_t i = 0; i < shape.num_logit_rows; ++i) {
-      samples[i] = UnpackLogitRow(packed, shape, arrays, i).sample;
+      const PackedLogitRow row = UnpackLogitRow(packed, shape, arrays, i);
+      samples[i] = row.sample;
+      min_scaled_logits[i] = row.min_scaled_logit;
     }
   }
 
@@ -61,6 +66,7 @@ struct Unpacked {
   std::vector<int32_t> first_tokens, row_positions, lengths, block_tables;
   std::vector<int32_t> logit_tokens, logit_slots;
   std::vector<SampleParams> samples;
+  std::vector<float> min_scaled_logits;
   std::vector<int32_t> slot_ids;
   BatchArrays arrays;
 };
@@ -70,21 +76,27 @@ TEST(PackedBatch, PutsEveryTokenRowAndBlockInItsPlace) {
   device.slot_ids[6] = 41;
   const std::vector<int32_t> first = {9, 7, 5, 3};  // a table may be longer than the row needs
   const std::vector<int32_t> second = {8, 6, 4};
-  device.Unpack({.tokens = {11, 12, 13, TokenOfSlot(6)},
-                 .rows = {{.position = 62, .length = 3, .block_table = first},
-                          {.position = 191,
-                           .length = 1,
-                           .block_table = second,
-                           .want_logits = true,
-                           .slot = 6,
-                           .sample = {.temperature = 0.5f,
-                                      .top_p = 0.25f,
-                                      .top_k = 3,
-                                      .mask_stop_ids = true,
-                                      .seed = -5,
-                                      .position = 192,
-                                      .choice_index = 2}}}},
-                /*num_threads=*/2);
+  device.Unpack(
+      {.tokens = {11, 12, 13, TokenOfSlot(6)},
+       .rows =
+           {{.position = 62, .length = 3, .block_table = first},
+            {.position = 191,
+             .length = 1,
+             .block_table = second,
+             .want_logits = true,
+             .slot = 6,
+             .sample = {.temperature = 0.5f,
+                        .top_p = 0.25f,
+                        .top_k = 3,
+                        .min_p = 0.5f,
+                        .penalties = {.repetition = 1.5f, .presence = -1.0f, .frequency = 0.75f},
+                        .num_logit_biases = 4,
+                        .num_top_logprobs = 5,
+                        .mask_stop_ids = true,
+                        .seed = -5,
+                        .position = 192,
+                        .choice_index = 2}}}},
+      /*num_threads=*/2);
   EXPECT_THAT(device.tokens, ElementsAre(11, 12, 13, 41, kPoison));
   EXPECT_THAT(device.positions, ElementsAre(62, 63, 64, 191, kPoison));
   EXPECT_THAT(device.token_rows, ElementsAre(0, 0, 0, 1, kPoison));
@@ -98,6 +110,13 @@ TEST(PackedBatch, PutsEveryTokenRowAndBlockInItsPlace) {
   EXPECT_EQ(sample.temperature, 0.5f);
   EXPECT_EQ(sample.top_p, 0.25f);
   EXPECT_EQ(sample.top_k, 3);
+  EXPECT_EQ(sample.min_p, 0.5f);
+  EXPECT_EQ(device.min_scaled_logits[0], sampling::MinScaledLogit(0.5f));
+  EXPECT_EQ(sample.penalties.repetition, 1.5f);
+  EXPECT_EQ(sample.penalties.presence, -1.0f);
+  EXPECT_EQ(sample.penalties.frequency, 0.75f);
+  EXPECT_EQ(sample.num_logit_biases, 4);
+  EXPECT_EQ(sample.num_top_logprobs, 5);
   EXPECT_TRUE(sample.mask_stop_ids);
   EXPECT_EQ(sample.seed, -5);
   EXPECT_EQ(sample.position, 192u);

@@ -13,7 +13,8 @@
 //     the lowest such id. So a mask is a list of ids, not a logit of minus infinity.
 //  2. Log-probabilities (of the drawn token and of the n most probable) are those of the logits as
 //     they are here: nothing below changes them. See LogProbability.
-//  3. Logit bias: logit += bias, for the ids that have one.
+//  3. Logit bias: logit += bias, for the ids that have one. A bias of minus infinity (kBanned)
+//     makes float32's lowest number of the logit, whatever step 4 says.
 //  4. Penalties, for ids that occur in the sequence: see ProcessedLogit. Repetition counts prompt
 //     and generated tokens, presence and frequency generated ones only.
 //  5. Masked ids (stop ids before min_tokens, bad words) drop out, as if the vocabulary did not
@@ -45,6 +46,7 @@
 
 #include "kernels/plan/host_device.h"
 #include "kernels/sampling/philox.h"
+#include "kernels/sampling/sampling_types.h"
 
 namespace wintserve::kernels::sampling {
 
@@ -52,33 +54,6 @@ namespace wintserve::kernels::sampling {
 inline constexpr int kMaxVocabulary = 1 << 17;
 inline constexpr int kMassBits = 46;
 inline constexpr double kMassUnit = 0x1p-46;  // a weight of 1 is 2^46 units
-
-// Bounds of a request's numbers; a bias or penalty beyond them could make a NaN of a finite logit.
-inline constexpr float kMaxAbsPenalty = 2.0f;      // presence, frequency
-inline constexpr float kMaxAbsLogitBias = 100.0f;  // OpenAI's
-
-// OpenAI's and FastDeploy's bound of top_logprobs.
-inline constexpr int kMaxTopLogprobs = 20;
-
-struct LogitBias {
-  int32_t id = 0;
-  float bias = 0;
-};
-
-// How often an id occurs in a sequence: kInPrompt, if it is in the prompt, plus the number of times
-// that it was generated.
-using Occurrence = uint32_t;
-inline constexpr Occurrence kInPrompt = 0x80000000u;
-
-struct Penalties {
-  float repetition = 1.0f;  // > 0, finite
-  float presence = 0.0f;    // at most kMaxAbsPenalty either way
-  float frequency = 0.0f;
-
-  WINTSERVE_HOST_DEVICE constexpr bool none() const {
-    return repetition == 1.0f && presence == 0.0f && frequency == 0.0f;
-  }
-};
 
 // float32 operations that are rounded one by one, on the device too, where nvcc would fuse them.
 #if defined(__CUDA_ARCH__)

@@ -178,7 +178,14 @@ INSTANTIATE_TEST_SUITE_P(
         PenaltyCase{
             "NegativePenaltiesReward", 3, 0, 2, {.presence = -0.5f, .frequency = -0.25f}, 4},
         PenaltyCase{"BeyondTheRangeIsTheLargest", 1e30f, 0, 1, {.repetition = 1e-30f}, FLT_MAX},
-        PenaltyCase{"BeyondTheRangeIsTheLowest", -1e30f, 0, 1, {.repetition = 1e30f}, -FLT_MAX}),
+        PenaltyCase{"BeyondTheRangeIsTheLowest", -1e30f, 0, 1, {.repetition = 1e30f}, -FLT_MAX},
+        PenaltyCase{"ABannedIdIsTheLowest", 1e30f, kBanned, 0, kAll, -FLT_MAX},
+        PenaltyCase{"RewardsDoNotSaveABannedId",
+                    1e30f,
+                    kBanned,
+                    kInPrompt + 7,
+                    {.repetition = 1e-30f, .presence = -2, .frequency = -2},
+                    -FLT_MAX}),
     [](const auto& info) { return info.param.name; });
 
 TEST(LogProbability, IsTheLogarithmOfTheSoftmax) {

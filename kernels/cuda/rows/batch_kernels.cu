@@ -12,6 +12,11 @@ __device__ SamplingRow SamplingRowOf(const plan::PackedLogitRow& row) {
   sampling.temperature = row.sample.temperature;
   sampling.top_p = row.sample.top_p;
   sampling.top_k = row.sample.top_k;
+  sampling.min_p = row.sample.min_p;
+  sampling.min_scaled_logit = row.min_scaled_logit;
+  sampling.penalties = row.sample.penalties;
+  sampling.num_logit_bias = row.sample.num_logit_biases;
+  sampling.num_top_logprobs = row.sample.num_top_logprobs;
   sampling.masks_stop_ids = row.sample.mask_stop_ids ? 1 : 0;
   sampling.position = row.sample.position;
   sampling.choice_index = row.sample.choice_index;
