@@ -85,11 +85,12 @@ uint64_t FakeWorld::Submit(int prompt_len, int max_tokens, int num_choices) {
 
 uint64_t FakeWorld::SubmitPrompt(std::vector<int32_t> prompt, int max_tokens) {
   const uint64_t id = last_id_ + 1;
-  const absl::Status status = Submit({.id = id,
-                                      .prompt_ids = std::move(prompt),
-                                      .sampling = {.seed = static_cast<int64_t>(id)},
-                                      .max_tokens = max_tokens,
-                                      .ignore_eos = true});
+  const absl::Status status =
+      Submit({.id = id,
+              .prompt_ids = std::move(prompt),
+              .sampling = {.seed = static_cast<int64_t>(id), .repetition_penalty = 1.5f},
+              .max_tokens = max_tokens,
+              .ignore_eos = true});
   EXPECT_TRUE(status.ok()) << status;
   return id;
 }
@@ -156,6 +157,16 @@ void FakeWorld::Check(const StepPlan& plan) {
             .sampling = init.sampling};
     for (const BlockId block : init.block_table) slot.table.push_back(static_cast<int>(block));
     slot.num_planned = -1;
+    // Penalties need the sequence as it is, with nothing in flight. (Some tests give no seed.)
+    slot.num_tokens = -1;
+    if (!requests_.contains(slot.owner.request)) continue;
+    const std::vector<int32_t>& prompt = requests_.at(slot.owner.request).prompt_ids;
+    const std::vector<int32_t>& generated = tokens_[slot.owner];
+    slot.num_tokens = static_cast<int>(prompt.size() + generated.size());
+    const bool counts_prompt = init.sampling.repetition_penalty != 1;
+    const bool counts_generated = init.sampling.has_penalties();
+    EXPECT_EQ(init.prompt_tokens, counts_prompt ? prompt : std::vector<int32_t>());
+    EXPECT_EQ(init.generated_tokens, counts_generated ? generated : std::vector<int32_t>());
   }
   for (const BlockAppend& append : plan.block_append) {
     ASSERT_TRUE(slots_.at(append.slot).in_use);
@@ -173,6 +184,10 @@ void FakeWorld::Check(const StepPlan& plan) {
     slot.num_planned = static_cast<int>(row.position + row.length);
     ASSERT_GT(row.length, 0u);
     ASSERT_TRUE(row.tokens.size() == row.length || (row.tokens.empty() && row.length == 1));
+    if (slot.num_tokens >= 0) {
+      ASSERT_EQ(row.sample, slot.num_planned == slot.num_tokens);
+      slot.num_tokens += row.sample ? 1 : 0;
+    }
     const int num_blocks = (slot.num_planned - 1) / config_.block_size_tokens + 1;
     ASSERT_LE(num_blocks, static_cast<int>(slot.table.size()));
     for (int i = 0; i < num_blocks; ++i) {

@@ -3,11 +3,21 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
+#include <optional>
 #include <vector>
 
 namespace wintserve {
 
 enum class BlockId : int32_t {};  // of the KV pool: not a slot, not a request
+
+struct TokenBias {
+  static constexpr float kBanned = -std::numeric_limits<float>::infinity();
+
+  int32_t token = 0;
+  float bias = 0;  // -100 … 100, or kBanned: not sampled while there is another one
+  bool operator==(const TokenBias&) const = default;
+};
 
 struct SamplingParams {
   float temperature = 1.0f;  // 0 is greedy
@@ -16,12 +26,26 @@ struct SamplingParams {
   int64_t seed = 0;
   uint32_t choice_index = 0;
   uint32_t first_stop_position = 0;  // a token sampled for an earlier position is no stop id
+  float min_p = 0.0f;                // [0, 1]; 0 keeps all
+  float repetition_penalty = 1.0f;   // > 0, finite; of tokens in prompt and answer
+  float presence_penalty = 0.0f;     // -2 … 2; of tokens in the answer
+  float frequency_penalty = 0.0f;
+  std::vector<TokenBias> logit_biases = {};  // in rising order, each token once
+  int32_t num_top_logprobs = -1;  // reported with the token's own; -1: no log-probability either
+
+  bool has_penalties() const {
+    return repetition_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0;
+  }
 };
 
 struct SlotInit {
   uint32_t slot = 0;
   SamplingParams sampling;
   std::vector<BlockId> block_table = {};
+  // The sequence as it is now, where penalties have to know it. The prompt: with a
+  // repetition_penalty; the answer so far, of one that is computed again: with any.
+  std::vector<int32_t> prompt_tokens = {};
+  std::vector<int32_t> generated_tokens = {};
 };
 
 struct BlockAppend {
@@ -59,9 +83,24 @@ struct StepPlan {
   std::vector<BlockCopy> copies = {};
 };
 
+struct TokenLogprob {
+  int32_t token = 0;
+  float logprob = 0;
+  bool operator==(const TokenLogprob&) const = default;
+};
+
+// Of the logits as the model gave them: before bias, penalties and temperature.
+struct SampledLogprobs {
+  float logprob = 0;                   // of the sampled token
+  int32_t rank = 0;                    // its place among all, from 1
+  std::vector<TokenLogprob> top = {};  // the most probable ones, best first
+  bool operator==(const SampledLogprobs&) const = default;
+};
+
 struct SampledToken {
   uint32_t slot = 0;
   int32_t token = 0;
+  std::optional<SampledLogprobs> logprobs = {};  // where the slot's sampling asks for them
 };
 
 struct StepDone {

@@ -10,7 +10,7 @@ namespace {
 // Of a serialized plan, an upper bound: a number takes at most 5 bytes.
 constexpr int64_t kMaxPlanBytes = 4 << 20;
 constexpr int64_t kBytesPerNumber = 5;
-constexpr int64_t kBytesPerRow = 100;  // with its SlotInit, but for the block table
+constexpr int64_t kBytesPerRow = 140;  // with its SlotInit, but for what is as long as a sequence
 
 constexpr int kMaxCopyOutsPerPlan = 16;  // they delay the rows
 
@@ -148,7 +148,8 @@ int Scheduler::Impl::TokensWithBlocks(const Sequence& sequence) const {
 bool Scheduler::Impl::FitsMessage(const Sequence& sequence, int chunk,
                                   const PlanDraft& draft) const {
   if (draft.flight.rows.empty()) return true;
-  const int64_t numbers = chunk + BlocksFor(sequence.num_planned + chunk);
+  int64_t numbers = chunk + BlocksFor(sequence.num_planned + chunk);
+  if (!sequence.slot_initialised) numbers += sequence.num_init_numbers();
   return draft.num_bytes + kBytesPerRow + numbers * kBytesPerNumber <= kMaxPlanBytes;
 }
 
@@ -169,7 +170,10 @@ void Scheduler::Impl::AddRow(Sequence* sequence, int chunk, PlanDraft* draft) {
     SlotInit init{.slot = sequence->slot, .sampling = sequence->request->sampling};
     init.sampling.choice_index = sequence->key.choice;
     init.block_table = ids_from(0);
-    draft->num_bytes += static_cast<int64_t>(init.block_table.size()) * kBytesPerNumber;
+    if (sequence->sends_prompt()) init.prompt_tokens = *sequence->request->prompt_ids;
+    if (sequence->sends_generated()) init.generated_tokens = sequence->generated;
+    draft->num_bytes +=
+        (std::ssize(init.block_table) + sequence->num_init_numbers()) * kBytesPerNumber;
     plan.slot_init.push_back(std::move(init));
     sequence->slot_initialised = true;
   } else if (sequence->blocks.size() > num_blocks_before) {

@@ -124,6 +124,7 @@ absl::Status Scheduler::Impl::Submit(ScheduledRequest request, int64_t now_us) {
       static_cast<uint32_t>(shared->prompt_len() + request.min_tokens);
   shared->max_tokens = request.max_tokens;
   shared->ignore_eos = request.ignore_eos;
+  shared->stop_tokens = std::move(request.stop_tokens);
   shared->salt = std::move(request.cache_salt);
   shared->bypass_cache_match = request.bypass_cache_match;
   shared->deadline_us = request.deadline_us;
@@ -315,15 +316,18 @@ absl::Status Scheduler::Impl::CheckResult(uint64_t step,
 bool Scheduler::Impl::IsStop(const Sequence& sequence, int32_t token) const {
   const int position = sequence.length();
   const Request& request = *sequence.request;
-  if (request.ignore_eos || position < static_cast<int>(request.sampling.first_stop_position)) {
-    return false;
-  }
-  return std::find(config_.eos_ids.begin(), config_.eos_ids.end(), token) != config_.eos_ids.end();
+  if (position < static_cast<int>(request.sampling.first_stop_position)) return false;
+  const auto holds = [token](const std::vector<int32_t>& ids) {
+    return std::find(ids.begin(), ids.end(), token) != ids.end();
+  };
+  return holds(request.stop_tokens) || (!request.ignore_eos && holds(config_.eos_ids));
 }
 
-void Scheduler::Impl::TakeToken(Sequence* sequence, int32_t token,
+void Scheduler::Impl::TakeToken(Sequence* sequence, const SampledToken& sampled,
                                 std::vector<SequenceToken>* tokens) {
-  SequenceToken& news = tokens->emplace_back(SequenceToken{sequence->key, token, std::nullopt});
+  const int32_t token = sampled.token;
+  SequenceToken& news =
+      tokens->emplace_back(SequenceToken{sequence->key, token, std::nullopt, sampled.logprobs});
   // In this order: a stop token on the last place is a stop.
   if (IsStop(*sequence, token)) {
     news.end = SequenceEnd::kStop;
@@ -352,7 +356,7 @@ absl::StatusOr<std::vector<SequenceToken>> Scheduler::Impl::OnStepDone(
     Sequence* sequence = row.sequence;
     sequence->num_done = row.end;
     if (row.sample) {
-      const int32_t token = sampled[next_sample++].token;
+      const SampledToken& token = sampled[next_sample++];
       if (sequence->phase == Phase::kEnded) {
         ++totals_.overshoot_rows;
       } else {

@@ -54,6 +54,7 @@ struct ScheduledRequest {
   int max_tokens = 0;  // at least 1
   int min_tokens = 0;  // no stop id is sampled before
   bool ignore_eos = false;
+  std::vector<int32_t> stop_tokens = {};    // end it, too; also with ignore_eos
   int priority = 0;                         // lower comes first
   std::string tenant = {};                  // API key or user; empty: none
   std::string cache_salt = {};              // prompts share KV only under the same salt
@@ -68,6 +69,7 @@ struct SequenceToken {
   SequenceKey sequence;
   int32_t token = 0;
   std::optional<SequenceEnd> end;  // this token was its last
+  std::optional<SampledLogprobs> logprobs = {};
 };
 
 // What the cache manager is asked; every tag is answered once, by the event of the same name,

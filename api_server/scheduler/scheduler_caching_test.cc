@@ -202,12 +202,24 @@ TEST(Recovery, A8AfterAPoolReplacementSequencesComeBackWithWholeTablesAndExplici
 }
 
 TEST(Recovery, A8PlansStayBelowFourMegabytes) {
-  FakeWorld world({.max_num_batched_tokens = 4'000'000,
-                   .num_blocks = 40'000,
-                   .async_depth = 0,
-                   .prefix_caching = false});
-  for (int i = 0; i < 4; ++i) world.SubmitPrompt(std::vector<int32_t>(300'000, 5), 2);
-  EXPECT_THAT(RowLengths(NextPlan(&world)), ElementsAre(300'000, 300'000));
+  // With a repetition penalty the prompt goes out twice: as the row, and to be counted.
+  for (const float repetition_penalty : {1.0f, 1.5f}) {
+    FakeWorld world({.max_num_batched_tokens = 4'000'000,
+                     .num_blocks = 40'000,
+                     .async_depth = 0,
+                     .prefix_caching = false});
+    for (uint64_t id = 1; id <= 4; ++id) {
+      ASSERT_TRUE(world
+                      .Submit({.id = id,
+                               .prompt_ids = std::vector<int32_t>(300'000, 5),
+                               .sampling = {.seed = static_cast<int64_t>(id),
+                                            .repetition_penalty = repetition_penalty},
+                               .max_tokens = 2})
+                      .ok());
+    }
+    const size_t num_rows = repetition_penalty == 1 ? 2 : 1;
+    EXPECT_EQ(RowLengths(NextPlan(&world)), std::vector<int>(num_rows, 300'000));
+  }
 }
 
 TEST(Recovery, DecodesGoOnWhileTheCacheIsLostAndTheQueueLivesFromTheLease) {

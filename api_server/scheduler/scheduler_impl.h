@@ -94,7 +94,8 @@ class Scheduler::Impl {
   void ExpireDeadlines(int64_t now_us);
   bool IsStop(const Sequence& sequence, int32_t token) const;
   absl::Status CheckResult(uint64_t step, const std::vector<SampledToken>& sampled) const;
-  void TakeToken(Sequence* sequence, int32_t token, std::vector<SequenceToken>* tokens);
+  void TakeToken(Sequence* sequence, const SampledToken& sampled,
+                 std::vector<SequenceToken>* tokens);
 
   // caching.cc: matches, restores, commits, and the loss of the session.
   bool caching() const { return config_.prefix_caching && !ledger_.lost(); }

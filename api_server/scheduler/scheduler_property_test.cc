@@ -84,6 +84,8 @@ class Simulation {
     const int kind = Below(3);
     for (int i = 0; i < prompt_len; ++i) request.prompt_ids.push_back(10 + kind * (i / 10));
     request.sampling.seed = last_id_;
+    request.sampling.repetition_penalty = last_id_ % 3 == 0 ? 1.5f : 1.0f;
+    request.sampling.presence_penalty = last_id_ % 5 == 0 ? 0.5f : 0.0f;
     request.num_choices = 1 + (Below(3) == 0 ? Below(3) : 0);
     request.max_tokens = 1 + Below(25);
     request.min_tokens = Below(3) == 0 ? Below(5) : 0;

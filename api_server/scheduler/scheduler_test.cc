@@ -91,20 +91,27 @@ TEST(Scheduler, StopTokensCountFromMinTokensOnAndNotAtAllWithIgnoreEos) {
     bool ignore_eos;
     size_t length;
     SequenceEnd end;
+    std::vector<int32_t> stop_tokens = {};
+    int32_t token = kEos;
   };
-  for (const Case& c : {Case{"plain", 0, false, 1, SequenceEnd::kStop},
-                        Case{"min_tokens 3", 3, false, 4, SequenceEnd::kStop},
-                        Case{"ignore_eos", 0, true, 5, SequenceEnd::kLength},
-                        Case{"a stop on the last place", 4, false, 5, SequenceEnd::kStop}}) {
+  for (const Case& c :
+       {Case{"plain", 0, false, 1, SequenceEnd::kStop},
+        Case{"min_tokens 3", 3, false, 4, SequenceEnd::kStop},
+        Case{"ignore_eos", 0, true, 5, SequenceEnd::kLength},
+        Case{"a stop on the last place", 4, false, 5, SequenceEnd::kStop},
+        Case{"a stop token", 0, false, 1, SequenceEnd::kStop, {9, 8}, 8},
+        Case{"a stop token with ignore_eos", 2, true, 3, SequenceEnd::kStop, {8}, 8},
+        Case{"another token", 0, false, 5, SequenceEnd::kLength, {9}, 8}}) {
     SCOPED_TRACE(c.name);
     FakeWorld world({.async_depth = 0});
-    world.forced_token = kEos;
+    world.forced_token = c.token;
     ASSERT_TRUE(world
                     .Submit({.id = 1,
                              .prompt_ids = Prompt(7),
                              .max_tokens = 5,
                              .min_tokens = c.min_tokens,
-                             .ignore_eos = c.ignore_eos})
+                             .ignore_eos = c.ignore_eos,
+                             .stop_tokens = c.stop_tokens})
                     .ok());
     const StepPlan plan = NextPlan(&world);
     EXPECT_EQ(plan.slot_init.at(0).sampling.first_stop_position, 7u + c.min_tokens);

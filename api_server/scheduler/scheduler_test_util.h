@@ -146,6 +146,7 @@ class FakeWorld {
     SamplingParams sampling;
     std::vector<int> table = {};
     int num_planned = 0;  // position of the next row
+    int num_tokens = 0;   // with those that plans in flight sample
     std::optional<int32_t> token = {};
   };
 

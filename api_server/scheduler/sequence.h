@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <iterator>
 #include <limits>
 #include <list>
 #include <memory>
@@ -36,6 +37,7 @@ struct Request {
   SamplingParams sampling;
   int max_tokens = 0;
   bool ignore_eos = false;
+  std::vector<int32_t> stop_tokens;
   std::string salt;
   bool bypass_cache_match = false;
   std::optional<int64_t> deadline_us;
@@ -123,6 +125,14 @@ struct Sequence {
   int num_remaining() const { return length_planned - num_planned; }
   bool decodes() const { return token_in_slot && num_remaining() == 1; }
   bool restoring() const { return restored && restore_known_tag == 0; }
+  // What the worker has to be told with a slot, for the penalties; see SlotInit.
+  bool sends_prompt() const { return request->sampling.repetition_penalty != 1; }
+  bool sends_generated() const { return request->sampling.has_penalties(); }
+  int64_t num_init_numbers() const {
+    const int64_t num_biases = std::ssize(request->sampling.logit_biases);
+    return (sends_prompt() ? prompt_len() : 0) +
+           (sends_generated() ? static_cast<int64_t>(generated.size()) : 0) + 2 * num_biases;
+  }
   bool leaving() const { return phase != Phase::kWaiting && phase != Phase::kRunning; }
 
   void AppendTokens(int begin, int end, std::vector<int32_t>* out) const {

@@ -110,6 +110,15 @@ void Fill(const StepDone& from, proto::WorkerMessage* message) {
   for (const SampledToken& sampled : from.sampled) {
     to->mutable_result()->add_slot(sampled.slot);
     to->mutable_result()->add_token(static_cast<uint32_t>(sampled.token));
+    if (!sampled.logprobs.has_value()) continue;
+    proto::Logprobs* logprobs = to->mutable_result()->add_logprobs();
+    logprobs->set_entry(static_cast<uint32_t>(to->result().slot_size() - 1));
+    logprobs->set_logprob(sampled.logprobs->logprob);
+    logprobs->set_rank(static_cast<uint32_t>(sampled.logprobs->rank));
+    for (const TokenLogprob& top : sampled.logprobs->top) {
+      logprobs->add_top_token(static_cast<uint32_t>(top.token));
+      logprobs->add_top_logprob(top.logprob);
+    }
   }
 }
 
@@ -149,6 +158,29 @@ HelloMessage ReadHello(const proto::Hello& in) {
   return out;
 }
 
+absl::StatusOr<SampledLogprobs> ReadLogprobs(const proto::Logprobs& in) {
+  if (in.top_token_size() != in.top_logprob_size()) {
+    return InvalidWorkerMessage(
+        fmt::format("step_done.result.logprobs.top_logprob has {} entries, top_token has {}",
+                    in.top_logprob_size(), in.top_token_size()));
+  }
+  if (in.rank() > kMaxId) {
+    return InvalidWorkerMessage(fmt::format(
+        "step_done.result.logprobs.rank is {}, above the largest {}", in.rank(), kMaxId));
+  }
+  SampledLogprobs out{.logprob = in.logprob(), .rank = static_cast<int32_t>(in.rank())};
+  out.top.reserve(in.top_token_size());
+  for (int i = 0; i < in.top_token_size(); ++i) {
+    if (in.top_token(i) > kMaxId) {
+      return InvalidWorkerMessage(
+          fmt::format("step_done.result.logprobs.top_token holds {}, above the largest id {}",
+                      in.top_token(i), kMaxId));
+    }
+    out.top.push_back({static_cast<int32_t>(in.top_token(i)), in.top_logprob(i)});
+  }
+  return out;
+}
+
 absl::StatusOr<StepDone> ReadStepDone(const proto::StepDone& in) {
   StepDone out{.group_epoch = in.group_epoch(),
                .step = in.step(),
@@ -168,6 +200,14 @@ absl::StatusOr<StepDone> ReadStepDone(const proto::StepDone& in) {
           fmt::format("step_done.result.token holds {}, above the largest id {}", token, kMaxId));
     }
     out.sampled.push_back({in.result().slot(i), static_cast<int32_t>(token)});
+  }
+  for (const proto::Logprobs& logprobs : in.result().logprobs()) {
+    if (logprobs.entry() >= out.sampled.size()) {
+      return InvalidWorkerMessage(
+          fmt::format("step_done.result.logprobs.entry is {}, of {} entries", logprobs.entry(),
+                      out.sampled.size()));
+    }
+    ASSIGN_OR_RETURN(out.sampled[logprobs.entry()].logprobs, ReadLogprobs(logprobs));
   }
   return out;
 }

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "common/check.h"
 #include "common/status_macros.h"
@@ -14,6 +15,8 @@ namespace wintserve {
 namespace {
 
 constexpr uint32_t kMaxId = std::numeric_limits<int32_t>::max();  // of tokens and blocks
+constexpr float kMaxAbsPenalty = 2;
+constexpr float kMaxAbsBias = 100;
 constexpr uint8_t kKnownRowFlags = proto::ROW_FLAG_SAMPLE | proto::ROW_FLAG_TOKEN_FROM_SLOT;
 
 template <typename... Args>
@@ -40,6 +43,48 @@ absl::StatusOr<std::vector<BlockId>> ReadBlockIds(
   return blocks;
 }
 
+absl::StatusOr<std::vector<int32_t>> ReadTokens(
+    const google::protobuf::RepeatedField<uint32_t>& ids, std::string_view field) {
+  std::vector<int32_t> tokens;
+  tokens.reserve(ids.size());
+  for (const uint32_t id : ids) {
+    if (id > kMaxId) return Invalid("{} holds {}, above the largest id {}", field, id, kMaxId);
+    tokens.push_back(static_cast<int32_t>(id));
+  }
+  return tokens;
+}
+
+// Written so that NaN fails too.
+absl::Status CheckPenalty(std::string_view name, float penalty) {
+  if (std::fabs(penalty) <= kMaxAbsPenalty) return absl::OkStatus();
+  return Invalid("slot_init.sampling.{} is {}, must be from {} to {}", name, penalty,
+                 -kMaxAbsPenalty, kMaxAbsPenalty);
+}
+
+absl::StatusOr<std::vector<TokenBias>> ReadBiases(const proto::Sampling& in) {
+  if (in.bias_size() != in.bias_token_size()) {
+    return Invalid("slot_init.sampling.bias has {} entries, bias_token has {}", in.bias_size(),
+                   in.bias_token_size());
+  }
+  ASSIGN_OR_RETURN(const std::vector<int32_t> tokens,
+                   ReadTokens(in.bias_token(), "slot_init.sampling.bias_token"));
+  std::vector<TokenBias> biases;
+  biases.reserve(tokens.size());
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const TokenBias bias = {tokens[i], in.bias(static_cast<int>(i))};
+    if (!(std::fabs(bias.bias) <= kMaxAbsBias) && bias.bias != TokenBias::kBanned) {
+      return Invalid("slot_init.sampling.bias of token {} is {}, must be from {} to {}", bias.token,
+                     bias.bias, -kMaxAbsBias, kMaxAbsBias);
+    }
+    if (i > 0 && tokens[i - 1] >= bias.token) {
+      return Invalid("slot_init.sampling.bias_token holds {} after {}, must rise", bias.token,
+                     tokens[i - 1]);
+    }
+    biases.push_back(bias);
+  }
+  return biases;
+}
+
 absl::StatusOr<SamplingParams> ReadSampling(const proto::Sampling& in) {
   // Written so that NaN fails too.
   if (!(in.temperature() >= 0) || !std::isfinite(in.temperature())) {
@@ -51,12 +96,54 @@ absl::StatusOr<SamplingParams> ReadSampling(const proto::Sampling& in) {
   if (in.top_k() > kMaxId) {
     return Invalid("slot_init.sampling.top_k is {}, at most {}", in.top_k(), kMaxId);
   }
+  if (!(in.min_p() >= 0 && in.min_p() <= 1)) {
+    return Invalid("slot_init.sampling.min_p is {}, must be in [0, 1]", in.min_p());
+  }
+  if (!(in.repetition_penalty() > 0) || !std::isfinite(in.repetition_penalty())) {
+    return Invalid("slot_init.sampling.repetition_penalty is {}, must be above 0",
+                   in.repetition_penalty());
+  }
+  RETURN_IF_ERROR(CheckPenalty("presence_penalty", in.presence_penalty()));
+  RETURN_IF_ERROR(CheckPenalty("frequency_penalty", in.frequency_penalty()));
+  if (in.num_top_logprobs() > kMaxId) {
+    return Invalid("slot_init.sampling.num_top_logprobs is {}, at most {}", in.num_top_logprobs(),
+                   kMaxId);
+  }
+  ASSIGN_OR_RETURN(std::vector<TokenBias> biases, ReadBiases(in));
   return SamplingParams{.temperature = in.temperature(),
                         .top_p = in.top_p(),
                         .top_k = static_cast<int32_t>(in.top_k()),
                         .seed = in.seed(),
                         .choice_index = in.choice_index(),
-                        .first_stop_position = in.first_stop_position()};
+                        .first_stop_position = in.first_stop_position(),
+                        .min_p = in.min_p(),
+                        .repetition_penalty = in.repetition_penalty(),
+                        .presence_penalty = in.presence_penalty(),
+                        .frequency_penalty = in.frequency_penalty(),
+                        .logit_biases = std::move(biases),
+                        .num_top_logprobs = in.has_num_top_logprobs()
+                                                ? static_cast<int32_t>(in.num_top_logprobs())
+                                                : -1};
+}
+
+void FillSampling(const SamplingParams& sampling, proto::Sampling* to) {
+  to->set_temperature(sampling.temperature);
+  to->set_top_p(sampling.top_p);
+  to->set_top_k(static_cast<uint32_t>(sampling.top_k));
+  to->set_seed(sampling.seed);
+  to->set_choice_index(sampling.choice_index);
+  to->set_first_stop_position(sampling.first_stop_position);
+  to->set_min_p(sampling.min_p);
+  to->set_repetition_penalty(sampling.repetition_penalty);
+  to->set_presence_penalty(sampling.presence_penalty);
+  to->set_frequency_penalty(sampling.frequency_penalty);
+  for (const TokenBias& bias : sampling.logit_biases) {
+    to->add_bias_token(static_cast<uint32_t>(bias.token));
+    to->add_bias(bias.bias);
+  }
+  if (sampling.num_top_logprobs >= 0) {
+    to->set_num_top_logprobs(static_cast<uint32_t>(sampling.num_top_logprobs));
+  }
 }
 
 absl::Status CheckColumn(std::string_view name, int64_t size, int64_t num_rows) {
@@ -124,13 +211,11 @@ std::string EncodePlan(const StepPlan& plan) {
   for (const SlotInit& init : plan.slot_init) {
     proto::SlotInit* to = out.add_slot_init();
     to->set_slot(init.slot);
-    to->mutable_sampling()->set_temperature(init.sampling.temperature);
-    to->mutable_sampling()->set_top_p(init.sampling.top_p);
-    to->mutable_sampling()->set_top_k(static_cast<uint32_t>(init.sampling.top_k));
-    to->mutable_sampling()->set_seed(init.sampling.seed);
-    to->mutable_sampling()->set_choice_index(init.sampling.choice_index);
-    to->mutable_sampling()->set_first_stop_position(init.sampling.first_stop_position);
+    FillSampling(init.sampling, to->mutable_sampling());
     AppendBlockIds(init.block_table, to->mutable_block_table());
+    to->mutable_prompt_tokens()->Assign(init.prompt_tokens.begin(), init.prompt_tokens.end());
+    to->mutable_generated_tokens()->Assign(init.generated_tokens.begin(),
+                                           init.generated_tokens.end());
   }
   for (const PlanRow& row : plan.rows) {
     const bool from_slot = row.tokens.empty();
@@ -172,10 +257,15 @@ absl::StatusOr<StepPlan> DecodePlan(std::string_view plan_bytes) {
   plan.previous_plan_hash = in.previous_plan_hash();
   if (plan.step == 0) return Invalid("step is 0, the first is 1");
   for (const proto::SlotInit& init : in.slot_init()) {
-    ASSIGN_OR_RETURN(const SamplingParams sampling, ReadSampling(init.sampling()));
+    ASSIGN_OR_RETURN(SamplingParams sampling, ReadSampling(init.sampling()));
     ASSIGN_OR_RETURN(std::vector<BlockId> table,
                      ReadBlockIds(init.block_table(), "slot_init.block_table"));
-    plan.slot_init.push_back({init.slot(), sampling, std::move(table)});
+    ASSIGN_OR_RETURN(std::vector<int32_t> prompt,
+                     ReadTokens(init.prompt_tokens(), "slot_init.prompt_tokens"));
+    ASSIGN_OR_RETURN(std::vector<int32_t> generated,
+                     ReadTokens(init.generated_tokens(), "slot_init.generated_tokens"));
+    plan.slot_init.push_back({init.slot(), std::move(sampling), std::move(table), std::move(prompt),
+                              std::move(generated)});
   }
   for (const proto::BlockAppend& append : in.block_append()) {
     ASSIGN_OR_RETURN(std::vector<BlockId> blocks,

@@ -23,17 +23,34 @@ std::vector<BlockId> RandomBlocks(std::mt19937* rng) {
   return blocks;
 }
 
+std::vector<int32_t> RandomTokens(std::mt19937* rng) {
+  std::vector<int32_t> tokens((*rng)() % 5);
+  for (int32_t& token : tokens) token = static_cast<int32_t>((*rng)() % 100'000);
+  return tokens;
+}
+
 StepPlan RandomPlan(std::mt19937* rng) {
   StepPlan plan{.group_epoch = (*rng)(), .pool_epoch = (*rng)(), .step = 1 + (*rng)() % 1000};
   plan.previous_plan_hash = (uint64_t{(*rng)()} << 32) | (*rng)();
   for (uint32_t i = 0; i < (*rng)() % 4; ++i) {
-    const SamplingParams sampling{.temperature = ((*rng)() % 20) / 10.0f,
-                                  .top_p = (1 + (*rng)() % 10) / 10.0f,
-                                  .top_k = static_cast<int32_t>((*rng)() % 50),
-                                  .seed = static_cast<int64_t>((*rng)()) * ((*rng)() % 2 ? 1 : -1),
-                                  .choice_index = static_cast<uint32_t>((*rng)() % 4),
-                                  .first_stop_position = static_cast<uint32_t>((*rng)() % 5000)};
-    plan.slot_init.push_back({static_cast<uint32_t>((*rng)() % 64), sampling, RandomBlocks(rng)});
+    SamplingParams sampling{.temperature = ((*rng)() % 20) / 10.0f,
+                            .top_p = (1 + (*rng)() % 10) / 10.0f,
+                            .top_k = static_cast<int32_t>((*rng)() % 50),
+                            .seed = static_cast<int64_t>((*rng)()) * ((*rng)() % 2 ? 1 : -1),
+                            .choice_index = static_cast<uint32_t>((*rng)() % 4),
+                            .first_stop_position = static_cast<uint32_t>((*rng)() % 5000),
+                            .min_p = ((*rng)() % 11) / 10.0f,
+                            .repetition_penalty = (1 + (*rng)() % 20) / 10.0f,
+                            .presence_penalty = ((*rng)() % 5) - 2.0f,
+                            .frequency_penalty = ((*rng)() % 9) / 2.0f - 2.0f,
+                            .num_top_logprobs = static_cast<int32_t>((*rng)() % 22) - 1};
+    for (int32_t token = 0; token < 300; ++token) {
+      const float bias = static_cast<float>((*rng)() % 201) - 100.0f;
+      if ((*rng)() % 50 != 0) continue;
+      sampling.logit_biases.push_back({token, bias == 0 ? TokenBias::kBanned : bias});
+    }
+    plan.slot_init.push_back({static_cast<uint32_t>((*rng)() % 64), sampling, RandomBlocks(rng),
+                              RandomTokens(rng), RandomTokens(rng)});
   }
   for (uint32_t i = 0; i < (*rng)() % 3; ++i) {
     plan.block_append.push_back({static_cast<uint32_t>((*rng)() % 64), RandomBlocks(rng)});
@@ -78,6 +95,15 @@ void ExpectEqual(const StepPlan& a, const StepPlan& b) {
     EXPECT_EQ(a.slot_init[i].sampling.choice_index, b.slot_init[i].sampling.choice_index);
     EXPECT_EQ(a.slot_init[i].sampling.first_stop_position,
               b.slot_init[i].sampling.first_stop_position);
+    EXPECT_EQ(a.slot_init[i].sampling.min_p, b.slot_init[i].sampling.min_p);
+    EXPECT_EQ(a.slot_init[i].sampling.repetition_penalty,
+              b.slot_init[i].sampling.repetition_penalty);
+    EXPECT_EQ(a.slot_init[i].sampling.presence_penalty, b.slot_init[i].sampling.presence_penalty);
+    EXPECT_EQ(a.slot_init[i].sampling.frequency_penalty, b.slot_init[i].sampling.frequency_penalty);
+    EXPECT_EQ(a.slot_init[i].sampling.logit_biases, b.slot_init[i].sampling.logit_biases);
+    EXPECT_EQ(a.slot_init[i].sampling.num_top_logprobs, b.slot_init[i].sampling.num_top_logprobs);
+    EXPECT_EQ(a.slot_init[i].prompt_tokens, b.slot_init[i].prompt_tokens);
+    EXPECT_EQ(a.slot_init[i].generated_tokens, b.slot_init[i].generated_tokens);
   }
   ASSERT_EQ(a.block_append.size(), b.block_append.size());
   for (size_t i = 0; i < a.block_append.size(); ++i) {
@@ -166,10 +192,13 @@ TEST(PlanCodec, DecodesEveryOtherMessageOfTheProtocol) {
   const auto detached = DecodeWorkerMessage(EncodeWorkerMessage(PoolDetachedMessage{7}));
   ASSERT_TRUE(detached.ok());
   EXPECT_EQ(std::get<PoolDetachedMessage>(*detached).pool_epoch, 7u);
-  const auto done =
-      DecodeWorkerMessage(EncodeWorkerMessage(StepDone{1, 2, 3, 4, {{5, 6}, {7, 8}}, 9}));
+  const auto done = DecodeWorkerMessage(EncodeWorkerMessage(StepDone{
+      1, 2, 3, 4, {{5, 6}, {7, 8, SampledLogprobs{-0.5f, 3, {{9, -0.25f}, {8, -0.5f}}}}}, 9}));
   ASSERT_TRUE(done.ok());
   EXPECT_EQ(std::get<StepDone>(*done).sampled[1].token, 8);
+  EXPECT_EQ(std::get<StepDone>(*done).sampled[0].logprobs, std::nullopt);
+  EXPECT_EQ(std::get<StepDone>(*done).sampled[1].logprobs,
+            (SampledLogprobs{-0.5f, 3, {{9, -0.25f}, {8, -0.5f}}}));
   EXPECT_EQ(std::get<StepDone>(*done).sampled_digest, 9u);
   const auto fault =
       DecodeWorkerMessage(EncodeWorkerMessage(FaultMessage{FaultKind::kOutOfMemory, "x"}));
@@ -183,15 +212,23 @@ struct BadPlan {
   const char* error;
 };
 
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+proto::Sampling* SamplingOf(proto::StepPlan* plan) {
+  return plan->mutable_slot_init(0)->mutable_sampling();
+}
+
 class BadPlanTest : public testing::TestWithParam<BadPlan> {};
 
 TEST_P(BadPlanTest, IsRefusedByTheNameOfTheField) {
   // Row 0 brings two tokens, row 1 takes its token from the slot.
-  const StepPlan good{.step = 1,
-                      .slot_init = {{0, SamplingParams{}, {BlockId{1}}}},
-                      .block_append = {{1, {BlockId{2}}}},
-                      .rows = {{0, 0, 2, true, {10, 11}}, {1, 5, 1, true, {}}},
-                      .copies = {{.to_device = true, .block = BlockId{3}, .host_slot = 4}}};
+  const StepPlan good{
+      .step = 1,
+      .slot_init =
+          {{0, {.logit_biases = {{4, -1}, {6, TokenBias::kBanned}}}, {BlockId{1}}, {10}, {11}}},
+      .block_append = {{1, {BlockId{2}}}},
+      .rows = {{0, 0, 2, true, {10, 11}}, {1, 5, 1, true, {}}},
+      .copies = {{.to_device = true, .block = BlockId{3}, .host_slot = 4}}};
   proto::StepPlan plan;
   ASSERT_TRUE(plan.ParseFromString(EncodePlan(good)));
   ASSERT_TRUE(DecodePlan(plan.SerializeAsString()).ok());
@@ -246,7 +283,33 @@ INSTANTIATE_TEST_SUITE_P(
                 "top_p is 0"},
         BadPlan{"TopKHuge",
                 [](auto* p) { p->mutable_slot_init(0)->mutable_sampling()->set_top_k(1u << 31); },
-                "top_k is 2147483648"}),
+                "top_k is 2147483648"},
+        BadPlan{"MinPAboveOne", [](auto* p) { SamplingOf(p)->set_min_p(1.5f); }, "min_p is 1.5"},
+        BadPlan{"MinPNotANumber", [](auto* p) { SamplingOf(p)->set_min_p(kNan); }, "min_p is nan"},
+        BadPlan{"RepetitionZero", [](auto* p) { SamplingOf(p)->set_repetition_penalty(0); },
+                "repetition_penalty is 0"},
+        BadPlan{"PresenceTooLarge", [](auto* p) { SamplingOf(p)->set_presence_penalty(2.5f); },
+                "presence_penalty is 2.5, must be from -2 to 2"},
+        BadPlan{"FrequencyNotANumber", [](auto* p) { SamplingOf(p)->set_frequency_penalty(kNan); },
+                "frequency_penalty is nan"},
+        BadPlan{"TopLogprobsHuge", [](auto* p) { SamplingOf(p)->set_num_top_logprobs(1u << 31); },
+                "num_top_logprobs is 2147483648"},
+        BadPlan{"BiasColumnShort", [](auto* p) { SamplingOf(p)->mutable_bias()->RemoveLast(); },
+                "bias has 1 entries, bias_token has 2"},
+        BadPlan{"BiasTooLarge", [](auto* p) { SamplingOf(p)->set_bias(0, 101); },
+                "bias of token 4 is 101, must be from -100 to 100"},
+        BadPlan{"BiasNotANumber", [](auto* p) { SamplingOf(p)->set_bias(0, kNan); },
+                "bias of token 4 is nan"},
+        BadPlan{"BiasTokensFall", [](auto* p) { SamplingOf(p)->set_bias_token(1, 4); },
+                "bias_token holds 4 after 4, must rise"},
+        BadPlan{"HugeBiasToken", [](auto* p) { SamplingOf(p)->set_bias_token(1, 1u << 31); },
+                "bias_token holds 2147483648"},
+        BadPlan{"HugePromptToken",
+                [](auto* p) { p->mutable_slot_init(0)->set_prompt_tokens(0, 1u << 31); },
+                "slot_init.prompt_tokens holds 2147483648"},
+        BadPlan{"HugeGeneratedToken",
+                [](auto* p) { p->mutable_slot_init(0)->set_generated_tokens(0, 1u << 31); },
+                "slot_init.generated_tokens holds 2147483648"}),
     [](const auto& info) { return info.param.name; });
 
 TEST(PlanCodec, RefusesAResultWithUnequalColumns) {
@@ -255,6 +318,22 @@ TEST(PlanCodec, RefusesAResultWithUnequalColumns) {
   const auto decoded = DecodeWorkerMessage(message.SerializeAsString());
   EXPECT_EQ(decoded.status().message(),
             "WorkerMessage: step_done.result.token has 0 entries, slot has 1");
+}
+
+TEST(PlanCodec, RefusesLogprobsThatFitNoEntryOrNotEachOther) {
+  proto::WorkerMessage message;
+  proto::StepResult* result = message.mutable_step_done()->mutable_result();
+  result->add_slot(1);
+  result->add_token(2);
+  result->add_logprobs()->set_entry(1);
+  EXPECT_EQ(DecodeWorkerMessage(message.SerializeAsString()).status().message(),
+            "WorkerMessage: step_done.result.logprobs.entry is 1, of 1 entries");
+  result->mutable_logprobs(0)->set_entry(0);
+  result->mutable_logprobs(0)->add_top_token(5);
+  EXPECT_EQ(DecodeWorkerMessage(message.SerializeAsString()).status().message(),
+            "WorkerMessage: step_done.result.logprobs.top_logprob has 0 entries, top_token has 1");
+  result->mutable_logprobs(0)->add_top_logprob(-1);
+  EXPECT_TRUE(DecodeWorkerMessage(message.SerializeAsString()).ok());
 }
 
 TEST(PlanCodec, RefusesIdsThatAreNoTokens) {

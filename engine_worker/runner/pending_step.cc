@@ -12,7 +12,15 @@
 
 namespace wintserve {
 
-absl::StatusOr<std::unique_ptr<kernels::Buffer>> IdBuffers::Take() {
+kernels::LogprobArrays StepResultLayout::logprobs(void* memory) const {
+  const int64_t max_top = max_rows_ * kernels::sampling::kMaxTopLogprobs;
+  auto* const logprobs = static_cast<float*>(memory) + max_rows_;
+  int32_t* const ranks = ids(memory) + 2 * max_rows_;
+  int32_t* const top_ids = ranks + max_rows_;
+  return {logprobs, ranks, top_ids, static_cast<float*>(memory) + 3 * max_rows_ + max_top};
+}
+
+absl::StatusOr<std::unique_ptr<kernels::Buffer>> ResultBuffers::Take() {
   {
     MutexLock lock(&mutex_);
     if (!free_.empty()) {
@@ -21,30 +29,43 @@ absl::StatusOr<std::unique_ptr<kernels::Buffer>> IdBuffers::Take() {
       return buffer;
     }
   }
-  return backend_->AllocateHost(max_ids_ * static_cast<int64_t>(sizeof(int32_t)));
+  return backend_->AllocateHost(size_bytes_);
 }
 
-void IdBuffers::GiveBack(std::unique_ptr<kernels::Buffer> buffer) {
+void ResultBuffers::GiveBack(std::unique_ptr<kernels::Buffer> buffer) {
   MutexLock lock(&mutex_);
   free_.push_back(std::move(buffer));
 }
 
-PendingStep::PendingStep(Work work, std::shared_ptr<IdBuffers> id_buffers)
-    : work_(std::move(work)), id_buffers_(std::move(id_buffers)) {}
+PendingStep::PendingStep(Work work, std::shared_ptr<ResultBuffers> result_buffers)
+    : work_(std::move(work)), result_buffers_(std::move(result_buffers)) {}
 
 absl::StatusOr<StepDone> PendingStep::Wait() {
   RETURN_IF_ERROR(work_.begin->Wait());
   RETURN_IF_ERROR(work_.end->Wait());
-  const std::span ids(static_cast<const int32_t*>(work_.ids->data()), work_.sampled.size());
+  const std::span<const int32_t> ids(work_.layout.ids(work_.results->data()), work_.sampled.size());
   StepDone done = std::move(work_.done);
   done.execute_us = static_cast<uint32_t>(work_.end->MicrosecondsSince(*work_.begin));
   done.sampled_digest = XXH3_64bits(ids.data(), ids.size_bytes());
   for (size_t i = 0; i < ids.size(); ++i) {
     RETURN_IF_ERROR(CheckId(work_.sampled[i], ids[i]));
-    if (work_.reports_ids) done.sampled.push_back({work_.sampled[i].slot, ids[i]});
+    if (!work_.reports_ids) continue;
+    done.sampled.push_back({work_.sampled[i].slot, ids[i], LogprobsOf(static_cast<int64_t>(i))});
   }
-  id_buffers_->GiveBack(std::move(work_.ids));
+  result_buffers_->GiveBack(std::move(work_.results));
   return done;
+}
+
+std::optional<SampledLogprobs> PendingStep::LogprobsOf(int64_t i) const {
+  const int32_t num_top = work_.sampled[i].num_top_logprobs;
+  if (num_top < 0) return std::nullopt;
+  const kernels::LogprobArrays from = work_.layout.logprobs(work_.results->data()).From(i);
+  SampledLogprobs logprobs = {.logprob = *from.logprobs, .rank = *from.ranks};
+  // A vocabulary may be smaller than what is asked for.
+  for (int32_t j = 0; j < num_top && from.top_ids[j] >= 0; ++j) {
+    logprobs.top.push_back({from.top_ids[j], from.top_logprobs[j]});
+  }
+  return logprobs;
 }
 
 absl::Status PendingStep::CheckId(const Sampled& row, int32_t id) const {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -12,12 +13,32 @@
 
 namespace wintserve {
 
-// Host memory for the ids that steps sample, lent to one step at a time.
-// Threading: thread-safe.
-class IdBuffers {
+// How the results of a step of at most max_rows sampled rows lie in one piece of memory, on the
+// device as on the host: the ids, then what log-probabilities are asked for.
+class StepResultLayout {
  public:
-  // Room for max_ids in each. REQUIRES: the backend outlives the pool and all that it has lent.
-  IdBuffers(kernels::Backend* backend, int64_t max_ids) : backend_(backend), max_ids_(max_ids) {}
+  explicit StepResultLayout(int64_t max_rows) : max_rows_(max_rows) {}
+
+  int64_t size_bytes() const { return max_rows_ * kWordsPerRow * kWordBytes; }
+  static int64_t ids_bytes(int64_t num_rows) { return num_rows * kWordBytes; }
+  int32_t* ids(void* memory) const { return static_cast<int32_t*>(memory); }
+  kernels::LogprobArrays logprobs(void* memory) const;
+
+ private:
+  static constexpr int64_t kWordBytes = 4;
+  // An id, its log-probability and rank, ids and log-probabilities of the top.
+  static constexpr int64_t kWordsPerRow = 3 + 2 * kernels::sampling::kMaxTopLogprobs;
+
+  int64_t max_rows_;
+};
+
+// Host memory for the results of steps, lent to one step at a time.
+// Threading: thread-safe.
+class ResultBuffers {
+ public:
+  // REQUIRES: the backend outlives the pool and all that it has lent.
+  ResultBuffers(kernels::Backend* backend, const StepResultLayout& layout)
+      : backend_(backend), size_bytes_(layout.size_bytes()) {}
 
   // One that was given back, or a new one. RESOURCE_EXHAUSTED: no memory. Calls the backend, so it
   // is for the thread that may.
@@ -26,7 +47,7 @@ class IdBuffers {
 
  private:
   kernels::Backend* const backend_;
-  const int64_t max_ids_;
+  const int64_t size_bytes_;
   Mutex mutex_;
   std::vector<std::unique_ptr<kernels::Buffer>> free_ GUARDED_BY(mutex_);
 };
@@ -38,7 +59,8 @@ class PendingStep {
   // One row whose next token is sampled.
   struct Sampled {
     uint32_t slot = 0;
-    uint32_t position = 0;  // of the sampled token
+    uint32_t position = 0;          // of the sampled token
+    int32_t num_top_logprobs = -1;  // -1: no log-probability either
   };
   struct Work {
     StepDone done;  // without what the device decides
@@ -47,10 +69,11 @@ class PendingStep {
     int32_t sampled_vocab_size = 0;
     std::unique_ptr<kernels::Event> begin = nullptr;
     std::unique_ptr<kernels::Event> end = nullptr;
-    std::unique_ptr<kernels::Buffer> ids = nullptr;  // int32 [sampled.size()], complete after `end`
+    StepResultLayout layout{0};
+    std::unique_ptr<kernels::Buffer> results = nullptr;  // of `layout`, complete after `end`
   };
 
-  PendingStep(Work work, std::shared_ptr<IdBuffers> id_buffers);
+  PendingStep(Work work, std::shared_ptr<ResultBuffers> result_buffers);
 
   // Whether Wait() would return at once. Any thread.
   bool IsDone() const { return work_.end->IsDone(); }
@@ -59,9 +82,11 @@ class PendingStep {
 
  private:
   absl::Status CheckId(const Sampled& row, int32_t id) const;
+  // Of the i-th sampled row; absent: it does not ask.
+  std::optional<SampledLogprobs> LogprobsOf(int64_t i) const;
 
   Work work_;
-  std::shared_ptr<IdBuffers> id_buffers_;
+  std::shared_ptr<ResultBuffers> result_buffers_;
 };
 
 }  // namespace wintserve

@@ -6,6 +6,7 @@
 
 #include "common/check.h"
 #include "common/status_macros.h"
+#include "kernels/sampling/sampling_types.h"
 
 namespace wintserve {
 namespace {
@@ -15,7 +16,18 @@ absl::Status Invalid(fmt::format_string<Args...> format, Args&&... args) {
   return absl::InvalidArgumentError(fmt::format(format, std::forward<Args>(args)...));
 }
 
+using kernels::sampling::kMaxAbsLogitBias;
+using kernels::sampling::kMaxAbsPenalty;
+using kernels::sampling::kMaxLogitBiases;
+using kernels::sampling::kMaxTopLogprobs;
+
 // Written so that NaN fails, too.
+absl::Status CheckPenalty(uint32_t slot, const char* name, float penalty) {
+  if (std::fabs(penalty) <= kMaxAbsPenalty) return absl::OkStatus();
+  return Invalid("slot {}: {} {} is not in [{}, {}]", slot, name, penalty, -kMaxAbsPenalty,
+                 kMaxAbsPenalty);
+}
+
 absl::Status CheckSampling(uint32_t slot, const SamplingParams& sampling) {
   if (!(sampling.temperature >= 0 && std::isfinite(sampling.temperature))) {
     return Invalid("slot {}: temperature {} is not a finite number >= 0", slot,
@@ -25,6 +37,19 @@ absl::Status CheckSampling(uint32_t slot, const SamplingParams& sampling) {
     return Invalid("slot {}: top_p {} is not in (0, 1]", slot, sampling.top_p);
   }
   if (sampling.top_k < 0) return Invalid("slot {}: top_k {} is negative", slot, sampling.top_k);
+  if (!(sampling.min_p >= 0 && sampling.min_p <= 1)) {
+    return Invalid("slot {}: min_p {} is not in [0, 1]", slot, sampling.min_p);
+  }
+  if (!(sampling.repetition_penalty > 0 && std::isfinite(sampling.repetition_penalty))) {
+    return Invalid("slot {}: repetition_penalty {} is not a finite number > 0", slot,
+                   sampling.repetition_penalty);
+  }
+  RETURN_IF_ERROR(CheckPenalty(slot, "presence_penalty", sampling.presence_penalty));
+  RETURN_IF_ERROR(CheckPenalty(slot, "frequency_penalty", sampling.frequency_penalty));
+  if (sampling.num_top_logprobs < -1 || sampling.num_top_logprobs > kMaxTopLogprobs) {
+    return Invalid("slot {}: {} top log-probabilities, allowed are 0 … {}", slot,
+                   sampling.num_top_logprobs, kMaxTopLogprobs);
+  }
   return absl::OkStatus();
 }
 
@@ -84,9 +109,51 @@ absl::Status SlotTable::Init(const SlotInit& init) {
   Slot& slot = slots_[init.slot];
   if (slot.in_use) return Invalid("slot_init: slot {} was not released", init.slot);
   RETURN_IF_ERROR(CheckSampling(init.slot, init.sampling));
+  RETURN_IF_ERROR(CheckBiases(init.slot, init.sampling));
+  RETURN_IF_ERROR(CheckHistory(init));
   slot.in_use = true;
   slot.sampling = init.sampling;
   return Append(init.slot, init.block_table);
+}
+
+absl::Status SlotTable::CheckBiases(uint32_t slot, const SamplingParams& sampling) const {
+  const std::vector<TokenBias>& biases = sampling.logit_biases;
+  if (biases.size() > kMaxLogitBiases) {
+    return Invalid("slot {}: {} logit biases, allowed are {}", slot, biases.size(),
+                   kMaxLogitBiases);
+  }
+  for (size_t i = 0; i < biases.size(); ++i) {
+    const auto [token, bias] = biases[i];
+    if (token < 0 || token >= limits_.vocab_size) {
+      return Invalid("slot {}: a bias of token {}, which is not in 0 … {}", slot, token,
+                     limits_.vocab_size - 1);
+    }
+    if (i > 0 && token <= biases[i - 1].token) {
+      return Invalid("slot {}: a bias of token {} after one of {}", slot, token,
+                     biases[i - 1].token);
+    }
+    if (!(std::fabs(bias) <= kMaxAbsLogitBias) && bias != TokenBias::kBanned) {
+      return Invalid("slot {}: the bias {} of token {} is not in [{}, {}]", slot, bias, token,
+                     -kMaxAbsLogitBias, kMaxAbsLogitBias);
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SlotTable::CheckHistory(const SlotInit& init) const {
+  const size_t length = init.prompt_tokens.size() + init.generated_tokens.size();
+  if (length > limits_.max_sequence_tokens) {
+    return Invalid("slot {}: a history of {} tokens, sequences have at most {}", init.slot, length,
+                   limits_.max_sequence_tokens);
+  }
+  for (const auto* const tokens : {&init.prompt_tokens, &init.generated_tokens}) {
+    for (const int32_t token : *tokens) {
+      if (token >= 0 && token < limits_.vocab_size) continue;
+      return Invalid("slot {}: token {} of its history is not in 0 … {}", init.slot, token,
+                     limits_.vocab_size - 1);
+    }
+  }
+  return absl::OkStatus();
 }
 
 absl::Status SlotTable::Append(uint32_t index, const std::vector<BlockId>& blocks) {

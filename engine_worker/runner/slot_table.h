@@ -45,6 +45,8 @@ class SlotTable {
 
  private:
   absl::Status Init(const SlotInit& init);
+  absl::Status CheckBiases(uint32_t slot, const SamplingParams& sampling) const;
+  absl::Status CheckHistory(const SlotInit& init) const;
   absl::Status Append(uint32_t slot, const std::vector<BlockId>& blocks);
   absl::Status CheckRow(const PlanRow& row) const;
   absl::Status CheckTokens(const PlanRow& row) const;

@@ -58,7 +58,8 @@ class StepFinisherTest : public testing::Test {
         PendingStep::Work{.done = {.step = number},
                           .begin = std::make_unique<GatedEvent>(&gates_[number]),
                           .end = std::make_unique<GatedEvent>(&gates_[number]),
-                          .ids = *std::move(ids)},
+                          .layout = StepResultLayout(1),
+                          .results = *std::move(ids)},
         buffers_);
   }
 
@@ -76,7 +77,8 @@ class StepFinisherTest : public testing::Test {
   }
 
   const std::unique_ptr<kernels::Backend> backend_ = kernels::cpu::CreateCpuBackend({});
-  const std::shared_ptr<IdBuffers> buffers_ = std::make_shared<IdBuffers>(backend_.get(), 1);
+  const std::shared_ptr<ResultBuffers> buffers_ =
+      std::make_shared<ResultBuffers>(backend_.get(), StepResultLayout(1));
   Gate gates_[5];
   Mutex mutex_;
   std::vector<int> results_ GUARDED_BY(mutex_);

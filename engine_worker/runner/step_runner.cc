@@ -78,21 +78,23 @@ StepRunner::StepRunner(const StepRunnerConfig& config, Model* model, Collective*
                                  .block_bytes = model->kv_block_bytes()}),
       slots_(LimitsOf(config, *model)),
       chain_(config.chain),
-      id_buffers_(std::make_shared<IdBuffers>(model->backend(), config.max_slots)) {}
+      result_layout_(config.max_slots),
+      result_buffers_(std::make_shared<ResultBuffers>(model->backend(), result_layout_)) {}
 
 absl::Status StepRunner::AllocateMemory() {
   // A plan has at most one row a slot.
   const int64_t max_tokens = model_->max_batch_tokens();
-  ASSIGN_OR_RETURN(device_batch_, backend_->CreateBatch(
-                                      {.max_tokens = max_tokens,
-                                       .max_rows = std::min<int64_t>(config_.max_slots, max_tokens),
-                                       .max_blocks_per_row = (int64_t{config_.max_sequence_tokens} +
-                                                              kernels::kKvBlockTokens - 1) /
-                                                             kernels::kKvBlockTokens,
-                                       .num_slots = static_cast<int32_t>(config_.max_slots),
-                                       .stop_ids = config_.stop_ids}));
-  ASSIGN_OR_RETURN(device_ids_, backend_->Allocate(int64_t{config_.max_slots} *
-                                                   static_cast<int64_t>(sizeof(int32_t))));
+  ASSIGN_OR_RETURN(
+      device_batch_,
+      backend_->CreateBatch({.max_tokens = max_tokens,
+                             .max_rows = std::min<int64_t>(config_.max_slots, max_tokens),
+                             .max_blocks_per_row = (int64_t{config_.max_sequence_tokens} +
+                                                    kernels::kKvBlockTokens - 1) /
+                                                   kernels::kKvBlockTokens,
+                             .num_slots = static_cast<int32_t>(config_.max_slots),
+                             .stop_ids = config_.stop_ids,
+                             .counted_vocab_size = samples() ? config_.sampled_vocab_size : 0}));
+  ASSIGN_OR_RETURN(device_results_, backend_->Allocate(result_layout_.size_bytes()));
   return absl::OkStatus();
 }
 
@@ -118,21 +120,24 @@ absl::StatusOr<std::unique_ptr<PendingStep>> StepRunner::Begin(const StepPlan& p
   RETURN_IF_ERROR(slots_.BeginStep(plan));
   PendingStep::Work work = {
       .done = {.group_epoch = plan.group_epoch, .step = plan.step, .plan_hash = plan_hash},
-      .reports_ids = collective_->rank() == 0,
-      .sampled_vocab_size = static_cast<int32_t>(config_.sampled_vocab_size)};
-  ASSIGN_OR_RETURN(work.ids, id_buffers_->Take());
+      .reports_ids = samples(),
+      .sampled_vocab_size = static_cast<int32_t>(config_.sampled_vocab_size),
+      .layout = result_layout_};
+  ASSIGN_OR_RETURN(work.results, result_buffers_->Take());
   work.begin = backend_->Record();
   copier_.Run(plan.copies);
+  StartSlots(plan);
   RETURN_IF_ERROR(RunRows(plan));
   if (!sampled_.empty()) {
-    backend_->CopyToHostAsync(work.ids->data(), device_ids_->data(),
-                              std::ssize(sampled_) * static_cast<int64_t>(sizeof(int32_t)));
+    backend_->CopyToHostAsync(work.results->data(), device_results_->data(),
+                              wants_logprobs_ ? result_layout_.size_bytes()
+                                              : StepResultLayout::ids_bytes(std::ssize(sampled_)));
   }
   work.end = backend_->Record();
   work.sampled = std::move(sampled_);
   slots_.FinishStep(plan);
   chain_ = {.step = plan.step, .plan_hash = plan_hash};
-  return std::make_unique<PendingStep>(std::move(work), id_buffers_);
+  return std::make_unique<PendingStep>(std::move(work), result_buffers_);
 }
 
 absl::Status StepRunner::CheckChain(const StepPlan& plan) const {
@@ -159,6 +164,7 @@ absl::Status StepRunner::CheckChain(const StepPlan& plan) const {
 absl::Status StepRunner::RunRows(const StepPlan& plan) {
   sampled_.clear();
   num_device_ids_ = 0;
+  wants_logprobs_ = false;
   for (const PlanRow& row : plan.rows) {
     for (uint32_t offset = 0; offset < row.length;) {
       const size_t free_tokens = model_->max_batch_tokens() - batch_.tokens.size();
@@ -171,6 +177,21 @@ absl::Status StepRunner::RunRows(const StepPlan& plan) {
   if (!batch_.rows.empty()) RETURN_IF_ERROR(RunBatch());
   CHECK(num_device_ids_ == std::ssize(sampled_));
   return absl::OkStatus();
+}
+
+void StepRunner::StartSlots(const StepPlan& plan) {
+  if (!samples()) return;
+  for (const SlotInit& init : plan.slot_init) {
+    if (!init.sampling.has_penalties() && init.sampling.logit_biases.empty()) continue;
+    std::vector<kernels::sampling::LogitBias> biases;
+    biases.reserve(init.sampling.logit_biases.size());
+    for (const auto [token, bias] : init.sampling.logit_biases) biases.push_back({token, bias});
+    backend_->StartSlot(static_cast<int32_t>(init.slot),
+                        {.logit_biases = biases,
+                         .prompt_ids = init.prompt_tokens,
+                         .generated_ids = init.generated_tokens},
+                        device_batch_.get());
+  }
 }
 
 void StepRunner::AddToBatch(const PlanRow& row, uint32_t offset, uint32_t length) {
@@ -187,8 +208,12 @@ void StepRunner::AddToBatch(const PlanRow& row, uint32_t offset, uint32_t length
                                  .slot = slot};
   if (row.sample && offset + length == row.length) {
     batch_row.want_logits = true;
-    batch_row.sample = SampleParamsOf(row);
-    sampled_.push_back({.slot = row.slot, .position = batch_row.sample.position});
+    if (samples()) batch_row.sample = SampleParamsOf(row);
+    const int32_t num_top_logprobs = batch_row.sample.num_top_logprobs;
+    batch_wants_logprobs_ |= num_top_logprobs >= 0;
+    sampled_.push_back({.slot = row.slot,
+                        .position = row.position + row.length,
+                        .num_top_logprobs = num_top_logprobs});
     ++batch_logit_rows_;
   }
   batch_.rows.push_back(batch_row);
@@ -204,13 +229,19 @@ absl::Status StepRunner::RunBatch() {
   batch_.tokens.clear();
   batch_.rows.clear();
   batch_logit_rows_ = 0;
+  const bool wants_logprobs = std::exchange(batch_wants_logprobs_, false);
   ASSIGN_OR_RETURN(const kernels::ConstRows logits, model_->Forward(*device_batch_, kv_pool_));
   const int64_t num_ids = device_batch_->num_logit_rows();
   if (num_ids == 0) return absl::OkStatus();
 
-  int32_t* const ids = static_cast<int32_t*>(device_ids_->data()) + num_device_ids_;
-  if (collective_->rank() == 0) {
+  int32_t* const ids = result_layout_.ids(device_results_->data()) + num_device_ids_;
+  if (samples()) {
     backend_->Sample(logits, config_.sampled_vocab_size, device_batch_.get(), ids);
+  }
+  if (wants_logprobs) {
+    backend_->Logprobs(logits, config_.sampled_vocab_size, *device_batch_, ids,
+                       result_layout_.logprobs(device_results_->data()).From(num_device_ids_));
+    wants_logprobs_ = true;
   }
   RETURN_IF_ERROR(collective_->Broadcast(ids, num_ids * static_cast<int64_t>(sizeof(int32_t))));
   backend_->KeepIds(ids, device_batch_.get());
@@ -224,6 +255,12 @@ kernels::SampleParams StepRunner::SampleParamsOf(const PlanRow& row) const {
   return {.temperature = sampling.temperature,
           .top_p = sampling.top_p,
           .top_k = sampling.top_k,
+          .min_p = sampling.min_p,
+          .penalties = {.repetition = sampling.repetition_penalty,
+                        .presence = sampling.presence_penalty,
+                        .frequency = sampling.frequency_penalty},
+          .num_logit_biases = static_cast<int32_t>(sampling.logit_biases.size()),
+          .num_top_logprobs = sampling.num_top_logprobs,
           .mask_stop_ids = position < sampling.first_stop_position,
           .seed = sampling.seed,
           .position = position,

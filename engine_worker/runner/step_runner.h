@@ -85,10 +85,13 @@ class StepRunner {
   absl::Status AllocateMemory();
   absl::Status CheckChain(const StepPlan& plan) const;
   absl::Status RunRows(const StepPlan& plan);
+  // What drawing for a slot has to know of its sequence; rank 0 draws.
+  void StartSlots(const StepPlan& plan);
   void AddToBatch(const PlanRow& row, uint32_t offset, uint32_t length);
   bool BatchIsFull() const;
   absl::Status RunBatch();
   kernels::SampleParams SampleParamsOf(const PlanRow& row) const;
+  bool samples() const { return collective_->rank() == 0; }
 
   const StepRunnerConfig config_;  // stop_ids in rising order, each once
   Model* const model_;
@@ -103,13 +106,16 @@ class StepRunner {
   // Of the pass at work; a member for its memory.
   kernels::Batch batch_;
   int64_t batch_logit_rows_ = 0;
+  bool batch_wants_logprobs_ = false;
   std::unique_ptr<kernels::DeviceBatch> device_batch_;
 
   // Of the step at work.
   std::vector<PendingStep::Sampled> sampled_;
-  std::unique_ptr<kernels::Buffer> device_ids_;  // int32 [max_slots], of `sampled_`
+  const StepResultLayout result_layout_;
+  std::unique_ptr<kernels::Buffer> device_results_;  // of result_layout_, of `sampled_`
   int64_t num_device_ids_ = 0;
-  std::shared_ptr<IdBuffers> id_buffers_;
+  bool wants_logprobs_ = false;
+  std::shared_ptr<ResultBuffers> result_buffers_;
 };
 
 }  // namespace wintserve

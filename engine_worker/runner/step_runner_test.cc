@@ -26,9 +26,15 @@ struct Request {
   int num_output_tokens = 0;
 };
 
+// In `slot` with its first blocks, after `generated`.
+SlotInit InitOf(uint32_t slot, const Request& request, std::vector<BlockId> blocks,
+                std::vector<int32_t> generated = {}) {
+  return {slot, request.sampling, std::move(blocks), request.prompt, std::move(generated)};
+}
+
 std::vector<int32_t> RunAlone(const Request& request, Rank& rank) {
   std::vector<int32_t> output;
-  StepPlan plan = {.slot_init = {{2, request.sampling, request.blocks}},
+  StepPlan plan = {.slot_init = {InitOf(2, request, request.blocks)},
                    .rows = {PrefillRow(2, 0, request.prompt, true)}};
   for (int i = 0; i < request.num_output_tokens; ++i) {
     output.push_back(rank.MustApply(plan).sampled.at(0).token);
@@ -42,9 +48,17 @@ std::vector<int32_t> RunAlone(const Request& request, Rank& rank) {
 std::vector<Request> ThreeRequests() {
   // Interleaved blocks, out of order; lengths that end inside and at the edge of blocks.
   return {
-      {Prompt(1, 70), {.temperature = 0.8f, .seed = 5}, Blocks({7, 2, 30}), 80},
+      {Prompt(1, 70),
+       {.temperature = 0.8f,
+        .seed = 5,
+        .min_p = 0.01f,
+        .repetition_penalty = 1.2f,
+        .frequency_penalty = 0.5f,
+        .logit_biases = {{3, -100}, {20, 2.5f}, {21, 2.5f}}},
+       Blocks({7, 2, 30}),
+       80},
       {Prompt(2, 128), {.top_p = 0.9f, .seed = 6, .choice_index = 1}, Blocks({3, 9, 8, 31}), 90},
-      {Prompt(3, 1), {.temperature = 0}, Blocks({1, 0}), 100}};
+      {Prompt(3, 1), {.temperature = 0, .presence_penalty = 1.5f}, Blocks({1, 0}), 100}};
 }
 
 // All three together: chunked prefills of any length, decodes, late blocks, in random order.
@@ -73,7 +87,7 @@ std::map<uint32_t, std::vector<int32_t>> RunTogether(const std::vector<Request>&
       const std::vector<BlockId> added(request.blocks.begin() + num_blocks[slot],
                                        request.blocks.begin() + std::max(needed, num_blocks[slot]));
       if (position == 0) {
-        plan.slot_init.push_back({slot, request.sampling, added});
+        plan.slot_init.push_back(InitOf(slot, request, added));
       } else if (!added.empty()) {
         plan.block_append.push_back({slot, added});
       }
@@ -159,8 +173,10 @@ TEST(StepRunner, AResumedSequenceContinuesWithAnExplicitToken) {
   std::vector<int32_t> history = request.prompt;
   history.insert(history.end(), expected.begin(), expected.begin() + 10);
   const auto last = static_cast<uint32_t>(history.size()) - 1;
-  const StepDone done = rank.MustApply({.slot_init = {{3, request.sampling, request.blocks}},
-                                        .rows = {PrefillRow(3, last, {history.back()}, true)}});
+  const std::vector<int32_t> generated(expected.begin(), expected.begin() + 10);
+  const StepDone done =
+      rank.MustApply({.slot_init = {InitOf(3, request, request.blocks, generated)},
+                      .rows = {PrefillRow(3, last, {history.back()}, true)}});
   EXPECT_EQ(done.sampled.at(0).token, expected[10]);
 }
 
@@ -311,8 +327,8 @@ TEST(StepRunner, EveryRankFeedsItselfTheIdsOfRank0) {
     CHECK(collective.ok());
     Rank rank(*std::move(collective));
     CHECK(rank.runner().WarmUp().ok());
-    StepPlan plan = {.slot_init = {{0, requests[0].sampling, requests[0].blocks},
-                                   {1, requests[1].sampling, requests[1].blocks}},
+    StepPlan plan = {.slot_init = {InitOf(0, requests[0], requests[0].blocks),
+                                   InitOf(1, requests[1], requests[1].blocks)},
                      .rows = {PrefillRow(0, 0, requests[0].prompt, true),
                               PrefillRow(1, 0, requests[1].prompt, true)}};
     for (uint32_t i = 0; i < 50; ++i) {

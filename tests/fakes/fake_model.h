@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "engine_worker/collectives/collective.h"
@@ -36,6 +37,8 @@ class FakeModel : public Model {
   absl::StatusOr<kernels::ConstRows> Forward(const kernels::DeviceBatch& batch,
                                              void* kv_pool) override;
 
+  // Of the last forward pass: [rows that wanted logits, kVocabSize].
+  std::span<const float> logits() const { return logits_; }
   int num_forwards() const { return num_forwards_; }
   // From now on every logit is NaN.
   void BreakLogits() { broken_ = true; }

@@ -57,6 +57,8 @@ ScheduledRequest Clients::MakeRequest() {
   request.id = next_id_++;
   request.prompt_ids = MakePrompt();
   request.sampling.temperature = random_.Chance(0.5) ? 0.0f : 0.8f;
+  if (request.id % 3 == 0) request.sampling.repetition_penalty = 1.25f;
+  if (request.id % 4 == 0) request.sampling.frequency_penalty = 0.5f;
   request.sampling.seed = static_cast<int64_t>(MixBits(config_.seed, request.id));
   request.num_choices = random_.Chance(0.2) ? static_cast<int>(random_.Between(2, 4)) : 1;
   request.max_tokens = static_cast<int>(random_.Between(1, config_.max_answer_tokens));

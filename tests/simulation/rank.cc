@@ -21,6 +21,8 @@ uint64_t DigestOf(const StepPlan& plan) {
     add(init.sampling.seed);
     add(init.sampling.choice_index);
     add_blocks(init.block_table);
+    for (const int32_t token : init.prompt_tokens) add(token);
+    for (const int32_t token : init.generated_tokens) add(token);
   }
   for (const BlockAppend& append : plan.block_append) {
     add(append.slot);
@@ -130,6 +132,8 @@ void SimulatedRank::Init(const SlotInit& init) {
   const SamplingParams& wanted = slot.sequence->sampling;
   if (init.sampling.temperature != wanted.temperature || init.sampling.top_p != wanted.top_p ||
       init.sampling.top_k != wanted.top_k ||
+      init.sampling.repetition_penalty != wanted.repetition_penalty ||
+      init.sampling.frequency_penalty != wanted.frequency_penalty ||
       init.sampling.first_stop_position != wanted.first_stop_position) {
     report_.Violation("I7",
                       "slot_init: slot {} samples unlike the request {} (stop ids from {}, "
@@ -137,7 +141,25 @@ void SimulatedRank::Init(const SlotInit& init) {
                       init.slot, slot.sequence->key.request, init.sampling.first_stop_position,
                       wanted.first_stop_position);
   }
+  InitCounts(init, &slot);
   Append(init.slot, init.block_table);
+}
+
+void SimulatedRank::InitCounts(const SlotInit& init, Slot* slot) {
+  const ReferenceSequence& sequence = *slot->sequence;
+  const size_t num_prompt = init.sampling.repetition_penalty != 1 ? sequence.prompt_len : 0;
+  const size_t num_generated = init.generated_tokens.size();
+  const auto generated = sequence.tokens.begin() + static_cast<ptrdiff_t>(sequence.prompt_len);
+  const bool is_right =
+      sequence.prompt_len + num_generated <= sequence.tokens.size() &&
+      std::equal(init.prompt_tokens.begin(), init.prompt_tokens.end(), sequence.tokens.begin(),
+                 sequence.tokens.begin() + static_cast<ptrdiff_t>(num_prompt)) &&
+      std::equal(init.generated_tokens.begin(), init.generated_tokens.end(), generated);
+  if (!is_right) {
+    report_.Violation("I7", "slot_init: slot {} counts other tokens than the sequence {}.{} has",
+                      init.slot, sequence.key.request, sequence.key.choice);
+  }
+  slot->num_counted = sequence.prompt_len + num_generated;
 }
 
 void SimulatedRank::Append(uint32_t index, const std::vector<BlockId>& blocks) {
@@ -227,6 +249,11 @@ void SimulatedRank::RunRow(const PlanRow& row, RankResult* result) {
   slot.next_position = row.position + row.length;
   slot.last_token.reset();
   if (row.sample) {
+    if (slot.sampling.has_penalties() && slot.num_counted++ != *slot.next_position) {
+      report_.Violation("I7", "rank {}, sequence {}.{}: penalties count {} tokens at position {}",
+                        rank_, slot.sequence->key.request, slot.sequence->key.choice,
+                        slot.num_counted - 1, *slot.next_position);
+    }
     const int32_t token = references_.model().Sample(slot.sampling, *slot.next_position, history);
     slot.last_token = token;
     result->sampled.push_back({.slot = row.slot, .token = token});

@@ -48,10 +48,13 @@ class SimulatedRank {
     std::vector<int32_t> table;
     std::optional<uint32_t> next_position;  // unknown until the first row
     std::optional<int32_t> last_token;      // sampled, not yet computed
+    // Tokens that penalties count: with the slot's first ones, then what is sampled.
+    size_t num_counted = 0;
   };
 
   void RunCopy(const BlockCopy& copy);
   void Init(const SlotInit& init);
+  void InitCounts(const SlotInit& init, Slot* slot);
   void Append(uint32_t slot, const std::vector<BlockId>& blocks);
   bool CheckRow(const PlanRow& row) const;
   // Reads what attention would read: all positions before the row's.
