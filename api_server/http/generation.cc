@@ -47,6 +47,7 @@ absl::StatusOr<PreparedRequest> Prepare(const ServerContext& context, const Requ
   prepared.identity = NewResponseIdentity(endpoint, context.llm->model_name());
   ASSIGN_OR_RETURN(prepared.generations,
                    MakeGenerationRequests(prepared.request, *context.llm, prepared.identity.id));
+  prepared.request.echo_texts = EchoTexts(prepared.request, *context.llm);
   for (GenerationRequest& generation : prepared.generations) {
     ApplyServerRules(context, head, &generation);
   }

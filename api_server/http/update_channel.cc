@@ -2,13 +2,20 @@
 
 #include <algorithm>
 #include <boost/asio/post.hpp>
+#include <iterator>
 #include <utility>
 
 namespace wintserve {
 namespace {
 
+int64_t SizeOf(const TokenLogprobs& logprobs) {
+  return static_cast<int64_t>(sizeof(TokenLogprobs) + logprobs.top.size() * sizeof(LogprobEntry));
+}
+
 int64_t SizeOf(const ChoiceDelta& delta) {
-  return static_cast<int64_t>(delta.text.size() + delta.token_ids.size() * sizeof(int32_t));
+  auto bytes = static_cast<int64_t>(delta.text.size() + delta.token_ids.size() * sizeof(int32_t));
+  for (const TokenLogprobs& logprobs : delta.logprobs) bytes += SizeOf(logprobs);
+  return bytes;
 }
 
 // Appends the news of a choice to those that wait. Returns the bytes that this adds.
@@ -23,6 +30,8 @@ int64_t Merge(ChoiceDelta delta, std::vector<ChoiceDelta>* pending) {
   }
   same->text += delta.text;
   same->token_ids.insert(same->token_ids.end(), delta.token_ids.begin(), delta.token_ids.end());
+  same->logprobs.insert(same->logprobs.end(), std::make_move_iterator(delta.logprobs.begin()),
+                        std::make_move_iterator(delta.logprobs.end()));
   if (delta.finish_reason.has_value()) same->finish_reason = delta.finish_reason;
   return bytes;
 }

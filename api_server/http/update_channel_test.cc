@@ -33,11 +33,16 @@ class UpdateChannelTest : public testing::Test {
 TEST_F(UpdateChannelTest, MergesWhatWaitsIntoOneDeltaAChoice) {
   GenerationUpdate first = AcceptedUpdate();
   GenerationUpdate second;
-  second.choices = {{1, "b", {11}, {}}, {0, "a", {10}, {}}};
+  const auto logprob_of = [](float logprob) {
+    TokenLogprobs logprobs;
+    logprobs.token.logprob = logprob;
+    return logprobs;
+  };
+  second.choices = {{1, "b", {11}, {}, {}}, {0, "a", {10}, {}, {logprob_of(-1)}}};
   second.num_prompt_tokens = 5;
   second.num_completion_tokens = 2;
   GenerationUpdate third;
-  third.choices = {{0, "c", {12, 13}, FinishReason::kStop}};
+  third.choices = {{0, "c", {12, 13}, FinishReason::kStop, {logprob_of(-2), logprob_of(-3)}}};
   third.num_prompt_tokens = 5;
   third.num_completion_tokens = 4;
   third.num_cached_tokens = 3;
@@ -57,6 +62,9 @@ TEST_F(UpdateChannelTest, MergesWhatWaitsIntoOneDeltaAChoice) {
   EXPECT_FALSE(merged.choices[0].finish_reason.has_value());
   EXPECT_EQ(merged.choices[1].text, "ac");
   EXPECT_THAT(merged.choices[1].token_ids, ElementsAre(10, 12, 13));
+  ASSERT_EQ(merged.choices[1].logprobs.size(), 3u);
+  EXPECT_EQ(merged.choices[1].logprobs[0].token.logprob, -1);
+  EXPECT_EQ(merged.choices[1].logprobs[2].token.logprob, -3);
   EXPECT_EQ(merged.choices[1].finish_reason, FinishReason::kStop);
   EXPECT_TRUE(Take().empty());
 }

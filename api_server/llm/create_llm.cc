@@ -103,6 +103,7 @@ class LlmImpl : public LLM {
     return lowered > 0 ? lowered : options_.max_model_len;
   }
   int vocab_size() const override { return tokenizer_->vocab_size(); }
+  int max_top_logprobs() const override { return options_.max_top_logprobs; }
   const std::string& model_name() const override { return options_.model_name; }
   const std::string& model_path() const override { return options_.model_path; }
 
@@ -153,6 +154,7 @@ class LlmImpl : public LLM {
     const EngineLimits limits = engine_->limits();
     return {.max_model_len = limits.max_model_len,
             .vocab_size = limits.vocab_size,
+            .max_top_logprobs = options_.max_top_logprobs,
             .max_timeout_ms = options_.request_timeout_ms};
   }
 
@@ -241,6 +243,7 @@ LlmOptions LlmOptionsFor(const Instance& instance) {
   out.chunked_prefill = options.enable_chunked_prefill;
   out.async_depth = options.async_depth;
   out.swap_space_gib = options.swap_space_gib;
+  out.max_top_logprobs = options.enable_logprob ? options.max_logprobs : -1;
   return out;
 }
 

@@ -49,6 +49,7 @@ struct LlmOptions {
   bool chunked_prefill = true;
   int async_depth = 1;
   double swap_space_gib = 0;
+  int max_top_logprobs = kMaxTopLogprobs;  // -1: no log-probabilities
 
   // Called once, from the engine's thread, when Readiness().ready has become true.
   std::function<void()> on_ready = {};

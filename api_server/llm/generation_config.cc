@@ -2,6 +2,8 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
 
@@ -26,6 +28,16 @@ class Reader {
       return Bad(key, *value, fmt::format("a number from {} to {}", min, max));
     }
     *out = value->get<float>();
+    return absl::OkStatus();
+  }
+
+  // Above 0.
+  absl::Status ReadPositive(const char* key, float* out) const {
+    const Json* value = Find(key);
+    if (value == nullptr) return absl::OkStatus();
+    const float number = value->is_number() ? value->get<float>() : 0.0f;
+    if (!(number > 0) || !std::isfinite(number)) return Bad(key, *value, "a number above 0");
+    *out = number;
     return absl::OkStatus();
   }
 
@@ -95,6 +107,12 @@ absl::StatusOr<GenerationConfig> LoadGenerationConfig(const std::filesystem::pat
   RETURN_IF_ERROR(reader.ReadNumber("temperature", 0, 2, &config.defaults.temperature));
   RETURN_IF_ERROR(reader.ReadNumber("top_p", 0, 1, &config.defaults.top_p));
   RETURN_IF_ERROR(reader.ReadTopK(&config.defaults.top_k));
+  RETURN_IF_ERROR(reader.ReadNumber("min_p", 0, 1, &config.defaults.min_p));
+  RETURN_IF_ERROR(reader.ReadPositive("repetition_penalty", &config.defaults.repetition_penalty));
+  RETURN_IF_ERROR(reader.ReadNumber("presence_penalty", -kMaxAbsPenalty, kMaxAbsPenalty,
+                                    &config.defaults.presence_penalty));
+  RETURN_IF_ERROR(reader.ReadNumber("frequency_penalty", -kMaxAbsPenalty, kMaxAbsPenalty,
+                                    &config.defaults.frequency_penalty));
   RETURN_IF_ERROR(reader.ReadIds("eos_token_id", &config.eos_ids));
   if (!do_sample) config.defaults.temperature = 0;
   return config;

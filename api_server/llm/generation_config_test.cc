@@ -54,6 +54,16 @@ TEST_F(GenerationConfigTest, TakesAListOfStopTokensAndTurnsSamplingOff) {
   EXPECT_EQ(config->defaults.top_p, 1);
 }
 
+TEST_F(GenerationConfigTest, TakesPenaltiesAndMinP) {
+  const auto config = Load(
+      R"({"min_p": 0.1, "repetition_penalty": 1.2, "presence_penalty": -0.5, "frequency_penalty": 2})");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->defaults.min_p, 0.1f);
+  EXPECT_EQ(config->defaults.repetition_penalty, 1.2f);
+  EXPECT_EQ(config->defaults.presence_penalty, -0.5f);
+  EXPECT_EQ(config->defaults.frequency_penalty, 2.0f);
+}
+
 struct BadFile {
   const char* name;
   const char* text;
@@ -80,6 +90,10 @@ INSTANTIATE_TEST_SUITE_P(
                 "generation_config.json: top_p is 2, must be a number from 0 to 1"},
         BadFile{"TopKFraction", R"({"top_k": 1.5})",
                 "generation_config.json: top_k is 1.5, must be an integer, -1 or more"},
+        BadFile{"RepetitionZero", R"({"repetition_penalty": 0})",
+                "generation_config.json: repetition_penalty is 0, must be a number above 0"},
+        BadFile{"PresenceThree", R"({"presence_penalty": 3})",
+                "generation_config.json: presence_penalty is 3, must be a number from -2 to 2"},
         BadFile{"DoSampleNumber", R"({"do_sample": 1})",
                 "generation_config.json: do_sample is 1, must be true or false"},
         BadFile{"EosNegative", R"({"eos_token_id": [2, -1]})",

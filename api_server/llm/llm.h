@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -14,22 +15,40 @@
 
 namespace wintserve {
 
+inline constexpr int kMaxTopLogprobs = 20;
+// Tokens with a bias and banned tokens of one request.
+inline constexpr int kMaxLogitBiases = 1024;
+inline constexpr float kMaxAbsLogitBias = 100;
+inline constexpr float kMaxAbsPenalty = 2;  // presence and frequency
+
 // Defaults of generation_config.json where a request names none.
 struct GenerationDefaults {
   float temperature = 1.0f;
   float top_p = 1.0f;
   int32_t top_k = 0;
+  float min_p = 0.0f;
+  float repetition_penalty = 1.0f;
+  float presence_penalty = 0.0f;
+  float frequency_penalty = 0.0f;
 };
 
 struct GenerationRequest {
   std::string id;  // for the log
   std::vector<int32_t> prompt_ids = {};
-  float temperature = 1.0f;            // [0, 2]; 0 is greedy
-  float top_p = 1.0f;                  // [0, 1]; 0 is greedy
-  int32_t top_k = 0;                   // 0 or -1: off
-  std::optional<int64_t> seed = {};    // absent: a random one
-  int num_choices = 1;                 // n
-  std::optional<int> max_tokens = {};  // absent or too large: what the model length leaves
+  float temperature = 1.0f;         // [0, 2]; 0 is greedy
+  float top_p = 1.0f;               // [0, 1]; 0 is greedy
+  int32_t top_k = 0;                // 0 or -1: off
+  float min_p = 0.0f;               // [0, 1]; 0 keeps all
+  float repetition_penalty = 1.0f;  // above 0; of tokens in prompt and answer; 1: none
+  float presence_penalty = 0.0f;    // kMaxAbsPenalty either way; of tokens in the answer
+  float frequency_penalty = 0.0f;
+  std::map<int32_t, float> logit_bias = {};    // by token id; kMaxAbsLogitBias either way
+  std::vector<int32_t> banned_token_ids = {};  // never sampled, while there is another token
+  std::vector<int32_t> stop_token_ids = {};    // end a choice, beside the model's own
+  std::optional<int> num_top_logprobs = {};    // absent: no log-probabilities
+  std::optional<int64_t> seed = {};            // absent: a random one
+  int num_choices = 1;                         // n
+  std::optional<int> max_tokens = {};          // absent or too large: what the model length leaves
   std::vector<std::string> stop = {};
   bool include_stop_in_output = false;
   int min_tokens = 0;  // no stop token before; stop strings count at any time
@@ -42,6 +61,21 @@ struct GenerationRequest {
 
 enum class FinishReason { kStop, kLength };
 
+struct LogprobEntry {
+  int32_t token_id = 0;
+  std::string text = {};   // its bytes, or "bytes:\\xe6\\x98" where they are no whole characters
+  std::string bytes = {};  // exactly
+  float logprob = 0;
+};
+
+// Of one sampled token: of the logits as the model gave them, before penalties, bias, temperature.
+struct TokenLogprobs {
+  LogprobEntry token = {};
+  int rank = 0;                        // among all tokens, from 1
+  std::vector<LogprobEntry> top = {};  // the most probable ones, best first
+  int text_offset = 0;                 // characters of the choice's text before it
+};
+
 // News of one choice. `text` is whole UTF-8 characters that cannot be the beginning of a stop
 // string.
 struct ChoiceDelta {
@@ -49,6 +83,9 @@ struct ChoiceDelta {
   std::string text = {};
   std::vector<int32_t> token_ids = {};  // sampled since the last delta, the stop token included
   std::optional<FinishReason> finish_reason = {};
+  // If asked for: of the tokens whose text begins in `text`. A token that is no part of the text (a
+  // stop token, what a stop string covers) has none.
+  std::vector<TokenLogprobs> logprobs = {};
 };
 
 struct GenerationUpdate {
@@ -102,6 +139,8 @@ class LLM {
   virtual const GenerationDefaults& defaults() const = 0;
   virtual int max_model_len() const = 0;
   virtual int vocab_size() const = 0;
+  // What num_top_logprobs may be; -1: log-probabilities are switched off.
+  virtual int max_top_logprobs() const = 0;
   virtual const std::string& model_name() const = 0;  // public name, as in responses
   virtual const std::string& model_path() const = 0;
 };

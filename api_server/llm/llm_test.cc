@@ -181,6 +181,52 @@ TEST_F(LlmTest, ARequestOfTopPZeroOrTemperatureZeroIsGreedyAndSeedsReachTheWorke
   EXPECT_NE(seen[3].seed, seen[4].seed);
 }
 
+TEST_F(LlmTest, LogprobsComeWithTheTextOfEveryChoiceThatAsksForThem) {
+  StartServing();
+  for (const bool asks : {true, false}) {
+    SCOPED_TRACE(asks);
+    std::vector<TokenLogprobs> logprobs;
+    Updates updates;
+    GenerationRequest request = Request("abc", 5);
+    if (asks) request.num_top_logprobs = 2;
+    const auto collect = updates.Callback();
+    ASSERT_TRUE(llm_->Submit(request,
+                             [&, collect](GenerationUpdate update) {
+                               for (const ChoiceDelta& delta : update.choices) {
+                                 logprobs.insert(logprobs.end(), delta.logprobs.begin(),
+                                                 delta.logprobs.end());
+                               }
+                               collect(std::move(update));
+                             })
+                    .ok());
+    ASSERT_TRUE(updates.WaitFinished());
+    ASSERT_THAT(logprobs, SizeIs(asks ? 5 : 0));
+    std::string text;
+    for (const TokenLogprobs& token : logprobs) {
+      EXPECT_EQ(token.text_offset, static_cast<int>(text.size()));
+      text += token.token.text;
+      // What the fake worker says of a token.
+      EXPECT_EQ(token.token.logprob, -static_cast<float>(token.token.token_id) / 100);
+      ASSERT_THAT(token.top, SizeIs(2));
+      EXPECT_EQ(token.top[1].token_id, token.token.token_id + 1);
+    }
+    EXPECT_EQ(text, asks ? updates.choice(0).text : "");
+  }
+}
+
+TEST_F(LlmTest, AStopTokenOfTheRequestEndsIt) {
+  StartServing();
+  Updates updates;
+  GenerationRequest request = Request("abc", 20);
+  request.ignore_eos = true;
+  request.stop_token_ids = {FakeTokenizer::IdOfByte('g')};
+  Submit(request, &updates);
+  ASSERT_TRUE(updates.WaitFinished());
+  EXPECT_EQ(updates.choice(0).text, "def");
+  EXPECT_EQ(updates.choice(0).finish, FinishReason::kStop);
+  EXPECT_EQ(updates.choice(0).num_tokens, 4);
+}
+
 struct Features {
   const char* name;
   int async_depth;

@@ -37,6 +37,10 @@ absl::StatusOr<GenerationRequest> MakeRequest(const LLM& llm, const json& spec) 
       Optional<float>(spec.at("temperature")).value_or(llm.defaults().temperature);
   request.top_p = Optional<float>(spec.at("top_p")).value_or(llm.defaults().top_p);
   request.top_k = spec.at("top_k");
+  request.min_p = llm.defaults().min_p;
+  request.repetition_penalty = llm.defaults().repetition_penalty;
+  request.presence_penalty = llm.defaults().presence_penalty;
+  request.frequency_penalty = llm.defaults().frequency_penalty;
   request.max_tokens = Optional<int>(spec.at("max_tokens"));
   request.seed = Optional<int64_t>(spec.at("seed"));
   request.stop = spec.at("stop").get<std::vector<std::string>>();

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <random>
 #include <string>
 #include <utility>
@@ -50,11 +51,74 @@ absl::Status CheckSampling(const GenerationRequest& request) {
     return absl::InvalidArgumentError(
         fmt::format("top_k is {}, must be -1 or more", request.top_k));
   }
+  if (!(request.min_p >= 0 && request.min_p <= 1)) {
+    return absl::InvalidArgumentError(
+        fmt::format("min_p is {}, must be from 0 to 1", request.min_p));
+  }
   if (request.num_choices < 1) {
     return absl::InvalidArgumentError(
         fmt::format("n is {}, must be at least 1", request.num_choices));
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckWithin(const char* name, float value, float bound) {
+  if (std::fabs(value) <= bound) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      fmt::format("{} is {}, must be from {} to {}", name, value, -bound, bound));
+}
+
+absl::Status CheckPenalties(const GenerationRequest& request) {
+  if (!(request.repetition_penalty > 0) || !std::isfinite(request.repetition_penalty)) {
+    return absl::InvalidArgumentError(
+        fmt::format("repetition_penalty is {}, must be above 0", request.repetition_penalty));
+  }
+  RETURN_IF_ERROR(CheckWithin("presence_penalty", request.presence_penalty, kMaxAbsPenalty));
+  return CheckWithin("frequency_penalty", request.frequency_penalty, kMaxAbsPenalty);
+}
+
+absl::Status CheckTokenId(const char* name, int32_t id, const RequestLimits& limits) {
+  if (id >= 0 && id < limits.vocab_size) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      fmt::format("{} holds token id {}, must be from 0 to {}", name, id, limits.vocab_size - 1));
+}
+
+// What becomes of a request's biases and bans, in rising order.
+std::vector<TokenBias> BiasesOf(const GenerationRequest& request) {
+  std::map<int32_t, float> biases = request.logit_bias;
+  for (const int32_t id : request.banned_token_ids) biases[id] = TokenBias::kBanned;
+  std::vector<TokenBias> list;
+  list.reserve(biases.size());
+  for (const auto& [id, bias] : biases) list.push_back({id, bias});
+  return list;
+}
+
+absl::Status CheckTokens(const GenerationRequest& request, const RequestLimits& limits) {
+  for (const auto& [id, bias] : request.logit_bias) {
+    RETURN_IF_ERROR(CheckTokenId("logit_bias", id, limits));
+    RETURN_IF_ERROR(CheckWithin("logit_bias", bias, kMaxAbsLogitBias));
+  }
+  for (const int32_t id : request.banned_token_ids) {
+    RETURN_IF_ERROR(CheckTokenId("banned_token_ids", id, limits));
+  }
+  for (const int32_t id : request.stop_token_ids) {
+    RETURN_IF_ERROR(CheckTokenId("stop_token_ids", id, limits));
+  }
+  if (const size_t count = BiasesOf(request).size(); count > kMaxLogitBiases) {
+    return absl::InvalidArgumentError(
+        fmt::format("{} tokens have a bias or are banned, at most {} may", count, kMaxLogitBiases));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckLogprobs(const GenerationRequest& request, const RequestLimits& limits) {
+  const int count = request.num_top_logprobs.value_or(0);
+  if (request.num_top_logprobs.has_value() && limits.max_top_logprobs < 0) {
+    return absl::InvalidArgumentError("log-probabilities are switched off on this server");
+  }
+  if (count >= 0 && count <= std::max(limits.max_top_logprobs, 0)) return absl::OkStatus();
+  return absl::InvalidArgumentError(fmt::format("{} top log-probabilities, must be from 0 to {}",
+                                                count, limits.max_top_logprobs));
 }
 
 // min_tokens and max_tokens.
@@ -98,6 +162,9 @@ absl::Status CheckSalt(const std::string& salt) {
 absl::Status CheckRequest(const GenerationRequest& request, const RequestLimits& limits) {
   RETURN_IF_ERROR(CheckPrompt(request.prompt_ids, limits));
   RETURN_IF_ERROR(CheckSampling(request));
+  RETURN_IF_ERROR(CheckPenalties(request));
+  RETURN_IF_ERROR(CheckTokens(request, limits));
+  RETURN_IF_ERROR(CheckLogprobs(request, limits));
   RETURN_IF_ERROR(CheckLength(request, limits));
   RETURN_IF_ERROR(CheckSalt(request.cache_salt));
   if (request.timeout_ms.has_value() && *request.timeout_ms < 1) {
@@ -117,13 +184,20 @@ ScheduledRequest ToScheduled(GenerationRequest request, uint64_t id, const Reque
                              .max_tokens = std::min(request.max_tokens.value_or(room), room),
                              .min_tokens = request.min_tokens,
                              .ignore_eos = request.ignore_eos,
+                             .stop_tokens = std::move(request.stop_token_ids),
                              .priority = request.priority,
                              .tenant = std::move(request.tenant),
                              .cache_salt = std::move(request.cache_salt)};
   scheduled.sampling = {.temperature = greedy ? 0.0f : request.temperature,
                         .top_p = greedy ? 1.0f : request.top_p,
                         .top_k = std::max(0, request.top_k),
-                        .seed = request.seed.has_value() ? *request.seed : RandomSeed()};
+                        .seed = request.seed.has_value() ? *request.seed : RandomSeed(),
+                        .min_p = greedy ? 0.0f : request.min_p,
+                        .repetition_penalty = request.repetition_penalty,
+                        .presence_penalty = request.presence_penalty,
+                        .frequency_penalty = request.frequency_penalty,
+                        .logit_biases = BiasesOf(request),
+                        .num_top_logprobs = request.num_top_logprobs.value_or(-1)};
   constexpr int64_t kLongestMs = int64_t{1} << 40;  // 35 years; its microseconds fit
   int64_t timeout_ms = request.timeout_ms.value_or(kLongestMs);
   if (limits.max_timeout_ms > 0) timeout_ms = std::min(timeout_ms, limits.max_timeout_ms);

@@ -13,6 +13,7 @@ namespace wintserve {
 struct RequestLimits {
   int max_model_len = 0;
   int vocab_size = 0;          // ids at and above are unknown to the model
+  int max_top_logprobs = -1;   // -1: no log-probabilities
   int64_t max_timeout_ms = 0;  // the longest that a request may take, and the default; 0: none
 };
 

@@ -6,10 +6,13 @@
 #include <functional>
 #include <limits>
 
+#include "kernels/sampling/sampling_types.h"
+
 namespace wintserve {
 namespace {
 
-constexpr RequestLimits kLimits = {.max_model_len = 200, .vocab_size = 1000};
+constexpr RequestLimits kLimits = {
+    .max_model_len = 200, .vocab_size = 1000, .max_top_logprobs = 20};
 
 GenerationRequest Request() { return {.id = "test", .prompt_ids = {1, 2, 3}, .max_tokens = 5}; }
 
@@ -49,6 +52,31 @@ INSTANTIATE_TEST_SUITE_P(
                    "top_p is 1.5, must be from 0 to 1"},
         BadRequest{"TopKBelowMinusOne", [](auto* r) { r->top_k = -2; },
                    "top_k is -2, must be -1 or more"},
+        BadRequest{"MinPNotANumber", [](auto* r) { r->min_p = std::nanf(""); },
+                   "min_p is nan, must be from 0 to 1"},
+        BadRequest{"RepetitionPenaltyZero", [](auto* r) { r->repetition_penalty = 0; },
+                   "repetition_penalty is 0, must be above 0"},
+        BadRequest{"PresencePenaltyTooLow", [](auto* r) { r->presence_penalty = -2.5f; },
+                   "presence_penalty is -2.5, must be from -2 to 2"},
+        BadRequest{"FrequencyPenaltyNotANumber",
+                   [](auto* r) { r->frequency_penalty = std::nanf(""); },
+                   "frequency_penalty is nan, must be from -2 to 2"},
+        BadRequest{"BiasOfNoToken",
+                   [](auto* r) {
+                     r->logit_bias = {{1000, 1.0f}};
+                   },
+                   "logit_bias holds token id 1000, must be from 0 to 999"},
+        BadRequest{"BiasTooLarge",
+                   [](auto* r) {
+                     r->logit_bias = {{5, 101.0f}};
+                   },
+                   "logit_bias is 101, must be from -100 to 100"},
+        BadRequest{"BannedNoToken", [](auto* r) { r->banned_token_ids = {-1}; },
+                   "banned_token_ids holds token id -1, must be from 0 to 999"},
+        BadRequest{"StopNoToken", [](auto* r) { r->stop_token_ids = {1000}; },
+                   "stop_token_ids holds token id 1000, must be from 0 to 999"},
+        BadRequest{"TooManyLogprobs", [](auto* r) { r->num_top_logprobs = 21; },
+                   "21 top log-probabilities, must be from 0 to 20"},
         BadRequest{"NoChoice", [](auto* r) { r->num_choices = 0; }, "n is 0, must be at least 1"},
         BadRequest{"NoTokens", [](auto* r) { r->max_tokens = 0; },
                    "max_tokens is 0, must be at least 1"},
@@ -93,6 +121,58 @@ TEST(RequestCheck, AZeroOfTopPOrTemperatureIsGreedy) {
   EXPECT_EQ(scheduled.sampling.temperature, 0);
   EXPECT_EQ(scheduled.sampling.top_p, 1);
   EXPECT_EQ(scheduled.sampling.top_k, 0);
+}
+
+TEST(RequestCheck, AnyIdIsBiasedOrBannedUpToTheMostThatAWorkerTakes) {
+  RequestLimits limits = kLimits;
+  limits.vocab_size = 2000;
+  GenerationRequest request = Request();
+  for (int32_t id = 0; id < 1000; ++id) request.logit_bias[id] = 1;
+  for (int32_t id = 990; id < 1024; ++id) request.banned_token_ids.push_back(id);
+  EXPECT_TRUE(CheckRequest(request, limits).ok());
+  EXPECT_EQ(ToScheduled(request, 1, limits, 0).sampling.logit_biases.size(),
+            size_t{kernels::sampling::kMaxLogitBiases});
+  request.banned_token_ids.push_back(1024);
+  EXPECT_EQ(CheckRequest(request, limits).message(),
+            "1025 tokens have a bias or are banned, at most 1024 may");
+  // What the two sides call the same is the same.
+  EXPECT_EQ(kMaxAbsLogitBias, kernels::sampling::kMaxAbsLogitBias);
+  EXPECT_EQ(kMaxAbsPenalty, kernels::sampling::kMaxAbsPenalty);
+  EXPECT_EQ(kMaxTopLogprobs, kernels::sampling::kMaxTopLogprobs);
+  EXPECT_EQ(TokenBias::kBanned, kernels::sampling::kBanned);
+}
+
+TEST(RequestCheck, PassesOnPenaltiesAndBiasesInRisingOrder) {
+  GenerationRequest request = Request();
+  request.min_p = 0.25f;
+  request.repetition_penalty = 1.5f;
+  request.presence_penalty = 0.5f;
+  request.frequency_penalty = -0.5f;
+  request.logit_bias = {{9, 2.0f}, {4, -3.0f}};
+  request.banned_token_ids = {9, 6};  // a ban wins over a bias
+  request.stop_token_ids = {3};
+  request.num_top_logprobs = 7;
+  const ScheduledRequest scheduled = ToScheduled(request, 4, kLimits, 0);
+  EXPECT_EQ(scheduled.sampling.min_p, 0.25f);
+  EXPECT_EQ(scheduled.sampling.repetition_penalty, 1.5f);
+  EXPECT_EQ(scheduled.sampling.presence_penalty, 0.5f);
+  EXPECT_EQ(scheduled.sampling.frequency_penalty, -0.5f);
+  EXPECT_EQ(scheduled.sampling.logit_biases,
+            (std::vector<TokenBias>{{4, -3}, {6, TokenBias::kBanned}, {9, TokenBias::kBanned}}));
+  EXPECT_EQ(scheduled.sampling.num_top_logprobs, 7);
+  EXPECT_EQ(scheduled.stop_tokens, std::vector<int32_t>{3});
+  request.num_top_logprobs.reset();
+  EXPECT_EQ(ToScheduled(request, 4, kLimits, 0).sampling.num_top_logprobs, -1);
+}
+
+TEST(RequestCheck, LogprobsMayBeSwitchedOff) {
+  RequestLimits limits = kLimits;
+  limits.max_top_logprobs = -1;
+  GenerationRequest request = Request();
+  EXPECT_TRUE(CheckRequest(request, limits).ok());
+  request.num_top_logprobs = 0;
+  EXPECT_EQ(CheckRequest(request, limits).message(),
+            "log-probabilities are switched off on this server");
 }
 
 TEST(RequestCheck, PassesOnWhatTheSchedulerNeedsToKnow) {

@@ -1,14 +1,30 @@
 #include "api_server/llm/request_output.h"
 
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <string_view>
 #include <utility>
 
+#include "api_server/text/utf8.h"
 #include "common/check.h"
 
 namespace wintserve {
+namespace {
+
+// Of whole characters: all bytes but those that continue one.
+int NumCharacters(std::string_view text) {
+  return static_cast<int>(std::count_if(text.begin(), text.end(), [](char byte) {
+    return (static_cast<uint8_t>(byte) & 0xc0) != 0x80;
+  }));
+}
+
+}  // namespace
 
 RequestOutput::RequestOutput(const Tokenizer& tokenizer, const GenerationRequest& request,
                              std::function<void(GenerationUpdate)> on_update)
-    : on_update_(std::move(on_update)),
+    : tokenizer_(tokenizer),
+      on_update_(std::move(on_update)),
       num_prompt_tokens_(static_cast<int>(request.prompt_ids.size())),
       num_unfinished_(request.num_choices) {
   choices_.reserve(request.num_choices);
@@ -28,7 +44,16 @@ bool RequestOutput::Append(const SequenceToken& news) {
     FinishChoice(&choice, FinishReason::kStop, &delta);
     return false;
   }
-  delta.text += choice.stop_matcher.Push(choice.detokenizer.Push(news.token));
+  if (news.logprobs.has_value()) HoldLogprobs(news, &choice);
+  const std::string text = choice.detokenizer.Push(news.token);
+  const std::string shown = choice.stop_matcher.Push(text);
+  delta.text += shown;
+  if (news.logprobs.has_value()) {
+    choice.num_text_bytes += text.size();
+    choice.num_text_characters += NumCharacters(text);
+    choice.num_shown_bytes += shown.size();
+    ReleaseLogprobs(&choice, &delta);
+  }
   if (choice.stop_matcher.stopped()) {
     FinishChoice(&choice, FinishReason::kStop, &delta);
     return !news.end.has_value();
@@ -41,10 +66,46 @@ void RequestOutput::FinishChoice(Choice* choice, FinishReason reason, ChoiceDelt
   if (!choice->stop_matcher.stopped()) {
     delta->text += choice->stop_matcher.Push(choice->detokenizer.Flush());
     delta->text += choice->stop_matcher.Flush();
+    // All text is shown now, unless its last character made a stop string complete.
+    if (!choice->stop_matcher.stopped()) choice->num_shown_bytes = choice->num_text_bytes + 1;
+    ReleaseLogprobs(choice, delta);
   }
+  choice->held.clear();
   delta->finish_reason = reason;
   choice->finished = true;
   --num_unfinished_;
+}
+
+void RequestOutput::HoldLogprobs(const SequenceToken& news, Choice* choice) const {
+  HeldLogprobs& held = choice->held.emplace_back();
+  held.text_begin = choice->num_text_bytes;
+  held.logprobs.token = EntryOf(news.token, news.logprobs->logprob);
+  held.logprobs.rank = news.logprobs->rank;
+  held.logprobs.text_offset = choice->num_text_characters;
+  held.logprobs.top.reserve(news.logprobs->top.size());
+  for (const TokenLogprob& top : news.logprobs->top) {
+    held.logprobs.top.push_back(EntryOf(top.token, top.logprob));
+  }
+}
+
+void RequestOutput::ReleaseLogprobs(Choice* choice, ChoiceDelta* delta) {
+  while (!choice->held.empty() && choice->held.front().text_begin < choice->num_shown_bytes) {
+    delta->logprobs.push_back(std::move(choice->held.front().logprobs));
+    choice->held.pop_front();
+  }
+}
+
+LogprobEntry RequestOutput::EntryOf(int32_t token, float logprob) const {
+  LogprobEntry entry = {.token_id = token, .bytes = tokenizer_.Bytes(token), .logprob = logprob};
+  if (ReplaceInvalidUtf8(entry.bytes) == entry.bytes) {
+    entry.text = entry.bytes;
+    return entry;
+  }
+  entry.text = "bytes:";
+  for (const char byte : entry.bytes) {
+    entry.text += fmt::format("\\x{:02x}", static_cast<uint8_t>(byte));
+  }
+  return entry;
 }
 
 GenerationUpdate RequestOutput::Update() const {

@@ -1,7 +1,9 @@
 // The text side of one open request: ids in, GenerationUpdates out.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <string>
 #include <vector>
@@ -39,17 +41,32 @@ class RequestOutput {
   int num_completion_tokens() const { return num_completion_tokens_; }
 
  private:
+  // A token whose log-probabilities wait for its text to be shown, from this byte of it on.
+  struct HeldLogprobs {
+    size_t text_begin = 0;
+    TokenLogprobs logprobs = {};
+  };
   struct Choice {
     Detokenizer detokenizer;
     StopMatcher stop_matcher;
     bool finished = false;
     int delta = -1;  // its place in the update that is being made; -1: none yet
+    // With log-probabilities only. `text` is all that the tokens have completed.
+    size_t num_text_bytes = 0;
+    int num_text_characters = 0;
+    size_t num_shown_bytes = 0;
+    std::deque<HeldLogprobs> held = {};
   };
 
   GenerationUpdate Update() const;  // without news
   ChoiceDelta& DeltaOf(uint32_t choice);
+  void HoldLogprobs(const SequenceToken& news, Choice* choice) const;
+  // Of the tokens whose text is shown by now.
+  static void ReleaseLogprobs(Choice* choice, ChoiceDelta* delta);
+  LogprobEntry EntryOf(int32_t token, float logprob) const;
   void FinishChoice(Choice* choice, FinishReason reason, ChoiceDelta* delta);
 
+  const Tokenizer& tokenizer_;
   const std::function<void(GenerationUpdate)> on_update_;
   const int num_prompt_tokens_;
   std::vector<Choice> choices_;

@@ -20,7 +20,12 @@ class RequestOutputTest : public testing::Test {
   }
   static SequenceToken News(char byte, uint32_t choice = 0,
                             std::optional<SequenceEnd> end = std::nullopt) {
-    return {{1, choice}, FakeTokenizer::IdOfByte(byte), end};
+    return {{1, choice}, FakeTokenizer::IdOfByte(byte), end, {}};
+  }
+
+  static SequenceToken WithLogprobs(SequenceToken news) {
+    news.logprobs = {-1.0f, 1, {}};
+    return news;
   }
 
   FakeTokenizer tokenizer_;
@@ -88,6 +93,73 @@ TEST_F(RequestOutputTest, SaysThatAStopStringWasMetUnlessTheSequenceHadEndedAnyw
   late.Deliver();
   EXPECT_EQ(updates_[0].choices[0].finish_reason, FinishReason::kStop);
   EXPECT_EQ(updates_[0].choices[0].text, "");
+}
+
+// The tokens of an update's first choice that have log-probabilities, and where they begin.
+std::vector<std::pair<std::string, int>> LogprobTokens(const GenerationUpdate& update) {
+  std::vector<std::pair<std::string, int>> tokens;
+  for (const TokenLogprobs& logprobs : update.choices.at(0).logprobs) {
+    tokens.emplace_back(logprobs.token.text, logprobs.text_offset);
+  }
+  return tokens;
+}
+using Tokens = std::vector<std::pair<std::string, int>>;
+
+TEST_F(RequestOutputTest, LogprobsNameTheTokensAndComeWithTheirText) {
+  RequestOutput output = Make(1);
+  SequenceToken news = News('a');
+  news.logprobs = {
+      -0.5f, 2, {{FakeTokenizer::IdOfByte('b'), -0.25f}, {FakeTokenizer::IdOfByte('\xe6'), -1.5f}}};
+  output.Append(news);
+  output.Deliver();
+  const std::vector<TokenLogprobs>& logprobs = updates_.at(0).choices.at(0).logprobs;
+  ASSERT_THAT(logprobs, SizeIs(1));
+  EXPECT_EQ(logprobs[0].token.token_id, FakeTokenizer::IdOfByte('a'));
+  EXPECT_EQ(logprobs[0].token.text, "a");
+  EXPECT_EQ(logprobs[0].token.logprob, -0.5f);
+  EXPECT_EQ(logprobs[0].rank, 2);
+  ASSERT_THAT(logprobs[0].top, SizeIs(2));
+  EXPECT_EQ(logprobs[0].top[0].text, "b");
+  EXPECT_EQ(logprobs[0].top[1].text, "bytes:\\xe6");
+  EXPECT_EQ(logprobs[0].top[1].bytes, "\xe6");
+  EXPECT_EQ(logprobs[0].top[1].logprob, -1.5f);
+}
+
+TEST_F(RequestOutputTest, LogprobsOfHeldBackTextWaitForIt) {
+  RequestOutput output = Make(1, {"cd"});
+  for (const char byte : std::string("é")) {
+    output.Append(WithLogprobs(News(byte)));
+    output.Deliver();
+  }
+  EXPECT_EQ(LogprobTokens(updates_[0]), Tokens());
+  EXPECT_EQ(LogprobTokens(updates_[1]), (Tokens{{"bytes:\\xc3", 0}, {"bytes:\\xa9", 0}}));
+  output.Append(WithLogprobs(News('c')));  // may be the beginning of the stop string
+  output.Deliver();
+  EXPECT_EQ(LogprobTokens(updates_[2]), Tokens());
+  output.Append(WithLogprobs(News('x')));
+  output.Deliver();
+  EXPECT_EQ(LogprobTokens(updates_[3]), (Tokens{{"c", 1}, {"x", 2}}));
+}
+
+TEST_F(RequestOutputTest, LogprobsLeaveOutTheStopTokenAndWhatAStopStringCovers) {
+  RequestOutput by_string = Make(1, {"bc"});
+  for (const char byte : std::string("abc")) by_string.Append(WithLogprobs(News(byte)));
+  by_string.Deliver();
+  EXPECT_EQ(updates_[0].choices[0].text, "a");
+  EXPECT_EQ(LogprobTokens(updates_[0]), (Tokens{{"a", 0}}));
+  RequestOutput by_token = Make(1);
+  by_token.Append(WithLogprobs(News('a')));
+  by_token.Append(WithLogprobs(News('b', 0, SequenceEnd::kStop)));
+  by_token.Deliver();
+  EXPECT_EQ(LogprobTokens(updates_[1]), (Tokens{{"a", 0}}));
+}
+
+TEST_F(RequestOutputTest, AtTheLengthLimitTheLogprobsOfEveryTokenCome) {
+  RequestOutput output = Make(1, {"stop"});
+  output.Append(WithLogprobs(News('s')));
+  output.Append(WithLogprobs(News('\xc3', 0, SequenceEnd::kLength)));
+  output.Deliver();
+  EXPECT_EQ(LogprobTokens(updates_[0]), (Tokens{{"s", 0}, {"bytes:\\xc3", 1}}));
 }
 
 TEST_F(RequestOutputTest, AnErrorBringsWhatWasNotDeliveredYet) {

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "api_server/openai/api_error.h"
@@ -201,15 +203,149 @@ absl::StatusOr<std::optional<int64_t>> ParseMaxTokens(const json& body, Endpoint
   return max_completion_tokens.has_value() ? max_completion_tokens : max_tokens;
 }
 
+absl::StatusOr<std::optional<double>> ParseRepetitionPenalty(const json& body) {
+  const json* field = FindField(body, "repetition_penalty");
+  if (field == nullptr) return std::optional<double>();
+  // As the float32 that it becomes.
+  const float value = field->is_number() ? field->get<float>() : 0.0f;
+  if (value > 0 && std::isfinite(value)) return std::optional<double>(field->get<double>());
+  return InvalidField("repetition_penalty",
+                      fmt::format("must be a number above 0, got {}", Quoted(*field)));
+}
+
+// The key of a bias: a token id in decimal digits.
+std::optional<int32_t> ParseTokenIdKey(const std::string& key) {
+  int32_t id = 0;
+  const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), id);
+  if (error != std::errc() || end != key.data() + key.size() || id < 0) return std::nullopt;
+  return id;
+}
+
+absl::StatusOr<std::map<int32_t, float>> ParseLogitBias(const json& body) {
+  std::map<int32_t, float> biases;
+  const json* field = FindField(body, "logit_bias");
+  if (field == nullptr) return biases;
+  if (!field->is_object()) {
+    return InvalidField("logit_bias",
+                        fmt::format("must be an object of token ids and numbers from {} to {}, "
+                                    "got {}",
+                                    -kMaxAbsLogitBias, kMaxAbsLogitBias, Quoted(*field)));
+  }
+  if (field->size() > kMaxLogitBiases) {
+    return InvalidField("logit_bias", fmt::format("must hold at most {} tokens, got {}",
+                                                  kMaxLogitBiases, field->size()));
+  }
+  for (const auto& [key, value] : field->items()) {
+    const std::string param = fmt::format("logit_bias.{}", key.substr(0, 64));
+    const std::optional<int32_t> id = ParseTokenIdKey(key);
+    if (!id.has_value()) {
+      return InvalidField(param, fmt::format("the key must be a token id, got {}", Quoted(key)));
+    }
+    const double bias = value.is_number() ? value.get<double>() : kMaxAbsLogitBias + 1;
+    if (std::fabs(bias) > kMaxAbsLogitBias) {
+      return InvalidField(param, fmt::format("must be a number from {} to {}, got {}",
+                                             -kMaxAbsLogitBias, kMaxAbsLogitBias, Quoted(value)));
+    }
+    if (!biases.emplace(*id, static_cast<float>(bias)).second) {
+      return InvalidField(param, fmt::format("names token {} a second time", *id));
+    }
+  }
+  return biases;
+}
+
+// A list of token ids, such as "stop_token_ids".
+absl::StatusOr<TokenIds> ParseIdList(const json& body, const char* name, size_t max_size) {
+  const json* field = FindField(body, name);
+  if (field == nullptr) return TokenIds();
+  if (!field->is_array() || field->size() > max_size) {
+    return InvalidField(name, fmt::format("must be a list of at most {} token ids, got {}",
+                                          max_size, Quoted(*field)));
+  }
+  return ParseTokenIds(*field, name);
+}
+
+absl::StatusOr<std::vector<std::string>> ParseBadWords(const json& body) {
+  std::vector<std::string> words;
+  const json* field = FindField(body, "bad_words");
+  if (field == nullptr) return words;
+  if (!field->is_array() || field->size() > kMaxBadWords) {
+    return InvalidField("bad_words", fmt::format("must be a list of at most {} strings, got {}",
+                                                 kMaxBadWords, Quoted(*field)));
+  }
+  for (size_t i = 0; i < field->size(); ++i) {
+    const json& word = (*field)[i];
+    if (!word.is_string() || word.get_ref<const std::string&>().empty()) {
+      return InvalidField(fmt::format("bad_words[{}]", i),
+                          fmt::format("must be a string that is not empty, got {}", Quoted(word)));
+    }
+    words.push_back(word.get<std::string>());
+  }
+  return words;
+}
+
+// Penalties, and what tokens are favoured, banned or the last ones.
+absl::Status ParseTokenRules(const json& body, ApiRequest* request) {
+  ASSIGN_OR_RETURN(request->repetition_penalty, ParseRepetitionPenalty(body));
+  ASSIGN_OR_RETURN(request->presence_penalty,
+                   ReadNumber(body, "presence_penalty", -kMaxAbsPenalty, kMaxAbsPenalty));
+  ASSIGN_OR_RETURN(request->frequency_penalty,
+                   ReadNumber(body, "frequency_penalty", -kMaxAbsPenalty, kMaxAbsPenalty));
+  ASSIGN_OR_RETURN(request->logit_bias, ParseLogitBias(body));
+  ASSIGN_OR_RETURN(request->bad_words, ParseBadWords(body));
+  ASSIGN_OR_RETURN(request->bad_words_token_ids,
+                   ParseIdList(body, "bad_words_token_ids", kMaxLogitBiases));
+  ASSIGN_OR_RETURN(request->stop_token_ids, ParseIdList(body, "stop_token_ids", kMaxStopTokenIds));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::optional<int>> ParseChatLogprobs(const json& body) {
+  ASSIGN_OR_RETURN(const bool logprobs, ReadBool(body, "logprobs"));
+  ASSIGN_OR_RETURN(const std::optional<int64_t> top,
+                   ReadInteger(body, "top_logprobs", 0, kMaxTopLogprobs));
+  if (logprobs) return std::optional<int>(static_cast<int>(top.value_or(0)));
+  if (top.value_or(0) > 0) {
+    return InvalidField("top_logprobs", fmt::format("is allowed only together with \"logprobs\": "
+                                                    "true, got {}",
+                                                    *top));
+  }
+  return std::optional<int>();
+}
+
+absl::StatusOr<std::optional<int>> ParseCompletionLogprobs(const json& body) {
+  const json* field = FindField(body, "logprobs");
+  if (field != nullptr && *field == false) return std::optional<int>();
+  ASSIGN_OR_RETURN(const std::optional<int64_t> top,
+                   ReadInteger(body, "logprobs", 0, kMaxTopLogprobs));
+  if (!top.has_value()) return std::optional<int>();
+  return std::optional<int>(static_cast<int>(*top));
+}
+
+absl::Status ParseLogprobs(const json& body, ApiRequest* request) {
+  if (request->endpoint == Endpoint::kChat) {
+    ASSIGN_OR_RETURN(request->num_top_logprobs, ParseChatLogprobs(body));
+    return absl::OkStatus();
+  }
+  ASSIGN_OR_RETURN(request->num_top_logprobs, ParseCompletionLogprobs(body));
+  ASSIGN_OR_RETURN(request->echo, ReadBool(body, "echo"));
+  if (request->echo && request->num_top_logprobs.has_value()) {
+    return InvalidField("echo",
+                        "true is not supported together with logprobs by this server version",
+                        "unsupported_parameter");
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ParseSampling(const json& body, ApiRequest* request) {
   ASSIGN_OR_RETURN(request->temperature, ReadNumber(body, "temperature", 0, 2));
   ASSIGN_OR_RETURN(request->top_p, ReadNumber(body, "top_p", 0, 1));
   ASSIGN_OR_RETURN(request->top_k, ReadInteger(body, "top_k", -1, kMaxInt32));
+  ASSIGN_OR_RETURN(request->min_p, ReadNumber(body, "min_p", 0, 1));
   ASSIGN_OR_RETURN(request->seed, ReadInteger(body, "seed", kMinInt64, kMaxInt64));
   ASSIGN_OR_RETURN(request->max_tokens, ParseMaxTokens(body, request->endpoint));
   ASSIGN_OR_RETURN(request->stop, ParseStop(body));
   ASSIGN_OR_RETURN(request->include_stop_in_output, ReadBool(body, "include_stop_str_in_output"));
-  return absl::OkStatus();
+  RETURN_IF_ERROR(ParseTokenRules(body, request));
+  return ParseLogprobs(body, request);
 }
 
 absl::StatusOr<int64_t> ParseMinTokens(const json& body, const std::optional<int64_t>& max_tokens) {

@@ -1,3 +1,4 @@
+#include <fmt/core.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -207,40 +208,104 @@ INSTANTIATE_TEST_SUITE_P(
                    R"(got "5s")"}),
     TestName);
 
+std::string ManyBiases(int count) {
+  std::string biases;
+  for (int i = 0; i < count; ++i) biases += fmt::format("{}\"{}\":1", i == 0 ? "" : ",", i);
+  return R"("logit_bias":{)" + biases + "}";
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    TokenRules, BadRequests,
+    testing::Values(
+        BadRequest{"MinPAboveOne", kC, Chat(R"("min_p":1.5)"), "min_p", kValue,
+                   "min_p: must be a number from 0 to 1, got 1.5"},
+        BadRequest{"PresenceTooLarge", kC, Chat(R"("presence_penalty":2.5)"), "presence_penalty",
+                   kValue, "presence_penalty: must be a number from -2 to 2, got 2.5"},
+        BadRequest{"FrequencyText", kP, Completion(R"("frequency_penalty":"1")"),
+                   "frequency_penalty", kValue, R"(from -2 to 2, got "1")"},
+        BadRequest{"RepetitionZero", kC, Chat(R"("repetition_penalty":0)"), "repetition_penalty",
+                   kValue, "repetition_penalty: must be a number above 0, got 0"},
+        BadRequest{"RepetitionNegative", kP, Completion(R"("repetition_penalty":-1)"),
+                   "repetition_penalty", kValue, "above 0, got -1"},
+        BadRequest{"RepetitionBeyondFloat", kC, Chat(R"("repetition_penalty":1e300)"),
+                   "repetition_penalty", kValue, "got 1e+300"},
+        BadRequest{"RepetitionText", kC, Chat(R"("repetition_penalty":"x")"), "repetition_penalty",
+                   kValue, R"(got "x")"},
+        BadRequest{"BiasList", kC, Chat(R"("logit_bias":[1])"), "logit_bias", kValue,
+                   "must be an object of token ids and numbers from -100 to 100, got [1]"},
+        BadRequest{"BiasKeyWord", kC, Chat(R"("logit_bias":{"the":1})"), "logit_bias.the", kValue,
+                   R"(the key must be a token id, got "the")"},
+        BadRequest{"BiasKeyNegative", kC, Chat(R"("logit_bias":{"-1":1})"), "logit_bias.-1", kValue,
+                   R"(got "-1")"},
+        BadRequest{"BiasKeyHuge", kC, Chat(R"("logit_bias":{"2147483648":1})"),
+                   "logit_bias.2147483648", kValue, "must be a token id"},
+        BadRequest{"BiasTwice", kC, Chat(R"("logit_bias":{"7":1,"07":2})"), "logit_bias.7", kValue,
+                   "names token 7 a second time"},
+        BadRequest{"BiasTooLarge", kP, Completion(R"("logit_bias":{"7":100.5})"), "logit_bias.7",
+                   kValue, "must be a number from -100 to 100, got 100.5"},
+        BadRequest{"BiasText", kC, Chat(R"("logit_bias":{"7":"1"})"), "logit_bias.7", kValue,
+                   R"(got "1")"},
+        BadRequest{"TooManyBiases", kC, Chat(ManyBiases(1025)), "logit_bias", kValue,
+                   "must hold at most 1024 tokens, got 1025"},
+        BadRequest{"BadWordsText", kC, Chat(R"("bad_words":"x")"), "bad_words", kValue,
+                   "must be a list of at most 256 strings"},
+        BadRequest{"EmptyBadWord", kC, Chat(R"("bad_words":["x",""])"), "bad_words[1]", kValue,
+                   "must be a string that is not empty"},
+        BadRequest{"BadWordsIdText", kC, Chat(R"("bad_words_token_ids":["5"])"),
+                   "bad_words_token_ids[0]", kValue, "must be a token id"},
+        BadRequest{"StopTokenIdNegative", kC, Chat(R"("stop_token_ids":[5,-1])"),
+                   "stop_token_ids[1]", kValue, "must be a token id"},
+        BadRequest{"StopTokenIdsNumber", kP, Completion(R"("stop_token_ids":5)"), "stop_token_ids",
+                   kValue, "must be a list of at most 256 token ids, got 5"}),
+    TestName);
+
+INSTANTIATE_TEST_SUITE_P(
+    Logprobs, BadRequests,
+    testing::Values(BadRequest{"ChatNumber", kC, Chat(R"("logprobs":3)"), "logprobs", kValue,
+                               "logprobs: must be true or false, got 3"},
+                    BadRequest{"TopWithoutLogprobs", kC, Chat(R"("top_logprobs":3)"),
+                               "top_logprobs", kValue,
+                               R"(is allowed only together with "logprobs": true, got 3)"},
+                    BadRequest{"TopBeyond20", kC, Chat(R"("logprobs":true,"top_logprobs":21)"),
+                               "top_logprobs", kValue, "must be an integer from 0 to 20, got 21"},
+                    BadRequest{"NegativeTop", kC, Chat(R"("logprobs":true,"top_logprobs":-1)"),
+                               "top_logprobs", kValue, "from 0 to 20, got -1"},
+                    BadRequest{"CompletionTrue", kP, Completion(R"("logprobs":true)"), "logprobs",
+                               kValue, "must be an integer from 0 to 20, got true"},
+                    BadRequest{"CompletionBeyond20", kP, Completion(R"("logprobs":21)"), "logprobs",
+                               kValue, "from 0 to 20, got 21"},
+                    BadRequest{"EchoText", kP, Completion(R"("echo":"yes")"), "echo", kValue,
+                               "must be true or false"}),
+    TestName);
+
 INSTANTIATE_TEST_SUITE_P(
     Unsupported, BadRequests,
-    testing::Values(
-        BadRequest{"ChatLogprobs", kC, Chat(R"("logprobs":true)"), "logprobs", kUnsupported,
-                   "logprobs: true is not supported by this server version"},
-        BadRequest{"TopLogprobs", kC, Chat(R"("top_logprobs":3)"), "top_logprobs", kUnsupported,
-                   "3 is not supported"},
-        BadRequest{"CompletionLogprobs", kP, Completion(R"("logprobs":0)"), "logprobs",
-                   kUnsupported, "not supported"},
-        BadRequest{"Tools", kC, Chat(R"("tools":[{"type":"function"}])"), "tools", kUnsupported,
-                   "not supported"},
-        BadRequest{"RequiredTool", kC, Chat(R"("tool_choice":"required")"), "tool_choice",
-                   kUnsupported, "not supported"},
-        BadRequest{"Functions", kC, Chat(R"("functions":[{"name":"f"}])"), "functions",
-                   kUnsupported, "not supported"},
-        BadRequest{"JsonFormat", kC, Chat(R"("response_format":{"type":"json_object"})"),
-                   "response_format", kUnsupported, "not supported"},
-        BadRequest{"LogitBias", kC, Chat(R"("logit_bias":{"5":1})"), "logit_bias", kUnsupported,
-                   "not supported"},
-        BadRequest{"PresencePenalty", kC, Chat(R"("presence_penalty":0.5)"), "presence_penalty",
-                   kUnsupported, "not supported"},
-        BadRequest{"RepetitionPenalty", kC, Chat(R"("repetition_penalty":1.1)"),
-                   "repetition_penalty", kUnsupported, "not supported"},
-        BadRequest{"StopTokenIds", kC, Chat(R"("stop_token_ids":[5])"), "stop_token_ids",
-                   kUnsupported, "not supported"},
-        BadRequest{"GuidedRegex", kP, Completion(R"("guided_regex":"a+")"), "guided_regex",
-                   kUnsupported, "not supported"},
-        BadRequest{"PromptTokenIds", kC, Chat(R"("prompt_token_ids":[5])"), "prompt_token_ids",
-                   kUnsupported, "not supported"},
-        BadRequest{"Echo", kP, Completion(R"("echo":true)"), "echo", kUnsupported, "not supported"},
-        BadRequest{"Suffix", kP, Completion(R"("suffix":"end")"), "suffix", kUnsupported,
-                   "not supported"},
-        BadRequest{"BestOfMoreThanN", kP, Completion(R"("best_of":2)"), "best_of", kUnsupported,
-                   "not supported"}),
+    testing::Values(BadRequest{"Tools", kC, Chat(R"("tools":[{"type":"function"}])"), "tools",
+                               kUnsupported, "not supported"},
+                    BadRequest{"RequiredTool", kC, Chat(R"("tool_choice":"required")"),
+                               "tool_choice", kUnsupported, "not supported"},
+                    BadRequest{"Functions", kC, Chat(R"("functions":[{"name":"f"}])"), "functions",
+                               kUnsupported, "not supported"},
+                    BadRequest{"JsonFormat", kC,
+                               Chat(R"("response_format":{"type":"json_object"})"),
+                               "response_format", kUnsupported, "not supported"},
+                    BadRequest{"AllowedTokenIds", kC, Chat(R"("allowed_token_ids":[5])"),
+                               "allowed_token_ids", kUnsupported, "not supported"},
+                    BadRequest{"TempScaledLogprobs", kC, Chat(R"("temp_scaled_logprobs":true)"),
+                               "temp_scaled_logprobs", kUnsupported, "not supported"},
+                    BadRequest{"PromptLogprobs", kP, Completion(R"("prompt_logprobs":1)"),
+                               "prompt_logprobs", kUnsupported, "not supported"},
+                    BadRequest{"GuidedRegex", kP, Completion(R"("guided_regex":"a+")"),
+                               "guided_regex", kUnsupported, "not supported"},
+                    BadRequest{"PromptTokenIds", kC, Chat(R"("prompt_token_ids":[5])"),
+                               "prompt_token_ids", kUnsupported, "not supported"},
+                    BadRequest{"EchoWithLogprobs", kP, Completion(R"("echo":true,"logprobs":0)"),
+                               "echo", kUnsupported,
+                               "echo: true is not supported together with logprobs"},
+                    BadRequest{"Suffix", kP, Completion(R"("suffix":"end")"), "suffix",
+                               kUnsupported, "not supported"},
+                    BadRequest{"BestOfMoreThanN", kP, Completion(R"("best_of":2)"), "best_of",
+                               kUnsupported, "not supported"}),
     TestName);
 
 ApiRequest Parsed(Endpoint endpoint, const std::string& body) {
@@ -274,6 +339,32 @@ TEST(ParseRequest, ReadsEveryField) {
   EXPECT_EQ(request.priority, -3);
   EXPECT_EQ(request.cache_salt, "s ~");
   EXPECT_EQ(request.timeout_ms, 1500);
+}
+
+TEST(ParseRequest, ReadsPenaltiesBiasesAndWhatIsBannedOrStops) {
+  const ApiRequest request = Parsed(kC, Chat(R"("min_p":0.25,"repetition_penalty":1.5,
+      "presence_penalty":-2,"frequency_penalty":2,"logit_bias":{"7":-100,"3":0.5},
+      "bad_words":["a","b"],"bad_words_token_ids":[4,5],"stop_token_ids":[6])"));
+  EXPECT_EQ(request.min_p, 0.25);
+  EXPECT_EQ(request.repetition_penalty, 1.5);
+  EXPECT_EQ(request.presence_penalty, -2);
+  EXPECT_EQ(request.frequency_penalty, 2);
+  EXPECT_THAT(request.logit_bias, ElementsAre(testing::Pair(3, 0.5f), testing::Pair(7, -100.0f)));
+  EXPECT_THAT(request.bad_words, ElementsAre("a", "b"));
+  EXPECT_THAT(request.bad_words_token_ids, ElementsAre(4, 5));
+  EXPECT_THAT(request.stop_token_ids, ElementsAre(6));
+  EXPECT_EQ(Parsed(kC, Chat(ManyBiases(1024))).logit_bias.size(), 1024u);
+}
+
+TEST(ParseRequest, LogprobsAreABooleanForChatsAndANumberForCompletions) {
+  EXPECT_EQ(Parsed(kC, Chat(R"("logprobs":true)")).num_top_logprobs, 0);
+  EXPECT_EQ(Parsed(kC, Chat(R"("logprobs":true,"top_logprobs":20)")).num_top_logprobs, 20);
+  EXPECT_EQ(Parsed(kC, Chat(R"("logprobs":false,"top_logprobs":0)")).num_top_logprobs,
+            std::nullopt);
+  EXPECT_EQ(Parsed(kP, Completion(R"("logprobs":0)")).num_top_logprobs, 0);
+  EXPECT_EQ(Parsed(kP, Completion(R"("logprobs":5)")).num_top_logprobs, 5);
+  EXPECT_EQ(Parsed(kP, Completion(R"("logprobs":false)")).num_top_logprobs, std::nullopt);
+  EXPECT_TRUE(Parsed(kP, Completion(R"("echo":true)")).echo);
 }
 
 TEST(ParseRequest, ATimeoutIsNeverRoundedToNoneNorBeyondWhatFits) {

@@ -57,9 +57,90 @@ absl::Status CheckMinTokens(const ApiRequest& request, size_t num_prompt_tokens,
                   room, num_prompt_tokens, llm.max_model_len(), request.min_tokens));
 }
 
+absl::Status CheckIds(const TokenIds& ids, const LLM& llm, const std::string& param) {
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (ids[i] >= 0 && ids[i] < llm.vocab_size()) continue;
+    return InvalidField(fmt::format("{}[{}]", param, i),
+                        fmt::format("token id {} is outside the vocabulary, 0 to {}", ids[i],
+                                    llm.vocab_size() - 1));
+  }
+  return absl::OkStatus();
+}
+
+// The tokens that are the word alone: at the beginning of a text, and after a space.
+absl::StatusOr<TokenIds> IdsOfWord(const std::string& word, const LLM& llm,
+                                   const std::string& param) {
+  TokenIds ids;
+  for (const std::string& text : {word, " " + word}) {
+    const TokenIds encoded = llm.Encode(text);
+    if (encoded.size() == 1) ids.push_back(encoded.front());
+  }
+  if (!ids.empty()) return ids;
+  return InvalidField(param, fmt::format("must be one token, with or without a space before it, "
+                                         "but \"{}\" is {} tokens",
+                                         word.substr(0, 64), llm.Encode(word).size()));
+}
+
+absl::StatusOr<TokenIds> BannedIdsOf(const ApiRequest& request, const LLM& llm) {
+  RETURN_IF_ERROR(CheckIds(request.bad_words_token_ids, llm, "bad_words_token_ids"));
+  TokenIds banned = request.bad_words_token_ids;
+  for (size_t i = 0; i < request.bad_words.size(); ++i) {
+    ASSIGN_OR_RETURN(const TokenIds ids,
+                     IdsOfWord(request.bad_words[i], llm, fmt::format("bad_words[{}]", i)));
+    banned.insert(banned.end(), ids.begin(), ids.end());
+  }
+  std::sort(banned.begin(), banned.end());
+  banned.erase(std::unique(banned.begin(), banned.end()), banned.end());
+  return banned;
+}
+
+absl::Status CheckBiases(const ApiRequest& request, const TokenIds& banned, const LLM& llm) {
+  size_t num_tokens = banned.size();
+  for (const auto& [id, bias] : request.logit_bias) {
+    if (id >= llm.vocab_size()) {
+      return InvalidField(
+          fmt::format("logit_bias.{}", id),
+          fmt::format("token id {} is outside the vocabulary, 0 to {}", id, llm.vocab_size() - 1));
+    }
+    num_tokens += std::binary_search(banned.begin(), banned.end(), id) ? 0 : 1;
+  }
+  if (num_tokens <= kMaxLogitBiases) return absl::OkStatus();
+  return InvalidField("logit_bias", fmt::format("must name at most {} tokens together with "
+                                                "bad_words and bad_words_token_ids, got {}",
+                                                kMaxLogitBiases, num_tokens));
+}
+
+absl::Status CheckLogprobs(const ApiRequest& request, const LLM& llm) {
+  if (!request.num_top_logprobs.has_value()) return absl::OkStatus();
+  if (llm.max_top_logprobs() < 0) {
+    return InvalidField("logprobs",
+                        "log-probabilities are switched off on this server "
+                        "(--no-enable-logprob)");
+  }
+  if (*request.num_top_logprobs <= llm.max_top_logprobs()) return absl::OkStatus();
+  return InvalidField(request.endpoint == Endpoint::kChat ? "top_logprobs" : "logprobs",
+                      fmt::format("must be at most {} on this server (--max-logprobs), got {}",
+                                  llm.max_top_logprobs(), *request.num_top_logprobs));
+}
+
 // Everything but the prompt.
-GenerationRequest SamplingOf(const ApiRequest& request, const GenerationDefaults& defaults) {
+absl::StatusOr<GenerationRequest> SamplingOf(const ApiRequest& request, const LLM& llm) {
+  const GenerationDefaults& defaults = llm.defaults();
   GenerationRequest generation;
+  const auto number = [](const std::optional<double>& value, float default_value) {
+    return value.has_value() ? static_cast<float>(*value) : default_value;
+  };
+  RETURN_IF_ERROR(CheckLogprobs(request, llm));
+  RETURN_IF_ERROR(CheckIds(request.stop_token_ids, llm, "stop_token_ids"));
+  ASSIGN_OR_RETURN(generation.banned_token_ids, BannedIdsOf(request, llm));
+  RETURN_IF_ERROR(CheckBiases(request, generation.banned_token_ids, llm));
+  generation.min_p = number(request.min_p, defaults.min_p);
+  generation.repetition_penalty = number(request.repetition_penalty, defaults.repetition_penalty);
+  generation.presence_penalty = number(request.presence_penalty, defaults.presence_penalty);
+  generation.frequency_penalty = number(request.frequency_penalty, defaults.frequency_penalty);
+  generation.logit_bias = request.logit_bias;
+  generation.stop_token_ids = request.stop_token_ids;
+  generation.num_top_logprobs = request.num_top_logprobs;
   generation.temperature = static_cast<float>(request.temperature.value_or(defaults.temperature));
   generation.top_p = static_cast<float>(request.top_p.value_or(defaults.top_p));
   generation.top_k = static_cast<int32_t>(request.top_k.value_or(defaults.top_k));
@@ -100,7 +181,7 @@ absl::Status CheckModelName(std::string_view model, const LLM& llm, const ModelN
 absl::StatusOr<std::vector<GenerationRequest>> MakeGenerationRequests(const ApiRequest& request,
                                                                       const LLM& llm,
                                                                       const std::string& id) {
-  const GenerationRequest sampling = SamplingOf(request, llm.defaults());
+  ASSIGN_OR_RETURN(const GenerationRequest sampling, SamplingOf(request, llm));
   std::vector<GenerationRequest> generations;
   for (size_t i = 0; i < request.prompts.size(); ++i) {
     const std::string param = PromptParam(request, i);
@@ -111,6 +192,16 @@ absl::StatusOr<std::vector<GenerationRequest>> MakeGenerationRequests(const ApiR
     RETURN_IF_ERROR(CheckMinTokens(request, generation.prompt_ids.size(), llm));
   }
   return generations;
+}
+
+std::vector<std::string> EchoTexts(const ApiRequest& request, const LLM& llm) {
+  std::vector<std::string> texts;
+  if (!request.echo) return texts;
+  for (const PromptSource& prompt : request.prompts) {
+    const auto* ids = std::get_if<TokenIds>(&prompt);
+    texts.push_back(ids != nullptr ? llm.Decode(*ids) : std::get<std::string>(prompt));
+  }
+  return texts;
 }
 
 }  // namespace wintserve

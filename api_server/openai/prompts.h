@@ -24,9 +24,13 @@ absl::Status CheckModelName(std::string_view model, const LLM& llm, const ModelN
 // One GenerationRequest a prompt, in order; `id` names them in the log; the tenant is `user`.
 // Renders and encodes, so it runs on a pool thread. INVALID_ARGUMENT (context_length_exceeded):
 // longer than max_model_len - 1 tokens; or an unknown token id, an empty prompt, a message that the
-// template cannot render, more min_tokens than the prompt leaves room for.
+// template cannot render, more min_tokens than the prompt leaves room for, a bad word that is not
+// one token, log-probabilities beyond what the server gives.
 absl::StatusOr<std::vector<GenerationRequest>> MakeGenerationRequests(const ApiRequest& request,
                                                                       const LLM& llm,
                                                                       const std::string& id);
+
+// The prompts of a request with "echo" as text; empty without.
+std::vector<std::string> EchoTexts(const ApiRequest& request, const LLM& llm);
 
 }  // namespace wintserve

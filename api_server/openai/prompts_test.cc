@@ -78,6 +78,57 @@ TEST(MakeGenerationRequests, PassesOnHowToSchedule) {
   EXPECT_EQ(generation.timeout_ms, 1500);
 }
 
+TEST(MakeGenerationRequests, PassesOnPenaltiesAndTokenRules) {
+  const FakeLlm llm;
+  ApiRequest request = CompletionOf("a");
+  request.min_p = 0.25;
+  request.repetition_penalty = 1.5;
+  request.presence_penalty = -0.5;
+  request.frequency_penalty = 0.75;
+  request.logit_bias = {{7, -100.0f}};
+  request.bad_words = {"a"};
+  request.bad_words_token_ids = {9, 97, 8};
+  request.stop_token_ids = {6};
+  request.num_top_logprobs = 3;
+  const auto generations = MakeGenerationRequests(request, llm, "id");
+  ASSERT_TRUE(generations.ok()) << generations.status();
+  const GenerationRequest& generation = generations->front();
+  EXPECT_EQ(generation.min_p, 0.25f);
+  EXPECT_EQ(generation.repetition_penalty, 1.5f);
+  EXPECT_EQ(generation.presence_penalty, -0.5f);
+  EXPECT_EQ(generation.frequency_penalty, 0.75f);
+  EXPECT_THAT(generation.logit_bias, testing::ElementsAre(testing::Pair(7, -100.0f)));
+  EXPECT_THAT(generation.banned_token_ids, testing::ElementsAre(8, 9, 97));  // 'a' is 97
+  EXPECT_THAT(generation.stop_token_ids, testing::ElementsAre(6));
+  EXPECT_EQ(generation.num_top_logprobs, 3);
+}
+
+TEST(EchoTexts, AreThePromptsAsTextWhenAskedFor) {
+  const FakeLlm llm;
+  ApiRequest request = CompletionOf("ab");
+  request.prompts.push_back(TokenIds{99, 100});
+  EXPECT_TRUE(EchoTexts(request, llm).empty());
+  request.echo = true;
+  EXPECT_THAT(EchoTexts(request, llm), testing::ElementsAre("ab", "cd"));
+}
+
+TEST(MakeGenerationRequests, LogprobsAreBoundedByWhatTheServerGives) {
+  FakeLlm llm;
+  llm.SetMaxTopLogprobs(4);
+  ApiRequest request = CompletionOf("a");
+  request.num_top_logprobs = 4;
+  EXPECT_TRUE(MakeGenerationRequests(request, llm, "id").ok());
+  request.num_top_logprobs = 5;
+  ApiError error = ToApiError(MakeGenerationRequests(request, llm, "id").status());
+  EXPECT_EQ(error.param, "logprobs");
+  EXPECT_EQ(error.message, "logprobs: must be at most 4 on this server (--max-logprobs), got 5");
+  llm.SetMaxTopLogprobs(-1);
+  request.num_top_logprobs = 0;
+  error = ToApiError(MakeGenerationRequests(request, llm, "id").status());
+  EXPECT_EQ(error.http_status, 400);
+  EXPECT_THAT(error.message, HasSubstr("switched off on this server (--no-enable-logprob)"));
+}
+
 TEST(MakeGenerationRequests, MakesOneOfEachPrompt) {
   const FakeLlm llm;
   ApiRequest request = CompletionOf("a");
@@ -128,6 +179,36 @@ ApiRequest WithMinTokens(int64_t min_tokens) {
   request.min_tokens = min_tokens;
   return request;
 }
+
+template <typename Spoil>
+ApiRequest Spoiled(Spoil spoil) {
+  ApiRequest request = CompletionOf("a");
+  spoil(&request);
+  return request;
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    TokenRules, BadPrompts,
+    testing::Values(
+        BadPrompt{"BiasOutsideVocabulary", Spoiled([](auto* r) {
+                    r->logit_bias = {{256, 1.0f}};
+                  }),
+                  "logit_bias.256", "invalid_value",
+                  "token id 256 is outside the vocabulary, 0 to 255"},
+        BadPrompt{"BannedIdOutsideVocabulary", Spoiled([](auto* r) {
+                    r->bad_words_token_ids = {3, 256};
+                  }),
+                  "bad_words_token_ids[1]", "invalid_value",
+                  "token id 256 is outside the vocabulary, 0 to 255"},
+        BadPrompt{"StopTokenOutsideVocabulary",
+                  Spoiled([](auto* r) { r->stop_token_ids = {1000}; }), "stop_token_ids[0]",
+                  "invalid_value", "token id 1000 is outside the vocabulary, 0 to 255"},
+        BadPrompt{"BadWordOfTwoTokens", Spoiled([](auto* r) {
+                    r->bad_words = {"a", "ab"};
+                  }),
+                  "bad_words[1]", "invalid_value",
+                  "must be one token, with or without a space before it, but \"ab\" is 2 tokens"}),
+    [](const auto& info) { return info.param.name; });
 
 INSTANTIATE_TEST_SUITE_P(
     All, BadPrompts,

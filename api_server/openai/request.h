@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
@@ -26,6 +27,8 @@ inline constexpr int kMaxChoicesPerPrompt = 128;    // n
 inline constexpr int kMaxChoicesPerRequest = 1024;  // prompts * n
 inline constexpr int kMaxStopStrings = 16;
 inline constexpr int kMaxStopStringBytes = 256;
+inline constexpr int kMaxBadWords = 256;
+inline constexpr int kMaxStopTokenIds = 256;
 inline constexpr int kMaxUserBytes = 1024;  // it is kept once a prompt
 inline constexpr int kMaxCacheSaltBytes = 128;
 inline constexpr double kMaxTimeoutSeconds = 1e9;  // a longer one is as good as this
@@ -44,14 +47,27 @@ struct ApiRequest {
   std::optional<double> top_p;
   std::optional<int64_t> top_k;
   std::optional<int64_t> seed;
+  std::optional<double> min_p;
+  std::optional<double> repetition_penalty;  // above 0
+  std::optional<double> presence_penalty;
+  std::optional<double> frequency_penalty;
+  std::map<int32_t, float> logit_bias;  // by token id
   std::vector<std::string> stop;
   bool include_stop_in_output = false;
-  int num_choices_per_prompt = 1;  // n
+  // Absent: no log-probabilities. Chat: top_logprobs, 0 with "logprobs": true alone; completions:
+  // logprobs.
+  std::optional<int> num_top_logprobs;
+  bool echo = false;                    // completions: the prompt comes before the text
+  std::vector<std::string> echo_texts;  // by prompt; see EchoTexts
+  int num_choices_per_prompt = 1;       // n
   bool stream = false;
   StreamOptions stream_options;
   std::string user;
 
   // Beyond OpenAI's API.
+  std::vector<std::string> bad_words;  // each is one token
+  TokenIds bad_words_token_ids;
+  TokenIds stop_token_ids;
   int64_t min_tokens = 0;  // at most max_tokens
   bool ignore_eos = false;
   int32_t priority = 0;                    // lower comes first

@@ -43,12 +43,54 @@ Json Envelope(const ResponseIdentity& identity, const char* object, Json choices
           {"choices", std::move(choices)}};
 }
 
+// OpenAI's bound: what is less likely is as good as impossible. JSON knows no infinity.
+double Bounded(float logprob) { return std::max(static_cast<double>(logprob), -9999.0); }
+
+Json EntryJson(const LogprobEntry& entry) {
+  Json bytes = Json::array();
+  for (const char byte : entry.bytes) bytes.push_back(static_cast<uint8_t>(byte));
+  return {{"token", entry.text}, {"logprob", Bounded(entry.logprob)}, {"bytes", std::move(bytes)}};
+}
+
+Json ChatLogprobs(const std::vector<TokenLogprobs>& tokens) {
+  Json content = Json::array();
+  for (const TokenLogprobs& token : tokens) {
+    Json top = Json::array();
+    for (const LogprobEntry& entry : token.top) top.push_back(EntryJson(entry));
+    content.push_back(EntryJson(token.token));
+    content.back()["top_logprobs"] = std::move(top);
+  }
+  return {{"content", std::move(content)}, {"refusal", nullptr}};
+}
+
+// The dictionaries of the most probable tokens hold the sampled one in any case.
+Json CompletionLogprobs(const std::vector<TokenLogprobs>& tokens) {
+  Json logprobs = {{"tokens", Json::array()},
+                   {"token_logprobs", Json::array()},
+                   {"top_logprobs", Json::array()},
+                   {"text_offset", Json::array()}};
+  for (const TokenLogprobs& token : tokens) {
+    Json top = Json::object();
+    for (const LogprobEntry& entry : token.top) top[entry.text] = Bounded(entry.logprob);
+    top[token.token.text] = Bounded(token.token.logprob);
+    logprobs["tokens"].push_back(token.token.text);
+    logprobs["token_logprobs"].push_back(Bounded(token.token.logprob));
+    logprobs["top_logprobs"].push_back(std::move(top));
+    logprobs["text_offset"].push_back(token.text_offset);
+  }
+  return logprobs;
+}
+
+Json LogprobsJson(Endpoint endpoint, const std::vector<TokenLogprobs>& tokens) {
+  return endpoint == Endpoint::kChat ? ChatLogprobs(tokens) : CompletionLogprobs(tokens);
+}
+
 // content_key: "message" or "delta" for chat, "text" for completions.
 Json ChoiceJson(int index, const char* content_key, Json content,
-                std::optional<FinishReason> finish_reason) {
+                std::optional<FinishReason> finish_reason, Json logprobs) {
   return {{"index", index},
           {content_key, std::move(content)},
-          {"logprobs", nullptr},
+          {"logprobs", std::move(logprobs)},
           {"finish_reason", FinishReasonJson(finish_reason)}};
 }
 
@@ -106,8 +148,13 @@ bool UsageCounter::all_finished() const {
 ResponseAssembler::ResponseAssembler(ResponseIdentity identity, const ApiRequest& request)
     : identity_(std::move(identity)),
       num_choices_per_prompt_(request.num_choices_per_prompt),
+      wants_logprobs_(request.num_top_logprobs.has_value()),
       choices_(NumChoices(request)),
-      usage_(request.prompts.size()) {}
+      usage_(request.prompts.size()) {
+  for (size_t i = 0; i < choices_.size() && !request.echo_texts.empty(); ++i) {
+    choices_[i].text = request.echo_texts.at(i / num_choices_per_prompt_);
+  }
+}
 
 void ResponseAssembler::Add(size_t prompt_index, const GenerationUpdate& update) {
   usage_.Update(prompt_index, update);
@@ -115,6 +162,7 @@ void ResponseAssembler::Add(size_t prompt_index, const GenerationUpdate& update)
     CHECK(0 <= delta.index && delta.index < num_choices_per_prompt_, "index={}", delta.index);
     Choice& choice = choices_[prompt_index * num_choices_per_prompt_ + delta.index];
     choice.text += delta.text;
+    choice.logprobs.insert(choice.logprobs.end(), delta.logprobs.begin(), delta.logprobs.end());
     if (delta.finish_reason.has_value()) choice.finish_reason = delta.finish_reason;
   }
 }
@@ -126,8 +174,9 @@ std::string ResponseAssembler::Body() const {
     const Choice& choice = choices_[i];
     Json content =
         is_chat ? Json{{"role", "assistant"}, {"content", choice.text}} : Json(choice.text);
-    choices.push_back(ChoiceJson(static_cast<int>(i), is_chat ? "message" : "text",
-                                 std::move(content), choice.finish_reason));
+    choices.push_back(ChoiceJson(
+        static_cast<int>(i), is_chat ? "message" : "text", std::move(content), choice.finish_reason,
+        wants_logprobs_ ? LogprobsJson(identity_.endpoint, choice.logprobs) : Json(nullptr)));
   }
   Json body =
       Envelope(identity_, is_chat ? "chat.completion" : "text_completion", std::move(choices));
@@ -139,7 +188,8 @@ StreamAssembler::StreamAssembler(ResponseIdentity identity, const ApiRequest& re
     : identity_(std::move(identity)),
       num_choices_per_prompt_(request.num_choices_per_prompt),
       options_(request.stream_options),
-      role_sent_(NumChoices(request), false),
+      echo_texts_(request.echo_texts),
+      began_(NumChoices(request), false),
       usage_(request.prompts.size()) {}
 
 void StreamAssembler::Add(size_t prompt_index, const GenerationUpdate& update,
@@ -160,26 +210,36 @@ void StreamAssembler::Add(size_t prompt_index, const GenerationUpdate& update,
 void StreamAssembler::AddChoice(int index, const ChoiceDelta& delta,
                                 std::vector<std::string>* payloads) {
   const bool is_chat = identity_.endpoint == Endpoint::kChat;
-  if (is_chat && !role_sent_[index]) {
-    payloads->push_back(ChoiceChunk(index, {{"role", "assistant"}, {"content", ""}}, std::nullopt));
-    role_sent_[index] = true;
+  if (!began_[index]) {
+    began_[index] = true;
+    if (is_chat) {
+      payloads->push_back(
+          ChoiceChunk(index, {{"role", "assistant"}, {"content", ""}}, std::nullopt, nullptr));
+    } else if (!echo_texts_.empty()) {
+      payloads->push_back(ChoiceChunk(index, echo_texts_.at(index / num_choices_per_prompt_),
+                                      std::nullopt, nullptr));
+    }
   }
-  if (!delta.text.empty()) {
-    payloads->push_back(ChoiceChunk(
-        index, is_chat ? Json{{"content", delta.text}} : Json(delta.text), std::nullopt));
+  if (!delta.text.empty() || !delta.logprobs.empty()) {
+    Json logprobs;
+    if (!delta.logprobs.empty()) logprobs = LogprobsJson(identity_.endpoint, delta.logprobs);
+    payloads->push_back(ChoiceChunk(index,
+                                    is_chat ? Json{{"content", delta.text}} : Json(delta.text),
+                                    std::nullopt, std::move(logprobs)));
   }
   if (delta.finish_reason.has_value()) {
     payloads->push_back(
-        ChoiceChunk(index, is_chat ? Json::object() : Json(""), delta.finish_reason));
+        ChoiceChunk(index, is_chat ? Json::object() : Json(""), delta.finish_reason, nullptr));
   }
 }
 
 std::string StreamAssembler::ChoiceChunk(int index, Json content,
-                                         std::optional<FinishReason> finish_reason) const {
+                                         std::optional<FinishReason> finish_reason,
+                                         Json logprobs) const {
   const char* content_key = identity_.endpoint == Endpoint::kChat ? "delta" : "text";
-  Json chunk =
-      Envelope(identity_, ChunkObject(identity_.endpoint),
-               Json::array({ChoiceJson(index, content_key, std::move(content), finish_reason)}));
+  Json chunk = Envelope(identity_, ChunkObject(identity_.endpoint),
+                        Json::array({ChoiceJson(index, content_key, std::move(content),
+                                                finish_reason, std::move(logprobs))}));
   if (options_.include_usage) {
     chunk["usage"] = options_.continuous_usage_stats ? UsageJson(usage_) : Json(nullptr);
   }

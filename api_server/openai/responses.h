@@ -58,9 +58,11 @@ class ResponseAssembler {
   struct Choice {
     std::string text;
     std::optional<FinishReason> finish_reason;
+    std::vector<TokenLogprobs> logprobs;
   };
   const ResponseIdentity identity_;
   const int num_choices_per_prompt_;
+  const bool wants_logprobs_;
   std::vector<Choice> choices_;  // prompt-major
   UsageCounter usage_;
 };
@@ -79,13 +81,15 @@ class StreamAssembler {
   void AddChoice(int index, const ChoiceDelta& delta, std::vector<std::string>* payloads);
   // content: the delta (chat) or the text (completions).
   std::string ChoiceChunk(int index, nlohmann::ordered_json content,
-                          std::optional<FinishReason> finish_reason) const;
+                          std::optional<FinishReason> finish_reason,
+                          nlohmann::ordered_json logprobs) const;
   std::string UsageChunk() const;
 
   const ResponseIdentity identity_;
   const int num_choices_per_prompt_;
   const StreamOptions options_;
-  std::vector<bool> role_sent_;  // by choice
+  const std::vector<std::string> echo_texts_;  // by prompt; empty: none
+  std::vector<bool> began_;                    // by choice: its role chunk, or its echo, was sent
   UsageCounter usage_;
 };
 

@@ -54,10 +54,11 @@ TEST(NewResponseIdentity, IdsAreUuidsWithTheEndpointsPrefix) {
 
 TEST(ResponseAssembler, ChatBodyHasSortedChoicesAndUsage) {
   ResponseAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 2));
-  assembler.Add(0, Update({{1, "春", {}, {}}, {0, "a", {}, {}}}, 2, false));
+  assembler.Add(0, Update({{1, "春", {}, {}, {}}, {0, "a", {}, {}, {}}}, 2, false));
   EXPECT_FALSE(assembler.finished());
-  assembler.Add(0, Update({{0, "b", {}, FinishReason::kStop}, {1, "眠", {}, FinishReason::kLength}},
-                          4, true));
+  assembler.Add(
+      0, Update({{0, "b", {}, FinishReason::kStop, {}}, {1, "眠", {}, FinishReason::kLength, {}}},
+                4, true));
   EXPECT_TRUE(assembler.finished());
   EXPECT_EQ(
       assembler.Body(),
@@ -74,9 +75,9 @@ TEST(ResponseAssembler, CompletionChoicesArePromptMajorAndUsageIsTheSum) {
   ResponseAssembler assembler(Identity(Endpoint::kCompletions),
                               Request(Endpoint::kCompletions, 2, 2));
   const auto finish = FinishReason::kStop;
-  assembler.Add(1, Update({{0, "c", {}, finish}, {1, "d", {}, finish}}, 2, true));
+  assembler.Add(1, Update({{0, "c", {}, finish, {}}, {1, "d", {}, finish, {}}}, 2, true));
   EXPECT_FALSE(assembler.finished());
-  assembler.Add(0, Update({{0, "a", {}, finish}, {1, "b", {}, finish}}, 3, true));
+  assembler.Add(0, Update({{0, "a", {}, finish, {}}, {1, "b", {}, finish, {}}}, 3, true));
   ASSERT_TRUE(assembler.finished());
   const auto body = nlohmann::json::parse(assembler.Body());
   EXPECT_EQ(body["object"], "text_completion");
@@ -96,10 +97,105 @@ TEST(ResponseAssembler, TheUpdateThatSaysAcceptedAddsNothing) {
   ResponseAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 1));
   assembler.Add(0, Update({}, 0, false));
   EXPECT_FALSE(assembler.finished());
-  assembler.Add(0, Update({{0, "a", {}, FinishReason::kStop}}, 1, true));
+  assembler.Add(0, Update({{0, "a", {}, FinishReason::kStop, {}}}, 1, true));
   const auto body = nlohmann::json::parse(assembler.Body());
   EXPECT_EQ(body["choices"][0]["message"]["content"], "a");
   EXPECT_EQ(body["usage"]["prompt_tokens"], 5);
+}
+
+TokenLogprobs Logprobs(const std::string& text, float logprob, std::vector<LogprobEntry> top,
+                       int text_offset = 0) {
+  TokenLogprobs logprobs;
+  logprobs.token = {5, text, text, logprob};
+  logprobs.top = std::move(top);
+  logprobs.text_offset = text_offset;
+  return logprobs;
+}
+
+ApiRequest WithLogprobs(Endpoint endpoint, int num_top_logprobs) {
+  ApiRequest request = Request(endpoint, 1, 1);
+  request.num_top_logprobs = num_top_logprobs;
+  return request;
+}
+
+TEST(ResponseAssembler, ChatLogprobsHaveTokenBytesAndTheMostProbable) {
+  ResponseAssembler assembler(Identity(Endpoint::kChat), WithLogprobs(Endpoint::kChat, 2));
+  const std::vector<LogprobEntry> top = {{7, "bytes:\\xe6", "\xe6", -0.125f},
+                                         {5, "春", "春", -1e30f}};
+  assembler.Add(0, Update({{0, "春", {}, {}, {Logprobs("春", -0.5f, top)}}}, 1, false));
+  assembler.Add(
+      0, Update({{0, "a", {}, FinishReason::kLength, {Logprobs("a", -0.25f, {})}}}, 2, true));
+  const auto logprobs = nlohmann::json::parse(assembler.Body())["choices"][0]["logprobs"];
+  EXPECT_EQ(logprobs, nlohmann::json::parse(R"({"refusal": null, "content": [
+      {"token": "春", "logprob": -0.5, "bytes": [230, 152, 165], "top_logprobs": [
+          {"token": "bytes:\\xe6", "logprob": -0.125, "bytes": [230]},
+          {"token": "春", "logprob": -9999.0, "bytes": [230, 152, 165]}]},
+      {"token": "a", "logprob": -0.25, "bytes": [97], "top_logprobs": []}]})"));
+}
+
+TEST(ResponseAssembler, CompletionLogprobsAreColumnsThatHoldTheSampledTokenToo) {
+  ResponseAssembler assembler(Identity(Endpoint::kCompletions),
+                              WithLogprobs(Endpoint::kCompletions, 1));
+  assembler.Add(0, Update({{0,
+                            "ab",
+                            {},
+                            FinishReason::kStop,
+                            {Logprobs("a", -0.5f, {{8, "x", "x", -0.25f}}, 0),
+                             Logprobs("b", -0.125f, {{9, "b", "b", -0.125f}}, 1)}}},
+                          2, true));
+  const auto logprobs = nlohmann::json::parse(assembler.Body())["choices"][0]["logprobs"];
+  EXPECT_EQ(logprobs, nlohmann::json::parse(R"({"tokens": ["a", "b"],
+      "token_logprobs": [-0.5, -0.125], "top_logprobs": [{"x": -0.25, "a": -0.5}, {"b": -0.125}],
+      "text_offset": [0, 1]})"));
+}
+
+TEST(ResponseAssembler, EchoPutsEachPromptBeforeItsChoices) {
+  ApiRequest request = Request(Endpoint::kCompletions, 2, 2);
+  request.echo_texts = {"p", "q"};
+  ResponseAssembler assembler(Identity(Endpoint::kCompletions), request);
+  const auto finish = FinishReason::kStop;
+  for (const size_t prompt : {0, 1}) {
+    assembler.Add(prompt, Update({{0, "0", {}, finish, {}}, {1, "1", {}, finish, {}}}, 2, true));
+  }
+  const auto body = nlohmann::json::parse(assembler.Body());
+  const std::string texts[] = {"p0", "p1", "q0", "q1"};
+  for (int i = 0; i < 4; ++i) EXPECT_EQ(body["choices"][i]["text"], texts[i]);
+}
+
+TEST(StreamAssembler, LogprobsComeWithTheTextOfTheirTokens) {
+  StreamAssembler assembler(Identity(Endpoint::kChat), WithLogprobs(Endpoint::kChat, 0));
+  std::vector<std::string> payloads;
+  assembler.Add(0, Update({{0, "", {7}, {}, {}}}, 1, false), &payloads);
+  assembler.Add(
+      0, Update({{0, "ab", {8}, {}, {Logprobs("a", -1, {}), Logprobs("b", -2, {})}}}, 2, false),
+      &payloads);
+  assembler.Add(0, Update({{0, "", {9}, FinishReason::kStop, {}}}, 3, true), &payloads);
+  ASSERT_EQ(payloads.size(), 3u);
+  std::vector<nlohmann::json> logprobs;
+  for (const std::string& payload : payloads) {
+    logprobs.push_back(nlohmann::json::parse(payload)["choices"][0]["logprobs"]);
+  }
+  EXPECT_TRUE(logprobs[0].is_null());
+  ASSERT_EQ(logprobs[1]["content"].size(), 2u);
+  EXPECT_EQ(logprobs[1]["content"][1]["logprob"], -2);
+  EXPECT_TRUE(logprobs[2].is_null());
+}
+
+TEST(StreamAssembler, EchoIsAChunkOfItsOwnBeforeEachChoice) {
+  ApiRequest request = Request(Endpoint::kCompletions, 1, 2);
+  request.echo_texts = {"p"};
+  StreamAssembler assembler(Identity(Endpoint::kCompletions), request);
+  std::vector<std::string> payloads;
+  const auto finish = FinishReason::kStop;
+  assembler.Add(0, Update({{0, "a", {}, finish, {}}, {1, "b", {}, finish, {}}}, 2, true),
+                &payloads);
+  std::string texts[2];
+  for (const std::string& payload : payloads) {
+    const auto choice = nlohmann::json::parse(payload)["choices"][0];
+    texts[choice["index"].get<int>()] += choice["text"];
+  }
+  EXPECT_EQ(texts[0], "pa");
+  EXPECT_EQ(texts[1], "pb");
 }
 
 std::string Chunk(const std::string& choice, const std::string& after = "") {
@@ -113,9 +209,9 @@ TEST(StreamAssembler, FollowsOpenAisOrder) {
   request.stream_options.include_usage = true;
   StreamAssembler assembler(Identity(Endpoint::kChat), request);
   std::vector<std::string> payloads;
-  assembler.Add(0, Update({{0, "", {7}, {}}}, 1, false), &payloads);
-  assembler.Add(0, Update({{0, "春", {8}, {}}}, 2, false), &payloads);
-  assembler.Add(0, Update({{0, "眠", {9}, FinishReason::kStop}}, 3, true), &payloads);
+  assembler.Add(0, Update({{0, "", {7}, {}, {}}}, 1, false), &payloads);
+  assembler.Add(0, Update({{0, "春", {8}, {}, {}}}, 2, false), &payloads);
+  assembler.Add(0, Update({{0, "眠", {9}, FinishReason::kStop, {}}}, 3, true), &payloads);
   EXPECT_TRUE(assembler.finished());
   const std::string null_usage = R"(,"usage":null)";
   const auto delta = [](const std::string& content, const std::string& finish) {
@@ -143,7 +239,7 @@ TEST(StreamAssembler, TheUpdateThatSaysAcceptedMakesNoChunk) {
 TEST(StreamAssembler, HasNoUsageKeyUnlessAsked) {
   StreamAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 1));
   std::vector<std::string> payloads;
-  assembler.Add(0, Update({{0, "a", {}, FinishReason::kStop}}, 1, true), &payloads);
+  assembler.Add(0, Update({{0, "a", {}, FinishReason::kStop, {}}}, 1, true), &payloads);
   ASSERT_EQ(payloads.size(), 3u);
   for (const std::string& payload : payloads) {
     EXPECT_FALSE(nlohmann::json::parse(payload).contains("usage")) << payload;
@@ -155,8 +251,8 @@ TEST(StreamAssembler, PutsRunningUsageOnEveryChunkWhenAsked) {
   request.stream_options = {true, true};
   StreamAssembler assembler(Identity(Endpoint::kCompletions), request);
   std::vector<std::string> payloads;
-  assembler.Add(0, Update({{0, "a", {}, {}}}, 1, false), &payloads);
-  assembler.Add(0, Update({{0, "b", {}, FinishReason::kStop}}, 2, true), &payloads);
+  assembler.Add(0, Update({{0, "a", {}, {}, {}}}, 1, false), &payloads);
+  assembler.Add(0, Update({{0, "b", {}, FinishReason::kStop, {}}}, 2, true), &payloads);
   std::vector<int> completion_tokens;
   for (const std::string& payload : payloads) {
     const auto usage = nlohmann::json::parse(payload)["usage"];
@@ -169,7 +265,7 @@ TEST(StreamAssembler, PutsRunningUsageOnEveryChunkWhenAsked) {
 TEST(StreamAssembler, EveryChoiceHasItsOwnRoleChunkInOrderOfIndex) {
   StreamAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 2));
   std::vector<std::string> payloads;
-  assembler.Add(0, Update({{1, "b", {}, {}}, {0, "a", {}, {}}}, 2, false), &payloads);
+  assembler.Add(0, Update({{1, "b", {}, {}, {}}, {0, "a", {}, {}, {}}}, 2, false), &payloads);
   std::vector<int> indices;
   indices.reserve(payloads.size());
   for (const std::string& payload : payloads) {

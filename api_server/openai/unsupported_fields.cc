@@ -18,8 +18,6 @@ struct UnsupportedField {
 };
 
 bool IsFalse(const json& value) { return value.is_boolean() && !value.get<bool>(); }
-bool IsZero(const json& value) { return value.is_number() && value.get<double>() == 0; }
-bool IsOne(const json& value) { return value.is_number() && value.get<double>() == 1; }
 bool IsEmpty(const json& value) {
   return (value.is_array() || value.is_object()) ? value.empty() : value == "";
 }
@@ -31,32 +29,31 @@ bool IsTextModality(const json& value) { return value == json::array({"text"}) |
 bool IsNever(const json&) { return false; }
 
 constexpr UnsupportedField kBothEndpoints[] = {
-    {"presence_penalty", IsZero},        {"frequency_penalty", IsZero},
-    {"repetition_penalty", IsOne},       {"min_p", IsZero},
-    {"use_beam_search", IsFalse},        {"logit_bias", IsEmpty},
-    {"logits_processors_args", IsEmpty}, {"allowed_token_ids", IsEmpty},
-    {"stop_token_ids", IsEmpty},         {"bad_words", IsEmpty},
-    {"bad_words_token_ids", IsEmpty},    {"prompt_logprobs", IsNever},
-    {"response_format", IsTextFormat},   {"guided_json", IsNever},
-    {"guided_regex", IsNever},           {"guided_choice", IsNever},
-    {"guided_grammar", IsNever},         {"structural_tag", IsNever},
-    {"structured_outputs", IsNever},     {"return_token_ids", IsFalse},
+    {"use_beam_search", IsFalse},
+    {"temp_scaled_logprobs", IsFalse},
+    {"top_p_normalized_logprobs", IsFalse},
+    {"include_draft_logprobs", IsFalse},
+    {"logits_processors_args", IsEmpty},
+    {"allowed_token_ids", IsEmpty},
+    {"prompt_logprobs", IsNever},
+    {"response_format", IsTextFormat},
+    {"guided_json", IsNever},
+    {"guided_regex", IsNever},
+    {"guided_choice", IsNever},
+    {"guided_grammar", IsNever},
+    {"structural_tag", IsNever},
+    {"structured_outputs", IsNever},
+    {"return_token_ids", IsFalse},
     {"prompt_token_ids", IsEmpty},
 };
 
 constexpr UnsupportedField kChatOnly[] = {
-    {"logprobs", IsFalse},
-    {"top_logprobs", IsZero},
-    {"modalities", IsTextModality},
-    {"audio", IsNever},
-    {"chat_template", IsEmpty},
-    {"disable_chat_template", IsFalse},
+    {"modalities", IsTextModality},    {"audio", IsNever},
+    {"chat_template", IsEmpty},        {"disable_chat_template", IsFalse},
     {"completion_token_ids", IsEmpty},
 };
 
 constexpr UnsupportedField kCompletionsOnly[] = {
-    {"logprobs", IsFalse},
-    {"echo", IsFalse},
     {"suffix", IsEmpty},
 };
 

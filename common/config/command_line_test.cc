@@ -164,6 +164,12 @@ TEST(CommandLine, SetsWhatTheFlagSays) {
   EXPECT_EQ(Serve({"--quantization", R"({"quantization":"wint2"})"}).error, "");
   EXPECT_FALSE(Serve({"--no-enable-prefix-caching"}).options.enable_prefix_caching);
   EXPECT_FALSE(Serve({"--no-enable-chunked-prefill"}).options.enable_chunked_prefill);
+  EXPECT_TRUE(Serve({"--enable-logprob"}).options.enable_logprob);
+  EXPECT_FALSE(Serve({"--no-enable-logprob"}).options.enable_logprob);
+  EXPECT_EQ(Serve({}).options.max_logprobs, 20);
+  EXPECT_EQ(Serve({"--max-logprobs=5"}).options.max_logprobs, 5);
+  EXPECT_EQ(Serve({"--max-logprobs=-1"}).options.max_logprobs, 20);
+  EXPECT_EQ(Serve({"--max-logprobs=100"}).options.max_logprobs, 20);
   EXPECT_EQ(Serve({"--swap-space", "1.5"}).options.swap_space_gib, 1.5);
   EXPECT_EQ(Serve({"--max-num-partial-prefills=3"}).options.max_num_partial_prefills, 3);
   EXPECT_EQ(Serve({"--max-long-partial-prefills=2"}).options.max_long_partial_prefills, 2);
@@ -433,6 +439,15 @@ TEST(CommandLine, AFeatureThatIsNotBuiltSaysSoOnce) {
   }
   EXPECT_THAT(Serve({}, {{"FD_LOG_DIR", "/log"}}).notes,
               ElementsAre("FD_LOG_DIR: logs go to stderr; ignored"));
+}
+
+TEST(CommandLine, MoreLogprobsThanThereAreSaysSo) {
+  EXPECT_THAT(Serve({"--max-logprobs=100"}).notes,
+              ElementsAre("--max-logprobs: at most 20 are given; taken as 20"));
+  EXPECT_THAT(Serve({"--max-logprobs=-1"}).notes, IsEmpty());
+  EXPECT_THAT(Serve({"--max-logprobs=-2"}).error, HasSubstr("-1..16777216 (got -2)"));
+  EXPECT_THAT(Serve({"--logprobs-mode=processed_logprobs"}).error,
+              HasSubstr("must be raw_logprobs (got processed_logprobs)"));
 }
 
 TEST(CommandLine, DefaultsInTheTableAreValid) {

@@ -99,12 +99,6 @@ void AddUnbuiltFlags(std::vector<Flag>* flags) {
       Unbuilt("reasoning-parser", Type::kText, "", "reasoning stays in the content"),
       Unbuilt("tool-call-parser", Type::kText, "", "tool calls stay in the content"),
       Unbuilt("tool-parser-plugin", Type::kText, "", "tool calls stay in the content"),
-      Unbuilt("enable-logprob", Type::kSwitch, "", "log-probabilities are not in this version"),
-      Unbuilt("max-logprobs", Type::kInteger, "20", "log-probabilities are not in this version",
-              -1),
-      Unbuilt("logprobs-mode", Type::kText, "raw_logprobs",
-              "log-probabilities are not in this version", 0, 0,
-              {"raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"}),
       Unbuilt("load-choices", Type::kText, "default_v1", "there is one loader"),
       Unbuilt("load-strategy", Type::kText, "normal", "there is one loader"),
       Unbuilt("use-warmup", Type::kInteger, "0", "a warm-up pass is not in this version", 0, 1),
@@ -165,6 +159,9 @@ void AddUnbuiltFlags(std::vector<Flag>* flags) {
 void AddRefusedFlags(std::vector<Flag>* flags) {
   const Flag refused[] = {
       Refused("chat-template", Type::kText, "", "templates of your own are not in this version"),
+      Refused("logprobs-mode", Type::kText, "raw_logprobs",
+              "log-probabilities are those of the model's logits", 0, 0,
+              {"raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"}),
       Refused("scheduler-name", Type::kText, "local", "the scheduler is local"),
       Refused("data-parallel-size", Type::kInteger, "1",
               "data parallelism is not in this version: start several instances", 1),

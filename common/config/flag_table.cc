@@ -197,6 +197,16 @@ void AddServingLimitFlags(std::vector<Flag>* flags) {
   for (size_t i = first; i < flags->size(); ++i) (*flags)[i].serve_only = true;
 }
 
+absl::Status ApplyMaxLogprobs(const FlagValue& value, Draft& draft) {
+  constexpr int kMost = 20;
+  if (value.integer > kMost) {
+    draft.Note("max-logprobs", fmt::format("at most {} are given; taken as {}", kMost, kMost));
+  }
+  const bool is_less = value.integer >= 0 && value.integer < kMost;
+  Options(draft).max_logprobs = is_less ? static_cast<int>(value.integer) : kMost;
+  return absl::OkStatus();
+}
+
 void AddFeatureFlags(std::vector<Flag>* flags) {
   flags->push_back(Switch("enable-prefix-caching", kFeatures, &ServeOptions::enable_prefix_caching,
                           "Prompts that begin alike share the KV blocks of that"));
@@ -209,6 +219,13 @@ void AddFeatureFlags(std::vector<Flag>* flags) {
   flags->push_back(Switch("enable-chunked-prefill", kFeatures,
                           &ServeOptions::enable_chunked_prefill,
                           "Long prompts run in pieces beside the decodes"));
+  flags->push_back(ServeOnly(Switch("enable-logprob", kFeatures, &ServeOptions::enable_logprob,
+                                    "Requests may ask for log-probabilities")));
+  flags->push_back(ServeOnly(Bounded(
+      -1, 1 << 24,
+      Custom("max-logprobs", kFeatures, Type::kInteger, "20",
+             "Most log-probabilities for a token that a request may ask for, at most 20; -1: 20",
+             ApplyMaxLogprobs))));
   flags->push_back(Integer("async-depth", kFeatures, 0, 1, &ServeOptions::async_depth,
                            "Steps planned ahead of the one that runs; 0: strictly one by one"));
   flags->push_back(

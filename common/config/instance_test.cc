@@ -48,6 +48,8 @@ Instance UnusualInstance() {
   options.request_timeout_ms = 17;
   options.enable_prefix_caching = false;
   options.enable_chunked_prefill = false;
+  options.enable_logprob = false;
+  options.max_logprobs = 19;
   options.async_depth = 0;
   options.cache_isolation = "key";
   options.client_stall_timeout_ms = 18;
@@ -141,7 +143,7 @@ TEST(Instance, RefusesWhatItDidNotWrite) {
       {"option of another type", changed([](auto& j) { j["options"]["port"] = "x"; }), kAllSeals,
        "options.port: wrong type"},
       {"option of a newer version", changed([](auto& j) { j["options"]["new"] = 1; }), kAllSeals,
-       "38 fields, expected 37"},
+       "40 fields, expected 39"},
       {"list of the wrong thing", changed([](auto& j) { j["options"]["api_keys"] = {1}; }),
        kAllSeals, "options.api_keys: wrong type"},
       {"an array", "[]", kAllSeals, "array"},

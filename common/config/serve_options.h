@@ -46,6 +46,8 @@ struct ServeOptions {
   // Features
   bool enable_prefix_caching = true;
   bool enable_chunked_prefill = true;
+  bool enable_logprob = true;
+  int max_logprobs = 20;                 // most that a request may ask for
   int async_depth = 1;                   // steps planned ahead; 0: strict
   std::string cache_isolation = "none";  // none | key: prompts of different API keys share no KV
   int64_t client_stall_timeout_ms = 30'000;  // a stream whose client reads nothing for so long ends

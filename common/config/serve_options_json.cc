@@ -40,6 +40,8 @@ void VisitFields(Options& options, Visit&& visit) {
   visit("request_timeout_ms", options.request_timeout_ms);
   visit("enable_prefix_caching", options.enable_prefix_caching);
   visit("enable_chunked_prefill", options.enable_chunked_prefill);
+  visit("enable_logprob", options.enable_logprob);
+  visit("max_logprobs", options.max_logprobs);
   visit("async_depth", options.async_depth);
   visit("cache_isolation", options.cache_isolation);
   visit("client_stall_timeout_ms", options.client_stall_timeout_ms);

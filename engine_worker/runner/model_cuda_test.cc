@@ -7,7 +7,9 @@
 #include <cstdio>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
@@ -206,14 +208,34 @@ TEST(StepRunnerOnCuda, StepsAheadFeedThemselvesTheTokensThatStepsOneByOneSample)
                                    .sampled_vocab_size = 8192};
   const auto prompts = Prompts();
   const SamplingParams params[] = {{.temperature = 0},
-                                   {.temperature = 0.8f, .top_p = 0.9f, .seed = 7},
-                                   {.temperature = 1.0f, .top_k = 20, .seed = 8}};
-  // Ids by step and row. explicit_tokens: every plan names the ids of the one before.
+                                   {.temperature = 0.8f,
+                                    .top_p = 0.9f,
+                                    .seed = 7,
+                                    .repetition_penalty = 1.2f,
+                                    .frequency_penalty = 0.75f},
+                                   {.temperature = 1.0f,
+                                    .top_k = 20,
+                                    .seed = 8,
+                                    .min_p = 0.01f,
+                                    .presence_penalty = 1.0f,
+                                    .logit_biases = {{21, -5.0f}, {22, TokenBias::kBanned}},
+                                    .num_top_logprobs = 5}};
+  // Ids by step and row, and the log-probabilities of slot 2. explicit_tokens: every plan names the
+  // ids of the one before.
   const auto run = [&](bool explicit_tokens) {
     auto runner = Must(StepRunner::Create(config, instance.model.get(), collective.get(),
                                           instance.pool->data(), nullptr));
     std::vector<std::unique_ptr<PendingStep>> pending;
     std::vector<std::vector<int32_t>> ids;
+    std::vector<std::optional<SampledLogprobs>> logprobs;
+    const auto finish = [&](PendingStep* step) {
+      std::vector<int32_t>& sampled = ids.emplace_back();
+      for (const SampledToken& token : Must(step->Wait()).sampled) {
+        sampled.push_back(token.token);
+        EXPECT_EQ(token.logprobs.has_value(), token.slot == 2);
+        if (token.slot == 2) logprobs.push_back(token.logprobs);
+      }
+    };
     for (int step = 0; step < kSteps; ++step) {
       StepPlan plan = {.step = static_cast<uint64_t>(step) + 1};
       for (uint32_t slot = 0; slot < 3; ++slot) {
@@ -223,7 +245,7 @@ TEST(StepRunnerOnCuda, StepsAheadFeedThemselvesTheTokensThatStepsOneByOneSample)
           for (const int32_t block : BlockTable(static_cast<int>(slot))) {
             blocks.push_back(BlockId{block});
           }
-          plan.slot_init.push_back({slot, params[slot], blocks});
+          plan.slot_init.push_back({slot, params[slot], blocks, prompt});
           plan.rows.push_back({slot, 0, 20, true, prompt});
         } else {
           plan.rows.push_back({slot, static_cast<uint32_t>(19 + step), 1, true, {}});
@@ -231,24 +253,16 @@ TEST(StepRunnerOnCuda, StepsAheadFeedThemselvesTheTokensThatStepsOneByOneSample)
         }
       }
       pending.push_back(Must(runner->Begin(plan, 0)));
-      if (!explicit_tokens) continue;
-      std::vector<int32_t>& sampled = ids.emplace_back();
-      for (const SampledToken& token : Must(pending.back()->Wait()).sampled) {
-        sampled.push_back(token.token);
-      }
+      if (explicit_tokens) finish(pending.back().get());
     }
     if (!explicit_tokens) {
-      for (const auto& step : pending) {
-        std::vector<int32_t>& sampled = ids.emplace_back();
-        for (const SampledToken& token : Must(step->Wait()).sampled) {
-          sampled.push_back(token.token);
-        }
-      }
+      for (const auto& step : pending) finish(step.get());
     }
-    return ids;
+    return std::pair(ids, logprobs);
   };
   const auto one_by_one = run(true);
-  EXPECT_EQ(one_by_one[0].size(), 3u);
+  EXPECT_EQ(one_by_one.first[0].size(), 3u);
+  EXPECT_EQ(one_by_one.second.size(), static_cast<size_t>(kSteps));
   EXPECT_EQ(run(false), one_by_one);
 }
 

@@ -15,7 +15,9 @@ REQUESTS = [
     {"prompt": beginning + ending, "max_tokens": 100, "ignore_eos": True, **sampling}
     for beginning in BEGINNINGS for ending in ENDINGS
     for sampling in ({"temperature": 0}, {"temperature": 0.9, "top_p": 0.95, "seed": 11},
-                     {"temperature": 1.0, "top_k": 40, "seed": 12, "n": 2})
+                     {"temperature": 1.0, "top_k": 40, "seed": 12, "n": 2},
+                     {"temperature": 0.8, "seed": 13, "repetition_penalty": 1.2, "frequency_penalty": 0.6,
+                      "presence_penalty": 0.3, "logit_bias": {"21": -3}})
 ]
 
 COMMON = ("--max-model-len", "2048", "--max-num-seqs", "32")

@@ -14,7 +14,7 @@ constexpr std::chrono::seconds kPatience(10);
 GenerationUpdate TextUpdate(int index, std::string text,
                             std::optional<FinishReason> finish_reason) {
   GenerationUpdate update;
-  update.choices.push_back({index, std::move(text), {}, finish_reason});
+  update.choices.push_back({index, std::move(text), {}, finish_reason, {}});
   update.finished = finish_reason.has_value();
   return update;
 }
@@ -71,6 +71,11 @@ void FakeLlm::SetReadiness(ReadinessReport report) {
 void FakeLlm::SetMaxModelLen(int max_model_len) {
   MutexLock lock(&mutex_);
   max_model_len_ = max_model_len;
+}
+
+void FakeLlm::SetMaxTopLogprobs(int max_top_logprobs) {
+  MutexLock lock(&mutex_);
+  max_top_logprobs_ = max_top_logprobs;
 }
 
 void FakeLlm::SetNumCachedTokens(int num_cached_tokens) {
@@ -237,6 +242,11 @@ absl::StatusOr<std::string> FakeLlm::RenderChat(const std::vector<ChatMessage>& 
   }
   if (add_generation_prompt) text += "assistant:";
   return text;
+}
+
+int FakeLlm::max_top_logprobs() const {
+  MutexLock lock(&mutex_);
+  return max_top_logprobs_;
 }
 
 int FakeLlm::max_model_len() const {

@@ -39,6 +39,7 @@ class FakeLlm : public LLM {
   void SetFinalError(absl::Status status);
   void SetReadiness(ReadinessReport report);
   void SetMaxModelLen(int max_model_len);
+  void SetMaxTopLogprobs(int max_top_logprobs);
   // Prompt tokens of every request that were cached.
   void SetNumCachedTokens(int num_cached_tokens);
   // What ResetPrefixCache answers; 7 unless set.
@@ -76,6 +77,7 @@ class FakeLlm : public LLM {
   const GenerationDefaults& defaults() const override { return defaults_; }
   int max_model_len() const override;
   int vocab_size() const override { return 256; }
+  int max_top_logprobs() const override;
   const std::string& model_name() const override { return model_name_; }
   const std::string& model_path() const override { return model_path_; }
 
@@ -106,6 +108,7 @@ class FakeLlm : public LLM {
   absl::Status final_error_ GUARDED_BY(mutex_);
   ReadinessReport readiness_ GUARDED_BY(mutex_) = {true, ""};
   int max_model_len_ GUARDED_BY(mutex_) = 2048;
+  int max_top_logprobs_ GUARDED_BY(mutex_) = kMaxTopLogprobs;
   int num_cached_tokens_ GUARDED_BY(mutex_) = 0;
   absl::StatusOr<uint64_t> reset_answer_ GUARDED_BY(mutex_) = 7;
   std::vector<std::optional<std::string>> resets_ GUARDED_BY(mutex_);

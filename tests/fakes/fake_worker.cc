@@ -27,6 +27,17 @@ absl::StatusOr<MappedMemory> TokenMemory(uint32_t num_blocks) {
   return MappedMemory::Create("fake_worker", int64_t{num_blocks} * kBlockTokens * sizeof(int32_t));
 }
 
+// Of a token t: -t / 100; the top are the tokens from t on.
+std::optional<SampledLogprobs> LogprobsOf(int32_t token, const SamplingParams& sampling) {
+  if (sampling.num_top_logprobs < 0) return std::nullopt;
+  const auto logprob_of = [](int32_t id) { return -static_cast<float>(id) / 100; };
+  SampledLogprobs logprobs = {.logprob = logprob_of(token), .rank = 1};
+  for (int32_t i = 0; i < sampling.num_top_logprobs; ++i) {
+    logprobs.top.push_back({token + i, logprob_of(token + i)});
+  }
+  return logprobs;
+}
+
 }  // namespace
 
 WorkerHello FakeHello(uint32_t rank, uint32_t world_size) {
@@ -164,7 +175,10 @@ absl::Status FakeWorker::Execute(const ReceivedPlan& received) {
     if (!row.sample) continue;
     ids.push_back(NextToken(history, pool_->slots.slot(row.slot).sampling));
     pool_->last_tokens[row.slot] = ids.back();
-    if (options_.hello.rank == 0) done.sampled.push_back({row.slot, ids.back()});
+    if (options_.hello.rank == 0) {
+      done.sampled.push_back(
+          {row.slot, ids.back(), LogprobsOf(ids.back(), pool_->slots.slot(row.slot).sampling)});
+    }
   }
   pool_->slots.FinishStep(plan);
   last_step_ = plan.step;
