@@ -66,7 +66,8 @@ void ThreadPool::Run(int64_t num_items, int64_t multiply_adds, Function fn) {
   num_open_.store(static_cast<uint32_t>(num_items), std::memory_order_relaxed);
   function_.store(&fn, std::memory_order_relaxed);
   num_items_.store(static_cast<uint32_t>(num_items), std::memory_order_relaxed);
-  ticket_.store(uint64_t{generation} << 32, std::memory_order_release);
+  ticket_.store(uint64_t{generation} << 32 | static_cast<uint32_t>(num_items),
+                std::memory_order_release);
   generation_.store(generation);
   if (num_sleeping_.load() > 0) FutexWakeAll(generation_);
 
@@ -86,13 +87,13 @@ void ThreadPool::RunItems(int thread) {
   uint64_t ticket = ticket_.load(std::memory_order_acquire);
   const uint64_t generation = ticket >> 32;
   while (ticket >> 32 == generation) {
+    const auto num_unclaimed = static_cast<uint32_t>(ticket);
+    if (num_unclaimed == 0) return;
     const Function* function = function_.load(std::memory_order_relaxed);
-    const uint32_t num_items = num_items_.load(std::memory_order_relaxed);
-    const auto first = static_cast<uint32_t>(ticket);
-    if (first >= num_items) return;
+    const uint32_t first = num_items_.load(std::memory_order_relaxed) - num_unclaimed;
     // Large claims first, single items at the end: few claims and an even finish.
-    const uint32_t count = std::max<uint32_t>(1, (num_items - first) / (2 * threads));
-    if (!ticket_.compare_exchange_weak(ticket, ticket + count, std::memory_order_acq_rel)) continue;
+    const uint32_t count = std::max<uint32_t>(1, num_unclaimed / (2 * threads));
+    if (!ticket_.compare_exchange_weak(ticket, ticket - count, std::memory_order_acq_rel)) continue;
     for (uint32_t item = first; item < first + count; ++item) (*function)(item, thread);
     // The caller needs every decrement's writes, hence release; seq_cst orders it with the flag.
     if (num_open_.fetch_sub(count) == count && thread != 0 && caller_sleeps_.load()) {

@@ -44,9 +44,11 @@ class ThreadPool {
   const bool may_spin_;
   std::vector<std::thread> workers_;
 
-  // The loop that runs now. A claim succeeds only by advancing ticket_ = generation << 32 | next
-  // item; the caller changes the other fields only after all items of a generation are done, so a
-  // claim proves that the fields read before it belong to its generation.
+  // The loop that runs now. A claim succeeds only by lowering ticket_ = generation << 32 | items
+  // that nobody has claimed yet; the caller changes the other fields only after all items of a
+  // generation are done, so a claim proves that the fields read before it belong to its generation.
+  // The ticket alone says that nothing is left: were that told from num_items_, a late worker could
+  // claim from the used-up ticket of one loop what the caller has just put there for the next.
   alignas(64) std::atomic<uint64_t> ticket_{0};
   std::atomic<const Function*> function_{nullptr};
   std::atomic<uint32_t> num_items_{0};

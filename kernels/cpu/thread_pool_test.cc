@@ -30,6 +30,26 @@ TEST(ThreadPool, RunsEveryItemExactlyOnceThoughLoopsFollowEachOtherClosely) {
   }
 }
 
+// A worker that is late at the end of a short loop finds a longer one about to begin. Nothing is
+// looked at between loops, so that this happens often.
+TEST(ThreadPool, AWorkerThatIsLateAtTheEndOfALoopClaimsNothingOfTheNext) {
+  constexpr int kLoops = 500'000;
+  constexpr int64_t kFewItems = 2;
+  constexpr int64_t kManyItems = 32;
+  for (const int threads : {2, 6}) {
+    SCOPED_TRACE(threads);
+    ThreadPool pool(threads);
+    std::vector<std::atomic<int>> runs(kManyItems);
+    const auto run = [&](int64_t item, int) { runs[item].fetch_add(1, std::memory_order_relaxed); };
+    for (int loop = 0; loop < kLoops; ++loop) {
+      pool.Run(loop % 2 == 0 ? kFewItems : kManyItems, kMuchWork, run);
+    }
+    for (int64_t item = 0; item < kManyItems; ++item) {
+      ASSERT_EQ(runs[item].load(), item < kFewItems ? kLoops : kLoops / 2) << "item " << item;
+    }
+  }
+}
+
 TEST(ThreadPool, WhatItemsWroteIsVisibleAfterTheLoop) {
   ThreadPool pool(4);
   std::vector<int64_t> values(101);
