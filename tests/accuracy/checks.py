@@ -19,16 +19,17 @@ def check_greedy(reference, candidate, parted):
     is at most 2 e. The candidate's text comes from prefill, decode steps and the sampler on the
     device, its logits here from forced tokens. So the check fails when those disagree: when the
     token is not the best, or the cache does not hold what it should."""
-    ends = np.cumsum([len(ids) for _, ids, _ in parted]) - 1
+    ends = np.cumsum([len(ids) for _, ids, _, _ in parted]) - 1
     results = []
-    for (index, _, token), end in zip(parted, ends):
+    for (index, _, reference_token, token), end in zip(parted, ends):
         a = np.array(reference.logits[end], np.float64)
         b = np.array(candidate.logits[end], np.float64)
         results.append({
             "recitation": index,
             "gap": float(a.max() - a[token]),
             "bound": float(2 * np.abs(a - b).max()),
-            "is_best_when_forced": bool(b.argmax() == token)})
+            "is_best_when_forced": bool(b.argmax() == token),
+            "reference_is_best_when_forced": bool(a.argmax() == reference_token)})
     return results
 
 

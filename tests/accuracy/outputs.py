@@ -98,6 +98,12 @@ def run_program(program, model, input_path, directory, *flags):
     return Run(directory)
 
 
+def is_exact(run):
+    """Whether every sequence gave the same bits as one prompt and token by token."""
+    forced = run.report["teacher_forced"]
+    return forced["same_bits_as_whole_prompts"] == forced["sequences"]
+
+
 def seconds_of(run):
     forced = run.report["teacher_forced"]["seconds"]
     return f"{forced:.1f} s for the chats, {run.report['greedy_seconds']:.1f} s for the recitations"
@@ -148,7 +154,7 @@ def compare(reference, candidate, next_ids, is_answer):
 
 
 def first_differences(prompts, reference, candidate):
-    """[(index, the ids up to where the two continuations part, the candidate's next id)]. A text
+    """[(index, the ids up to where the two continuations part, the next id of each)]. A text
     that has no next id there has ended at the limit, which the other has not reached: impossible
     while both have the same limit and the stop id is kept."""
     found = []
@@ -156,7 +162,7 @@ def first_differences(prompts, reference, candidate):
         if a == b:
             continue
         at = next(i for i, pair in enumerate(zip(a, b)) if pair[0] != pair[1])
-        found.append((index, prompt + a[:at], b[at]))
+        found.append((index, prompt + a[:at], a[at], b[at]))
     return found
 
 
