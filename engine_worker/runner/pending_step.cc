@@ -47,6 +47,7 @@ absl::StatusOr<StepDone> PendingStep::Wait() {
   StepDone done = std::move(work_.done);
   done.execute_us = static_cast<uint32_t>(work_.end->MicrosecondsSince(*work_.begin));
   done.sampled_digest = XXH3_64bits(ids.data(), ids.size_bytes());
+  if (work_.reports_ids) done.sampled.reserve(ids.size());
   for (size_t i = 0; i < ids.size(); ++i) {
     RETURN_IF_ERROR(CheckId(work_.sampled[i], ids[i]));
     if (!work_.reports_ids) continue;

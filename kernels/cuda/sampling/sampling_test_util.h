@@ -118,7 +118,8 @@ inline std::vector<cpu::TestRequest> RandomRequests(int num_rows, int size, std:
     if ((*random)() % 3 == 0) {
       for (int32_t id = 0; id < size + 2; ++id) {
         if ((*random)() % 64 != 0) continue;
-        r.bias.push_back({id, static_cast<float>((*random)() % 2000) * 0.1f - 100});
+        const float bias = static_cast<float>((*random)() % 2000) * 0.1f - 100;
+        r.bias.push_back({id, (*random)() % 4 == 0 ? sampling::kBanned : bias});
       }
     }
     if ((*random)() % 3 == 0) {
