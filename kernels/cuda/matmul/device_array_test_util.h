@@ -23,6 +23,9 @@ class DeviceArray {
   explicit DeviceArray(const std::vector<T>& values)
       : DeviceArray(static_cast<int64_t>(values.size())) {
     CUDA_CALL(cudaMemcpy, data(), values.data(), values.size() * sizeof(T), cudaMemcpyDefault);
+    // From pageable memory the copy returns when the last bytes are staged, not when they have
+    // arrived; a stream that does not wait for the default stream would read too early.
+    CUDA_CALL(cudaStreamSynchronize, nullptr);
   }
 
   T* data() const { return buffer_.template data<T>(); }
