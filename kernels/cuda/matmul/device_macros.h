@@ -2,12 +2,15 @@
 // and matrix instructions: GpuDevice on a GPU, EmulatedDevice in tests on the host.
 #pragma once
 
+#define WINTSERVE_PRAGMA(text) _Pragma(#text)
 #if defined(__CUDACC__)
 #define WINTSERVE_DEVICE __device__ __forceinline__
 #define WINTSERVE_UNROLL _Pragma("unroll")
+#define WINTSERVE_UNROLL_BY(n) WINTSERVE_PRAGMA(unroll n)
 #else
 #define WINTSERVE_DEVICE inline
 #define WINTSERVE_UNROLL
+#define WINTSERVE_UNROLL_BY(n)
 #endif
 
 namespace wintserve::kernels::cuda {

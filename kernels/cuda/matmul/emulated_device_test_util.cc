@@ -242,6 +242,42 @@ void EmulatedDevice::SyncBlock() {
   }
 }
 
+namespace {
+
+// In the eight bytes of a barrier.
+struct SharedBarrier {
+  uint16_t count;
+  uint16_t missing;
+  uint32_t completions;
+};
+static_assert(sizeof(SharedBarrier) == 8);
+
+}  // namespace
+
+void EmulatedDevice::InitBarrier(void* barrier, int count) {
+  CheckAligned(barrier, sizeof(SharedBarrier));
+  const auto arrivals = static_cast<uint16_t>(count);
+  *static_cast<SharedBarrier*>(barrier) = {arrivals, arrivals, 0};
+}
+
+void EmulatedDevice::ArriveAtBarrier(void* barrier) {
+  auto* own = static_cast<SharedBarrier*>(barrier);
+  CHECK(own->missing > 0 && own->missing <= own->count, "thread {}: not a barrier", thread());
+  if (--own->missing == 0) {
+    own->missing = own->count;
+    ++own->completions;
+  }
+}
+
+// As on a GPU it cannot tell a completion from the one two before it.
+void EmulatedDevice::WaitBarrier(const void* barrier, int parity) {
+  const auto* own = static_cast<const SharedBarrier*>(barrier);
+  while (own->completions % 2 == static_cast<uint32_t>(parity)) {
+    State().runnable.push_back(State().current->thread);
+    Yield();
+  }
+}
+
 void EmulatedDevice::SyncWarp() {
   DoWithWarp("SyncWarp", {}, [](std::array<LaneOperand, kLanes>&) {});
 }

@@ -28,11 +28,18 @@ class EmulatedDevice {
 
   static void SyncBlock();
   static void SyncWarp();
+  static void InitBarrier(void* barrier, int count);
+  static void ArriveAtBarrier(void* barrier);
+  static void WaitBarrier(const void* barrier, int parity);
   static float ShuffleXor(float value, int mask);
   static int ShuffleXor(int value, int mask);
   static int ShuffleUp(int value, int step);
   static int Shuffle(int value, int lane);
   static uint32_t Ballot(bool value);
+
+  // Kernels run one after another.
+  static void WaitForPreviousKernel() {}
+  static void LetNextKernelBegin() {}
 
   static void CopyAsync16(void* shared, const void* global) { CopyAsync(shared, global, 16); }
   static void CopyAsync16If(bool condition, void* shared, const void* global) {
@@ -50,15 +57,19 @@ class EmulatedDevice {
 
   static Words4 LoadGlobal16(const void* from) { return Load<Words4>(from); }
   static Words2 LoadGlobal8(const void* from) { return Load<Words2>(from); }
+  static int LoadFresh4(const int* from) { return Load<int>(from); }
+  static float LoadFresh4(const float* from) { return Load<float>(from); }
+  static Words4 LoadFresh16(const void* from) { return Load<Words4>(from); }
   static Words4 LoadShared16(const void* from) { return Load<Words4>(from); }
   static Words2 LoadShared8(const void* from) { return Load<Words2>(from); }
+  static float LoadShared4(const void* from) { return Load<float>(from); }
   static uint32_t LoadShared2(const void* from) { return Load<uint16_t>(from); }
+  static void StoreShared16(void* to, const Words4& words) { StoreGlobal16(to, words); }
   static void StoreGlobal16(void* to, const Words4& words);
 
   // sum = c + a * b; registers of one lane of mma.m16n8k16 with binary16 operands.
   static void MultiplyAccumulate(const uint32_t (&a)[4], const uint32_t (&b)[2],
                                  const float (&c)[4], float (&sum)[4]);
-
   template <uint32_t kMask>
   static uint32_t MaskOr(uint32_t bits, uint32_t base) {
     return (bits & kMask) | base;

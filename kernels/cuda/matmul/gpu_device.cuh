@@ -30,6 +30,54 @@ struct GpuDevice {
   }
   static WINTSERVE_DEVICE uint32_t Ballot(bool value) { return __ballot_sync(kAllLanes, value); }
 
+  // The kernel may have begun before the one launched before it has ended: from here on that one's
+  // memory is visible. Every block calls this.
+  static WINTSERVE_DEVICE void WaitForPreviousKernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  }
+  // The next kernel may begin, once all blocks have said so. After WaitForPreviousKernel, so that
+  // the next one sees the memory of the one before this without waiting.
+  static WINTSERVE_DEVICE void LetNextKernelBegin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+  }
+
+  // Barriers in shared memory, 8 bytes each. They complete whenever `count` threads have arrived; a
+  // wait for the first completion has parity 0, for the second 1, for the third 0. What a thread
+  // wrote before it arrived is seen by those that have waited.
+  static WINTSERVE_DEVICE void InitBarrier(void* barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(count)
+                 : "memory");
+  }
+  static WINTSERVE_DEVICE void ArriveAtBarrier(void* barrier) {
+    asm volatile(
+        "{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(SharedAddress(barrier))
+        : "memory");
+  }
+  static WINTSERVE_DEVICE void WaitBarrier(void* barrier, int parity) {
+    const uint32_t address = SharedAddress(barrier);
+    uint32_t complete = 0;
+    do {
+#if __CUDA_ARCH__ >= 900
+      asm volatile(
+          "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+          : "=r"(complete)
+          : "r"(address), "r"(parity)
+          : "memory");
+#else
+      asm volatile(
+          "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;"
+          " }"
+          : "=r"(complete)
+          : "r"(address), "r"(parity)
+          : "memory");
+#endif
+    } while (complete == 0);
+  }
+
   // Asynchronous copies to shared memory, past the L1 cache.
   static WINTSERVE_DEVICE void CopyAsync16(void* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(SharedAddress(shared)),
@@ -70,6 +118,25 @@ struct GpuDevice {
     const uint2 words = __ldg(static_cast<const uint2*>(from));
     return {words.x, words.y};
   }
+  // Data that kernels wrote which this one may have overlapped with: no loads for constant data,
+  // and past the L1 cache for integers, which are read before WaitForPreviousKernel too.
+  static WINTSERVE_DEVICE int LoadFresh4(const int* from) {
+    int value;
+    asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(value) : "l"(from));
+    return value;
+  }
+  static WINTSERVE_DEVICE float LoadFresh4(const float* from) {
+    float value;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(from));
+    return value;
+  }
+  static WINTSERVE_DEVICE Words4 LoadFresh16(const void* from) {
+    Words4 words;
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "l"(from));
+    return words;
+  }
   static WINTSERVE_DEVICE Words4 LoadShared16(const void* from) {
     const uint4 words = *static_cast<const uint4*>(from);
     return {words.x, words.y, words.z, words.w};
@@ -78,8 +145,14 @@ struct GpuDevice {
     const uint2 words = *static_cast<const uint2*>(from);
     return {words.x, words.y};
   }
+  static WINTSERVE_DEVICE float LoadShared4(const void* from) {
+    return *static_cast<const float*>(from);
+  }
   static WINTSERVE_DEVICE uint32_t LoadShared2(const void* from) {
     return *static_cast<const uint16_t*>(from);
+  }
+  static WINTSERVE_DEVICE void StoreShared16(void* to, const Words4& words) {
+    *static_cast<uint4*>(to) = make_uint4(words.x, words.y, words.z, words.w);
   }
   static WINTSERVE_DEVICE void StoreGlobal16(void* to, const Words4& words) {
     *static_cast<uint4*>(to) = make_uint4(words.x, words.y, words.z, words.w);

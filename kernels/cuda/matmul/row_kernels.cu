@@ -11,26 +11,36 @@ namespace {
 // Shared memory that a kernel has without asking; a longer row is read from memory twice.
 constexpr int kMaxCachedBytes = 48 * 1024 - kPrepareReductionBytes;
 
+// What they read has just been written.
+__device__ __forceinline__ void BeginAfterPrevious() {
+  GpuDevice::WaitForPreviousKernel();
+  GpuDevice::LetNextKernelBegin();
+}
+
 __global__ void __launch_bounds__(kRowThreads)
     PrepareRowsKernel(const __grid_constant__ PrepareParams params) {
   extern __shared__ __align__(16) uint8_t row_shared[];
+  BeginAfterPrevious();
   PrepareRow<GpuDevice>(params, row_shared);
 }
 
 __global__ void __launch_bounds__(kRowThreads)
     SortPairsKernel(const __grid_constant__ SortParams params) {
   extern __shared__ __align__(16) uint8_t row_shared[];
+  BeginAfterPrevious();
   SortPairs<GpuDevice>(params, row_shared);
 }
 
 __global__ void __launch_bounds__(kRowThreads)
     CombineExpertsKernel(const __grid_constant__ CombineParams params) {
   extern __shared__ __align__(16) uint8_t row_shared[];
+  BeginAfterPrevious();
   CombineExperts<GpuDevice>(params, row_shared);
 }
 
 __global__ void __launch_bounds__(kRowThreads)
     AddSlicesKernel(const __grid_constant__ ProductParams params) {
+  BeginAfterPrevious();
   AddSlices<GpuDevice>(params);
 }
 
@@ -40,6 +50,7 @@ LaunchShape RowShape(int64_t blocks, int shared_bytes) {
   shape.grid = static_cast<unsigned>(blocks);
   shape.block = kRowThreads;
   shape.shared_bytes = shared_bytes;
+  shape.overlaps_previous = true;
   return shape;
 }
 
