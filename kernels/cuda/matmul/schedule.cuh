@@ -45,26 +45,33 @@ WINTSERVE_DEVICE Schedule BuildSchedule(const ProductParams& p, int token_tile, 
       first_tile[1] = plan::DivideUp(p.num_tokens, token_tile);
     }
   } else if (thread < 32) {
+    // All loads first, so that they wait for memory together.
+    constexpr int kRounds = plan::kMaxExperts / 32;
+    int begin[kRounds];
+    int end[kRounds];
+    WINTSERVE_UNROLL
+    for (int round = 0; round < kRounds; ++round) {
+      const int expert = round * 32 + thread;
+      begin[round] = expert < p.num_experts ? Device::LoadFresh4(p.first_token + expert) : 0;
+      end[round] = expert < p.num_experts ? Device::LoadFresh4(p.first_token + expert + 1) : 0;
+    }
     int before = 0;
-    for (int base = 0; base < p.num_experts; base += 32) {
-      const int expert = base + thread;
-      int begin = 0;
-      int end = 0;
-      if (expert < p.num_experts) {
-        begin = p.first_token[expert];
-        end = p.first_token[expert + 1];
-      }
-      int tiles = plan::DivideUp(end - begin, token_tile);
+    WINTSERVE_UNROLL
+    for (int round = 0; round < kRounds; ++round) {
+      if (round * 32 >= p.num_experts) break;
+      const int expert = round * 32 + thread;
+      const int own = plan::DivideUp(end[round] - begin[round], token_tile);
+      int tiles = own;
       WINTSERVE_UNROLL
       for (int step = 1; step < 32; step *= 2) {
         const int other = Device::ShuffleUp(tiles, step);
         if (thread >= step) tiles += other;
       }
       if (expert < p.num_experts) {
-        first_token[expert] = begin;
-        first_tile[expert] = before + tiles - plan::DivideUp(end - begin, token_tile);
+        first_token[expert] = begin[round];
+        first_tile[expert] = before + tiles - own;
         if (expert == p.num_experts - 1) {
-          first_token[p.num_experts] = end;
+          first_token[p.num_experts] = end[round];
           first_tile[p.num_experts] = before + tiles;
         }
       }
@@ -73,6 +80,18 @@ WINTSERVE_DEVICE Schedule BuildSchedule(const ProductParams& p, int token_tile, 
   }
   Device::SyncBlock();
   return {first_token, first_tile, first_tile[p.num_experts]};
+}
+
+// The expert of a token tile, which lies before schedule.num_token_tiles. For all lanes of a warp.
+template <class Device>
+WINTSERVE_DEVICE int ExpertOfTile(const Schedule& schedule, int num_experts, int tile) {
+  const int lane = Device::thread() % 32;
+  int expert = 0;  // as many as end at or before the tile
+  for (int base = 0; base < num_experts; base += 32) {
+    const bool before = base + lane < num_experts && schedule.first_tile[base + lane + 1] <= tile;
+    expert += Device::CountBits(Device::Ballot(before));
+  }
+  return expert;
 }
 
 // Row of the prepared activations of token `token` over all experts.

@@ -20,27 +20,31 @@
 
 namespace wintserve::kernels::cuda {
 
-// A place in the order of items. Stepping costs an increment; finding the first one a division.
+// A place in the order of items. For all lanes of a warp: finding an expert takes them all.
 struct StreamCursor {
   int expert = 0;
   int token_tile = 0;  // of the expert
   int row_block = 0;
 
-  WINTSERVE_DEVICE StreamCursor(const Schedule& schedule, int num_row_blocks, int item) {
+  template <class Device>
+  static WINTSERVE_DEVICE StreamCursor At(const Schedule& schedule, int num_experts,
+                                          int num_row_blocks, int item) {
     const int tile = item / num_row_blocks;
-    row_block = item - tile * num_row_blocks;
-    while (tile >= schedule.first_tile[expert + 1]) ++expert;
-    token_tile = tile - schedule.first_tile[expert];
+    StreamCursor cursor;
+    cursor.row_block = item - tile * num_row_blocks;
+    cursor.expert = ExpertOfTile<Device>(schedule, num_experts, tile);
+    cursor.token_tile = tile - schedule.first_tile[cursor.expert];
+    return cursor;
   }
   // REQUIRES: there is a next item.
-  WINTSERVE_DEVICE void Advance(const Schedule& schedule, int num_row_blocks) {
+  template <class Device>
+  WINTSERVE_DEVICE void Advance(const Schedule& schedule, int num_experts, int num_row_blocks) {
     if (++row_block < num_row_blocks) return;
     row_block = 0;
-    ++token_tile;
-    while (schedule.first_tile[expert] + token_tile >= schedule.first_tile[expert + 1]) {
-      ++expert;
-      token_tile = 0;
-    }
+    const int tile = schedule.first_tile[expert] + ++token_tile;
+    if (tile < schedule.first_tile[expert + 1]) return;
+    expert = ExpertOfTile<Device>(schedule, num_experts, tile);
+    token_tile = 0;
   }
 };
 
@@ -101,7 +105,7 @@ class WeightRing {
     from_ += kRecordBytes;
     // Below zero once all items are done.
     if (--chunks_left_ == 0 && --items_left_ > 0) {
-      item_.Advance(schedule_, warp_.num_row_blocks);
+      item_.template Advance<Device>(schedule_, p_.num_experts, warp_.num_row_blocks);
       OpenItem();
     }
     Device::CommitCopies();
@@ -268,7 +272,8 @@ WINTSERVE_DEVICE void StreamProduct(const ProductParams& p, uint8_t* shared) {
                          warp_index * Ring::kStages * Ring::kStageBytes + warp.lane * 16;
   const int ring_end = ring_begin + Ring::kStages * Ring::kStageBytes;
   const int to_scales = Ring::kUnits * plan::kUnitBytes + warp.lane / 4 * 2 - warp.lane * 16;
-  StreamCursor item(schedule, warp.num_row_blocks, item_begin);
+  StreamCursor item =
+      StreamCursor::At<Device>(schedule, p.num_experts, warp.num_row_blocks, item_begin);
   Ring ring(p, schedule, warp, item, item_end - item_begin);
   WINTSERVE_UNROLL
   for (int i = 0; i < Ring::kStages - 1; ++i) {
@@ -297,7 +302,9 @@ WINTSERVE_DEVICE void StreamProduct(const ProductParams& p, uint8_t* shared) {
     // The next item's columns come from memory while this one is computed.
     StreamCursor next_item = item;
     LaneColumns next_columns[kTiles];
-    if (index + 1 < item_end) next_item.Advance(schedule, warp.num_row_blocks);
+    if (index + 1 < item_end) {
+      next_item.template Advance<Device>(schedule, p.num_experts, warp.num_row_blocks);
+    }
     load_columns(next_item, next_columns);
 
     float total[kTiles][4] = {};
