@@ -3,12 +3,14 @@
 //
 // A product computes, for the tokens of each expert (a linear layer is one expert),
 //     y [tokens, columns] = x [tokens, k] * W_expert [k, columns].
-// Two kernels do this:
-//   stream  up to 8 tokens at a time; the warps of a block take slices of k of the same columns
-//   tile    8 to 64 tokens at a time; the warps of a block take different columns and share the
-//           tokens' activations
+// Three kernels do this:
+//   resident  up to 8 tokens at a time, WINT2; the warps of a block take slices of k of the same
+//             columns and keep their activations in registers
+//   stream    up to 8 tokens at a time; the same with slices too long for registers
+//   tile      8 to 64 tokens at a time; the warps of a block take different columns and share the
+//             tokens' activations
 // Every output is the sum, in slice order, of the sums of its slices, each in the order of k, in
-// both kernels and for any tile of tokens, so a row has the same bits in any batch.
+// all kernels and for any tile of tokens, so a row has the same bits in any batch.
 #pragma once
 
 #include <algorithm>
@@ -36,13 +38,50 @@ WINTSERVE_HOST_DEVICE constexpr T DivideUp(T a, T b) {
   return (a + b - 1) / b;
 }
 
-// Slices of k: as many of 8, 4, 2 as leave each at least 4 chunks and differ little in length.
-constexpr int NumSlices(int64_t chunks) {
+// The resident kernel: 64 of a thread's 128 registers hold the activations of 4 chunks, and a
+// multiprocessor holds 16 warps of such threads.
+inline constexpr int kResidentChunks = 4;
+inline constexpr int kResidentWarps = 16;
+
+// Where it serves small batches: a short k makes many small items, which its launches overlap and
+// its rounds even out. It can do more, but on an H200 the stream kernel is as fast from k = 3584
+// on.
+constexpr bool IsResident(formats::WeightFormat format, int64_t chunks) {
+  return format == formats::WeightFormat::kWint2 && chunks <= 20;
+}
+
+// Its slices: of up to 4 chunks, so that they differ little in length and blocks of one warp a
+// slice fill a multiprocessor; the longest where this is equal. REQUIRES: chunks <=
+// kResidentChunks * kResidentWarps.
+constexpr int ResidentSlices(int64_t chunks) {
+  int best = kResidentWarps;
+  int64_t best_warps = 0;  // busy at a time, times 2^20
+  for (int64_t longest = kResidentChunks; longest >= 1; --longest) {
+    const auto slices = static_cast<int>(DivideUp(chunks, longest));
+    if (slices > kResidentWarps) break;
+    const int64_t warps = kResidentWarps / slices * slices;
+    const int64_t busy = (warps << 20) * chunks / (slices * DivideUp(chunks, int64_t{slices}));
+    if (busy > best_warps) {
+      best = slices;
+      best_warps = busy;
+    }
+  }
+  return best;
+}
+
+// The stream kernel's: as many of 8, 4, 2 as leave each at least 4 chunks and differ little in
+// length.
+constexpr int StreamSlices(int64_t chunks) {
   for (int slices = kProductWarps; slices > 1; slices /= 2) {
     const int64_t longest = DivideUp(chunks, int64_t{slices});
     if (chunks >= 4 * slices && 15 * longest * slices <= 16 * chunks) return slices;
   }
   return 1;
+}
+
+// Slices of k in every kernel.
+constexpr int NumSlices(formats::WeightFormat format, int64_t chunks) {
+  return IsResident(format, chunks) ? ResidentSlices(chunks) : StreamSlices(chunks);
 }
 
 WINTSERVE_HOST_DEVICE constexpr int SliceBegin(int chunks, int slices, int slice) {
@@ -87,17 +126,21 @@ struct ProductShape {
   int64_t max_per_expert = 0;  // tokens that one expert can get
 };
 
-enum class ProductKernel { kStream, kTile };
+enum class ProductKernel { kResident, kStream, kTile };
 
 struct ProductPlan {
   ProductKernel kernel = ProductKernel::kStream;
-  int token_blocks = 1;       // of 8 tokens: 1 (stream), 2, 4 or 8 (tile)
-  int tiles_per_warp = 1;     // stream: 1 or 2; tile: 2
+  int token_blocks = 1;       // of 8 tokens: 1 (resident, stream), 2, 4 or 8 (tile)
+  int tiles_per_warp = 1;     // resident: 1; stream: 1 or 2; tile: 2
   int slices = 1;             // NumSlices
+  int slice_chunks = 1;       // of the longest slice
   bool split_slices = false;  // tile: a block computes one slice, and another kernel adds them up
   int grid_blocks = 0;
 
   constexpr int token_tile() const { return token_blocks * kBlockTokens; }
+  constexpr int block_threads() const {
+    return kernel == ProductKernel::kResident ? 32 * slices : kProductThreads;
+  }
 };
 
 // Whether the stream kernel exists with two tiles a warp: reading the activations half as often
@@ -134,6 +177,23 @@ WINTSERVE_HOST_DEVICE constexpr int StreamSumsBytes(int tiles_per_warp) {
   return kProductWarps * tiles_per_warp * kTileSumFloats * 4;
 }
 
+// The resident kernel. A stage of a warp's ring: the records of its slice of a tile, then the
+// tile's ColumnInfos. A round: tiles whose sums meet in shared memory at once.
+inline constexpr int kResidentRoundTiles = 2;
+WINTSERVE_HOST_DEVICE constexpr int ResidentStages(int slice_chunks) {
+  return slice_chunks >= 3 ? 3 : slice_chunks == 2 ? 4 : 6;
+}
+WINTSERVE_HOST_DEVICE constexpr int ResidentStageBytes(int slice_chunks) {
+  return slice_chunks * ChunkBytes(formats::WeightFormat::kWint2) +
+         kTileColumns * static_cast<int>(sizeof(ColumnInfo));
+}
+// Barriers, what is known of two rounds (ResidentRound), their sums, and the warps' corrections.
+inline constexpr int kResidentBarrierBytes = 2 * 2 * 8;
+inline constexpr int kResidentRoundBytes = 16 + kBlockTokens * 4;
+WINTSERVE_HOST_DEVICE constexpr int ResidentCorrectionBytes(int slice_chunks) {
+  return slice_chunks * kGroupsPerChunk * 4 * 16;
+}
+
 // One stage of the tile kernel: weights, then activations, then corrections as the accumulators of
 // an mma want them: four floats for every two tokens, each twice.
 WINTSERVE_HOST_DEVICE constexpr int TileStageActivations(int token_blocks) {
@@ -152,6 +212,13 @@ WINTSERVE_HOST_DEVICE constexpr int TileStageBytes(formats::WeightFormat format,
 
 constexpr int64_t SharedBytes(const ProductPlan& plan, formats::WeightFormat format,
                               int num_experts) {
+  if (plan.kernel == ProductKernel::kResident) {
+    const int of_warp = ResidentStages(plan.slice_chunks) * ResidentStageBytes(plan.slice_chunks) +
+                        ResidentCorrectionBytes(plan.slice_chunks) +
+                        2 * kResidentRoundTiles * kTileSumFloats * 4;
+    return ScheduleBytes(num_experts) + kResidentBarrierBytes + 2 * kResidentRoundBytes +
+           plan.slices * of_warp;
+  }
   if (plan.kernel == ProductKernel::kTile) {
     return ScheduleBytes(num_experts) +
            int64_t{TileStages(format)} * TileStageBytes(format, plan.token_blocks);
@@ -162,7 +229,8 @@ constexpr int64_t SharedBytes(const ProductPlan& plan, formats::WeightFormat for
          2 * StreamSumsBytes(plan.tiles_per_warp);
 }
 
-// Blocks of 256 threads that a multiprocessor holds at once (the kernels' launch bounds).
+// Blocks of 256 threads that a multiprocessor holds at once (the launch bounds of the stream and
+// the tile kernel).
 WINTSERVE_HOST_DEVICE constexpr int BlocksPerMultiprocessor(ProductKernel kernel, int token_blocks,
                                                             formats::WeightFormat format) {
   if (kernel == ProductKernel::kStream) return 2;
@@ -182,10 +250,26 @@ constexpr int64_t TilesPerBlock(const ProductPlan& plan) {
                                              : kProductWarps / plan.slices * plan.tiles_per_warp;
 }
 
-// Fills slices and grid of a plan whose other fields are chosen.
+constexpr ProductPlan ResidentPlan(const ProductShape& shape, int num_multiprocessors) {
+  ProductPlan plan;
+  plan.kernel = ProductKernel::kResident;
+  plan.slices = ResidentSlices(shape.chunks);
+  plan.slice_chunks = static_cast<int>(DivideUp(shape.chunks, int64_t{plan.slices}));
+  const int64_t resident = int64_t{num_multiprocessors} * (kResidentWarps / plan.slices);
+  plan.grid_blocks =
+      static_cast<int>(std::min(MaxTokenTiles(shape, kBlockTokens) * shape.tiles, resident));
+  return plan;
+}
+
+// Fills slices and grid of a plan whose other fields are chosen. Where IsResident, a stream plan
+// becomes a resident one.
 constexpr ProductPlan FinishPlan(const ProductShape& shape, int num_multiprocessors,
                                  ProductPlan plan) {
-  plan.slices = NumSlices(shape.chunks);
+  if (plan.kernel == ProductKernel::kStream && IsResident(shape.format, shape.chunks)) {
+    return ResidentPlan(shape, num_multiprocessors);
+  }
+  plan.slices = NumSlices(shape.format, shape.chunks);
+  plan.slice_chunks = static_cast<int>(DivideUp(shape.chunks, int64_t{plan.slices}));
   const int64_t row_blocks = DivideUp(shape.tiles, TilesPerBlock(plan));
   const int64_t items =
       MaxTokenTiles(shape, plan.token_tile()) * row_blocks * (plan.split_slices ? plan.slices : 1);
@@ -204,10 +288,10 @@ constexpr ProductPlan PlanProduct(const ProductShape& shape, int num_multiproces
     // In a small product two tiles a warp would leave blocks idle at the end.
     ProductPlan two = plan;
     two.tiles_per_warp = 2;
-    two.slices = NumSlices(shape.chunks);
+    two.slices = StreamSlices(shape.chunks);
     const int64_t items = std::min<int64_t>(shape.num_experts, shape.num_tokens) *
                           DivideUp(shape.tiles, TilesPerBlock(two));
-    if (StreamsTwoTiles(shape.format) && items >= 6 * num_multiprocessors) {
+    if (StreamsTwoTiles(shape.format) && items >= 3 * num_multiprocessors) {
       plan.tiles_per_warp = 2;
     }
     return FinishPlan(shape, num_multiprocessors, plan);
@@ -220,8 +304,8 @@ constexpr ProductPlan PlanProduct(const ProductShape& shape, int num_multiproces
   const int64_t items =
       MaxTokenTiles(shape, plan.token_tile()) * DivideUp(shape.tiles, int64_t{kTileKernelTiles});
   // Too few blocks for the machine: slices go to blocks of their own.
-  plan.split_slices =
-      shape.num_experts == 1 && NumSlices(shape.chunks) > 1 && 3 * items <= 2 * num_multiprocessors;
+  plan.split_slices = shape.num_experts == 1 && NumSlices(shape.format, shape.chunks) > 1 &&
+                      3 * items <= 2 * num_multiprocessors;
   return FinishPlan(shape, num_multiprocessors, plan);
 }
 

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <set>
 #include <utility>
 
@@ -13,25 +14,52 @@ using formats::WeightFormat;
 constexpr int kMultiprocessors = 132;
 
 TEST(NumSlices, KeepsTheSlicesOfKnownShapesEven) {
-  EXPECT_EQ(NumSlices(8192 / 128), 8);   // 300B gate-up: 8 chunks each
-  EXPECT_EQ(NumSlices(3584 / 128), 4);   // 300B down: 7
-  EXPECT_EQ(NumSlices(1792 / 128), 2);   // on two ranks: 7
-  EXPECT_EQ(NumSlices(896 / 128), 1);    // on four ranks: 7
-  EXPECT_EQ(NumSlices(28672 / 128), 8);  // 28
-  EXPECT_EQ(NumSlices(2560 / 128), 4);   // 21B gate-up: 5
-  EXPECT_EQ(NumSlices(1536 / 128), 2);   // 21B down: 6
-  EXPECT_EQ(NumSlices(1), 1);
+  const auto wint2 = [](int64_t k) { return NumSlices(WeightFormat::kWint2, k / kChunkRows); };
+  EXPECT_EQ(wint2(8192), 8);  // 300B gate-up: 8 chunks each
+  EXPECT_EQ(wint2(3584), 4);  // 300B down: 7
+  EXPECT_EQ(wint2(1792), 4);  // on two ranks: 3 or 4
+  EXPECT_EQ(wint2(896), 2);   // on four ranks: 3 or 4
+  EXPECT_EQ(wint2(2560), 5);  // 21B gate-up: 4
+  EXPECT_EQ(wint2(1536), 4);  // 21B down: 3
+  EXPECT_EQ(wint2(128), 1);
+  const auto wint8 = [](int64_t k) { return NumSlices(WeightFormat::kWint8, k / kChunkRows); };
+  EXPECT_EQ(wint8(8192), 8);   // 8
+  EXPECT_EQ(wint8(28672), 8);  // 28
+  EXPECT_EQ(wint8(2560), 4);   // 5
+  EXPECT_EQ(wint8(896), 1);    // 7
+  EXPECT_EQ(wint8(128), 1);
+}
+
+void ExpectSlicesCover(int chunks, int slices) {
+  const int longest = DivideUp(chunks, slices);
+  ASSERT_EQ(SliceBegin(chunks, slices, 0), 0);
+  ASSERT_EQ(SliceBegin(chunks, slices, slices), chunks);
+  for (int s = 0; s < slices; ++s) {
+    const int length = SliceBegin(chunks, slices, s + 1) - SliceBegin(chunks, slices, s);
+    ASSERT_GE(length, std::max(1, longest - 1)) << chunks << " " << s;
+    ASSERT_LE(length, longest) << chunks << " " << s;
+  }
 }
 
 TEST(NumSlices, CoversEveryChunkOnceWithNoEmptySlice) {
-  for (int chunks = 1; chunks <= 300; ++chunks) {
-    const int slices = NumSlices(chunks);
-    ASSERT_EQ(kProductWarps % slices, 0);
-    ASSERT_EQ(SliceBegin(chunks, slices, 0), 0);
-    ASSERT_EQ(SliceBegin(chunks, slices, slices), chunks);
-    for (int s = 0; s < slices; ++s) {
-      ASSERT_LT(SliceBegin(chunks, slices, s), SliceBegin(chunks, slices, s + 1)) << chunks;
+  for (const WeightFormat format : {WeightFormat::kWint2, WeightFormat::kWint8}) {
+    for (int chunks = 1; chunks <= 300; ++chunks) {
+      const int slices = NumSlices(format, chunks);
+      ASSERT_TRUE(kProductWarps % slices == 0 || IsResident(format, chunks));
+      ExpectSlicesCover(chunks, slices);
     }
+  }
+}
+
+TEST(ResidentSlices, FitRegistersAndWarpsAndTheLastIsTheLongest) {
+  for (int chunks = 1; chunks <= kResidentChunks * kResidentWarps; ++chunks) {
+    const int slices = ResidentSlices(chunks);
+    const int longest = DivideUp(chunks, slices);
+    ASSERT_LE(slices, kResidentWarps);
+    ASSERT_LE(longest, kResidentChunks);
+    ExpectSlicesCover(chunks, slices);
+    // The kernel copies every slice as if it were the longest: none may reach beyond the matrix.
+    ASSERT_EQ(chunks - SliceBegin(chunks, slices, slices - 1), longest);
   }
 }
 
@@ -85,6 +113,14 @@ TEST(SharedMemory, FitsABlockOfEveryArchitectureForEveryPlan) {
       EXPECT_LE(SharedBytes(plan, format, kMaxExperts) * 2, kMaxSharedBytes);
     }
   }
+  for (int64_t chunks = 1; chunks <= kResidentChunks * kResidentWarps; ++chunks) {
+    const ProductShape shape = {WeightFormat::kWint2, chunks, 2, kMaxExperts, 8, 1};
+    const ProductPlan plan = ResidentPlan(shape, kMultiprocessors);
+    EXPECT_LE(SharedBytes(plan, WeightFormat::kWint2, kMaxExperts), kMaxSharedBytes) << chunks;
+    // Blocks of few warps are for small products and need not fill a multiprocessor.
+    const int64_t blocks = plan.slices < 4 ? 1 : kResidentWarps / plan.slices;
+    EXPECT_LE(SharedBytes(plan, WeightFormat::kWint2, 64) * blocks, kMaxSharedBytes) << chunks;
+  }
 }
 
 ProductShape MoeShape(int64_t k, int64_t columns, int64_t rows, int experts, int top_k) {
@@ -98,9 +134,25 @@ TEST(PlanProduct, StreamsSmallBatchesAndTilesLargeOnes) {
     EXPECT_EQ(plan.kernel, ProductKernel::kStream) << rows;
     EXPECT_EQ(plan.grid_blocks, 2 * kMultiprocessors) << rows;
   }
+  for (const int64_t rows : {1, 2, 4, 8, 16, 32}) {
+    const ProductPlan plan = PlanProduct(MoeShape(2560, 3072, rows, 64, 6), kMultiprocessors);
+    EXPECT_EQ(plan.kernel, ProductKernel::kResident) << rows;
+    EXPECT_EQ(plan.block_threads(), 5 * 32) << rows;
+    EXPECT_EQ(plan.grid_blocks, 3 * kMultiprocessors) << rows;
+  }
   EXPECT_EQ(PlanProduct(MoeShape(8192, 7168, 64, 64, 8), kMultiprocessors).token_blocks, 2);
   EXPECT_EQ(PlanProduct(MoeShape(8192, 7168, 128, 64, 8), kMultiprocessors).token_blocks, 4);
   EXPECT_EQ(PlanProduct(MoeShape(8192, 7168, 2048, 64, 8), kMultiprocessors).token_blocks, 8);
+}
+
+TEST(PlanProduct, StreamsTwoTilesAWarpUnlessBlocksWouldStandIdle) {
+  const auto tiles_per_warp = [](int64_t columns, int64_t rows) {
+    return PlanProduct(MoeShape(8192, columns, rows, 64, 8), kMultiprocessors).tiles_per_warp;
+  };
+  EXPECT_EQ(tiles_per_warp(7168, 1), 2);
+  EXPECT_EQ(tiles_per_warp(3584, 1), 2);  // on two ranks
+  EXPECT_EQ(tiles_per_warp(1024, 1), 1);
+  EXPECT_EQ(tiles_per_warp(1024, 4), 2);
 }
 
 TEST(PlanProduct, FillsTheMachineWithALinearLayerOfAnySize) {

@@ -195,6 +195,18 @@ __global__ void __launch_bounds__(plan::kProductThreads, 2)
   StreamProduct<Bfloat16Device, FastDeployWint2Codec, kTiles>(params, product_shared);
 }
 
+template <int kChunks>
+__global__ void __launch_bounds__(32 * plan::kResidentWarps)
+    FastDeployResidentKernel(const __grid_constant__ ProductParams params) {
+  extern __shared__ __align__(16) uint8_t product_shared[];
+  ResidentProduct<Bfloat16Device, FastDeployWint2Codec, kChunks>(params, product_shared);
+}
+
+using Kernel = void (*)(ProductParams);
+constexpr Kernel kStreamKernels[] = {FastDeployKernel<1>, FastDeployKernel<2>};
+constexpr Kernel kResidentKernels[] = {FastDeployResidentKernel<1>, FastDeployResidentKernel<2>,
+                                       FastDeployResidentKernel<3>, FastDeployResidentKernel<4>};
+
 }  // namespace
 
 void LaunchRead(const void* data, int64_t size_bytes, int num_blocks, float* sink,
@@ -229,11 +241,14 @@ void LaunchBfloat16Rows(PreparedRows rows, int64_t count, cudaStream_t stream) {
 
 void LaunchFastDeployWint2(const plan::ProductPlan& plan, const ProductParams& params,
                            cudaStream_t stream) {
-  const auto kernel = plan.tiles_per_warp == 2 ? FastDeployKernel<2> : FastDeployKernel<1>;
+  const bool resident = plan.kernel == plan::ProductKernel::kResident;
+  const Kernel kernel =
+      resident ? kResidentKernels[plan.slice_chunks - 1] : kStreamKernels[plan.tiles_per_warp - 1];
   LaunchShape shape;
   shape.grid = plan.grid_blocks;
-  shape.block = plan::kProductThreads;
+  shape.block = plan.block_threads();
   shape.shared_bytes = plan::SharedBytes(plan, formats::WeightFormat::kWint2, params.num_experts);
+  shape.overlaps_previous = resident;
   AllowSharedMemory(kernel, shape.shared_bytes);
   CUDA_LAUNCH(kernel, shape, stream, params);
 }

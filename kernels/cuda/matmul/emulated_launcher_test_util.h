@@ -2,11 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/check.h"
 #include "kernels/cuda/matmul/codecs.cuh"
 #include "kernels/cuda/matmul/emulated_device_test_util.h"
 #include "kernels/cuda/matmul/product_params.h"
+#include "kernels/cuda/matmul/resident_product.cuh"
 #include "kernels/cuda/matmul/row_kernels.cuh"
 #include "kernels/cuda/matmul/stream_product.cuh"
 #include "kernels/cuda/matmul/tile_product.cuh"
@@ -62,14 +64,35 @@ class EmulatedLauncher {
   template <class Codec>
   void ProductOf(const plan::ProductPlan& plan, const ProductParams& params) {
     const auto run = [&](const auto& body) {
-      EmulatedDevice::Launch(plan.grid_blocks, plan::kProductThreads,
+      EmulatedDevice::Launch(plan.grid_blocks, plan.block_threads(),
                              plan::SharedBytes(plan, Codec::kFormat, params.num_experts), seed_++,
                              body);
     };
-    const bool stream = plan.kernel == plan::ProductKernel::kStream;
-    if (stream && plan.tiles_per_warp == 1) {
+    if (plan.kernel == plan::ProductKernel::kResident) {
+      if constexpr (Codec::kFormat == formats::WeightFormat::kWint2) {
+        const auto resident = [&]<int kChunks>(std::integral_constant<int, kChunks>) {
+          run([&](uint8_t* shared) {
+            ResidentProduct<EmulatedDevice, Codec, kChunks>(params, shared);
+          });
+        };
+        switch (plan.slice_chunks) {
+          case 1:
+            return resident(std::integral_constant<int, 1>());
+          case 2:
+            return resident(std::integral_constant<int, 2>());
+          case 3:
+            return resident(std::integral_constant<int, 3>());
+          case 4:
+            return resident(std::integral_constant<int, 4>());
+          default:
+            break;
+        }
+      }
+      CHECK(false, "slice_chunks={}", plan.slice_chunks);
+    }
+    if (plan.kernel == plan::ProductKernel::kStream && plan.tiles_per_warp == 1) {
       run([&](uint8_t* shared) { StreamProduct<EmulatedDevice, Codec, 1>(params, shared); });
-    } else if (stream) {
+    } else if (plan.kernel == plan::ProductKernel::kStream) {
       run([&](uint8_t* shared) { StreamProduct<EmulatedDevice, Codec, 2>(params, shared); });
     } else if (plan.token_blocks == 2) {
       run([&](uint8_t* shared) { TileProduct<EmulatedDevice, Codec, 2>(params, shared); });

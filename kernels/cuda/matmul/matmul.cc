@@ -19,8 +19,8 @@ class StreamLauncher {
   void Product(const plan::ProductPlan& plan, const ProductParams& params,
                formats::WeightFormat format) {
     const ProductLaunches& launches = LaunchesOf(format);
-    (plan.kernel == plan::ProductKernel::kStream ? launches.stream : launches.tile)(plan, params,
-                                                                                    stream_);
+    (plan.kernel == plan::ProductKernel::kTile ? launches.tile : launches.stream)(plan, params,
+                                                                                  stream_);
   }
   void AddSlices(const ProductParams& params) { LaunchAddSlices(params, stream_); }
   void Sort(const SortParams& params) { LaunchSortPairs(params, stream_); }

@@ -1,10 +1,13 @@
 // Times of the weight products on a GPU: median of graph replays by events, over weights that
-// rotate through more memory than the L2 cache holds.
+// rotate through more memory than the L2 cache holds. The resident kernel's launches overlap the
+// ones before them here as in a model, where those are of other kernels.
 //
 // GB/s counts the bytes of the packed weights that a product must read, once. read: a kernel that
-// only reads as many bytes, in the same run. fastdeploy: the WINT2 product in the same skeleton
-// with FastDeploy's arithmetic. Prints a table, and with --json=FILE writes the same as JSON;
-// --filter=TEXT runs the rows whose name contains it.
+// only reads as many bytes, in the same run. fd: the WINT2 product with FastDeploy's arithmetic in
+// the skeletons of the resident and of the stream kernel; what is "x fastdeploy" is compared with
+// the fastest of them. Prints a table, and with --json=FILE writes the same as JSON;
+// --filter=TEXT runs the rows whose name contains it, --max-tokens=NUMBER those of no more tokens
+// (of an expert).
 #include <cuda_runtime_api.h>
 #include <fmt/core.h>
 
@@ -39,6 +42,7 @@ struct Bench {
   DeviceProperties gpu;
   Stream stream;
   std::string filter;
+  int64_t max_tokens = INT64_MAX;
   nlohmann::json results = nlohmann::json::array();
 
   bool Wants(const std::string& name) const { return name.find(filter) != std::string::npos; }
@@ -182,7 +186,8 @@ struct Variant {
 };
 
 std::string NameOf(const ProductPlan& plan) {
-  return plan.kernel == ProductKernel::kStream
+  return plan.kernel == ProductKernel::kResident ? "resident"
+         : plan.kernel == ProductKernel::kStream
              ? fmt::format("stream x{}", plan.tiles_per_warp)
              : fmt::format("tile {}{}", plan.token_tile(), plan.split_slices ? " split" : "");
 }
@@ -196,7 +201,11 @@ std::vector<Variant> VariantsFor(const Bench& bench, const ProductShape& shape, 
     if (NameOf(plan) != NameOf(chosen)) plans.push_back(plan);
   };
   if (tokens <= 16) add(ProductKernel::kStream, 1, 1);
-  if (tokens <= 16 && plan::StreamsTwoTiles(shape.format)) add(ProductKernel::kStream, 1, 2);
+  if (tokens <= 16 && plan::StreamsTwoTiles(shape.format)) {
+    add(ProductKernel::kStream, 1, 2);
+    const ProductPlan resident = plan::ResidentPlan(shape, bench.gpu.num_multiprocessors);
+    if (chosen.kernel != ProductKernel::kResident) plans.push_back(resident);
+  }
   if (tokens > 4 && tokens <= 64) add(ProductKernel::kTile, 2, 2);
   if (tokens > 16 && tokens <= 64) add(ProductKernel::kTile, 4, 2);
   if (tokens > 32) add(ProductKernel::kTile, 8, 2);
@@ -204,6 +213,24 @@ std::vector<Variant> VariantsFor(const Bench& bench, const ProductShape& shape, 
   for (const ProductPlan& plan : plans) {
     variants.push_back({NameOf(plan) + (variants.empty() ? " *" : ""), plan});
   }
+  return variants;
+}
+
+// Both skeletons for small batches, the stream kernel's with one and two tiles a warp.
+std::vector<Variant> BaselinesFor(const Bench& bench, const ProductShape& shape) {
+  std::vector<ProductPlan> plans = {plan::ResidentPlan(shape, bench.gpu.num_multiprocessors)};
+  for (const int tiles_per_warp : {1, 2}) {
+    ProductPlan plan;
+    plan.tiles_per_warp = tiles_per_warp;
+    plan.slices = plan::StreamSlices(shape.chunks);
+    const int64_t items = plan::MaxTokenTiles(shape, plan.token_tile()) *
+                          plan::DivideUp(shape.tiles, plan::TilesPerBlock(plan));
+    plan.grid_blocks =
+        static_cast<int>(std::min<int64_t>(items, 2 * bench.gpu.num_multiprocessors));
+    plans.push_back(plan);
+  }
+  std::vector<Variant> variants;
+  for (const ProductPlan& plan : plans) variants.push_back({NameOf(plan), plan});
   return variants;
 }
 
@@ -246,6 +273,7 @@ void BenchExperts(Bench* bench, const std::string& name, const plan::WeightLayou
     for (int i = 0; i < active; ++i) set[order[i]] = true;
   }
   for (const int64_t tokens : {1, 2, 4, 8, 16, 64, 256, 1024}) {
+    if (tokens > bench->max_tokens) break;
     const int64_t num_tokens = tokens * active;
     std::vector<int32_t> first;
     for (const auto& set : chosen) {
@@ -284,19 +312,18 @@ void BenchExperts(Bench* bench, const std::string& name, const plan::WeightLayou
       const PreparedInput rounded(bench, layout, num_tokens);
       LaunchBfloat16Rows(rounded.rows(), rounded.num_values(), bench->stream.get());
       params.x = rounded.rows();
-      for (const int tiles : {1, 2}) {
-        const double us =
-            time(Plan(*bench, shape, ProductKernel::kStream, 1, tiles), LaunchFastDeployWint2);
-        Report(bench, row, fmt::format("fastdeploy x{}", tiles), us, static_cast<double>(required),
-               multiply_adds, read, 0);
+      for (const Variant& variant : BaselinesFor(*bench, shape)) {
+        const double us = time(variant.plan, LaunchFastDeployWint2);
+        Report(bench, row, "fd " + variant.name, us, static_cast<double>(required), multiply_adds,
+               read, 0);
         baseline = baseline == 0 ? us : std::min(baseline, us);
       }
       params.x = input.rows();
       matrices.Fill(false);
     }
     for (const Variant& variant : VariantsFor(*bench, shape, tokens)) {
-      const double us = time(
-          variant.plan, variant.plan.kernel == ProductKernel::kStream ? ours.stream : ours.tile);
+      const double us =
+          time(variant.plan, variant.plan.kernel == ProductKernel::kTile ? ours.tile : ours.stream);
       Report(bench, row, variant.name, us, static_cast<double>(required), multiply_adds, read,
              baseline);
     }
@@ -315,6 +342,7 @@ void BenchLinear(Bench* bench, const std::string& name, WeightFormat format, int
   const double read = ReadMicroseconds(bench, matrices, required);
   Report(bench, name, "read", read, static_cast<double>(required), 0, 0, 0);
   for (const int64_t tokens : {1, 8, 16, 64, 256, 1024}) {
+    if (tokens > bench->max_tokens) break;
     const ProductShape shape = {format, layout.chunks(), layout.tiles(), 1, tokens, tokens};
     const PreparedInput input(bench, layout, tokens);
     DeviceArray<float> y(tokens * n);
@@ -330,7 +358,7 @@ void BenchLinear(Bench* bench, const std::string& name, WeightFormat format, int
       const int count = std::max(LaunchesFor(static_cast<double>(required)), matrices.count());
       const double us = MedianMicroseconds(*bench, count, [&](int i) {
         params.experts.weights[0] = matrices.data(i);
-        (variant.plan.kernel == ProductKernel::kStream ? launches.stream : launches.tile)(
+        (variant.plan.kernel == ProductKernel::kTile ? launches.tile : launches.stream)(
             variant.plan, params, bench->stream.get());
         if (variant.plan.split_slices) LaunchAddSlices(params, bench->stream.get());
       });
@@ -339,6 +367,29 @@ void BenchLinear(Bench* bench, const std::string& name, WeightFormat format, int
     }
   }
 }
+
+template <ProductKernel kKernel, int kTokenBlocks>
+ProductPlan ForcedPlan(const ProductShape& shape, int num_multiprocessors) {
+  ProductPlan plan;
+  plan.kernel = kKernel;
+  plan.token_blocks = kTokenBlocks;
+  plan.tiles_per_warp = kKernel == ProductKernel::kTile ? 2 : 1;
+  return plan::FinishPlan(shape, num_multiprocessors, plan);
+}
+
+struct NamedPlanner {
+  const char* name;
+  decltype(MatmulOptions::planner) planner;
+  int64_t least_rows;
+  int64_t most_rows;
+};
+constexpr NamedPlanner kMoePlanners[] = {
+    {"chosen *", plan::PlanProduct, 1, INT64_MAX},
+    {"resident", ForcedPlan<ProductKernel::kStream, 1>, 32, 128},
+    {"tile 16", ForcedPlan<ProductKernel::kTile, 2>, 32, 256},
+    {"tile 32", ForcedPlan<ProductKernel::kTile, 4>, 32, 512},
+    {"tile 64", ForcedPlan<ProductKernel::kTile, 8>, 32, 512},
+};
 
 // Whole MoE blocks: sort, preparations, both products, combination; experts by sampled routing.
 void BenchMoe(Bench* bench, const std::string& name, int64_t hidden, int64_t width, int top_k) {
@@ -360,7 +411,8 @@ void BenchMoe(Bench* bench, const std::string& name, int64_t hidden, int64_t wid
   MatmulOptions options;
   options.num_multiprocessors = bench->gpu.num_multiprocessors;
   std::mt19937 rng(2);
-  for (const int64_t rows : {1, 8, 16, 32, 64, 256, 2048}) {
+  for (const int64_t rows : {1, 8, 16, 32, 64, 128, 256, 512, 2048}) {
+    if (rows > bench->max_tokens) break;
     constexpr int kLaunches = 8;
     std::vector<int32_t> ids;
     double distinct = 0;
@@ -382,8 +434,6 @@ void BenchMoe(Bench* bench, const std::string& name, int64_t hidden, int64_t wid
     DeviceArray<float> x(rows * hidden);
     LaunchFillRows(x.data(), x.count(), 3, bench->stream.get());
     DeviceArray<float> y(rows * hidden);
-    DeviceArray<uint8_t> workspace(
-        MoeMlpWorkspaceBytes(options, mlps[0], kExperts, top_k, nullptr, rows));
     MoeMlpArgs args;
     args.x = {x.data(), hidden};
     args.num_rows = rows;
@@ -391,13 +441,19 @@ void BenchMoe(Bench* bench, const std::string& name, int64_t hidden, int64_t wid
     args.top_k = top_k;
     args.expert_weights = weights.data();
     args.y = {y.data(), hidden};
-    const double us = MedianMicroseconds(*bench, kLaunches, [&](int i) {
-      args.expert_ids = expert_ids.data() + i * rows * top_k;
-      LaunchMoeMlp(options, args, workspace.data(), bench->stream.get());
-    });
-    Report(bench, fmt::format("{} rows={}", name, rows), fmt::format("{:.1f} experts", distinct),
-           us, distinct * static_cast<double>(up.size_bytes() + down.size_bytes()),
-           static_cast<double>(rows * top_k * hidden * width * 3), 0, 0);
+    for (const NamedPlanner& named : kMoePlanners) {
+      if (rows < named.least_rows || rows > named.most_rows) continue;
+      options.planner = named.planner;
+      DeviceArray<uint8_t> workspace(
+          MoeMlpWorkspaceBytes(options, mlps[0], kExperts, top_k, nullptr, rows));
+      const double us = MedianMicroseconds(*bench, kLaunches, [&](int i) {
+        args.expert_ids = expert_ids.data() + i * rows * top_k;
+        LaunchMoeMlp(options, args, workspace.data(), bench->stream.get());
+      });
+      Report(bench, fmt::format("{} rows={} experts={:.1f}", name, rows, distinct), named.name, us,
+             distinct * static_cast<double>(up.size_bytes() + down.size_bytes()),
+             static_cast<double>(rows * top_k * hidden * width * 3), 0, 0);
+    }
   }
 }
 
@@ -437,8 +493,12 @@ int Main(int argc, char** argv) {
       json_path = argument.substr(7);
     } else if (argument.starts_with("--filter=")) {
       bench.filter = argument.substr(9);
+    } else if (argument.starts_with("--max-tokens=")) {
+      bench.max_tokens = std::atoll(argv[i] + 13);
     } else {
-      fmt::print(stderr, "{}: unknown argument '{}'; allowed are --json=FILE and --filter=TEXT\n",
+      fmt::print(stderr,
+                 "{}: unknown argument '{}'; allowed are --json=FILE, --filter=TEXT and "
+                 "--max-tokens=NUMBER\n",
                  argv[0], argument);
       return 64;
     }

@@ -101,6 +101,25 @@ TEST(EmulatedDevice, AMissingBarrierShowsInSomeOrderAndAPresentOneNever) {
   EXPECT_EQ(num_wrong, 20);
 }
 
+TEST(EmulatedDevice, ABarrierInMemoryCompletesWithEachCountOfArrivals) {
+  constexpr int kRounds = 5;
+  int arrived = 0;
+  EmulatedDevice::Launch(1, 64, 16, 1, [&](uint8_t* shared) {
+    const int thread = EmulatedDevice::thread();
+    if (thread == 0) EmulatedDevice::InitBarrier(shared, 63);
+    EmulatedDevice::SyncBlock();
+    for (int round = 0; round < kRounds; ++round) {
+      if (thread != 0) {
+        ++arrived;
+        EmulatedDevice::ArriveAtBarrier(shared);
+      }
+      EmulatedDevice::WaitBarrier(shared, round % 2);
+      EXPECT_EQ(arrived, 63 * (round + 1));
+      EmulatedDevice::SyncBlock();
+    }
+  });
+}
+
 // --- Products ---
 
 // Plans with few or many blocks, so that a block has several items or one.
@@ -254,11 +273,12 @@ TEST_P(ProductTest, EveryPlanStaysWithinTheBoundOfItsRoundings) {
     int64_t rows;
     int multiprocessors;
   };
-  // K tails of 64 to 384 and two or four slices; odd widths; partly filled token tiles; blocks with
-  // one item and with several, of tokens and of columns.
-  for (const Shape& shape :
-       {Shape{64, 33, 3, 1}, Shape{128, 16, 8, 100}, Shape{256, 1, 17, 1}, Shape{384, 300, 20, 1},
-        Shape{1024, 40, 9, 1}, Shape{2048, 20, 70, 1}}) {
+  // K tails of 64 to 384 and two or four slices, of equal and unequal length; odd widths; partly
+  // filled token tiles; blocks with one item and with several, of tokens and of columns. The last
+  // is too long for the resident kernel.
+  for (const Shape& shape : {Shape{64, 33, 3, 1}, Shape{128, 16, 8, 100}, Shape{256, 1, 17, 1},
+                             Shape{384, 300, 20, 1}, Shape{1024, 40, 9, 1}, Shape{1792, 72, 17, 1},
+                             Shape{2048, 20, 70, 1}, Shape{2688, 20, 9, 1}}) {
     const PackedMatrix w = RandomMatrix(shape.k, shape.n, false);
     const std::vector<double> weights = plan::UnroundedWeights(w.host);
     const std::vector<float> x = RandomRows(shape.rows * shape.k, &rng_);

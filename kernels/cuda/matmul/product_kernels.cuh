@@ -6,6 +6,7 @@
 #include "kernels/cuda/matmul/codecs.cuh"
 #include "kernels/cuda/matmul/gpu_device.cuh"
 #include "kernels/cuda/matmul/launches.h"
+#include "kernels/cuda/matmul/resident_product.cuh"
 #include "kernels/cuda/matmul/stream_product.cuh"
 #include "kernels/cuda/matmul/tile_product.cuh"
 
@@ -16,6 +17,13 @@ __global__ void __launch_bounds__(plan::kProductThreads, 2)
     StreamKernel(const __grid_constant__ ProductParams params) {
   extern __shared__ __align__(16) uint8_t product_shared[];
   StreamProduct<GpuDevice, Codec, kTiles>(params, product_shared);
+}
+
+template <class Codec, int kChunks>
+__global__ void __launch_bounds__(32 * plan::kResidentWarps)
+    ResidentKernel(const __grid_constant__ ProductParams params) {
+  extern __shared__ __align__(16) uint8_t product_shared[];
+  ResidentProduct<GpuDevice, Codec, kChunks>(params, product_shared);
 }
 
 template <class Codec, int kBlocks>
@@ -36,6 +44,13 @@ class ProductKernels {
     Allow(StreamKernel<Codec, 1>, plan);
     plan.tiles_per_warp = 2;
     if constexpr (kTwoTiles) Allow(StreamKernel<Codec, 2>, plan);
+    if constexpr (kIsResident) {
+      plan.kernel = plan::ProductKernel::kResident;
+      plan.slices = plan::kResidentWarps;
+      for (plan.slice_chunks = 1; plan.slice_chunks <= plan::kResidentChunks; ++plan.slice_chunks) {
+        Allow(ResidentKernelFor(plan.slice_chunks), plan);
+      }
+    }
     plan.kernel = plan::ProductKernel::kTile;
     plan.token_blocks = 2;
     Allow(TileKernel<Codec, 2>, plan);
@@ -47,6 +62,11 @@ class ProductKernels {
 
   static void LaunchStream(const plan::ProductPlan& plan, const ProductParams& params,
                            cudaStream_t stream) {
+    if constexpr (kIsResident) {
+      if (plan.kernel == plan::ProductKernel::kResident) {
+        return Launch(ResidentKernelFor(plan.slice_chunks), plan, params, stream);
+      }
+    }
     if constexpr (kTwoTiles) {
       if (plan.tiles_per_warp == 2) return Launch(StreamKernel<Codec, 2>, plan, params, stream);
     }
@@ -70,7 +90,24 @@ class ProductKernels {
 
  private:
   static constexpr bool kTwoTiles = plan::StreamsTwoTiles(Codec::kFormat);
+  static constexpr bool kIsResident = plan::IsResident(Codec::kFormat, 1);
   using Kernel = void (*)(ProductParams);
+
+  static Kernel ResidentKernelFor(int slice_chunks) {
+    static_assert(plan::kResidentChunks == 4);
+    switch (slice_chunks) {
+      case 1:
+        return ResidentKernel<Codec, 1>;
+      case 2:
+        return ResidentKernel<Codec, 2>;
+      case 3:
+        return ResidentKernel<Codec, 3>;
+      case 4:
+        return ResidentKernel<Codec, 4>;
+      default:
+        CHECK(false, "slice_chunks={}", slice_chunks);
+    }
+  }
 
   static void Allow(Kernel kernel, const plan::ProductPlan& plan) {
     AllowSharedMemory(kernel, plan::SharedBytes(plan, Codec::kFormat, plan::kMaxExperts));
@@ -80,7 +117,8 @@ class ProductKernels {
                      cudaStream_t stream) {
     LaunchShape shape;
     shape.grid = plan.grid_blocks;
-    shape.block = plan::kProductThreads;
+    shape.block = plan.block_threads();
+    shape.overlaps_previous = plan.kernel == plan::ProductKernel::kResident;
     shape.shared_bytes = plan::SharedBytes(plan, Codec::kFormat, params.num_experts);
     CUDA_LAUNCH(kernel, shape, stream, params);
   }
