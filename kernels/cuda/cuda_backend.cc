@@ -403,7 +403,7 @@ class CudaBackend final : public Backend {
       : options_(options),
         device_(device),
         stream_(std::move(stream)),
-        matmul_{.num_multiprocessors = device.num_multiprocessors} {}
+        matmul_(MatmulOptionsFor(device.num_multiprocessors, device.compute_capability())) {}
 
   absl::Status PrepareKernels() {
     InitMatmul();

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -30,9 +31,38 @@ struct Copy {
 };
 using CopyGroup = std::vector<Copy>;
 
+// A wgmma as one lane sees it.
+struct Wgmma {
+  bool add = false;
+  float* d = nullptr;
+  int count = 0;                                  // of d
+  std::array<std::array<uint32_t, 4>, 4> a = {};  // of the lanes 4g … 4g + 3
+  uint64_t descriptor = 0;
+  std::vector<uint16_t> b;  // [token][16 k], empty: not read yet
+};
+using WgmmaGroup = std::vector<Wgmma>;
+
+// Accumulators of wgmma that have not been waited for.
+struct HeldSums {
+  std::vector<float> values;
+  int num_users = 0;
+};
+
+// A barrier in shared memory.
+struct Barrier {
+  int arrivals = 0;  // of a phase
+  int missing = 0;   // of this phase
+  uint32_t parity = 0;
+  int64_t expected_bytes = 0;
+  int64_t copied_bytes = 0;
+  CopyGroup copies;
+  std::vector<int> waiting;  // threads
+};
+
 // What a lane brings to an operation of its warp, and takes away.
 struct LaneOperand {
   uint32_t a[4];
+  std::array<std::array<uint32_t, 4>, 4> quad;
   uint32_t b[2];
   float c[4];
   uint32_t value;
@@ -50,6 +80,9 @@ struct Fiber {
   int thread = 0;
   CopyGroup open_group;
   std::deque<CopyGroup> pending_groups;
+  WgmmaGroup open_wgmma;
+  std::deque<WgmmaGroup> pending_wgmma;
+  std::map<float*, HeldSums> held;
 };
 
 struct Warp {
@@ -68,6 +101,7 @@ struct Block {
   const std::function<void(uint8_t*)>* body = nullptr;
   uint8_t* shared = nullptr;
   int64_t shared_bytes = 0;
+  std::map<uint32_t, Barrier> barriers;
   jmp_buf scheduler;
   Fiber* current = nullptr;
   int index = 0;
@@ -183,10 +217,14 @@ void RunBlock(Block* state) {
     fiber.started = false;
     fiber.open_group.clear();
     fiber.pending_groups.clear();
+    fiber.open_wgmma.clear();
+    fiber.pending_wgmma.clear();
+    fiber.held.clear();
     makecontext(&fiber.start, FiberMain, 0);
   }
   std::memset(state->shared, 0xFF, state->shared_bytes);
   state->num_finished = 0;
+  state->barriers.clear();
   state->runnable.resize(state->fibers.size());
   std::iota(state->runnable.begin(), state->runnable.end(), 0);
   while (!state->runnable.empty()) {
@@ -354,6 +392,158 @@ void EmulatedDevice::MultiplyAccumulate(const uint32_t (&a)[4], const uint32_t (
   std::copy(c, c + 4, operand.c);
   const LaneOperand result = DoWithWarp("MultiplyAccumulate", operand, MultiplyFragments);
   std::copy(result.c, result.c + 4, sum);
+}
+
+uint32_t EmulatedWgmmaDevice::SharedAddressOf(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(shared) - State().shared);
+}
+
+namespace {
+
+Barrier& BarrierAt(uint32_t address) {
+  const auto found = State().barriers.find(address);
+  CHECK(found != State().barriers.end(), "no barrier at {}", address);
+  return found->second;
+}
+
+void EndPhaseIfComplete(Barrier* barrier) {
+  if (barrier->missing > 0 || barrier->copied_bytes != barrier->expected_bytes) return;
+  for (const Copy& copy : barrier->copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  barrier->copies.clear();
+  barrier->copied_bytes = 0;
+  barrier->expected_bytes = 0;
+  barrier->missing = barrier->arrivals;
+  barrier->parity ^= 1;
+  std::vector<int>& runnable = State().runnable;
+  runnable.insert(runnable.end(), barrier->waiting.begin(), barrier->waiting.end());
+  barrier->waiting.clear();
+}
+
+// The [token][16 k] halves behind a K-major descriptor in the 128-byte swizzle (PTX manual).
+std::vector<uint16_t> ReadOperandB(uint64_t descriptor, int num_tokens) {
+  const Block& state = State();
+  CHECK(descriptor >> 62 == 1, "another swizzle than that of 128 bytes");
+  const auto start = static_cast<uint32_t>(descriptor & 0x3FFF) << 4;
+  const auto stride = static_cast<uint32_t>(descriptor >> 32 & 0x3FFF) << 4;
+  std::vector<uint16_t> values(num_tokens * 16);
+  for (int token = 0; token < num_tokens; ++token) {
+    for (int piece = 0; piece < 2; ++piece) {  // of 16 bytes
+      uint32_t address = start + token / 8 * stride + token % 8 * 128 + 16 * piece;
+      address ^= (address >> 7 & 7) << 4;
+      CHECK(address + 16 <= state.shared_bytes, "an operand outside of shared memory");
+      std::memcpy(&values[token * 16 + 8 * piece], state.shared + address, 16);
+    }
+  }
+  return values;
+}
+
+// Lane 4g + t holds rows g and g + 8 of tokens 8j + 2t and 8j + 2t + 1.
+void FinishWgmma(Fiber* fiber, Wgmma* wgmma) {
+  const int num_tokens = wgmma->count * 2;
+  if (wgmma->b.empty()) wgmma->b = ReadOperandB(wgmma->descriptor, num_tokens);
+  double a[2][16];
+  for (int t = 0; t < 4; ++t) {
+    for (int i = 0; i < 4; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        a[i % 2][2 * t + i / 2 * 8 + half] = HalfOf(wgmma->a[t][i], half);
+      }
+    }
+  }
+  HeldSums& held = fiber->held.at(wgmma->d);
+  for (int i = 0; i < wgmma->count; ++i) {
+    const int token = i / 4 * 8 + fiber->thread % 4 * 2 + i % 2;
+    double sum = wgmma->add ? held.values[i] : 0.0;
+    for (int k = 0; k < 16; ++k) sum += a[i / 2 % 2][k] * HalfOf(wgmma->b[token * 16 + k], 0);
+    held.values[i] = static_cast<float>(sum);
+  }
+  if (--held.num_users > 0) return;
+  std::copy(held.values.begin(), held.values.end(), wgmma->d);
+  fiber->held.erase(wgmma->d);
+}
+
+}  // namespace
+
+void EmulatedWgmmaDevice::InitBarrier(uint32_t barrier, int arrivals) {
+  CHECK(barrier % 8 == 0 && barrier + 8 <= State().shared_bytes && arrivals > 0);
+  Barrier& made = State().barriers[barrier];
+  made = {};
+  made.arrivals = arrivals;
+  made.missing = arrivals;
+}
+
+void EmulatedWgmmaDevice::ArriveAndExpect(uint32_t barrier, int bytes) {
+  Barrier& at = BarrierAt(barrier);
+  CHECK(at.missing > 0, "thread {} arrives once too often at the barrier at {}", thread(), barrier);
+  at.expected_bytes += bytes;
+  --at.missing;
+  EndPhaseIfComplete(&at);
+}
+
+void EmulatedWgmmaDevice::WaitBarrier(uint32_t barrier, uint32_t parity) {
+  Barrier& at = BarrierAt(barrier);
+  while (at.parity == parity) {
+    at.waiting.push_back(thread());
+    Yield();
+  }
+}
+
+void EmulatedWgmmaDevice::CopyBulk(uint32_t shared, const void* global, int bytes,
+                                   uint32_t barrier) {
+  Block& state = State();
+  CHECK(shared % 16 == 0 && bytes % 16 == 0 && reinterpret_cast<uintptr_t>(global) % 16 == 0);
+  CHECK(shared + bytes <= state.shared_bytes, "thread {} copies outside of shared memory",
+        thread());
+  std::memset(state.shared + shared, 0xFF, bytes);
+  Barrier& at = BarrierAt(barrier);
+  at.copies.push_back({state.shared + shared, global, bytes});
+  at.copied_bytes += bytes;
+  EndPhaseIfComplete(&at);
+}
+
+void EmulatedWgmmaDevice::ArriveAfterCopies(uint32_t barrier) {
+  Fiber& fiber = *State().current;
+  Barrier& at = BarrierAt(barrier);
+  CHECK(fiber.pending_groups.empty());  // the kernel does not mix both ways of waiting
+  at.copies.insert(at.copies.end(), fiber.open_group.begin(), fiber.open_group.end());
+  fiber.open_group.clear();
+  Arrive(barrier);
+}
+
+void EmulatedWgmmaDevice::Multiply(bool add, float* d, int count, const uint32_t (&a)[4],
+                                   uint64_t b) {
+  LaneOperand operand = {};
+  std::copy(a, a + 4, operand.a);
+  const LaneOperand result =
+      DoWithWarp("WgmmaMultiply", operand, [](std::array<LaneOperand, kLanes>& lanes) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+          for (int t = 0; t < 4; ++t) {
+            std::copy_n(lanes[lane / 4 * 4 + t].a, 4, lanes[lane].quad[t].begin());
+          }
+        }
+      });
+  Block& state = State();
+  Fiber& fiber = *state.current;
+  HeldSums& held = fiber.held[d];
+  if (held.num_users++ == 0) {
+    held.values.assign(d, d + count);
+    std::fill(d, d + count, std::nanf(""));
+  }
+  Wgmma wgmma = {add, d, count, result.quad, b, {}};
+  if (state.rng() % 2 == 0) wgmma.b = ReadOperandB(b, count * 2);
+  fiber.open_wgmma.push_back(std::move(wgmma));
+}
+
+void EmulatedWgmmaDevice::CommitWgmma() {
+  Fiber& fiber = *State().current;
+  fiber.pending_wgmma.push_back(std::exchange(fiber.open_wgmma, {}));
+}
+
+void EmulatedWgmmaDevice::WaitForWgmma(int pending) {
+  Fiber& fiber = *State().current;
+  while (static_cast<int>(fiber.pending_wgmma.size()) > pending) {
+    for (Wgmma& wgmma : fiber.pending_wgmma.front()) FinishWgmma(&fiber, &wgmma);
+    fiber.pending_wgmma.pop_front();
+  }
 }
 
 uint16_t EmulatedDevice::FloatToHalf(float value) { return plan::FloatToFloat16(value); }

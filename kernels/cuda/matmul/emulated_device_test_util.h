@@ -5,6 +5,11 @@
 //            when they are waited for, the latest moment that the programming model allows
 //   shared   memory begins as NaNs
 // Addresses of wide accesses must be aligned. mma.m16n8k16 is computed in float64.
+//
+// EmulatedWgmmaDevice has the instructions of the Hopper kernel as well. Copies that a barrier
+// announces bring their bytes when its phase ends. The accumulators of a wgmma are NaNs until it is
+// waited for, and its operand in shared memory is read, by chance, when it starts or when it is
+// waited for. Registers of its A operand are read when it starts.
 #pragma once
 
 #include <bit>
@@ -112,6 +117,43 @@ class EmulatedDevice {
     CheckAligned(from, sizeof(T));
     return *static_cast<const T*>(from);
   }
+};
+
+class EmulatedWgmmaDevice : public EmulatedDevice {
+ public:
+  // Shared memory begins at 0.
+  static uint32_t SharedAddressOf(const void* shared);
+
+  static void InitBarrier(uint32_t barrier, int arrivals);
+  static void PublishBarriers() {}
+  static void Arrive(uint32_t barrier) { ArriveAndExpect(barrier, 0); }
+  static void ArriveAndExpect(uint32_t barrier, int bytes);
+  static void WaitBarrier(uint32_t barrier, uint32_t parity);
+  static void CopyBulk(uint32_t shared, const void* global, int bytes, uint32_t barrier);
+  static void ArriveAfterCopies(uint32_t barrier);
+  static void FenceForWgmma() {}
+
+  template <int kRegisters>
+  static void GiveRegisters() {}
+  template <int kRegisters>
+  static void TakeRegisters() {}
+
+  static void FenceWgmma() {}
+  static void CommitWgmma();
+  template <int kPending>
+  static void WaitWgmma() {
+    WaitForWgmma(kPending);
+  }
+  template <int kCount>
+  static void HoldRegisters(float (&)[kCount]) {}
+  template <bool kAdd, int kCount>
+  static void WgmmaMultiply(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b) {
+    Multiply(kAdd, d, kCount, a, b);
+  }
+
+ private:
+  static void Multiply(bool add, float* d, int count, const uint32_t (&a)[4], uint64_t b);
+  static void WaitForWgmma(int pending);
 };
 
 }  // namespace wintserve::kernels::cuda

@@ -12,7 +12,9 @@
 #include "kernels/cuda/matmul/row_kernels.cuh"
 #include "kernels/cuda/matmul/stream_product.cuh"
 #include "kernels/cuda/matmul/tile_product.cuh"
+#include "kernels/cuda/matmul/wgmma_product.cuh"
 #include "kernels/plan/product_plan.h"
+#include "kernels/plan/wgmma_plan.h"
 
 namespace wintserve::kernels::cuda {
 
@@ -39,6 +41,20 @@ class EmulatedLauncher {
         return ProductOf<Wint8Codec>(plan, params);
       default:
         return ProductOf<Bfloat16Codec>(plan, params);
+    }
+  }
+
+  void WgmmaProduct(const plan::WgmmaPlan& plan, const ProductParams& params,
+                    formats::WeightFormat format) {
+    switch (format) {
+      case formats::WeightFormat::kWint2:
+        return WgmmaProductOf<Wint2Codec>(plan, params);
+      case formats::WeightFormat::kWint4:
+        return WgmmaProductOf<Wint4Codec>(plan, params);
+      case formats::WeightFormat::kWint8:
+        return WgmmaProductOf<Wint8Codec>(plan, params);
+      default:
+        return WgmmaProductOf<Bfloat16Codec>(plan, params);
     }
   }
 
@@ -102,6 +118,27 @@ class EmulatedLauncher {
       CHECK(plan.token_blocks == 8, "token_blocks={}", plan.token_blocks);
       run([&](uint8_t* shared) { TileProduct<EmulatedDevice, Codec, 8>(params, shared); });
     }
+  }
+
+  template <class Codec>
+  void WgmmaProductOf(const plan::WgmmaPlan& plan, const ProductParams& params) {
+    const auto run = [&](const auto& body) {
+      EmulatedDevice::Launch(
+          plan.grid_blocks, plan::kWgmmaThreads,
+          plan::WgmmaSharedOf(Codec::kFormat, plan.tokens).SizeBytes(params.num_experts), seed_++,
+          body);
+    };
+    if constexpr (plan::HasWideWgmma(Codec::kFormat)) {
+      if (plan.tokens == plan::kWideTokens) {
+        return run([&](uint8_t* shared) {
+          cuda::WgmmaProduct<EmulatedWgmmaDevice, Codec, plan::kWideTokens>(params, shared).Run();
+        });
+      }
+    }
+    CHECK(plan.tokens == plan::kNarrowTokens, "tokens={}", plan.tokens);
+    run([&](uint8_t* shared) {
+      cuda::WgmmaProduct<EmulatedWgmmaDevice, Codec, plan::kNarrowTokens>(params, shared).Run();
+    });
   }
 
   uint32_t seed_;

@@ -3,8 +3,10 @@
 #include <vector>
 
 #include "common/check.h"
+#include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/matmul/launches.h"
 #include "kernels/cuda/matmul/matmul_sequence.h"
+#include "kernels/cuda/matmul/wgmma_launches.h"
 
 namespace wintserve::kernels::cuda {
 namespace {
@@ -22,6 +24,10 @@ class StreamLauncher {
     (plan.kernel == plan::ProductKernel::kTile ? launches.tile : launches.stream)(plan, params,
                                                                                   stream_);
   }
+  void WgmmaProduct(const plan::WgmmaPlan& plan, const ProductParams& params,
+                    formats::WeightFormat format) {
+    WgmmaLaunchesOf(format).product(plan, params, stream_);
+  }
   void AddSlices(const ProductParams& params) { LaunchAddSlices(params, stream_); }
   void Sort(const SortParams& params) { LaunchSortPairs(params, stream_); }
   void Combine(const CombineParams& params, int64_t num_rows) {
@@ -34,7 +40,19 @@ class StreamLauncher {
 
 MatmulSequence<StreamLauncher> SequenceFor(const MatmulOptions& options, StreamLauncher* launcher) {
   CHECK(options.num_multiprocessors > 0);
-  return {options.planner, options.num_multiprocessors, launcher};
+  return {options.planner, options.num_multiprocessors, launcher, options.wgmma_planner};
+}
+
+constexpr int kWgmmaCapability = 90;  // its instructions exist on 9.0 alone
+
+int CurrentComputeCapability() {
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  CUDA_CALL(cudaGetDevice, &device);
+  CUDA_CALL(cudaDeviceGetAttribute, &major, cudaDevAttrComputeCapabilityMajor, device);
+  CUDA_CALL(cudaDeviceGetAttribute, &minor, cudaDevAttrComputeCapabilityMinor, device);
+  return 10 * major + minor;
 }
 
 }  // namespace
@@ -53,6 +71,29 @@ const ProductLaunches& LaunchesOf(formats::WeightFormat format) {
       break;
   }
   CHECK(false, "format={}", static_cast<int>(format));
+}
+
+const WgmmaLaunches& WgmmaLaunchesOf(formats::WeightFormat format) {
+  switch (format) {
+    case formats::WeightFormat::kWint2:
+      return Wint2WgmmaLaunches();
+    case formats::WeightFormat::kWint4:
+      return Wint4WgmmaLaunches();
+    case formats::WeightFormat::kWint8:
+      return Wint8WgmmaLaunches();
+    case formats::WeightFormat::kBfloat16:
+      return Bfloat16WgmmaLaunches();
+    case formats::WeightFormat::kFloat32:
+      break;
+  }
+  CHECK(false, "format={}", static_cast<int>(format));
+}
+
+MatmulOptions MatmulOptionsFor(int num_multiprocessors, int compute_capability) {
+  MatmulOptions options;
+  options.num_multiprocessors = num_multiprocessors;
+  if (compute_capability == kWgmmaCapability) options.wgmma_planner = plan::PlanWgmmaProduct;
+  return options;
 }
 
 int64_t LinearWorkspaceBytes(const MatmulOptions& options, const plan::WeightLayout& w,
@@ -82,6 +123,11 @@ int64_t MoeMlpWorkspaceBytes(const MatmulOptions& options, const DeviceMlp& expe
 void InitMatmul() {
   for (const ProductLaunches* launches :
        {&Wint2Launches(), &Wint4Launches(), &Wint8Launches(), &Bfloat16Launches()}) {
+    launches->allow_shared_memory();
+  }
+  if (CurrentComputeCapability() != kWgmmaCapability) return;
+  for (const WgmmaLaunches* launches : {&Wint2WgmmaLaunches(), &Wint4WgmmaLaunches(),
+                                        &Wint8WgmmaLaunches(), &Bfloat16WgmmaLaunches()}) {
     launches->allow_shared_memory();
   }
 }

@@ -20,6 +20,7 @@
 #include "kernels/cuda/matmul/device_weights.h"
 #include "kernels/plan/product_plan.h"
 #include "kernels/plan/weight_layout.h"
+#include "kernels/plan/wgmma_plan.h"
 
 namespace wintserve::kernels::cuda {
 
@@ -59,7 +60,14 @@ struct MatmulOptions {
   int num_multiprocessors = 0;
   // Another choice than plan::PlanProduct, for tests and tuning. It never changes a result.
   plan::ProductPlan (*planner)(const plan::ProductShape&, int) = plan::PlanProduct;
+  // Where this gives a plan, the Hopper kernel computes the product; null: nowhere. It never
+  // changes a result either. REQUIRES for a planner: compute capability 9.0.
+  plan::WgmmaPlanner wgmma_planner = nullptr;
 };
+
+// With every kernel that the device has. num_multiprocessors, compute_capability: of
+// DeviceProperties.
+MatmulOptions MatmulOptionsFor(int num_multiprocessors, int compute_capability);
 
 // Bytes of workspace for calls with up to max_rows rows. Device memory, aligned to 256; contents do
 // not matter before and after a call.

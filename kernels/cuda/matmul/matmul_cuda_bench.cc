@@ -6,16 +6,18 @@
 // only reads as many bytes, in the same run. fd: the WINT2 product with FastDeploy's arithmetic in
 // the skeletons of the resident and of the stream kernel; what is "x fastdeploy" is compared with
 // the fastest of them. Prints a table, and with --json=FILE writes the same as JSON;
-// --filter=TEXT runs the rows whose name contains it, --max-tokens=NUMBER those of no more tokens
-// (of an expert).
+// --filter=TEXT runs the tables whose name contains it, --min-tokens=NUMBER and
+// --max-tokens=NUMBER only their rows of at least and at most as many tokens (of an expert).
 #include <cuda_runtime_api.h>
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <charconv>
 #include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <string>
 #include <string_view>
@@ -27,8 +29,10 @@
 #include "kernels/cuda/matmul/device_array_test_util.h"
 #include "kernels/cuda/matmul/launches.h"
 #include "kernels/cuda/matmul/matmul.h"
+#include "kernels/cuda/matmul/wgmma_launches.h"
 #include "kernels/plan/product_plan.h"
 #include "kernels/plan/weight_layout.h"
+#include "kernels/plan/wgmma_plan.h"
 
 namespace wintserve::kernels::cuda {
 namespace {
@@ -42,6 +46,7 @@ struct Bench {
   DeviceProperties gpu;
   Stream stream;
   std::string filter;
+  int64_t min_tokens = 0;  // of an expert or a linear layer
   int64_t max_tokens = INT64_MAX;
   nlohmann::json results = nlohmann::json::array();
 
@@ -83,7 +88,7 @@ void Report(Bench* bench, const std::string& name, const std::string& variant, d
             double baseline_microseconds) {
   const double gigabytes = 1e-3 * required_bytes / microseconds;
   const double teraflops = 2e-6 * multiply_adds / microseconds;
-  fmt::print("{:<34} {:<12} {:>9.1f} us {:>7.0f} GB/s {:>6.1f} TFLOP/s", name, variant,
+  fmt::print("{:<34} {:<14} {:>9.1f} us {:>7.0f} GB/s {:>6.1f} TFLOP/s", name, variant,
              microseconds, gigabytes, teraflops);
   nlohmann::json result = {{"name", name},           {"variant", variant},
                            {"us", microseconds},     {"gigabytes_per_second", gigabytes},
@@ -142,7 +147,8 @@ class Matrices {
 // Prepared random rows.
 class PreparedInput {
  public:
-  PreparedInput(Bench* bench, const plan::WeightLayout& layout, int64_t num_rows)
+  PreparedInput(Bench* bench, const plan::WeightLayout& layout, int64_t num_rows,
+                plan::OperandOrder order = plan::OperandOrder::kMma)
       : x_(num_rows * layout.k),
         values_(num_rows * layout.chunks() * plan::kChunkRows),
         inverse_scale_(num_rows),
@@ -156,6 +162,7 @@ class PreparedInput {
     params.chunks = static_cast<int>(layout.chunks());
     params.k_order = layout.k_order;
     params.offsets = plan::OffsetsOf(layout.format);
+    params.order = order;
     params.out = rows();
     LaunchPrepareRows(params, num_rows, stream);
     CUDA_CALL(cudaStreamSynchronize, stream);
@@ -180,9 +187,27 @@ ProductPlan Plan(const Bench& bench, const ProductShape& shape, ProductKernel ke
   return plan::FinishPlan(shape, bench.gpu.num_multiprocessors, plan);
 }
 
+// One kernel: the Hopper kernel if `wgmma` is set.
 struct Variant {
   std::string name;
   ProductPlan plan;
+  std::optional<plan::WgmmaPlan> wgmma;
+
+  int slices() const { return wgmma.has_value() ? wgmma->slices : plan.slices; }
+  bool split_slices() const { return wgmma.has_value() ? wgmma->split_slices : plan.split_slices; }
+  int64_t split_sum_floats(const ProductShape& shape) const {
+    return wgmma.has_value() ? plan::SplitSumFloats(shape, *wgmma)
+                             : plan::SplitSumFloats(shape, plan);
+  }
+  void Launch(WeightFormat format, const ProductParams& params, cudaStream_t stream) const {
+    if (wgmma.has_value()) {
+      WgmmaLaunchesOf(format).product(*wgmma, params, stream);
+    } else if (plan.kernel == ProductKernel::kTile) {
+      LaunchesOf(format).tile(plan, params, stream);
+    } else {
+      LaunchesOf(format).stream(plan, params, stream);
+    }
+  }
 };
 
 std::string NameOf(const ProductPlan& plan) {
@@ -192,8 +217,45 @@ std::string NameOf(const ProductPlan& plan) {
              : fmt::format("tile {}{}", plan.token_tile(), plan.split_slices ? " split" : "");
 }
 
-// Every kernel that suits that many tokens an expert; what PlanProduct chooses is marked.
+std::string NameOf(const plan::WgmmaPlan& plan) {
+  return fmt::format("wgmma {}{}", plan.tokens, plan.split_slices ? " split" : "");
+}
+
+// The Hopper kernels that suit that many tokens an expert, and whether the first one is chosen.
+std::vector<Variant> WgmmaVariantsFor(const Bench& bench, const ProductShape& shape, int64_t tokens,
+                                      bool* chosen) {
+  *chosen = false;
+  if (bench.gpu.compute_capability() != 90 || tokens <= 8) return {};
+  const int multiprocessors = bench.gpu.num_multiprocessors;
+  std::vector<plan::WgmmaPlan> plans;
+  if (const auto plan = plan::PlanWgmmaProduct(shape, multiprocessors); plan.has_value()) {
+    plans.push_back(*plan);
+    *chosen = true;
+  }
+  for (const int of_tile : {plan::kNarrowTokens, plan::kWideTokens}) {
+    if (of_tile == plan::kWideTokens &&
+        (tokens < plan::kWideTokens || !plan::HasWideWgmma(shape.format))) {
+      continue;
+    }
+    for (const bool split : {false, true}) {
+      if (split && (shape.num_experts > 1 || tokens > 256)) continue;
+      plan::WgmmaPlan plan;
+      plan.tokens = of_tile;
+      plan.split_slices = split;
+      plan = plan::FinishWgmmaPlan(shape, multiprocessors, plan);
+      if (!*chosen || NameOf(plan) != NameOf(plans.front())) plans.push_back(plan);
+    }
+  }
+  std::vector<Variant> variants;
+  for (const plan::WgmmaPlan& plan : plans) variants.push_back({NameOf(plan), {}, plan});
+  return variants;
+}
+
+// Every kernel that suits that many tokens an expert; what the planners choose is marked.
 std::vector<Variant> VariantsFor(const Bench& bench, const ProductShape& shape, int64_t tokens) {
+  bool wgmma_chosen = false;
+  std::vector<Variant> wgmma = WgmmaVariantsFor(bench, shape, tokens, &wgmma_chosen);
+  if (wgmma_chosen) wgmma.front().name += " *";
   const ProductPlan chosen = plan::PlanProduct(shape, bench.gpu.num_multiprocessors);
   std::vector<ProductPlan> plans = {chosen};
   const auto add = [&](ProductKernel kernel, int token_blocks, int tiles_per_warp) {
@@ -211,8 +273,10 @@ std::vector<Variant> VariantsFor(const Bench& bench, const ProductShape& shape, 
   if (tokens > 32) add(ProductKernel::kTile, 8, 2);
   std::vector<Variant> variants;
   for (const ProductPlan& plan : plans) {
-    variants.push_back({NameOf(plan) + (variants.empty() ? " *" : ""), plan});
+    const bool marked = variants.empty() && !wgmma_chosen;
+    variants.push_back({NameOf(plan) + (marked ? " *" : ""), plan, std::nullopt});
   }
+  variants.insert(variants.end(), wgmma.begin(), wgmma.end());
   return variants;
 }
 
@@ -230,7 +294,7 @@ std::vector<Variant> BaselinesFor(const Bench& bench, const ProductShape& shape)
     plans.push_back(plan);
   }
   std::vector<Variant> variants;
-  for (const ProductPlan& plan : plans) variants.push_back({NameOf(plan), plan});
+  for (const ProductPlan& plan : plans) variants.push_back({NameOf(plan), plan, std::nullopt});
   return variants;
 }
 
@@ -272,8 +336,8 @@ void BenchExperts(Bench* bench, const std::string& name, const plan::WeightLayou
     std::shuffle(order.begin(), order.end(), rng);
     for (int i = 0; i < active; ++i) set[order[i]] = true;
   }
-  for (const int64_t tokens : {1, 2, 4, 8, 16, 64, 256, 1024}) {
-    if (tokens > bench->max_tokens) break;
+  for (const int64_t tokens : {1, 2, 4, 8, 16, 32, 64, 128, 256, 1024}) {
+    if (tokens < bench->min_tokens || tokens > bench->max_tokens) continue;
     const int64_t num_tokens = tokens * active;
     std::vector<int32_t> first;
     for (const auto& set : chosen) {
@@ -286,6 +350,7 @@ void BenchExperts(Bench* bench, const std::string& name, const plan::WeightLayou
     }
     const DeviceArray<int32_t> first_token(first);
     const PreparedInput input(bench, layout, num_tokens);
+    const PreparedInput wgmma_input(bench, layout, num_tokens, plan::OperandOrder::kWgmma);
     DeviceArray<float> y(num_tokens * layout.width());
     ProductParams params = matrices.Params();
     params.num_experts = kExperts;
@@ -295,15 +360,14 @@ void BenchExperts(Bench* bench, const std::string& name, const plan::WeightLayou
     params.y = y.data();
     const ProductShape shape = {layout.format, layout.chunks(), layout.tiles(),
                                 kExperts,      num_tokens,      tokens};
-    const auto time = [&](const ProductPlan& plan, const auto& launch) {
+    const auto time = [&](int slices, const auto& launch) {
       ProductParams own = params;
-      own.slices = plan.slices;
+      own.slices = slices;
       return MedianMicroseconds(*bench, launches, [&](int i) {
         own.first_token = first_token.data() + int64_t{i} * (kExperts + 1);
-        launch(plan, own, bench->stream.get());
+        launch(own);
       });
     };
-    const ProductLaunches& ours = LaunchesOf(layout.format);
     const std::string row = fmt::format("{} M={}", name, tokens);
     const double multiply_adds = static_cast<double>(num_tokens * layout.k * layout.n);
     double baseline = 0;
@@ -313,17 +377,20 @@ void BenchExperts(Bench* bench, const std::string& name, const plan::WeightLayou
       LaunchBfloat16Rows(rounded.rows(), rounded.num_values(), bench->stream.get());
       params.x = rounded.rows();
       for (const Variant& variant : BaselinesFor(*bench, shape)) {
-        const double us = time(variant.plan, LaunchFastDeployWint2);
+        const double us = time(variant.plan.slices, [&](const ProductParams& own) {
+          LaunchFastDeployWint2(variant.plan, own, bench->stream.get());
+        });
         Report(bench, row, "fd " + variant.name, us, static_cast<double>(required), multiply_adds,
                read, 0);
         baseline = baseline == 0 ? us : std::min(baseline, us);
       }
-      params.x = input.rows();
       matrices.Fill(false);
     }
     for (const Variant& variant : VariantsFor(*bench, shape, tokens)) {
-      const double us =
-          time(variant.plan, variant.plan.kernel == ProductKernel::kTile ? ours.tile : ours.stream);
+      params.x = variant.wgmma.has_value() ? wgmma_input.rows() : input.rows();
+      const double us = time(variant.slices(), [&](const ProductParams& own) {
+        variant.Launch(layout.format, own, bench->stream.get());
+      });
       Report(bench, row, variant.name, us, static_cast<double>(required), multiply_adds, read,
              baseline);
     }
@@ -341,26 +408,25 @@ void BenchLinear(Bench* bench, const std::string& name, WeightFormat format, int
   const Matrices matrices(bench, layout, static_cast<int>((int64_t{1} << 30) / required + 2));
   const double read = ReadMicroseconds(bench, matrices, required);
   Report(bench, name, "read", read, static_cast<double>(required), 0, 0, 0);
-  for (const int64_t tokens : {1, 8, 16, 64, 256, 1024}) {
-    if (tokens > bench->max_tokens) break;
+  for (const int64_t tokens : {1, 8, 16, 32, 64, 128, 256, 1024}) {
+    if (tokens < bench->min_tokens || tokens > bench->max_tokens) continue;
     const ProductShape shape = {format, layout.chunks(), layout.tiles(), 1, tokens, tokens};
     const PreparedInput input(bench, layout, tokens);
+    const PreparedInput wgmma_input(bench, layout, tokens, plan::OperandOrder::kWgmma);
     DeviceArray<float> y(tokens * n);
     for (const Variant& variant : VariantsFor(*bench, shape, tokens)) {
-      DeviceArray<float> sums(plan::SplitSumFloats(shape, variant.plan) + 1);
+      DeviceArray<float> sums(variant.split_sum_floats(shape) + 1);
       ProductParams params = matrices.Params();
-      params.slices = variant.plan.slices;
-      params.x = input.rows();
+      params.slices = variant.slices();
+      params.x = variant.wgmma.has_value() ? wgmma_input.rows() : input.rows();
       params.num_tokens = static_cast<int>(tokens);
       params.y = y.data();
-      params.split_sums = variant.plan.split_slices ? sums.data() : nullptr;
-      const ProductLaunches& launches = LaunchesOf(format);
+      params.split_sums = variant.split_slices() ? sums.data() : nullptr;
       const int count = std::max(LaunchesFor(static_cast<double>(required)), matrices.count());
       const double us = MedianMicroseconds(*bench, count, [&](int i) {
         params.experts.weights[0] = matrices.data(i);
-        (variant.plan.kernel == ProductKernel::kTile ? launches.tile : launches.stream)(
-            variant.plan, params, bench->stream.get());
-        if (variant.plan.split_slices) LaunchAddSlices(params, bench->stream.get());
+        variant.Launch(format, params, bench->stream.get());
+        if (variant.split_slices()) LaunchAddSlices(params, bench->stream.get());
       });
       Report(bench, fmt::format("{} M={}", name, tokens), variant.name, us,
              static_cast<double>(required), static_cast<double>(tokens * n * k), read, 0);
@@ -382,9 +448,11 @@ struct NamedPlanner {
   decltype(MatmulOptions::planner) planner;
   int64_t least_rows;
   int64_t most_rows;
+  plan::WgmmaPlanner wgmma_planner = nullptr;
 };
 constexpr NamedPlanner kMoePlanners[] = {
-    {"chosen *", plan::PlanProduct, 1, INT64_MAX},
+    {"chosen *", plan::PlanProduct, 1, INT64_MAX, plan::PlanWgmmaProduct},
+    {"portable", plan::PlanProduct, 32, INT64_MAX},
     {"resident", ForcedPlan<ProductKernel::kStream, 1>, 32, 128},
     {"tile 16", ForcedPlan<ProductKernel::kTile, 2>, 32, 256},
     {"tile 32", ForcedPlan<ProductKernel::kTile, 4>, 32, 512},
@@ -408,11 +476,9 @@ void BenchMoe(Bench* bench, const std::string& name, int64_t hidden, int64_t wid
   std::vector<const DeviceMlp*> experts;
   for (int e = 0; e < kExperts; ++e) mlps.push_back({{up, ups.data(e)}, {down, downs.data(e)}});
   for (const DeviceMlp& mlp : mlps) experts.push_back(&mlp);
-  MatmulOptions options;
-  options.num_multiprocessors = bench->gpu.num_multiprocessors;
   std::mt19937 rng(2);
-  for (const int64_t rows : {1, 8, 16, 32, 64, 128, 256, 512, 2048}) {
-    if (rows > bench->max_tokens) break;
+  for (const int64_t rows : {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048}) {
+    if (rows < bench->min_tokens || rows > bench->max_tokens) continue;
     constexpr int kLaunches = 8;
     std::vector<int32_t> ids;
     double distinct = 0;
@@ -443,7 +509,10 @@ void BenchMoe(Bench* bench, const std::string& name, int64_t hidden, int64_t wid
     args.y = {y.data(), hidden};
     for (const NamedPlanner& named : kMoePlanners) {
       if (rows < named.least_rows || rows > named.most_rows) continue;
+      MatmulOptions options =
+          MatmulOptionsFor(bench->gpu.num_multiprocessors, bench->gpu.compute_capability());
       options.planner = named.planner;
+      if (named.wgmma_planner == nullptr) options.wgmma_planner = nullptr;
       DeviceArray<uint8_t> workspace(
           MoeMlpWorkspaceBytes(options, mlps[0], kExperts, top_k, nullptr, rows));
       const double us = MedianMicroseconds(*bench, kLaunches, [&](int i) {
@@ -484,6 +553,15 @@ void RunAll(Bench* bench) {
   BenchMoe(bench, "21B moe", 2560, 1536, 6);
 }
 
+// The number behind `begin` characters of an argument; says what is wrong with it.
+bool ParseTokens(const char* program, std::string_view argument, size_t begin, int64_t* tokens) {
+  const std::string_view number = argument.substr(begin);
+  const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), *tokens);
+  if (error == std::errc() && end == number.data() + number.size() && *tokens >= 0) return true;
+  fmt::print(stderr, "{}: '{}'; allowed is a number of 0 or more\n", program, argument);
+  return false;
+}
+
 int Main(int argc, char** argv) {
   Bench bench;
   std::string json_path;
@@ -493,12 +571,14 @@ int Main(int argc, char** argv) {
       json_path = argument.substr(7);
     } else if (argument.starts_with("--filter=")) {
       bench.filter = argument.substr(9);
+    } else if (argument.starts_with("--min-tokens=")) {
+      if (!ParseTokens(argv[0], argument, 13, &bench.min_tokens)) return 64;
     } else if (argument.starts_with("--max-tokens=")) {
-      bench.max_tokens = std::atoll(argv[i] + 13);
+      if (!ParseTokens(argv[0], argument, 13, &bench.max_tokens)) return 64;
     } else {
       fmt::print(stderr,
-                 "{}: unknown argument '{}'; allowed are --json=FILE, --filter=TEXT and "
-                 "--max-tokens=NUMBER\n",
+                 "{}: unknown argument '{}'; allowed are --json=FILE, --filter=TEXT, "
+                 "--min-tokens=NUMBER and --max-tokens=NUMBER\n",
                  argv[0], argument);
       return 64;
     }

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -67,9 +68,22 @@ ProductPlan ForcedPlan(const ProductShape& shape, int num_multiprocessors) {
   return plan::FinishPlan(shape, num_multiprocessors, plan);
 }
 
+template <int kTokens, bool kSplit>
+std::optional<plan::WgmmaPlan> ForcedWgmma(const ProductShape& shape, int num_multiprocessors) {
+  plan::WgmmaPlan plan;
+  plan.tokens = plan::HasWideWgmma(shape.format) ? kTokens : plan::kNarrowTokens;
+  plan.split_slices = kSplit && shape.num_experts == 1;
+  return plan::FinishWgmmaPlan(shape, num_multiprocessors, plan);
+}
+
+bool HasWgmma() { return TheGpu().properties.compute_capability() == 90; }
+
 struct NamedPlanner {
   const char* name;
   Planner planner;
+  plan::WgmmaPlanner wgmma_planner = nullptr;  // null: the portable kernels
+
+  bool IsOfThisGpu() const { return wgmma_planner == nullptr || HasWgmma(); }
 };
 constexpr NamedPlanner kForcedPlanners[] = {
     {"stream", ForcedPlan<ProductKernel::kStream, 1, 1, false>},
@@ -78,12 +92,23 @@ constexpr NamedPlanner kForcedPlanners[] = {
     {"tile of 64", ForcedPlan<ProductKernel::kTile, 8, 2, false>},
     {"tile of 16, split", ForcedPlan<ProductKernel::kTile, 2, 2, true>},
     {"tile of 64, split", ForcedPlan<ProductKernel::kTile, 8, 2, true>},
+    {"portable", plan::PlanProduct},
+    {"wgmma of 64", plan::PlanProduct, ForcedWgmma<plan::kNarrowTokens, false>},
+    {"wgmma of 64, split", plan::PlanProduct, ForcedWgmma<plan::kNarrowTokens, true>},
+    {"wgmma of 128", plan::PlanProduct, ForcedWgmma<plan::kWideTokens, false>},
+    {"wgmma of 128, split", plan::PlanProduct, ForcedWgmma<plan::kWideTokens, true>},
 };
 
-MatmulOptions OptionsFor(Planner planner = plan::PlanProduct) {
-  MatmulOptions options;
-  options.num_multiprocessors = TheGpu().properties.num_multiprocessors;
-  options.planner = planner;
+// What the backend uses on this GPU.
+MatmulOptions OptionsFor() {
+  const DeviceProperties& gpu = TheGpu().properties;
+  return MatmulOptionsFor(gpu.num_multiprocessors, gpu.compute_capability());
+}
+
+MatmulOptions OptionsFor(const NamedPlanner& planner) {
+  MatmulOptions options = OptionsFor();
+  options.planner = planner.planner;
+  options.wgmma_planner = planner.wgmma_planner;
   return options;
 }
 
@@ -291,8 +316,9 @@ TEST_P(LinearTest, IsMoreExactThanFastDeployAndTheSameInAnyBatch) {
           << rows << " rows from " << first << " differ from the same in a batch of " << kMostRows;
     }
     for (const NamedPlanner& planner : kForcedPlanners) {
-      for (const int64_t rows : {5, 71}) {
-        const std::vector<float> part = RunLinear(OptionsFor(planner.planner), w, x, 9, rows);
+      if (!planner.IsOfThisGpu()) continue;
+      for (const int64_t rows : {5, 71, 200}) {
+        const std::vector<float> part = RunLinear(OptionsFor(planner), w, x, 9, rows);
         ASSERT_TRUE(std::equal(part.begin(), part.end(), all.begin() + 9 * shape.n))
             << planner.name << ", " << rows << " rows";
       }
@@ -330,10 +356,78 @@ TEST(Stream, TwoTilesAWarpChangeNoBit) {
         plan::ExactlyPackedMatrix(WeightFormat::kWint2, k, 600, KOrder::kMma64, &rng), false);
     const DeviceArray<float> x(RandomRows(11 * k, &rng));
     const auto one =
-        RunLinear(OptionsFor(ForcedPlan<ProductKernel::kStream, 1, 1, false>), w, x, 0, 11);
+        RunLinear(OptionsFor({"", ForcedPlan<ProductKernel::kStream, 1, 1, false>}), w, x, 0, 11);
     const auto two =
-        RunLinear(OptionsFor(ForcedPlan<ProductKernel::kStream, 1, 2, false>), w, x, 0, 11);
+        RunLinear(OptionsFor({"", ForcedPlan<ProductKernel::kStream, 1, 2, false>}), w, x, 0, 11);
     EXPECT_TRUE(one == two) << k;
+  }
+}
+
+// Small enough for compute-sanitizer.
+TEST(Wgmma, AgreesBitForBitWithThePortableKernels) {
+  if (!HasWgmma()) GTEST_SKIP() << "compute capability 9.0 only";
+  std::mt19937 rng(8);
+  for (const WeightFormat format : {WeightFormat::kWint2, WeightFormat::kWint4,
+                                    WeightFormat::kWint8, WeightFormat::kBfloat16}) {
+    // One slice and several, columns that end inside a block and a tile.
+    for (const int64_t k : {128, 1536}) {
+      for (const int64_t n : {24, 300}) {
+        const TestMatrix w =
+            MakeTestMatrix(plan::ExactlyPackedMatrix(format, k, n, KOrder::kMma64, &rng), false);
+        const DeviceArray<float> x(RandomRows(200 * k, &rng));
+        const std::vector<float> all =
+            RunLinear(OptionsFor({"portable", plan::PlanProduct}), w, x, 0, 200);
+        for (const NamedPlanner& planner : kForcedPlanners) {
+          if (planner.wgmma_planner == nullptr) continue;
+          for (const int64_t rows : {1, 9, 64, 65, 200}) {
+            const std::vector<float> part = RunLinear(OptionsFor(planner), w, x, 200 - rows, rows);
+            ASSERT_TRUE(std::equal(part.begin(), part.end(), all.end() - rows * n))
+                << planner.name << ", format " << static_cast<int>(format) << ", k=" << k
+                << " n=" << n << ", " << rows << " rows";
+          }
+        }
+      }
+    }
+  }
+}
+
+// Blocks that run into each other's shared memory or read it too early would differ sometimes.
+TEST(Wgmma, RepeatsItsBits) {
+  if (!HasWgmma()) GTEST_SKIP() << "compute capability 9.0 only";
+  std::mt19937 rng(10);
+  struct Shape {
+    int64_t k;
+    int64_t n;
+    int64_t rows;
+  };
+  for (const WeightFormat format : {WeightFormat::kWint2, WeightFormat::kWint4,
+                                    WeightFormat::kWint8, WeightFormat::kBfloat16}) {
+    for (const Shape& shape :
+         {Shape{128, 17, 1025}, Shape{384, 1001, 257}, Shape{2560, 768, 300}}) {
+      const TestMatrix w = MakeTestMatrix(
+          plan::ExactlyPackedMatrix(format, shape.k, shape.n, KOrder::kMma64, &rng), false);
+      const DeviceArray<float> x(RandomRows(shape.rows * shape.k, &rng));
+      const std::vector<float> expected =
+          RunLinear(OptionsFor({"portable", plan::PlanProduct}), w, x, 0, shape.rows);
+      for (const NamedPlanner& planner : kForcedPlanners) {
+        if (planner.wgmma_planner == nullptr) continue;
+        for (int repeat = 0; repeat < 30; ++repeat) {
+          const std::vector<float> got = RunLinear(OptionsFor(planner), w, x, 0, shape.rows);
+          std::string wrong;
+          int64_t num_wrong = 0;
+          for (size_t i = 0; i < got.size(); ++i) {
+            if (got[i] == expected[i]) continue;
+            if (++num_wrong <= 5) {
+              wrong +=
+                  fmt::format(" [{}, {}] {} for {}", i / shape.n, i % shape.n, got[i], expected[i]);
+            }
+          }
+          ASSERT_EQ(num_wrong, 0) << planner.name << ", format " << static_cast<int>(format)
+                                  << ", k=" << shape.k << " n=" << shape.n << " rows=" << shape.rows
+                                  << ", repeat " << repeat << ":" << wrong;
+        }
+      }
+    }
   }
 }
 
@@ -520,8 +614,7 @@ class MoeTest : public testing::TestWithParam<MoeCase> {
                                 rows);
   }
 
-  std::vector<float> Run(Planner planner, int64_t first, int64_t rows) {
-    const MatmulOptions options = OptionsFor(planner);
+  std::vector<float> Run(const MatmulOptions& options, int64_t first, int64_t rows) {
     const DeviceArray<float> x(host_x_);
     const DeviceArray<int32_t> ids(ids_);
     const DeviceArray<float> weights(weights_);
@@ -583,7 +676,7 @@ class MoeTest : public testing::TestWithParam<MoeCase> {
 TEST_P(MoeTest, IsMoreExactThanFastDeployAndTheSameInAnyBatch) {
   SCOPED_TRACE(fmt::format("seed={}", seed_));
   const int64_t hidden = GetParam().hidden;
-  const std::vector<float> all = Run(plan::PlanProduct, 0, kMostRows);
+  const std::vector<float> all = Run(OptionsFor(), 0, kMostRows);
   const MlpOutputs reference = Reference();
   const Errors ours = ErrorsOf(all, reference.exact);
   const Errors theirs = ErrorsOf(reference.rounded, reference.exact);
@@ -591,12 +684,13 @@ TEST_P(MoeTest, IsMoreExactThanFastDeployAndTheSameInAnyBatch) {
   EXPECT_LE(ours.largest, theirs.largest);
   for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 31, 64, 100}) {
     const auto first = static_cast<int64_t>(rng_() % (kMostRows - rows));
-    const std::vector<float> part = Run(plan::PlanProduct, first, rows);
+    const std::vector<float> part = Run(OptionsFor(), first, rows);
     ASSERT_TRUE(std::equal(part.begin(), part.end(), all.begin() + first * hidden))
         << rows << " rows from " << first;
   }
   for (const NamedPlanner& planner : kForcedPlanners) {
-    EXPECT_TRUE(Run(planner.planner, 0, kMostRows) == all) << planner.name;
+    if (!planner.IsOfThisGpu()) continue;
+    EXPECT_TRUE(Run(OptionsFor(planner), 0, kMostRows) == all) << planner.name;
   }
 }
 
@@ -628,7 +722,7 @@ TEST_P(MoeTest, ACapturedLaunchFollowsTheRoutingThatItFindsOnTheDevice) {
     workspace.Poison(TheStream());
     y.Poison(TheStream());
     CUDA_CALL(cudaGraphLaunch, executable, TheStream());
-    EXPECT_TRUE(y.Download(TheStream()) == Run(plan::PlanProduct, first, kRows)) << first;
+    EXPECT_TRUE(y.Download(TheStream()) == Run(OptionsFor(), first, kRows)) << first;
   }
   CUDA_CALL(cudaGraphExecDestroy, executable);
   CUDA_CALL(cudaGraphDestroy, graph);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -133,9 +134,18 @@ ProductPlan Planned(const ProductShape& shape, int multiprocessors, ProductKerne
   return plan::FinishPlan(shape, multiprocessors, plan);
 }
 
+template <int kTokens, bool kSplit>
+std::optional<plan::WgmmaPlan> WgmmaPlanned(const ProductShape& shape, int multiprocessors) {
+  plan::WgmmaPlan plan;
+  plan.tokens = plan::HasWideWgmma(shape.format) ? kTokens : plan::kNarrowTokens;
+  plan.split_slices = kSplit && shape.num_experts == 1;
+  return plan::FinishWgmmaPlan(shape, multiprocessors, plan);
+}
+
 struct NamedPlanner {
   const char* name;
   Planner planner;
+  plan::WgmmaPlanner wgmma_planner = nullptr;
 };
 const NamedPlanner kPlanners[] = {
     {"stream1", [](const ProductShape& s,
@@ -153,6 +163,9 @@ const NamedPlanner kPlanners[] = {
     {"tile8split",
      [](const ProductShape& s, int m) { return Planned(s, m, ProductKernel::kTile, 8, 2, true); }},
     {"chosen", plan::PlanProduct},
+    {"wgmma64", plan::PlanProduct, WgmmaPlanned<plan::kNarrowTokens, false>},
+    {"wgmma128", plan::PlanProduct, WgmmaPlanned<plan::kWideTokens, false>},
+    {"wgmma128split", plan::PlanProduct, WgmmaPlanned<plan::kWideTokens, true>},
 };
 
 struct PackedMatrix {
@@ -242,12 +255,12 @@ class ProductTest : public testing::TestWithParam<Case> {
 
   // y [rows, n + gap] with NaNs where nothing may be written.
   std::vector<float> RunLinear(const PackedMatrix& w, const float* x, int64_t rows,
-                               const Planner& planner, int multiprocessors) {
+                               const NamedPlanner& planner, int multiprocessors) {
     const int64_t n = w.host.n;
     const int64_t stride = n + 3;
     std::vector<float> y(rows * stride, std::nanf(""));
     EmulatedLauncher launcher(static_cast<uint32_t>(rng_()), rng_() % 2 == 0 ? 1024 : 0);
-    MatmulSequence sequence(planner, multiprocessors, &launcher);
+    MatmulSequence sequence(planner.planner, multiprocessors, &launcher, planner.wgmma_planner);
     const ConstRows x_rows = {x, w.host.k};
     const int64_t bytes = sequence.Linear(x_rows, rows, w.device, {y.data(), stride}, nullptr);
     // 0xFF bytes: NaNs, and indices that lead out of every buffer.
@@ -292,7 +305,7 @@ TEST_P(ProductTest, EveryPlanStaysWithinTheBoundOfItsRoundings) {
       if (shape.rows > 32 && planner.name[0] == 's') continue;
       SCOPED_TRACE(fmt::format("seed={} k={} n={} rows={} {}", seed_, shape.k, shape.n, shape.rows,
                                planner.name));
-      const auto y = RunLinear(w, x.data(), shape.rows, planner.planner, shape.multiprocessors);
+      const auto y = RunLinear(w, x.data(), shape.rows, planner, shape.multiprocessors);
       for (size_t i = 0; i < y.size(); ++i) {
         ASSERT_LE(std::fabs(y[i] - expected[i].value), expected[i].error)
             << "row " << i / shape.n << " column " << i % shape.n << " got " << y[i] << " want "
@@ -308,12 +321,12 @@ TEST_P(ProductTest, ARowHasTheSameBitsInAnyBatchAndUnderEveryPlan) {
   constexpr int64_t kRows = 19;
   const PackedMatrix w = RandomMatrix(kK, kN, false);
   const std::vector<float> x = RandomRows(kRows * kK, &rng_);
-  const auto expected = RunLinear(w, x.data(), kRows, kPlanners[0].planner, 1);
+  const auto expected = RunLinear(w, x.data(), kRows, kPlanners[0], 1);
   for (const NamedPlanner& planner : kPlanners) {
     SCOPED_TRACE(fmt::format("seed={} {}", seed_, planner.name));
     for (const auto& [first, rows] :
          {std::pair<int64_t, int64_t>{0, 1}, {3, 1}, {5, 8}, {2, 17}, {0, kRows}}) {
-      const auto part = RunLinear(w, &x[first * kK], rows, planner.planner, 2);
+      const auto part = RunLinear(w, &x[first * kK], rows, planner, 2);
       ASSERT_TRUE(std::equal(part.begin(), part.end(), expected.begin() + first * kN))
           << first << " " << rows;
     }
@@ -377,7 +390,7 @@ TEST_P(ProductTest, AnMlpAppliesSwiGluToTheMatchingColumns) {
     SCOPED_TRACE(fmt::format("seed={} {}", seed_, planner.name));
     std::vector<float> y(kRows * (kHidden - 1), std::nanf(""));
     EmulatedLauncher launcher(seed_, 1024);
-    MatmulSequence sequence(planner.planner, 2, &launcher);
+    MatmulSequence sequence(planner.planner, 2, &launcher, planner.wgmma_planner);
     const Rows y_rows = {y.data(), kHidden - 1};
     const int64_t bytes =
         sequence.SwiGluMlp({x.data(), kHidden}, kRows, mlp.device, y_rows, nullptr);
@@ -436,12 +449,12 @@ class MoeTest : public testing::TestWithParam<bool> {
     }
   }
 
-  std::vector<float> Run(const Planner& planner, int64_t first, int64_t rows) {
+  std::vector<float> Run(const NamedPlanner& planner, int64_t first, int64_t rows) {
     std::vector<const DeviceMlp*> experts;
     for (const Mlp& expert : experts_) experts.push_back(&expert.device);
     std::vector<float> y(rows * kHidden, std::nanf(""));
     EmulatedLauncher launcher(static_cast<uint32_t>(rng_()), 1024);
-    MatmulSequence sequence(planner, 3, &launcher);
+    MatmulSequence sequence(planner.planner, 3, &launcher, planner.wgmma_planner);
     std::vector<uint8_t> workspace;
     for (const bool run : {false, true}) {
       const int64_t bytes = sequence.MoeMlp({x_.data() + first * kHidden, kHidden}, rows, experts,
@@ -478,7 +491,7 @@ TEST_P(MoeTest, EveryRowGetsItsExpertsUnderEveryPlan) {
   std::vector<float> first_result;
   for (const NamedPlanner& planner : kPlanners) {
     SCOPED_TRACE(fmt::format("seed={} {}", seed_, planner.name));
-    const auto y = Run(planner.planner, 0, kRows);
+    const auto y = Run(planner, 0, kRows);
     for (int64_t r = 0; r < kRows; ++r) {
       for (int64_t c = 0; c < kHidden; ++c) {
         ASSERT_LE(std::fabs(y[r * kHidden + c] - expected[r][c]), error[r][c]) << r << " " << c;
@@ -491,9 +504,9 @@ TEST_P(MoeTest, EveryRowGetsItsExpertsUnderEveryPlan) {
 
 TEST_P(MoeTest, ARowHasTheSameBitsInAnyBatch) {
   MakeRows(12);
-  const auto expected = Run(kPlanners[2].planner, 0, 12);
+  const auto expected = Run(kPlanners[2], 0, 12);
   for (const auto& [first, rows] : {std::pair<int64_t, int64_t>{0, 1}, {7, 1}, {3, 5}}) {
-    const auto part = Run(plan::PlanProduct, first, rows);
+    const auto part = Run({"chosen", plan::PlanProduct}, first, rows);
     EXPECT_TRUE(std::equal(part.begin(), part.end(), expected.begin() + first * kHidden)) << first;
   }
 }
@@ -542,7 +555,8 @@ struct PreparedHost {
 };
 
 PreparedHost PrepareOnEmulation(const std::vector<float>& x, int64_t k, KOrder order,
-                                plan::Offsets offsets, int cached_floats) {
+                                plan::Offsets offsets, int cached_floats,
+                                plan::OperandOrder operand_order = plan::OperandOrder::kMma) {
   const auto rows = static_cast<int64_t>(x.size()) / k;
   const int64_t chunks = plan::DivideUp<int64_t>(k, plan::kChunkRows);
   PreparedHost out;
@@ -556,6 +570,7 @@ PreparedHost PrepareOnEmulation(const std::vector<float>& x, int64_t k, KOrder o
   params.chunks = static_cast<int>(chunks);
   params.k_order = order;
   params.offsets = offsets;
+  params.order = operand_order;
   params.out = {out.values.data(), out.inverse_scale.data(), out.corrections.data()};
   EmulatedLauncher(5, cached_floats).Prepare(params, rows);
   return out;
@@ -592,6 +607,28 @@ TEST(PrepareRow, RoundsOnceAndPermutesAndSumsWhatTheProductsSubtract) {
                           0x1p3 * plan::Float16ToFloat(static_cast<uint16_t>(halves >> 16)));
           }
         }
+      }
+    }
+  }
+}
+
+TEST(PrepareRow, PutsTheSamePairsWhereAWgmmaReadsThem) {
+  std::mt19937 rng(9);
+  for (const int64_t k : {64, 384, 2560}) {
+    const std::vector<float> x = RandomRows(3 * k, &rng);
+    const PreparedHost mma = PrepareOnEmulation(x, k, KOrder::kMma64, {544, 96}, 0);
+    const PreparedHost wgmma =
+        PrepareOnEmulation(x, k, KOrder::kMma64, {544, 96}, 0, plan::OperandOrder::kWgmma);
+    for (size_t i = 0; i < mma.values.size(); ++i) {
+      const plan::Position p = plan::PositionOfIndex(i % 64);
+      const int piece = 2 * (2 * p.pair + p.select) + p.b;  // of 8 values
+      ASSERT_EQ(wgmma.values[i / 64 * 64 + piece * 8 + 2 * p.t + p.half], mma.values[i]) << i;
+    }
+    EXPECT_EQ(wgmma.inverse_scale, mma.inverse_scale);
+    for (size_t i = 0; i < mma.corrections.size(); ++i) {
+      for (int group = 0; group < 2; ++group) {
+        ASSERT_EQ(wgmma.corrections[i].halves[group], mma.corrections[i].halves[group]) << i;
+        ASSERT_EQ(wgmma.corrections[i].values[group], mma.corrections[i].values[group]) << i;
       }
     }
   }

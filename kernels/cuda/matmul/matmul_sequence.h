@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <span>
 
 #include "common/check.h"
@@ -52,12 +53,21 @@ struct Preparation {
   int64_t k = 0;
   formats::KOrder k_order = formats::KOrder::kMma64;
   plan::Offsets offsets;
+  plan::OperandOrder order = plan::OperandOrder::kMma;
 
   bool operator==(const Preparation&) const = default;
 };
 
-inline Preparation PreparationFor(const plan::WeightLayout& layout) {
-  return {layout.k, layout.k_order, plan::OffsetsOf(layout.format)};
+// How a product is computed: by `wgmma` if that is set, else by `plan`.
+struct ProductChoice {
+  plan::ProductShape shape;
+  plan::ProductPlan plan;
+  std::optional<plan::WgmmaPlan> wgmma;
+};
+
+inline Preparation PreparationFor(const plan::WeightLayout& layout, const ProductChoice& choice) {
+  return {layout.k, layout.k_order, plan::OffsetsOf(layout.format),
+          choice.wgmma.has_value() ? plan::OperandOrder::kWgmma : plan::OperandOrder::kMma};
 }
 
 using Planner = plan::ProductPlan (*)(const plan::ProductShape&, int);
@@ -65,22 +75,28 @@ using Planner = plan::ProductPlan (*)(const plan::ProductShape&, int);
 template <class Launcher>
 class MatmulSequence {
  public:
-  MatmulSequence(Planner planner, int num_multiprocessors, Launcher* launcher)
-      : planner_(planner), num_multiprocessors_(num_multiprocessors), launcher_(launcher) {}
+  MatmulSequence(Planner planner, int num_multiprocessors, Launcher* launcher,
+                 plan::WgmmaPlanner wgmma_planner = nullptr)
+      : planner_(planner),
+        wgmma_planner_(wgmma_planner),
+        num_multiprocessors_(num_multiprocessors),
+        launcher_(launcher) {}
 
   // Each returns the bytes of workspace that it used; with a null workspace it launches nothing.
   // num_rows: at most kMaxPassRows.
   int64_t Linear(ConstRows x, int64_t num_rows, const DeviceWeights& w, Rows y, void* base) {
     WorkspaceCursor workspace(base);
-    const PreparedRows prepared = Prepare(x, num_rows, PreparationFor(w.layout), &workspace);
-    MultiplyOne(prepared, num_rows, w, Epilogue::kStore, y, &workspace);
+    const ProductChoice choice = ChooseForRows(w.layout, num_rows);
+    const PreparedRows prepared =
+        Prepare(x, num_rows, PreparationFor(w.layout, choice), &workspace);
+    MultiplyOne(prepared, choice, w, Epilogue::kStore, y, &workspace);
     return workspace.used_bytes();
   }
 
   int64_t SwiGluMlp(ConstRows x, int64_t num_rows, const DeviceMlp& mlp, Rows y, void* base) {
     WorkspaceCursor workspace(base);
     const PreparedRows prepared =
-        Prepare(x, num_rows, PreparationFor(mlp.gate_up.layout), &workspace);
+        Prepare(x, num_rows, PreparationForRows(mlp.gate_up.layout, num_rows), &workspace);
     MultiplyMlp(prepared, num_rows, mlp, y, &workspace);
     return workspace.used_bytes();
   }
@@ -102,7 +118,8 @@ class MatmulSequence {
     if (base != nullptr) launcher_->Sort(sort);
 
     const DeviceMlp& first = *experts.front();
-    const Preparation preparation = PreparationFor(first.gate_up.layout);
+    const ProductChoice choice = Choose(first.gate_up.layout, num_experts, num_pairs, num_rows);
+    const Preparation preparation = PreparationFor(first.gate_up.layout, choice);
     PreparedRows prepared = Prepare(x, num_rows, preparation, &workspace);
     ProductParams gate_up = ExpertParams(experts, &DeviceMlp::gate_up);
     gate_up.first_token = sort.first_token;
@@ -112,16 +129,17 @@ class MatmulSequence {
     gate_up.x = prepared;
     gate_up.y_stride = first.gate_up.layout.width();
     gate_up.y = workspace.Take<float>(num_pairs * gate_up.y_stride);
-    Multiply(first.gate_up.layout, num_rows, gate_up, &workspace);
+    Multiply(choice, gate_up, &workspace);
 
     ProductParams down = ExpertParams(experts, &DeviceMlp::down);
     down.first_token = sort.first_token;
     down.num_tokens = static_cast<int>(num_pairs);
-    down.x = Prepare({gate_up.y, gate_up.y_stride}, num_pairs, PreparationFor(first.down.layout),
-                     &workspace);
+    const ProductChoice choice_down = Choose(first.down.layout, num_experts, num_pairs, num_rows);
+    down.x = Prepare({gate_up.y, gate_up.y_stride}, num_pairs,
+                     PreparationFor(first.down.layout, choice_down), &workspace);
     down.y_stride = first.down.layout.n;
     down.y = workspace.Take<float>(num_pairs * down.y_stride);
-    Multiply(first.down.layout, num_rows, down, &workspace);
+    Multiply(choice_down, down, &workspace);
 
     CombineParams combine;
     combine.expert_out = down.y;
@@ -132,7 +150,7 @@ class MatmulSequence {
     combine.y = y.data;
     combine.y_stride = y.stride;
     if (shared != nullptr) {
-      const Preparation for_shared = PreparationFor(shared->gate_up.layout);
+      const Preparation for_shared = PreparationForRows(shared->gate_up.layout, num_rows);
       if (!(for_shared == preparation)) prepared = Prepare(x, num_rows, for_shared, &workspace);
       auto* shared_out = workspace.Take<float>(num_rows * combine.columns);
       MultiplyMlp(prepared, num_rows, *shared, {shared_out, combine.columns}, &workspace);
@@ -152,6 +170,7 @@ class MatmulSequence {
     params.chunks = static_cast<int>(plan::DivideUp<int64_t>(preparation.k, plan::kChunkRows));
     params.k_order = preparation.k_order;
     params.offsets = preparation.offsets;
+    params.order = preparation.order;
     params.out = TakePreparedRows(num_rows, params.chunks, workspace);
     if (params.out.values != nullptr) launcher_->Prepare(params, num_rows);
     return params.out;
@@ -182,45 +201,71 @@ class MatmulSequence {
     return params;
   }
 
-  // max_per_expert: tokens that one expert can get.
-  void Multiply(const plan::WeightLayout& layout, int64_t max_per_expert, ProductParams params,
-                WorkspaceCursor* workspace) {
-    const plan::ProductShape shape = {layout.format,      layout.chunks(),   layout.tiles(),
-                                      params.num_experts, params.num_tokens, max_per_expert};
-    const plan::ProductPlan plan = planner_(shape, num_multiprocessors_);
-    params.slices = plan.slices;
-    if (plan.split_slices) {
-      params.split_sums = workspace->Take<float>(plan::SplitSumFloats(shape, plan));
+  // num_tokens: over all experts; max_per_expert: what one can get.
+  ProductChoice Choose(const plan::WeightLayout& layout, int num_experts, int64_t num_tokens,
+                       int64_t max_per_expert) const {
+    ProductChoice choice;
+    choice.shape = {layout.format, layout.chunks(), layout.tiles(),
+                    num_experts,   num_tokens,      max_per_expert};
+    choice.plan = planner_(choice.shape, num_multiprocessors_);
+    if (wgmma_planner_ != nullptr) {
+      choice.wgmma = wgmma_planner_(choice.shape, num_multiprocessors_);
     }
-    if (params.x.values == nullptr) return;
-    launcher_->Product(plan, params, layout.format);
-    if (plan.split_slices) launcher_->AddSlices(params);
+    return choice;
+  }
+  ProductChoice ChooseForRows(const plan::WeightLayout& layout, int64_t num_rows) const {
+    return Choose(layout, 1, num_rows, num_rows);
+  }
+  Preparation PreparationForRows(const plan::WeightLayout& layout, int64_t num_rows) const {
+    return PreparationFor(layout, ChooseForRows(layout, num_rows));
   }
 
-  // One matrix times num_rows rows.
-  void MultiplyOne(const PreparedRows& x, int64_t num_rows, const DeviceWeights& w,
+  void Multiply(const ProductChoice& choice, ProductParams params, WorkspaceCursor* workspace) {
+    const auto run = [&](const auto& plan, const auto& launch) {
+      params.slices = plan.slices;
+      if (plan.split_slices) {
+        params.split_sums = workspace->Take<float>(plan::SplitSumFloats(choice.shape, plan));
+      }
+      if (params.x.values == nullptr) return;
+      launch();
+      if (plan.split_slices) launcher_->AddSlices(params);
+    };
+    if (choice.wgmma.has_value()) {
+      run(*choice.wgmma,
+          [&] { launcher_->WgmmaProduct(*choice.wgmma, params, choice.shape.format); });
+    } else {
+      run(choice.plan, [&] { launcher_->Product(choice.plan, params, choice.shape.format); });
+    }
+  }
+
+  // One matrix times the rows of the choice.
+  void MultiplyOne(const PreparedRows& x, const ProductChoice& choice, const DeviceWeights& w,
                    Epilogue epilogue, Rows y, WorkspaceCursor* workspace) {
     ProductParams params = ParamsFor(w.layout);
     params.experts.weights[0] = w.data;
-    params.num_tokens = static_cast<int>(num_rows);
+    params.num_tokens = static_cast<int>(choice.shape.num_tokens);
     params.x = x;
     params.epilogue = epilogue;
     params.y = y.data;
     params.y_stride = y.stride;
-    Multiply(w.layout, num_rows, params, workspace);
+    Multiply(choice, params, workspace);
   }
 
+  // x: prepared for gate_up as PreparationForRows says.
   void MultiplyMlp(const PreparedRows& x, int64_t num_rows, const DeviceMlp& mlp, Rows y,
                    WorkspaceCursor* workspace) {
     const int64_t width = mlp.gate_up.layout.width();
     auto* activations = workspace->Take<float>(num_rows * width);
-    MultiplyOne(x, num_rows, mlp.gate_up, Epilogue::kSwiGlu, {activations, width}, workspace);
+    MultiplyOne(x, ChooseForRows(mlp.gate_up.layout, num_rows), mlp.gate_up, Epilogue::kSwiGlu,
+                {activations, width}, workspace);
+    const ProductChoice down = ChooseForRows(mlp.down.layout, num_rows);
     const PreparedRows prepared =
-        Prepare({activations, width}, num_rows, PreparationFor(mlp.down.layout), workspace);
-    MultiplyOne(prepared, num_rows, mlp.down, Epilogue::kStore, y, workspace);
+        Prepare({activations, width}, num_rows, PreparationFor(mlp.down.layout, down), workspace);
+    MultiplyOne(prepared, down, mlp.down, Epilogue::kStore, y, workspace);
   }
 
   const Planner planner_;
+  const plan::WgmmaPlanner wgmma_planner_;
   const int num_multiprocessors_;
   Launcher* const launcher_;
 };

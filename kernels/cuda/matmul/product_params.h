@@ -7,6 +7,7 @@
 #include "kernels/formats/matrix.h"
 #include "kernels/plan/product_plan.h"
 #include "kernels/plan/weight_layout.h"
+#include "kernels/plan/wgmma_plan.h"
 
 namespace wintserve::kernels::cuda {
 
@@ -21,7 +22,8 @@ struct alignas(16) ChunkCorrections {
 static_assert(sizeof(ChunkCorrections) == 16);
 
 // Rows of activations in the B operand's order, made by PrepareRow:
-//   values [row][chunk][group][pair][t][8 positions]  IEEE binary16 of x * 2^e, e of the row
+//   values [row][chunk][group][pair][t][8 positions]  IEEE binary16 of x * 2^e, e of the row; in
+//       the order kWgmma [row][chunk][group][pair][select][b][t][2 positions]
 //   inverse_scale [row]                               2^-e
 //   corrections [row][chunk]
 struct PreparedRows {
@@ -37,6 +39,7 @@ struct PrepareParams {
   int chunks = 0;
   formats::KOrder k_order = formats::KOrder::kMma64;
   plan::Offsets offsets;
+  plan::OperandOrder order = plan::OperandOrder::kMma;
   int cached_floats = 0;  // shared memory for that many values of the row; 0: read x twice
   PreparedRows out;
 };

@@ -34,6 +34,27 @@ WINTSERVE_DEVICE void StoreCorrection(float correction, int group, ChunkCorrecti
   out->values[group] = Device::MultiplyAdd(0x1p3f, Device::HalfToFloat(low), high_value);
 }
 
+// Four lanes exchange words so that lane t has word t of each: words[i] becomes lane i's word t.
+template <class Device>
+WINTSERVE_DEVICE void TransposeQuad(uint32_t (&words)[4]) {
+  const int t = Device::thread() % 4;
+  WINTSERVE_UNROLL
+  for (int step = 1; step < 4; step *= 2) {
+    const bool upper = (t & step) != 0;
+    WINTSERVE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if ((i & step) != 0) continue;
+      const uint32_t sent = upper ? words[i] : words[i + step];
+      const auto received = static_cast<uint32_t>(Device::ShuffleXor(static_cast<int>(sent), step));
+      if (upper) {
+        words[i] = received;
+      } else {
+        words[i + step] = received;
+      }
+    }
+  }
+}
+
 // Block: one row. shared: kPrepareReductionBytes rounded up to 16, then cached_floats floats.
 // A NaN stays in its row: it is not seen by the maximum and becomes a binary16 NaN.
 template <class Device>
@@ -112,6 +133,7 @@ WINTSERVE_DEVICE void PrepareRow(const PrepareParams& p, uint8_t* shared) {
       sum_b0 = Device::Add(sum_b0, Device::ShuffleXor(sum_b0, step));
       sum_b1 = Device::Add(sum_b1, Device::ShuffleXor(sum_b1, step));
     }
+    if (p.order == plan::OperandOrder::kWgmma) TransposeQuad<Device>(words);
     if (!active) continue;
     uint16_t* out = p.out.values + (int64_t{row} * num_units + unit) * kUnitValues;
     Device::StoreGlobal16(out, {words[0], words[1], words[2], words[3]});

@@ -1,0 +1,559 @@
+// The Hopper kernel: weights are decoded into the registers of a wgmma's A operand, tokens are its
+// B operand in shared memory (plan/wgmma_plan.h).
+//
+// A block is persistent: one warpgroup copies the stages of its items through a ring, weights by
+// bulk copies and the gathered activations piece by piece into the swizzle; two warpgroups
+// multiply. A warpgroup has two subtiles and starts the products of one before it waits for those
+// of the other, so that decoding, corrections and scales run while the tensor cores work.
+//
+// Sums are formed as in the other kernels: group by group from the correction on (WINT2, then one
+// multiply-add with the local scale), or in one accumulator with the corrections added between
+// groups; slices of k one after another.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/matmul/codecs.cuh"
+#include "kernels/cuda/matmul/device_macros.h"
+#include "kernels/cuda/matmul/product_params.h"
+#include "kernels/cuda/matmul/schedule.cuh"
+#include "kernels/plan/wgmma_plan.h"
+
+namespace wintserve::kernels::cuda {
+
+// The ring of stages: both sides count them alike.
+struct WgmmaRing {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  template <int kStages>
+  WINTSERVE_DEVICE void Advance() {
+    if (++stage < kStages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
+struct alignas(16) Floats4 {
+  float x, y, z, w;
+};
+
+struct WgmmaItem {
+  int expert = 0;  // the one of the item before when the next is located
+  int first_slice;
+  int end_slice;
+  int first;  // tokens of the item's tile and last of its expert, over all experts
+  int last;
+  int tile;  // the block's first
+};
+static_assert(sizeof(WgmmaItem) <= plan::kWgmmaItemBytes);
+
+template <class Device, class Codec, int kTokens>
+class WgmmaProduct {
+ public:
+  WINTSERVE_DEVICE WgmmaProduct(const ProductParams& p, uint8_t* shared)
+      : p_(p), shared_(shared), address_(Device::SharedAddressOf(shared)) {}
+
+  WINTSERVE_DEVICE void Run() {
+    if (static_cast<uint32_t>(Device::thread()) == 0) {
+      for (int stage = 0; stage < kStages; ++stage) {
+        Device::InitBarrier(full(stage), 1 + plan::kWarpgroupThreads);
+        Device::InitBarrier(empty(stage), kConsumerWarps);
+      }
+      Device::PublishBarriers();
+    }
+    if constexpr (kPromotes) {
+      // Of the corrections' operand only two words in eight are ever copied.
+      for (int i = Device::thread() * 16; i < kShared.correction_bytes;
+           i += plan::kWgmmaThreads * 16) {
+        Device::StoreGlobal16(shared_ + kShared.corrections + i, {0, 0, 0, 0});
+      }
+      Device::FenceForWgmma();
+    }
+    BuildSchedule<Device>(p_, kTokens, shared_ + kShared.schedule);
+    Device::SyncBlock();
+    // A multiprocessor has 504 registers for every three threads of different warpgroups.
+    if (static_cast<uint32_t>(Device::thread()) >= kConsumerThreads) {
+      Device::template GiveRegisters<kProducerRegisters>();
+      Produce();
+    } else {
+      Device::template TakeRegisters<kConsumerRegisters>();
+      Consume();
+    }
+  }
+
+ private:
+  static constexpr plan::WgmmaTile kTile = plan::WgmmaTileOf(Codec::kFormat, kTokens);
+  static constexpr plan::WgmmaShared kShared = plan::WgmmaSharedOf(Codec::kFormat, kTokens);
+  static constexpr int kStages = kShared.stages;
+  static_assert(kStages >= 2);
+  static constexpr int kTiles = kTile.tiles();
+  static constexpr int kGroups = plan::WgmmaStageGroups(Codec::kFormat);
+  static constexpr int kStagesPerChunk = plan::kGroupsPerChunk / kGroups;
+  static constexpr int kRowBlocks = kTile.row_blocks;
+  static constexpr bool kHalves = kRowBlocks == 1;         // the subtiles are halves of the tokens
+  static constexpr int kRegisters = kTile.mma_tokens / 2;  // accumulators of a subtile
+  static constexpr bool kPromotes = plan::WgmmaBeginsGroups(Codec::kFormat);
+  static_assert(kPromotes == Codec::kHasLocalScales);
+  static constexpr bool kAddsCorrections = Codec::kHasCorrections && !kPromotes;
+  static constexpr int kConsumerThreads = plan::kWgmmaConsumers * plan::kWarpgroupThreads;
+  static constexpr int kConsumerWarps = kConsumerThreads / 32;
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters = 224;
+  static_assert(!kHalves || kGroups == 2);  // operand a[group] needs to know the group
+
+  WINTSERVE_DEVICE uint32_t full(int stage) const {
+    return address_ + kShared.barriers + stage * 16;
+  }
+  WINTSERVE_DEVICE uint32_t empty(int stage) const { return full(stage) + 8; }
+
+  // The schedule and all that follows from it is read again where it is needed: registers are
+  // scarcer than time between items.
+  WINTSERVE_DEVICE Schedule ScheduleOf() const {
+    const auto* first_token = reinterpret_cast<const int32_t*>(shared_ + kShared.schedule);
+    const int32_t* first_tile = first_token + p_.num_experts + 1;
+    return {first_token, first_tile, first_tile[p_.num_experts]};
+  }
+  WINTSERVE_DEVICE int NumItems() const {
+    const int items = ScheduleOf().num_token_tiles * plan::DivideUp(p_.tiles, kTiles);
+    return p_.split_sums != nullptr ? items * p_.slices : items;
+  }
+  // expert: of the block's item before.
+  WINTSERVE_DEVICE WgmmaItem Locate(int index, int expert) const {
+    const Schedule schedule = ScheduleOf();
+    const int num_row_blocks = plan::DivideUp(p_.tiles, kTiles);
+    WgmmaItem item;
+    item.expert = expert;
+    item.first_slice = 0;
+    item.end_slice = p_.slices;
+    if (p_.split_sums != nullptr) {
+      const int items_of_slice = schedule.num_token_tiles * num_row_blocks;
+      item.first_slice = index / items_of_slice;
+      item.end_slice = item.first_slice + 1;
+      index -= item.first_slice * items_of_slice;
+      item.expert = 0;  // the next slice begins with the first item again
+    }
+    const Item place = schedule.Locate(index, num_row_blocks, &item.expert);
+    item.first = schedule.first_token[place.expert] + place.token_tile * kTokens;
+    item.last = schedule.first_token[place.expert + 1] - 1;
+    item.tile = place.row_block * kTiles;
+    return item;
+  }
+  // First stage of a slice.
+  WINTSERVE_DEVICE int SliceStage(int slice) const {
+    return plan::SliceBegin(p_.chunks, p_.slices, slice) * kStagesPerChunk;
+  }
+
+  // --- The warpgroup that copies ---
+
+  static constexpr int kPieceRows = plan::kWarpgroupThreads / 8;  // tokens that it copies at once
+  static constexpr int kCopies = kTokens / kPieceRows;
+
+  // A thread's sources of an item.
+  struct Sources {
+    uint32_t rows[kCopies];  // bytes from the first of the activations
+    const uint8_t* corrections;
+    const uint8_t* record;
+  };
+
+  WINTSERVE_DEVICE Sources SourcesOf(const WgmmaItem& item, int thread) const {
+    Sources sources;
+    const auto row = [&](int token) {
+      return SourceRow(p_, item.first + token < item.last ? item.first + token : item.last);
+    };
+    WINTSERVE_UNROLL
+    for (int i = 0; i < kCopies; ++i) {
+      sources.rows[i] = static_cast<uint32_t>(row(i * kPieceRows + thread / 8)) *
+                            static_cast<uint32_t>(p_.chunks * plan::kChunkRows * 2) +
+                        thread % 8 * 16;
+    }
+    if constexpr (Codec::kHasCorrections) {
+      const ChunkCorrections* corrections = p_.x.corrections + row(thread) * p_.chunks;
+      sources.corrections = kPromotes ? reinterpret_cast<const uint8_t*>(corrections->halves)
+                                      : reinterpret_cast<const uint8_t*>(corrections->values);
+    }
+    const int tile = item.tile + thread;
+    sources.record = p_.experts.weights[item.expert] + p_.records_offset +
+                     int64_t{tile < p_.tiles ? tile : p_.tiles - 1} * p_.chunks *
+                         plan::ChunkBytes(Codec::kFormat);
+    return sources;
+  }
+
+  WINTSERVE_DEVICE void CopyStage(const Sources& sources, int stage, int place, int thread) const {
+    if (thread < 32) {
+      if (thread == 0) Device::ArriveAndExpect(full(place), kTiles * kShared.weight_bytes);
+      Device::SyncWarp();
+      if (thread < kTiles) {
+        Device::CopyBulk(
+            address_ + kShared.weights + (place * kTiles + thread) * kShared.weight_bytes,
+            sources.record + int64_t{stage} * kShared.weight_bytes, kShared.weight_bytes,
+            full(place));
+      }
+    }
+    const auto* values = reinterpret_cast<const uint8_t*>(p_.x.values) +
+                         int64_t{stage} * (kGroups * plan::kGroupRows * 2);
+    uint8_t* activations =
+        shared_ + place * kShared.activation_bytes + plan::SwizzledOffset(thread / 8, thread % 8);
+    WINTSERVE_UNROLL
+    for (int i = 0; i < kCopies; ++i) {
+      const uint8_t* from = values + sources.rows[i];
+      WINTSERVE_UNROLL
+      for (int group = 0; group < kGroups; ++group) {
+        // kPieceRows rows on, the swizzle is the same.
+        Device::CopyAsync16(activations + group * kTokens * 128 + i * kPieceRows * 128,
+                            from + group * 128);
+      }
+    }
+    if constexpr (Codec::kHasCorrections) {
+      if (thread < kTokens) {
+        WINTSERVE_UNROLL
+        for (int group = 0; group < kGroups; ++group) {
+          const int of_row = stage * kGroups + group;
+          uint8_t* to =
+              shared_ + kShared.corrections +
+              (kPromotes ? plan::CorrectionOffset(thread, place, group)
+                         : place * kShared.correction_bytes + (group * kTokens + thread) * 4);
+          Device::CopyAsync4(
+              to, sources.corrections +
+                      of_row / plan::kGroupsPerChunk * static_cast<int>(sizeof(ChunkCorrections)) +
+                      of_row % plan::kGroupsPerChunk * 4);
+        }
+      }
+    }
+    Device::ArriveAfterCopies(full(place));
+  }
+
+  WINTSERVE_DEVICE void Produce() const {
+    const int thread = Device::thread() - kConsumerThreads;
+    WgmmaRing ring;
+    int expert = 0;
+    for (int index = Device::block(); index < NumItems(); index += Device::num_blocks()) {
+      const WgmmaItem item = Locate(index, expert);
+      expert = item.expert;
+      const Sources sources = SourcesOf(item, thread);
+      const int end = SliceStage(item.end_slice);
+      for (int stage = SliceStage(item.first_slice); stage < end; ++stage) {
+        Device::WaitBarrier(empty(ring.stage), ring.parity ^ 1);
+        CopyStage(sources, stage, ring.stage, thread);
+        ring.template Advance<kStages>();
+      }
+    }
+  }
+
+  // --- The warpgroups that multiply ---
+
+  struct Sums {
+    float group[2][kRegisters];  // accumulators of wgmma
+    float total[kPromotes ? 2 : 1][kPromotes ? kRegisters : 1];
+  };
+  // Operands of a subtile or of a group (kHalves), and what they need.
+  struct Operands {
+    uint32_t a[2][4][4];
+    typename Codec::Packed packed[kRowBlocks];
+    float scales[kRowBlocks][2][2];
+  };
+
+  WINTSERVE_DEVICE const uint8_t* StageWeights(int stage, int row_block) const {
+    const int tile = (group_ * kRowBlocks + row_block) * 4 + warp_;
+    return shared_ + kShared.weights + (stage * kTiles + tile) * kShared.weight_bytes;
+  }
+
+  // Decodes a group of a stage into operand `to`; with the first group, reads the stage's words.
+  WINTSERVE_DEVICE void DecodeGroup(int stage, int group, int row_block, int to,
+                                    Operands* operands) const {
+    if (group == 0) {
+      const uint8_t* record = StageWeights(stage, row_block);
+      operands->packed[row_block] = Codec::template LoadPacked<Device>(record + lane_ * 16);
+      if constexpr (Codec::kHasLocalScales) {
+        Codec::template LoadLocalScales<Device>(
+            record + plan::UnitsPerChunk(Codec::kFormat) * plan::kUnitBytes + lane_ / 4 * 2,
+            constants_, operands->scales[row_block]);
+      }
+    }
+    Codec::template Decode<Device>(operands->packed[row_block], group, columns_[row_block],
+                                   operands->scales[row_block][group], constants_, operands->a[to]);
+  }
+
+  // Adds the corrections of a stage's group to the sums of both subtiles. Here and not subtile by
+  // subtile: the compiler takes no access to one's sums while those of the other are computed.
+  WINTSERVE_DEVICE void AddCorrections(int stage, Sums* sums) const {
+    static_assert(kGroups == 1 && !kHalves);
+    const uint8_t* corrections =
+        shared_ + kShared.corrections + stage * kShared.correction_bytes + lane_ % 4 * 2 * 4;
+    WINTSERVE_UNROLL
+    for (int block = 0; block < kRegisters / 4; ++block) {
+      const Words2 words = Device::LoadShared8(corrections + block * 32);
+      WINTSERVE_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        float& sum = sums->group[i / 4][4 * block + i % 4];
+        sum = Device::Add(sum, Device::BitsToFloat(i % 2 == 0 ? words.x : words.y));
+      }
+    }
+  }
+
+  // Starts the products of a group for a subtile.
+  WINTSERVE_DEVICE void Start(int stage, int group, int subtile, const uint32_t (&a)[4][4],
+                              float (&sums)[kRegisters]) const {
+    const int first_token = kHalves ? subtile * kTile.mma_tokens : 0;
+    Device::HoldRegisters(sums);
+    Device::FenceWgmma();
+    if constexpr (kPromotes) {
+      const uint32_t factors = lane_ % 4 == 0 ? plan::kCorrectionFactors : 0;
+      const uint32_t first = group == 0 ? factors : 0;
+      const uint32_t second = group == 0 ? 0 : factors;
+      Device::template WgmmaMultiply<false>(
+          sums, {first, first, second, second},
+          plan::WgmmaDescriptor(address_ + kShared.corrections + first_token * 128) +
+              stage * plan::kDescriptorStep);
+    }
+    const uint64_t b = plan::WgmmaDescriptor(address_ + stage * kShared.activation_bytes +
+                                             (group * kTokens + first_token) * 128);
+    WINTSERVE_UNROLL
+    for (int m = 0; m < 4; ++m)
+      Device::template WgmmaMultiply<true>(sums, a[m], b + m * plan::kDescriptorStep);
+    Device::CommitWgmma();
+  }
+
+  // After the wait for a subtile's products.
+  WINTSERVE_DEVICE void Finish(int subtile, const float (&scale)[2], Sums* sums) const {
+    Device::HoldRegisters(sums->group[subtile]);
+    if constexpr (kPromotes) {
+      WINTSERVE_UNROLL
+      for (int i = 0; i < kRegisters; ++i) {
+        sums->total[subtile][i] =
+            Device::MultiplyAdd(scale[i / 2 % 2], sums->group[subtile][i], sums->total[subtile][i]);
+      }
+    }
+  }
+
+  WINTSERVE_DEVICE static void Clear(Sums* sums) {
+    WINTSERVE_UNROLL
+    for (int subtile = 0; subtile < 2; ++subtile) {
+      WINTSERVE_UNROLL
+      for (int i = 0; i < kRegisters; ++i) {
+        sums->group[subtile][i] = 0;
+        if constexpr (kPromotes) sums->total[subtile][i] = 0;
+      }
+    }
+  }
+
+  WINTSERVE_DEVICE void WaitFull(const WgmmaRing& place) const {
+    Device::WaitBarrier(full(place.stage), place.parity);
+    Device::FenceForWgmma();
+  }
+  WINTSERVE_DEVICE void Release(int stage) const {
+    Device::SyncWarp();
+    if (lane_ == 0) Device::Arrive(empty(stage));
+  }
+
+  // The item of the warp, kept in shared memory.
+  WINTSERVE_DEVICE volatile int32_t* ItemWords() const {
+    return reinterpret_cast<volatile int32_t*>(shared_ + kShared.items +
+                                               Device::thread() / 32 * plan::kWgmmaItemBytes);
+  }
+  WINTSERVE_DEVICE void SaveItem(const WgmmaItem& item) const {
+    volatile int32_t* words = ItemWords();
+    Device::SyncWarp();
+    if (lane_ == 0) {
+      words[0] = item.expert;
+      words[1] = item.first_slice;
+      words[2] = item.end_slice;
+      words[3] = item.first;
+      words[4] = item.last;
+      words[5] = item.tile;
+    }
+    Device::SyncWarp();
+  }
+  WINTSERVE_DEVICE WgmmaItem SavedItem() const {
+    const volatile int32_t* words = ItemWords();
+    return {words[0], words[1], words[2], words[3], words[4], words[5]};
+  }
+
+  // The warp's tile of a row block; beyond the last tile it computes that one again, for nobody.
+  WINTSERVE_DEVICE int OwnTile(const WgmmaItem& item, int row_block) const {
+    return item.tile + (group_ * kRowBlocks + row_block) * 4 + warp_;
+  }
+  WINTSERVE_DEVICE const uint8_t* ColumnsOf(const WgmmaItem& item, int tile) const {
+    return p_.experts.weights[item.expert] + int64_t{tile < p_.tiles ? tile : p_.tiles - 1} *
+                                                 plan::kTileColumns * sizeof(plan::ColumnInfo);
+  }
+
+  WINTSERVE_DEVICE void Consume() {
+    const int thread = Device::thread();
+    lane_ = thread % 32;
+    warp_ = thread % plan::kWarpgroupThreads / 32;
+    group_ = thread / plan::kWarpgroupThreads;
+    WgmmaRing ring;
+    int expert = 0;
+    for (int index = Device::block(); index < NumItems(); index += Device::num_blocks()) {
+      const WgmmaItem item = Locate(index, expert);
+      SaveItem(item);
+      expert = item.expert;
+      ConsumeItem(item, &ring);
+    }
+  }
+
+  WINTSERVE_DEVICE void ConsumeItem(const WgmmaItem& item, WgmmaRing* ring) {
+    WINTSERVE_UNROLL
+    for (int i = 0; i < kRowBlocks; ++i) {
+      columns_[i] = LoadLaneColumns<Device>(ColumnsOf(item, OwnTile(item, i)), lane_ / 4);
+    }
+    Sums sums;
+    Operands operands;
+    Clear(&sums);
+    const int end = SliceStage(item.end_slice);
+    WaitFull(*ring);
+    DecodeGroup(ring->stage, 0, 0, 0, &operands);
+    int stage = SliceStage(item.first_slice);
+    for (int slice = item.first_slice; stage < end; ++slice) {
+      const int slice_end = SliceStage(slice + 1);
+      do {
+        const int here = ring->stage;
+        ring->template Advance<kStages>();
+        AddStage(here, *ring, stage + 1 < end, &operands, &sums);
+        Release(here);
+      } while (++stage < slice_end);
+      EndSlice(slice, &sums);
+    }
+  }
+
+  // The products of a stage. The first operand has been decoded, and that of the next stage is
+  // before the last product ends.
+  WINTSERVE_DEVICE void AddStage(int stage, const WgmmaRing& next, bool has_next,
+                                 Operands* operands, Sums* sums) const {
+    if constexpr (kAddsCorrections) AddCorrections(stage, sums);
+    float last_scale[2] = {};  // the next stage's may be read before the last sums are scaled
+    WINTSERVE_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      WINTSERVE_UNROLL
+      for (int subtile = 0; subtile < 2; ++subtile) {
+        Start(stage, group, subtile, operands->a[kHalves ? group : subtile], sums->group[subtile]);
+        const auto& scale = operands->scales[kHalves ? 0 : subtile][group];
+        if (group == kGroups - 1 && (subtile == 1 || kHalves)) {
+          last_scale[0] = scale[0];
+          last_scale[1] = scale[1];
+        }
+        if (kHalves && subtile == 1) {
+          DecodeNext(stage, group, subtile, next, has_next, operands);
+        }
+        if (group > 0 || subtile > 0) {
+          Device::template WaitWgmma<1>();
+          if (subtile == 0) {
+            Finish(1, operands->scales[kRowBlocks - 1][group - 1], sums);
+          } else if (kHalves && group == kGroups - 1) {
+            Finish(0, last_scale, sums);
+          } else {
+            Finish(0, operands->scales[0][group], sums);
+          }
+        }
+        if (!kHalves) DecodeNext(stage, group, subtile, next, has_next, operands);
+      }
+    }
+    Device::template WaitWgmma<0>();
+    Finish(1, last_scale, sums);
+  }
+
+  // Decodes what the step after (group, subtile) multiplies.
+  WINTSERVE_DEVICE void DecodeNext(int stage, int group, int subtile, const WgmmaRing& next,
+                                   bool has_next, Operands* operands) const {
+    const int next_group = subtile == 1 ? group + 1 : group;
+    const int row_block = kHalves ? 0 : 1 - subtile;
+    const int to = kHalves ? next_group % 2 : row_block;
+    if (next_group < kGroups) {
+      DecodeGroup(stage, next_group, row_block, to, operands);
+    } else if (has_next) {
+      WaitFull(next);
+      DecodeGroup(next.stage, 0, row_block, to, operands);
+    }
+  }
+
+  // --- Ends ---
+
+  // A thread's sums of the slices before.
+  WINTSERVE_DEVICE Floats4* SumsBefore(int subtile) const {
+    return reinterpret_cast<Floats4*>(shared_ + kShared.sums) +
+           subtile * (kRegisters / 4) * kConsumerThreads + Device::thread();
+  }
+
+  // A slice's sums join those before it in shared memory; with the last one they are stored.
+  WINTSERVE_DEVICE void EndSlice(int slice, Sums* sums) const {
+    const WgmmaItem item = SavedItem();
+    WINTSERVE_UNROLL
+    for (int subtile = 0; subtile < 2; ++subtile) {
+      const float(&scale)[2] = columns_[kHalves ? 0 : subtile].scale;
+      const float* values = kPromotes ? sums->total[kPromotes ? subtile : 0] : sums->group[subtile];
+      Floats4* before = SumsBefore(subtile);
+      WINTSERVE_UNROLL
+      for (int block = 0; block < kRegisters / 4; ++block) {
+        Floats4 sum = {values[4 * block] * scale[0], values[4 * block + 1] * scale[0],
+                       values[4 * block + 2] * scale[1], values[4 * block + 3] * scale[1]};
+        if (slice > item.first_slice) {
+          const Floats4 old = before[block * kConsumerThreads];
+          sum = {Device::Add(old.x, sum.x), Device::Add(old.y, sum.y), Device::Add(old.z, sum.z),
+                 Device::Add(old.w, sum.w)};
+        }
+        before[block * kConsumerThreads] = sum;
+      }
+    }
+    Clear(sums);
+    if (slice + 1 == item.end_slice) StoreItem(item);
+  }
+
+  WINTSERVE_DEVICE void StoreItem(const WgmmaItem& item) const {
+    WINTSERVE_UNROLL
+    for (int subtile = 0; subtile < 2; ++subtile) {
+      const int tile = OwnTile(item, kHalves ? 0 : subtile);
+      if (tile >= p_.tiles) return;
+      const Floats4* sums = SumsBefore(subtile);
+      const int first_token = kHalves ? subtile * kTile.mma_tokens : 0;
+      WINTSERVE_UNROLL_BY(4)
+      for (int block = 0; block < kRegisters / 4; ++block) {
+        const Floats4 sum = sums[block * kConsumerThreads];
+        Store(item, tile, first_token + block * 8, {sum.x, sum.y, sum.z, sum.w});
+      }
+    }
+  }
+
+  // Sums of a lane's two tokens and two rows, of 8 tokens from `token_block` of the item on.
+  WINTSERVE_DEVICE void Store(const WgmmaItem& item, int tile, int token_block,
+                              const float (&sums)[4]) const {
+    const int g = lane_ / 4;
+    WINTSERVE_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const int token = item.first + token_block + lane_ % 4 * 2 + j;
+      if (token > item.last) return;
+      if (p_.split_sums != nullptr) {
+        float* to = p_.split_sums +
+                    ((int64_t{item.first_slice} * p_.num_tokens + token) * p_.tiles + tile) *
+                        plan::kTileColumns +
+                    g;
+        to[0] = sums[j];
+        to[8] = sums[2 + j];
+        continue;
+      }
+      const float inverse_scale = p_.x.inverse_scale[SourceRow(p_, token)];
+      const float low = sums[j] * inverse_scale;
+      const float high = sums[2 + j] * inverse_scale;
+      if (p_.epilogue == Epilogue::kSwiGlu) {
+        const int column = tile * (plan::kTileColumns / 2) + g;
+        if (column < p_.columns) p_.y[token * p_.y_stride + column] = SwiGlu<Device>(low, high);
+      } else {
+        const int column = tile * plan::kTileColumns + g;
+        float* to = p_.y + token * p_.y_stride + column;
+        if (column < p_.columns) to[0] = low;
+        if (column + 8 < p_.columns) to[8] = high;
+      }
+    }
+  }
+
+  const ProductParams& p_;
+  uint8_t* const shared_;
+  const uint32_t address_;
+  int lane_ = 0;
+  int warp_ = 0;   // of the warpgroup
+  int group_ = 0;  // warpgroup
+  const typename Codec::Constants constants_ = Codec::MakeConstants(0);
+  LaneColumns columns_[kRowBlocks];
+};
+
+}  // namespace wintserve::kernels::cuda

@@ -1,0 +1,7 @@
+#include "kernels/cuda/matmul/wgmma_kernels.cuh"
+
+namespace wintserve::kernels::cuda {
+
+const WgmmaLaunches& Wint4WgmmaLaunches() { return WgmmaLaunchesOfCodec<Wint4Codec>(); }
+
+}  // namespace wintserve::kernels::cuda
