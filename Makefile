@@ -5,10 +5,11 @@ BUILD := build/$(PRESET)
 
 .DEFAULT_GOAL := help
 .PHONY: help serve setup python-env build test test-long test-asan test-tsan test-gpu \
-        test-poet-bf16 cuda-check bundle format format-check tidy bench bench-scheduling clean
+        test-gpu-accuracy test-gpu-transformers test-poet-bf16 cuda-check bundle format \
+        format-check tidy bench bench-gpu bench-scheduling build-cuda clean
 
 help:  ## Print this list
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
 serve: setup $(BUILD)/build.ninja  ## Build what is needed and serve the demo model on port 8180
 	@ninja -C $(BUILD) programs
@@ -52,6 +53,23 @@ test-gpu: setup  ## Tests that need a GPU, on this machine's
 	@tools/bundle build/cuda --gpu-tests
 	@tests/gpu/run build/cuda/bundle
 
+CUDA_TARGETS :=
+build-cuda: setup
+	@tests/gpu/run --find-gpu
+	@test -f build/cuda/build.ninja || cmake --preset cuda
+	@ninja -C build/cuda $(CUDA_TARGETS)
+
+test-gpu-accuracy: CUDA_TARGETS := model_outputs
+test-gpu-accuracy: build-cuda  ## The demo model on this machine's GPU against the CPU backend
+	@tools/setup/python_env.sh build/accuracy-venv tests/accuracy/requirements.txt
+	@build/accuracy-venv/bin/python tests/accuracy/check_demo_model --json build/cuda/accuracy.json
+
+# PYTHON has torch, which is too large to install for one check.
+test-gpu-transformers: CUDA_TARGETS := model_outputs
+test-gpu-transformers: build-cuda  ## Checkpoints on the GPU against PYTHON's transformers; MODEL=DIR: poet-bf16
+	@$(or $(PYTHON),python3) tests/accuracy/check_transformers $(if $(MODEL),--poet '$(MODEL)') \
+	  --json build/cuda/transformers.json
+
 bundle: setup  ## Programs with CUDA, their libraries and the demo model as build/cuda/wintserve-*.tar.xz
 	@test -f build/cuda/build.ninja || cmake --preset cuda
 	@ninja -C build/cuda programs
@@ -91,6 +109,10 @@ bench: build  ## Every micro-benchmark, then the rates of a running server (benc
 	@for program in kernels_bench sampling_bench step_overhead_bench; do \
 	  $(BUILD)/bench/$$program || exit 1; done
 	@bench/serving $(BUILD)
+
+bench-gpu: CUDA_TARGETS := model_rates
+bench-gpu: build-cuda  ## Decode and prefill rates of the demo model on this machine's GPU
+	@build/cuda/bench/model_rates --device cuda
 
 bench-scheduling: build  ## Batching and prefix cache through HTTP: JSON and plot in build/cpu
 	@tools/setup/python_env.sh build/bench-venv bench/requirements.txt

@@ -77,6 +77,6 @@ def print_report(name, report):
           f"worst {difference['worst_position']:.4f}")
     print(f"  recited right               {report['recited']['got']} against "
           f"{report['recited']['reference']} of {report['recited']['of']}")
-    print(f"  greedy texts that differ    {len(gaps)}" + (
+    print(f"  greedy texts that differ    {report['greedy_texts_that_differ']}" + (
         f"; at the first difference the token's gap to the best is at most {max(gaps):.4f}, and "
         f"{max(g / b for g, b in zip(gaps, bounds)):.0%} of its bound" if gaps else ""))

@@ -19,6 +19,15 @@ BYTES_OF_FLOAT = 4
 COMPARED_LOGITS = 1 << 20  # at once: arrays that the heap keeps, not fresh pages each time
 
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def find_program():
+    """model_outputs of an unpacked bundle (tools/bundle --gpu-tests), or of the build."""
+    bundled = ROOT / "tests/model_outputs"
+    return bundled if bundled.exists() else ROOT / "build/cuda/tests/model_outputs"
+
+
 def read_lines(path):
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
