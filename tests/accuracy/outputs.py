@@ -91,6 +91,7 @@ class Run:
     """What model_outputs wrote."""
 
     def __init__(self, directory):
+        directory = pathlib.Path(directory)
         self.report = json.loads((directory / "outputs.json").read_text())
         self.greedy = self.report["greedy"]
         vocab_size = self.report["vocab_size"]
