@@ -110,9 +110,12 @@ bench: build  ## Every micro-benchmark, then the rates of a running server (benc
 	  $(BUILD)/bench/$$program || exit 1; done
 	@bench/serving $(BUILD)
 
-bench-gpu: CUDA_TARGETS := model_rates
-bench-gpu: build-cuda  ## Decode and prefill rates of the demo model on this machine's GPU
+bench-gpu: CUDA_TARGETS := model_rates matmul_cuda_bench attention_cuda_bench operators_cuda_bench
+bench-gpu: build-cuda  ## The demo model's rates and the time of every operator on this machine's GPU
 	@build/cuda/bench/model_rates --device cuda
+	@build/cuda/bench/matmul_cuda_bench
+	@build/cuda/bench/attention_cuda_bench
+	@build/cuda/bench/operators_cuda_bench
 
 bench-scheduling: build  ## Batching and prefix cache through HTTP: JSON and plot in build/cpu
 	@tools/setup/python_env.sh build/bench-venv bench/requirements.txt
