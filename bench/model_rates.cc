@@ -1,5 +1,5 @@
-// Decode and prefill rates of a model on one device, through the worker's own loader and step
-// runner but without the other processes.
+// Load time, decode and prefill rates of a model on one device, through the worker's own loader and
+// step runner but without the other processes.
 //
 //   model_rates --model models/poet --device cuda --batches 1,8,64 --json out.json
 //
@@ -178,17 +178,21 @@ absl::StatusOr<Rate> PrefillRate(const RateOptions& options, Model* model, Colle
 
 absl::Status Run(const RateOptions& options) {
   const std::unique_ptr<Collective> collective = MakeSingleRankCollective();
+  const auto begin = Clock::now();
   ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(options.serve, collective.get()));
+  const double load_seconds = Seconds(Clock::now() - begin);
   json report = {{"device", loaded.backend->name()},
                  {"host", DeviceDescription()},
                  {"date", Today()},
                  {"model", options.serve.model},
+                 {"load_seconds", load_seconds},
                  {"max_num_batched_tokens", options.serve.max_num_batched_tokens},
                  {"context_tokens", options.context_tokens},
                  {"steps", options.steps},
                  {"prompt_tokens", options.prompt_tokens},
                  {"repeats", options.repeats}};
   fmt::print("{}, {}, {}\n", loaded.backend->name(), DeviceDescription(), Today());
+  fmt::print("load:                           {:10.2f} s\n", load_seconds);
   for (const int batch : options.batches) {
     ASSIGN_OR_RETURN(const Rate rate,
                      DecodeRate(options, loaded.model.get(), collective.get(), batch));
