@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "absl/status/statusor.h"
+#include "kernels/cpu/thread_pool.h"
 #include "kernels/formats/matrix.h"
 #include "kernels/plan/weight_layout.h"
 
@@ -19,9 +20,10 @@ struct CodeLineErrors {
 // message names the value and what is allowed.
 absl::StatusOr<WeightLayout> LayOutWeights(const formats::HostMatrix& matrix, bool gate_up);
 
-// Writes layout.size_bytes() bytes to `out` and returns what was inexact.
+// Writes layout.size_bytes() bytes to `out`, every one of them, and returns what was inexact. The
+// bytes do not depend on the number of threads. pool: null for the calling thread alone.
 // REQUIRES: `layout` is LayOutWeights' for this matrix.
 CodeLineErrors PackWeights(const formats::HostMatrix& matrix, const WeightLayout& layout,
-                           uint8_t* out);
+                           uint8_t* out, cpu::ThreadPool* pool = nullptr);
 
 }  // namespace wintserve::kernels::plan

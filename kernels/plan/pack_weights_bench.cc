@@ -1,4 +1,5 @@
-// Packing the weights of an expert with the shapes of the 300B model for CUDA; bytes are packed ones.
+// Packing the weights of an expert with the shapes of the 300B model for CUDA; bytes are packed
+// ones.
 //   build/cpu/bench/pack_weights_bench
 #include <benchmark/benchmark.h>
 
@@ -6,6 +7,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "kernels/cpu/thread_pool.h"
 #include "kernels/formats/matrix.h"
 #include "kernels/plan/code_line.h"
 #include "kernels/plan/pack_weights.h"
@@ -29,18 +31,25 @@ void Pack(benchmark::State& state, WeightFormat format, bool gate_up) {
   const auto layout = LayOutWeights(matrix, gate_up);
   CHECK(layout.ok(), "{}", layout.status().ToString());
   std::vector<uint8_t> bytes(layout->size_bytes());
+  cpu::ThreadPool pool(static_cast<int>(state.range(0)));
   for (auto _ : state) {
-    benchmark::DoNotOptimize(PackWeights(matrix, *layout, bytes.data()));
+    benchmark::DoNotOptimize(PackWeights(matrix, *layout, bytes.data(), &pool));
   }
   state.SetBytesProcessed(state.iterations() * layout->size_bytes());
 }
 
-#define PACK_BENCHMARK(format)                                                       \
-  BENCHMARK_CAPTURE(Pack, format##_gate_up, WeightFormat::k##format, true)           \
-      ->UseRealTime()                                                                \
-      ->Unit(benchmark::kMillisecond);                                               \
-  BENCHMARK_CAPTURE(Pack, format##_down, WeightFormat::k##format, false)             \
-      ->UseRealTime()                                                                \
+#define PACK_BENCHMARK(format)                                             \
+  BENCHMARK_CAPTURE(Pack, format##_gate_up, WeightFormat::k##format, true) \
+      ->ArgName("threads")                                                 \
+      ->Arg(1)                                                             \
+      ->Arg(2)                                                             \
+      ->UseRealTime()                                                      \
+      ->Unit(benchmark::kMillisecond);                                     \
+  BENCHMARK_CAPTURE(Pack, format##_down, WeightFormat::k##format, false)   \
+      ->ArgName("threads")                                                 \
+      ->Arg(1)                                                             \
+      ->Arg(2)                                                             \
+      ->UseRealTime()                                                      \
       ->Unit(benchmark::kMillisecond)
 PACK_BENCHMARK(Wint2);
 PACK_BENCHMARK(Wint4);

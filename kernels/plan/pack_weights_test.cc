@@ -146,6 +146,23 @@ TEST_P(PackWeightsTest, AGateUpTileHoldsEightGateAndTheSameEightUpColumns) {
   }
 }
 
+TEST_P(PackWeightsTest, TheBytesDoNotDependOnTheNumberOfThreads) {
+  std::mt19937 rng(6);
+  for (const bool gate_up : {false, true}) {
+    const HostMatrix matrix = RandomWeights(GetParam().format, 448, 1030, GetParam().k_order, &rng);
+    const Packed alone = Pack(matrix, gate_up);
+    for (const int threads : {1, 2, 5}) {
+      SCOPED_TRACE(threads);
+      cpu::ThreadPool pool(threads);
+      std::vector<uint8_t> bytes(alone.bytes.size(), 0x5A);
+      const CodeLineErrors errors = PackWeights(matrix, alone.layout, bytes.data(), &pool);
+      EXPECT_EQ(bytes, alone.bytes);
+      EXPECT_EQ(errors.num_columns, alone.errors.num_columns);
+      EXPECT_EQ(errors.num_bytes, alone.errors.num_bytes);
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Formats, PackWeightsTest,
     testing::Values(Case{"Bfloat16", WeightFormat::kBfloat16}, Case{"Wint8", WeightFormat::kWint8},
