@@ -53,7 +53,8 @@ absl::StatusOr<std::unique_ptr<kernels::Backend>> CreateBackend(const ServeOptio
     return kernels::cuda::CreateCudaBackend(
         {.device = rank,
          .kv_cache = options.kv_cache_dtype == "int8" ? kernels::plan::KvCacheKind::kInt8
-                                                      : kernels::plan::KvCacheKind::kBfloat16});
+                                                      : kernels::plan::KvCacheKind::kBfloat16,
+         .num_host_threads = CpuThreads(options)});
   }
 #endif
   return absl::UnavailableError(

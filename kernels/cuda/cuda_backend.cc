@@ -12,6 +12,7 @@
 #include "common/check.h"
 #include "common/log.h"
 #include "common/status_macros.h"
+#include "kernels/cpu/thread_pool.h"
 #include "kernels/cuda/attention/attention.h"
 #include "kernels/cuda/cuda_batch.h"
 #include "kernels/cuda/cuda_check.h"
@@ -177,7 +178,7 @@ class CudaBackend final : public Backend {
 
   absl::StatusOr<std::unique_ptr<WeightMatrix>> Pack(const formats::HostMatrix& matrix,
                                                      MatrixUse use) override {
-    return CudaMatrix::Create(matrix, use, &code_line_errors_, stream());
+    return CudaMatrix::Create(matrix, use, &host_threads_, &code_line_errors_, stream());
   }
   absl::StatusOr<std::unique_ptr<ExpertGroup>> GroupExperts(
       std::span<const MlpWeights> experts) override {
@@ -403,7 +404,8 @@ class CudaBackend final : public Backend {
       : options_(options),
         device_(device),
         stream_(std::move(stream)),
-        matmul_(MatmulOptionsFor(device.num_multiprocessors, device.compute_capability())) {}
+        matmul_(MatmulOptionsFor(device.num_multiprocessors, device.compute_capability())),
+        host_threads_(options.num_host_threads) {}
 
   absl::Status PrepareKernels() {
     InitMatmul();
@@ -494,6 +496,7 @@ class CudaBackend final : public Backend {
   AttentionScratch attention_scratch_;
   Scratch scratch_;
   Scratch mlp_scratch_;  // beside scratch_, for an MLP that is made of two linear layers
+  cpu::ThreadPool host_threads_;
   plan::CodeLineErrors code_line_errors_;
 };
 

@@ -18,6 +18,7 @@ namespace wintserve::kernels::cuda {
 struct CudaBackendOptions {
   int device = 0;  // ordinal among those that the process sees
   plan::KvCacheKind kv_cache = plan::KvCacheKind::kBfloat16;
+  int num_host_threads = 1;  // that pack weights, including the calling thread; >= 1
 };
 
 // Makes the device current for the calling thread, which is the one that may call the backend.

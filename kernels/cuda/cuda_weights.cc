@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
+#include <memory>
 #include <string_view>
 
 #include "common/check.h"
@@ -55,7 +56,7 @@ absl::StatusOr<bool> StaysInRows(const HostMatrix& matrix, MatrixUse use) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<CudaMatrix>> CudaMatrix::Create(const HostMatrix& matrix,
-                                                               MatrixUse use,
+                                                               MatrixUse use, cpu::ThreadPool* pool,
                                                                plan::CodeLineErrors* errors,
                                                                cudaStream_t stream) {
   auto packed = std::unique_ptr<CudaMatrix>(new CudaMatrix);
@@ -75,12 +76,12 @@ absl::StatusOr<std::unique_ptr<CudaMatrix>> CudaMatrix::Create(const HostMatrix&
   }
   ASSIGN_OR_RETURN(const plan::WeightLayout layout,
                    plan::LayOutWeights(matrix, use == MatrixUse::kGateUp));
-  std::vector<uint8_t> bytes(layout.size_bytes());
-  const plan::CodeLineErrors own = plan::PackWeights(matrix, layout, bytes.data());
+  const auto bytes = std::make_unique_for_overwrite<uint8_t[]>(layout.size_bytes());
+  const plan::CodeLineErrors own = plan::PackWeights(matrix, layout, bytes.get(), pool);
   errors->num_columns += own.num_columns;
   errors->num_bytes += own.num_bytes;
   packed->layout_ = Layout::kPacked;
-  RETURN_IF_ERROR(packed->Upload(bytes.data(), std::ssize(bytes), stream));
+  RETURN_IF_ERROR(packed->Upload(bytes.get(), layout.size_bytes(), stream));
   packed->packed_ = {layout, packed->memory_.data<uint8_t>()};
   return packed;
 }

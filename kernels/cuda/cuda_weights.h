@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
+#include "kernels/cpu/thread_pool.h"
 #include "kernels/cuda/handles.h"
 #include "kernels/cuda/matmul/device_weights.h"
 #include "kernels/plan/pack_weights.h"
@@ -43,10 +44,11 @@ class CudaMatrix final : public WeightMatrix {
     kPacked,  // plan::WeightLayout
   };
 
-  // Returns when the weights are on the device. INVALID_ARGUMENT, RESOURCE_EXHAUSTED:
-  // Backend::Pack. Adds to `errors` what a WINT2 matrix loses.
+  // Packs on the threads of `pool` and returns when the weights are on the device.
+  // INVALID_ARGUMENT, RESOURCE_EXHAUSTED: Backend::Pack. Adds to `errors` what a WINT2 matrix
+  // loses.
   static absl::StatusOr<std::unique_ptr<CudaMatrix>> Create(const formats::HostMatrix& matrix,
-                                                            MatrixUse use,
+                                                            MatrixUse use, cpu::ThreadPool* pool,
                                                             plan::CodeLineErrors* errors,
                                                             cudaStream_t stream);
 
