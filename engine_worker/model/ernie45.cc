@@ -8,6 +8,7 @@
 #include "absl/status/status.h"
 #include "common/check.h"
 #include "common/status_macros.h"
+#include "engine_worker/weights/matrix_reader.h"
 #include "fmt/format.h"
 #include "xxhash.h"
 
@@ -64,16 +65,37 @@ absl::Status InFrontOf(const absl::Status& status, std::string_view place) {
   return absl::Status(status.code(), fmt::format("{}: {}", place, std::string(status.message())));
 }
 
-// Reads one rank's tensors and packs each at once, so that one at a time exists unpacked.
+// Every matrix in the order in which Loader takes them.
+std::vector<MatrixRef> MatricesInOrder(const ModelConfig& config) {
+  std::vector<MatrixRef> refs = {{MatrixRole::kEmbedding}};
+  const auto add_mlp = [&](int layer, int expert) {
+    refs.push_back({MatrixRole::kGateUp, layer, expert});
+    refs.push_back({MatrixRole::kDown, layer, expert});
+  };
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    refs.push_back({MatrixRole::kQkv, layer});
+    refs.push_back({MatrixRole::kOutput, layer});
+    if (!config.IsMoeLayer(layer)) {
+      add_mlp(layer, kDenseMlp);
+      continue;
+    }
+    refs.push_back({MatrixRole::kRouter, layer});
+    for (int expert = 0; expert < config.num_experts; ++expert) add_mlp(layer, expert);
+    if (config.num_shared_experts > 0) add_mlp(layer, kSharedExperts);
+  }
+  refs.push_back({MatrixRole::kHead});
+  return refs;
+}
+
+// Packs one rank's tensors one after the other, as they are unpacked.
 class Loader {
  public:
   Loader(const ModelConfig& config, const Checkpoint& checkpoint, Backend* backend, int rank,
-         int world_size)
+         int world_size, int num_threads)
       : config_(config),
         checkpoint_(checkpoint),
         backend_(backend),
-        rank_(rank),
-        world_size_(world_size) {}
+        matrices_(checkpoint, MatricesInOrder(config), rank, world_size, num_threads) {}
 
   absl::StatusOr<Weights> LoadAll() {
     Weights w;
@@ -90,8 +112,7 @@ class Loader {
 
  private:
   absl::StatusOr<Matrix> LoadMatrix(const MatrixRef& ref, MatrixUse use, std::string_view place) {
-    ASSIGN_OR_RETURN(const formats::HostMatrix host,
-                     checkpoint_.LoadMatrix(ref, rank_, world_size_));
+    ASSIGN_OR_RETURN(const formats::HostMatrix host, matrices_.Next(ref));
     absl::StatusOr<Matrix> packed = backend_->Pack(host, use);
     if (!packed.ok()) return InFrontOf(packed.status(), place);
     return packed;
@@ -150,8 +171,7 @@ class Loader {
   const ModelConfig& config_;
   const Checkpoint& checkpoint_;
   Backend* const backend_;
-  const int rank_;
-  const int world_size_;
+  MatrixReader matrices_;
 };
 
 // Rows in device memory.
@@ -383,8 +403,9 @@ absl::StatusOr<std::unique_ptr<Model>> LoadErnie45(const ModelConfig& config,
   shape.attention = {config.num_heads / shape.world_size,
                      std::max(1, config.num_kv_heads / shape.world_size), config.head_dim};
   ASSIGN_OR_RETURN(shape.kv_layer_bytes, backend->KvLayerBytes(shape.attention));
-  ASSIGN_OR_RETURN(Weights weights,
-                   Loader(config, checkpoint, backend, shape.rank, shape.world_size).LoadAll());
+  ASSIGN_OR_RETURN(Weights weights, Loader(config, checkpoint, backend, shape.rank,
+                                           shape.world_size, options.num_load_threads)
+                                        .LoadAll());
   ASSIGN_OR_RETURN(Workspace workspace, AllocateWorkspace(backend, config, shape, options));
   const std::string identity =
       fmt::format("checkpoint={:016x} k_order={} unrounded={}", checkpoint.digest(),

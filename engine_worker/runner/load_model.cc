@@ -39,7 +39,8 @@ Ernie45Options ModelOptionsOf(const ServeOptions& options) {
                              ? std::min(options.max_num_batched_tokens, kMaxCpuBatchTokens)
                              : options.max_num_batched_tokens;
   return {.max_batch_tokens = max_tokens,
-          .max_logit_rows = std::min(options.max_num_seqs, max_tokens)};
+          .max_logit_rows = std::min(options.max_num_seqs, max_tokens),
+          .num_load_threads = CpuThreads(options)};
 }
 
 absl::StatusOr<std::unique_ptr<kernels::Backend>> CreateBackend(const ServeOptions& options,
