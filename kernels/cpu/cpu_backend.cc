@@ -140,7 +140,7 @@ class CpuBackend final : public Backend {
   absl::StatusOr<std::unique_ptr<WeightMatrix>> Pack(const formats::HostMatrix& matrix,
                                                      MatrixUse use) override {
     if (use == MatrixUse::kEmbedding) return EmbeddingTable::Create(matrix);
-    return PackedMatrix::Create(matrix, use, rounding_);
+    return PackedMatrix::Create(matrix, use, rounding_, &pool_);
   }
 
   absl::StatusOr<std::unique_ptr<ExpertGroup>> GroupExperts(

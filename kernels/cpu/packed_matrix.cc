@@ -183,7 +183,8 @@ class TileWriter {
 
 absl::StatusOr<std::unique_ptr<PackedMatrix>> PackedMatrix::Create(const HostMatrix& matrix,
                                                                    MatrixUse use,
-                                                                   WeightRounding rounding) {
+                                                                   WeightRounding rounding,
+                                                                   ThreadPool* pool) {
   CHECK(use != MatrixUse::kEmbedding);
   RETURN_IF_ERROR(CheckShape(matrix, use));
   if (!matrix.channel_scale.empty()) RETURN_IF_ERROR(CheckScales(matrix));
@@ -204,14 +205,17 @@ absl::StatusOr<std::unique_ptr<PackedMatrix>> PackedMatrix::Create(const HostMat
   packed->tile_bytes_ = TileBytes(matrix.format, matrix.k);
   packed->bytes_ = hwy::AllocateAligned<uint8_t>(packed->size_bytes());
   CHECK(packed->bytes_ != nullptr, "no memory for {} bytes", packed->size_bytes());
-  std::memset(packed->bytes_.get(), 0, packed->size_bytes());
 
-  for (int64_t tile = 0; tile < packed->num_tiles_; ++tile) {
+  ThreadPool caller_alone(1);
+  if (pool == nullptr) pool = &caller_alone;
+  pool->Run(packed->num_tiles_, matrix.k * matrix.n, [&](int64_t tile, int) {
     const int64_t first = tile / halves * kTileColumns;  // in its half
     const int64_t count = std::min<int64_t>(kTileColumns, packed->width() - first);
-    TileWriter(matrix, packed->bytes_.get() + tile * packed->tile_bytes_)
+    uint8_t* bytes = packed->bytes_.get() + tile * packed->tile_bytes_;
+    std::memset(bytes, 0, packed->tile_bytes_);
+    TileWriter(matrix, bytes)
         .CopyColumns(tile % halves * packed->width() + first, static_cast<int>(count));
-  }
+  });
   return packed;
 }
 

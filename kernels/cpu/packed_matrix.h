@@ -25,6 +25,7 @@
 #include "absl/status/statusor.h"
 #include "hwy/aligned_allocator.h"
 #include "kernels/backend.h"
+#include "kernels/cpu/thread_pool.h"
 
 namespace wintserve::kernels::cpu {
 
@@ -39,9 +40,11 @@ inline constexpr float kRoundNothing = 0.0f;
 
 class PackedMatrix final : public WeightMatrix {
  public:
+  // pool: null for the calling thread alone.
   static absl::StatusOr<std::unique_ptr<PackedMatrix>> Create(const formats::HostMatrix& matrix,
                                                               MatrixUse use,
-                                                              WeightRounding rounding);
+                                                              WeightRounding rounding,
+                                                              ThreadPool* pool = nullptr);
 
   int64_t k() const override { return k_; }
   int64_t n() const override { return n_; }
