@@ -2,13 +2,16 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 
 #include "common/check.h"
+#include "kernels/formats/byte_transpose.h"
 
 namespace wintserve::formats {
 namespace {
 
 constexpr int kTileRows = 64;
+constexpr int64_t kBlockColumns = 64;
 
 // Row inside a 64-row tile of the nibble at a position of one column's 64 nibbles.
 constexpr std::array<uint8_t, kTileRows> MakeRowOfPosition() {
@@ -18,6 +21,19 @@ constexpr std::array<uint8_t, kTileRows> MakeRowOfPosition() {
 }
 constexpr std::array<uint8_t, kTileRows> kRowOfPosition = MakeRowOfPosition();
 
+// Eight codes, one a byte, from eight nibbles.
+uint64_t CodesOfNibbles(const uint8_t* bytes) {
+  uint32_t nibbles;
+  std::memcpy(&nibbles, bytes, sizeof(nibbles));
+  uint64_t word = nibbles;
+  word = (word | word << 16) & 0x0000FFFF0000FFFF;
+  word = (word | word << 8) & 0x00FF00FF00FF00FF;
+  word = (word | word << 4) & 0x0F0F0F0F0F0F0F0F;
+  // Less 8: the highest bit flipped, the sign extended.
+  word ^= 0x0808080808080808;
+  return word | (word & 0x0808080808080808) * 30;
+}
+
 }  // namespace
 
 void UnpackWint4(const Wint4Tensors& stored, const MatrixSlice& slice, int64_t first_column,
@@ -25,16 +41,32 @@ void UnpackWint4(const Wint4Tensors& stored, const MatrixSlice& slice, int64_t f
   CHECK(matrix.format == WeightFormat::kWint4 && matrix.k == slice.num_rows());
   std::copy_n(stored.channel_scale + slice.n_begin, slice.num_columns(),
               matrix.channel_scale.begin() + first_column);
-  for (int64_t tile = slice.k_begin / kTileRows; tile * kTileRows < slice.k_end; ++tile) {
-    for (int64_t column = slice.n_begin; column < slice.n_end; ++column) {
-      const uint8_t* source =
-          stored.codes + Wint4NibbleIndex(stored.k, tile * kTileRows, column) / 2;
-      int8_t* target = matrix.codes_i8.data() + first_column + column - slice.n_begin;
-      for (int position = 0; position < kTileRows; ++position) {
-        const int64_t row = tile * kTileRows + kRowOfPosition[position];
-        if (row < slice.k_begin || row >= slice.k_end) continue;
-        const int nibble = (source[position / 2] >> (position % 2 * 4)) & 15;
-        target[(row - slice.k_begin) * matrix.n] = static_cast<int8_t>(nibble - 8);
+  // By way of a block in the L1 cache: rows of the matrix are far apart and evict each other.
+  std::array<std::array<int8_t, kBlockColumns>, kTileRows> block;
+  for (int64_t first = slice.n_begin; first < slice.n_end; first += kBlockColumns) {
+    const int64_t num_columns = std::min(kBlockColumns, slice.n_end - first);
+    for (int64_t tile = slice.k_begin / kTileRows; tile * kTileRows < slice.k_end; ++tile) {
+      const int64_t first_row = std::max(slice.k_begin, tile * kTileRows);
+      const int64_t end_row = std::min(slice.k_end, (tile + 1) * kTileRows);
+      for (int64_t i = 0; i < num_columns; i += 8) {
+        for (int position = 0; position < kTileRows; position += 8) {
+          std::array<uint64_t, 8> words{};
+          for (int64_t j = 0; j < std::min<int64_t>(8, num_columns - i); ++j) {
+            const int64_t column = first + i + j;
+            const uint8_t* source =
+                stored.codes + Wint4NibbleIndex(stored.k, tile * kTileRows, column) / 2;
+            words[j] = CodesOfNibbles(source + position / 2);
+          }
+          TransposeBytes(&words);
+          for (int j = 0; j < 8; ++j) {
+            std::memcpy(&block[kRowOfPosition[position + j]][i], &words[j], sizeof(words[j]));
+          }
+        }
+      }
+      for (int64_t row = first_row; row < end_row; ++row) {
+        std::memcpy(matrix.codes_i8.data() + (row - slice.k_begin) * matrix.n + first_column +
+                        first - slice.n_begin,
+                    block[row % kTileRows].data(), num_columns);
       }
     }
   }
