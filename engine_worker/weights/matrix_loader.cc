@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -92,16 +93,23 @@ void CopyPlain(const uint8_t* data, const StoredMatrix& stored, const MatrixSlic
     }
     return;
   }
-  constexpr int64_t kBlock = 32;  // a block's source rows and target rows both stay in the L1 cache
-  for (int64_t n0 = slice.n_begin; n0 < slice.n_end; n0 += kBlock) {
-    for (int64_t k0 = slice.k_begin; k0 < slice.k_end; k0 += kBlock) {
-      const int64_t n1 = std::min(n0 + kBlock, slice.n_end);
-      const int64_t k1 = std::min(k0 + kBlock, slice.k_end);
-      for (int64_t k = k0; k < k1; ++k) {
-        Value* row = target + (k - slice.k_begin) * target_columns + first_column;
-        for (int64_t n = n0; n < n1; ++n) {
-          row[n - slice.n_begin] = read(data, n * stored.k + k);
+  // By way of a block in the L1 cache: rows of the target are far apart and evict each other.
+  constexpr int64_t kBlockColumns = 32;
+  constexpr int64_t kBlockRows = 64;
+  std::array<std::array<Value, kBlockColumns>, kBlockRows> block;
+  for (int64_t n0 = slice.n_begin; n0 < slice.n_end; n0 += kBlockColumns) {
+    const int64_t num_columns = std::min(kBlockColumns, slice.n_end - n0);
+    for (int64_t k0 = slice.k_begin; k0 < slice.k_end; k0 += kBlockRows) {
+      const int64_t num_rows = std::min(kBlockRows, slice.k_end - k0);
+      for (int64_t i = 0; i < num_columns; ++i) {
+        for (int64_t j = 0; j < num_rows; ++j) {
+          block[j][i] = read(data, (n0 + i) * stored.k + k0 + j);
         }
+      }
+      Value* first =
+          target + (k0 - slice.k_begin) * target_columns + first_column + n0 - slice.n_begin;
+      for (int64_t j = 0; j < num_rows; ++j) {
+        std::memcpy(first + j * target_columns, block[j].data(), num_columns * sizeof(Value));
       }
     }
   }
