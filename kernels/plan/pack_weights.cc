@@ -325,10 +325,12 @@ class BlockPacker {
     if (is_whole && !layout_.gate_up) {
       std::memcpy(to, row + first, num_tiles * kTileColumns * sizeof(T));
     } else if (is_whole) {
+      constexpr int kHalf = kTileColumns / 2;
+      const T* gate = row + first;
+      const T* up = gate + layout_.width();
       for (int tile = 0; tile < num_tiles; ++tile) {
-        std::memcpy(to + tile * kTileColumns, row + first + tile * step, 8 * sizeof(T));
-        std::memcpy(to + tile * kTileColumns + 8, row + layout_.width() + first + tile * step,
-                    8 * sizeof(T));
+        std::memcpy(to + tile * kTileColumns, gate + tile * kHalf, kHalf * sizeof(T));
+        std::memcpy(to + tile * kTileColumns + kHalf, up + tile * kHalf, kHalf * sizeof(T));
       }
     } else {
       for (int i = 0; i < num_tiles * kTileColumns; ++i) {
