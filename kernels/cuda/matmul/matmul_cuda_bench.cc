@@ -17,7 +17,6 @@
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <numeric>
-#include <optional>
 #include <random>
 #include <string>
 #include <string_view>
@@ -29,7 +28,7 @@
 #include "kernels/cuda/matmul/device_array_test_util.h"
 #include "kernels/cuda/matmul/launches.h"
 #include "kernels/cuda/matmul/matmul.h"
-#include "kernels/cuda/matmul/wgmma_launches.h"
+#include "kernels/cuda/matmul/variants_bench.h"
 #include "kernels/plan/product_plan.h"
 #include "kernels/plan/weight_layout.h"
 #include "kernels/plan/wgmma_plan.h"
@@ -178,126 +177,6 @@ class PreparedInput {
   DeviceArray<ChunkCorrections> corrections_;
 };
 
-ProductPlan Plan(const Bench& bench, const ProductShape& shape, ProductKernel kernel,
-                 int token_blocks, int tiles_per_warp) {
-  ProductPlan plan;
-  plan.kernel = kernel;
-  plan.token_blocks = token_blocks;
-  plan.tiles_per_warp = tiles_per_warp;
-  return plan::FinishPlan(shape, bench.gpu.num_multiprocessors, plan);
-}
-
-// One kernel: the Hopper kernel if `wgmma` is set.
-struct Variant {
-  std::string name;
-  ProductPlan plan;
-  std::optional<plan::WgmmaPlan> wgmma;
-
-  int slices() const { return wgmma.has_value() ? wgmma->slices : plan.slices; }
-  bool split_slices() const { return wgmma.has_value() ? wgmma->split_slices : plan.split_slices; }
-  int64_t split_sum_floats(const ProductShape& shape) const {
-    return wgmma.has_value() ? plan::SplitSumFloats(shape, *wgmma)
-                             : plan::SplitSumFloats(shape, plan);
-  }
-  void Launch(WeightFormat format, const ProductParams& params, cudaStream_t stream) const {
-    if (wgmma.has_value()) {
-      WgmmaLaunchesOf(format).product(*wgmma, params, stream);
-    } else if (plan.kernel == ProductKernel::kTile) {
-      LaunchesOf(format).tile(plan, params, stream);
-    } else {
-      LaunchesOf(format).stream(plan, params, stream);
-    }
-  }
-};
-
-std::string NameOf(const ProductPlan& plan) {
-  return plan.kernel == ProductKernel::kResident ? "resident"
-         : plan.kernel == ProductKernel::kStream
-             ? fmt::format("stream x{}", plan.tiles_per_warp)
-             : fmt::format("tile {}{}", plan.token_tile(), plan.split_slices ? " split" : "");
-}
-
-std::string NameOf(const plan::WgmmaPlan& plan) {
-  return fmt::format("wgmma {}{}", plan.tokens, plan.split_slices ? " split" : "");
-}
-
-// The Hopper kernels that suit that many tokens an expert, and whether the first one is chosen.
-std::vector<Variant> WgmmaVariantsFor(const Bench& bench, const ProductShape& shape, int64_t tokens,
-                                      bool* chosen) {
-  *chosen = false;
-  if (bench.gpu.compute_capability() != 90 || tokens <= 8) return {};
-  const int multiprocessors = bench.gpu.num_multiprocessors;
-  std::vector<plan::WgmmaPlan> plans;
-  if (const auto plan = plan::PlanWgmmaProduct(shape, multiprocessors); plan.has_value()) {
-    plans.push_back(*plan);
-    *chosen = true;
-  }
-  for (const int of_tile : {plan::kNarrowTokens, plan::kWideTokens}) {
-    if (of_tile == plan::kWideTokens &&
-        (tokens < plan::kWideTokens || !plan::HasWideWgmma(shape.format))) {
-      continue;
-    }
-    for (const bool split : {false, true}) {
-      if (split && (shape.num_experts > 1 || tokens > 256)) continue;
-      plan::WgmmaPlan plan;
-      plan.tokens = of_tile;
-      plan.split_slices = split;
-      plan = plan::FinishWgmmaPlan(shape, multiprocessors, plan);
-      if (!*chosen || NameOf(plan) != NameOf(plans.front())) plans.push_back(plan);
-    }
-  }
-  std::vector<Variant> variants;
-  for (const plan::WgmmaPlan& plan : plans) variants.push_back({NameOf(plan), {}, plan});
-  return variants;
-}
-
-// Every kernel that suits that many tokens an expert; what the planners choose is marked.
-std::vector<Variant> VariantsFor(const Bench& bench, const ProductShape& shape, int64_t tokens) {
-  bool wgmma_chosen = false;
-  std::vector<Variant> wgmma = WgmmaVariantsFor(bench, shape, tokens, &wgmma_chosen);
-  if (wgmma_chosen) wgmma.front().name += " *";
-  const ProductPlan chosen = plan::PlanProduct(shape, bench.gpu.num_multiprocessors);
-  std::vector<ProductPlan> plans = {chosen};
-  const auto add = [&](ProductKernel kernel, int token_blocks, int tiles_per_warp) {
-    const ProductPlan plan = Plan(bench, shape, kernel, token_blocks, tiles_per_warp);
-    if (NameOf(plan) != NameOf(chosen)) plans.push_back(plan);
-  };
-  if (tokens <= 16) add(ProductKernel::kStream, 1, 1);
-  if (tokens <= 16 && plan::StreamsTwoTiles(shape.format)) {
-    add(ProductKernel::kStream, 1, 2);
-    const ProductPlan resident = plan::ResidentPlan(shape, bench.gpu.num_multiprocessors);
-    if (chosen.kernel != ProductKernel::kResident) plans.push_back(resident);
-  }
-  if (tokens > 4 && tokens <= 64) add(ProductKernel::kTile, 2, 2);
-  if (tokens > 16 && tokens <= 64) add(ProductKernel::kTile, 4, 2);
-  if (tokens > 32) add(ProductKernel::kTile, 8, 2);
-  std::vector<Variant> variants;
-  for (const ProductPlan& plan : plans) {
-    const bool marked = variants.empty() && !wgmma_chosen;
-    variants.push_back({NameOf(plan) + (marked ? " *" : ""), plan, std::nullopt});
-  }
-  variants.insert(variants.end(), wgmma.begin(), wgmma.end());
-  return variants;
-}
-
-// Both skeletons for small batches, the stream kernel's with one and two tiles a warp.
-std::vector<Variant> BaselinesFor(const Bench& bench, const ProductShape& shape) {
-  std::vector<ProductPlan> plans = {plan::ResidentPlan(shape, bench.gpu.num_multiprocessors)};
-  for (const int tiles_per_warp : {1, 2}) {
-    ProductPlan plan;
-    plan.tiles_per_warp = tiles_per_warp;
-    plan.slices = plan::StreamSlices(shape.chunks);
-    const int64_t items = plan::MaxTokenTiles(shape, plan.token_tile()) *
-                          plan::DivideUp(shape.tiles, plan::TilesPerBlock(plan));
-    plan.grid_blocks =
-        static_cast<int>(std::min<int64_t>(items, 2 * bench.gpu.num_multiprocessors));
-    plans.push_back(plan);
-  }
-  std::vector<Variant> variants;
-  for (const ProductPlan& plan : plans) variants.push_back({NameOf(plan), plan, std::nullopt});
-  return variants;
-}
-
 int LaunchesFor(double required_bytes) {
   return required_bytes > 400e6 ? 4 : required_bytes > 50e6 ? 12 : 32;
 }
@@ -376,7 +255,7 @@ void BenchExperts(Bench* bench, const std::string& name, const plan::WeightLayou
       const PreparedInput rounded(bench, layout, num_tokens);
       LaunchBfloat16Rows(rounded.rows(), rounded.num_values(), bench->stream.get());
       params.x = rounded.rows();
-      for (const Variant& variant : BaselinesFor(*bench, shape)) {
+      for (const Variant& variant : BaselinesFor(bench->gpu, shape)) {
         const double us = time(variant.plan.slices, [&](const ProductParams& own) {
           LaunchFastDeployWint2(variant.plan, own, bench->stream.get());
         });
@@ -386,7 +265,7 @@ void BenchExperts(Bench* bench, const std::string& name, const plan::WeightLayou
       }
       matrices.Fill(false);
     }
-    for (const Variant& variant : VariantsFor(*bench, shape, tokens)) {
+    for (const Variant& variant : VariantsFor(bench->gpu, shape, tokens)) {
       params.x = variant.wgmma.has_value() ? wgmma_input.rows() : input.rows();
       const double us = time(variant.slices(), [&](const ProductParams& own) {
         variant.Launch(layout.format, own, bench->stream.get());
@@ -414,7 +293,7 @@ void BenchLinear(Bench* bench, const std::string& name, WeightFormat format, int
     const PreparedInput input(bench, layout, tokens);
     const PreparedInput wgmma_input(bench, layout, tokens, plan::OperandOrder::kWgmma);
     DeviceArray<float> y(tokens * n);
-    for (const Variant& variant : VariantsFor(*bench, shape, tokens)) {
+    for (const Variant& variant : VariantsFor(bench->gpu, shape, tokens)) {
       DeviceArray<float> sums(variant.split_sum_floats(shape) + 1);
       ProductParams params = matrices.Params();
       params.slices = variant.slices();
