@@ -30,6 +30,7 @@ WINTSERVE_DEVICE int BlockIndex() { return static_cast<int>(blockIdx.x); }
 WINTSERVE_DEVICE int NumBlocks() { return static_cast<int>(gridDim.x); }
 
 WINTSERVE_DEVICE void SyncBlock() { __syncthreads(); }
+WINTSERVE_DEVICE void SyncWarp() { __syncwarp(); }
 
 // A warp's lanes, all of which take part.
 template <typename T>
@@ -62,6 +63,25 @@ WINTSERVE_DEVICE unsigned char* SharedMemory() {
   return shared_memory;
 }
 
+WINTSERVE_DEVICE uint32_t SharedAddressOf(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// The kernel may have begun before the one launched before it has ended: from here on that one's
+// memory is visible. Every block calls this.
+WINTSERVE_DEVICE void WaitForPreviousKernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel may begin, once all blocks have said so. After WaitForPreviousKernel, so that
+// the next one sees the memory of the one before this without waiting.
+WINTSERVE_DEVICE void LetNextKernelBegin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // The blocks of a cluster, which not every device has: where a launch asks for none, and compiled
 // for such a device, every block is one of its own.
 WINTSERVE_DEVICE void SyncCluster() {
@@ -80,6 +100,45 @@ WINTSERVE_DEVICE T* OfBlock([[maybe_unused]] int block_of_cluster, T* object) {
 #else
   return object;
 #endif
+}
+
+// Barriers in shared memory, 8 bytes each. A phase of one ends when `arrivals` threads have arrived
+// and all bytes that it expects have been copied: a wait for the first phase has parity 0, for the
+// second 1, for the third 0. What a thread wrote before it arrived is seen by those that waited.
+WINTSERVE_DEVICE void InitBarrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+WINTSERVE_DEVICE void ArriveAtBarrier(uint32_t barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier)
+               : "memory");
+}
+WINTSERVE_DEVICE void WaitAtBarrier(uint32_t barrier, uint32_t parity) {
+  uint32_t complete = 0;
+  do {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(complete)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+#else
+    asm volatile(
+        "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(complete)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+#endif
+  } while (complete == 0);
+}
+
+// An object at an address that is aligned to its size, in any memory.
+template <typename T>
+WINTSERVE_DEVICE T LoadAligned(const void* from) {
+  return *static_cast<const T*>(from);
+}
+template <typename T>
+WINTSERVE_DEVICE void StoreAligned(void* to, const T& value) {
+  *static_cast<T*>(to) = value;
 }
 
 WINTSERVE_DEVICE void StoreShared(uint32_t address, uint32_t value) {
@@ -138,6 +197,16 @@ WINTSERVE_DEVICE void MatrixMultiplyAdd(const uint32_t (&a)[4], uint32_t b0, uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same with binary16 operands, b in an array, and sum = c + a * b. sum may be c.
+WINTSERVE_DEVICE void MatrixMultiplyAddHalves(const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                              const float (&c)[4], float (&sum)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
+}
+
 // Copies 16 bytes, aligned to that, to shared memory; with num_bytes (0 … 16) only so many are
 // read, and zeros stand for the rest. A thread's copies since its last CommitCopies make a group;
 // WaitForCopies waits until at most kPending of its groups are under way, and what they copied is
@@ -150,6 +219,18 @@ WINTSERVE_DEVICE void CopyToShared(uint32_t address, const void* from, int num_b
 WINTSERVE_DEVICE void CopyToShared(uint32_t address, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
+// A copy or none, without a branch.
+WINTSERVE_DEVICE void CopyToSharedIf(bool condition, uint32_t address, const void* from) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %2, 0;\n"
+      "@p cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(address),
+      "l"(from), "r"(static_cast<int>(condition))
+      : "memory");
+}
+// 4 bytes.
+WINTSERVE_DEVICE void CopyWordToShared(uint32_t address, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
+}
 WINTSERVE_DEVICE void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 WINTSERVE_DEVICE void WaitForCopies() {
@@ -161,6 +242,13 @@ WINTSERVE_DEVICE float Subtract(float a, float b) { return __fsub_rn(a, b); }
 WINTSERVE_DEVICE float Multiply(float a, float b) { return __fmul_rn(a, b); }
 WINTSERVE_DEVICE float MultiplyAdd(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 WINTSERVE_DEVICE float Divide(float a, float b) { return __fdiv_rn(a, b); }
+
+WINTSERVE_DEVICE float Abs(float a) { return fabsf(a); }
+WINTSERVE_DEVICE float Max(float a, float b) { return fmaxf(a, b); }
+WINTSERVE_DEVICE float Exp(float a) { return expf(a); }
+WINTSERVE_DEVICE int CountBits(uint32_t bits) { return __popc(bits); }
+WINTSERVE_DEVICE float BitsToFloat(uint32_t bits) { return __uint_as_float(bits); }
+WINTSERVE_DEVICE uint32_t FloatToBits(float value) { return __float_as_uint(value); }
 
 // 2^x to a relative 2^-22; 0 for minus infinity.
 WINTSERVE_DEVICE float Exp2(float x) {
@@ -178,11 +266,24 @@ WINTSERVE_DEVICE uint32_t PackBfloat16(float low, float high) {
 WINTSERVE_DEVICE float LowBfloat16(uint32_t pair) { return __uint_as_float(pair << 16); }
 WINTSERVE_DEVICE float HighBfloat16(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
-// (a & mask) | bits, as one instruction.
-WINTSERVE_DEVICE uint32_t AndOr(uint32_t a, uint32_t mask, uint32_t bits) {
+// (a & kMask) | bits as one instruction: a LOP3 takes one immediate, so left to itself the compiler
+// makes two of it.
+template <uint32_t kMask>
+WINTSERVE_DEVICE uint32_t AndOr(uint32_t a, uint32_t bits) {
   uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(a), "r"(mask), "r"(bits));
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(a), "n"(kMask), "r"(bits));
   return result;
+}
+
+// Byte kIndex of a word. A dot product with a unit vector: it runs on another pipe than shifts.
+template <int kIndex>
+WINTSERVE_DEVICE uint32_t ByteOf(uint32_t word) {
+  return __dp4a(word, 1u << (8 * kIndex), 0u);
+}
+// Byte i of the result is byte (nibble i of kSelector) of the eight bytes low, high.
+template <uint32_t kSelector>
+WINTSERVE_DEVICE uint32_t PermuteBytes(uint32_t low, uint32_t high) {
+  return __byte_perm(low, high, kSelector);
 }
 
 // a + b in both halves. As a product with 1, which sm_80 has too.
@@ -191,6 +292,12 @@ WINTSERVE_DEVICE uint32_t AddBfloat16Pairs(uint32_t a, uint32_t b) {
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3F803F80u), "r"(b));
   return sum;
 }
+
+// Bits of the binary16 nearest to a value, ties to even, and the value of such bits.
+WINTSERVE_DEVICE uint16_t FloatToHalf(float value) {
+  return __half_as_ushort(__float2half_rn(value));
+}
+WINTSERVE_DEVICE float HalfToFloat(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
 // Both halves of a pair of IEEE halves.
 WINTSERVE_DEVICE float2 UnpackHalves(uint32_t pair) {
@@ -208,6 +315,26 @@ WINTSERVE_DEVICE T LoadConstant(const T* from) {
 // Past the first-level cache, which does not see what other multiprocessors write.
 WINTSERVE_DEVICE float4 LoadFromL2(const float4* from) { return __ldcg(from); }
 WINTSERVE_DEVICE float2 LoadFromL2(const float2* from) { return __ldcg(from); }
+
+// Data that kernels wrote which this one may have overlapped with: no loads for constant data, and
+// past the first-level cache for integers, which are read before WaitForPreviousKernel too.
+WINTSERVE_DEVICE int LoadFresh(const int* from) {
+  int value;
+  asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(value) : "l"(from));
+  return value;
+}
+WINTSERVE_DEVICE float LoadFresh(const float* from) {
+  float value;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(from));
+  return value;
+}
+WINTSERVE_DEVICE uint4 LoadFresh(const uint4* from) {
+  uint4 words;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(from));
+  return words;
+}
 
 // What this thread wrote before is seen by whoever sees what it writes after.
 WINTSERVE_DEVICE void FenceDevice() { __threadfence(); }

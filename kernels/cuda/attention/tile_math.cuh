@@ -58,7 +58,7 @@ constexpr int QueryBytes(int head_dim) { return kQueryLimbs * QueryLimbBytes(hea
 // last mantissa bit counts 1, the former is 128 + bits and the latter -(128 + 128 * sign).
 WINTSERVE_DEVICE uint2 WidenCodes(uint32_t codes) {
   const auto widen = [](uint32_t c) {
-    return AddBfloat16Pairs(AndOr(c, 0x007F007Fu, 0x43004300u), AndOr(c, 0x00800080u, 0xC300C300u));
+    return AddBfloat16Pairs(AndOr<0x007F007Fu>(c, 0x43004300u), AndOr<0x00800080u>(c, 0xC300C300u));
   };
   return {widen(codes), widen(codes >> 8)};
 }

@@ -1,210 +1,39 @@
 #include "kernels/cuda/emulation/emulated_device.h"
 
-#include <setjmp.h>
-#include <ucontext.h>
-
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <deque>
-#include <memory>
-#include <random>
-#include <vector>
+#include <utility>
 
 #include "common/check.h"
+#include "kernels/cuda/emulation/emulated_threads.h"
+#include "kernels/cuda/emulation/operand_values.h"
 #include "kernels/formats/bf16.h"
+#include "kernels/plan/float16.h"
 #include "kernels/plan/half.h"
 
 namespace wintserve::kernels::cuda {
+
+using emulation::block;
+using emulation::Exchange;
+using emulation::kLanes;
+using emulation::lane;
+using emulation::LaneInput;
+using emulation::SharedBytes;
+using emulation::thread;
+using emulation::WarpInputs;
+
 namespace {
 
-constexpr int kLanes = 32;
-constexpr size_t kStackBytes = 256 * 1024;
-
-struct Copy {
-  uint32_t address = 0;
-  std::array<unsigned char, 16> bytes = {};
-};
-
-// What a lane brings to an instruction that the whole warp executes.
-struct LaneInput {
-  const char* instruction = nullptr;
-  std::array<uint32_t, 6> words = {};
-};
-
-struct Warp {
-  int64_t turn = 0;  // instructions executed so far
-  int arrived = 0;
-  // Two, because a lane may be an instruction ahead of one that still reads its neighbours' inputs.
-  std::array<std::array<LaneInput, kLanes>, 2> inputs;
-};
-
-struct Thread {
-  ucontext_t start;  // only entered once: its successors switch without a system call
-  jmp_buf state;
-  std::unique_ptr<char[]> stack;
-  int index = 0;
-  bool started = false;
-  bool done = false;
-  const int64_t* waits_for = nullptr;  // a turn counter that has to pass `passed`
-  int64_t passed = 0;
-  std::vector<Copy> open_copies;
-  std::deque<std::vector<Copy>> copy_groups;
-};
-
-struct Cluster;
-
-struct Block {
-  const EmulatedLaunch* launch = nullptr;
-  Cluster* cluster = nullptr;
-  const std::function<void()>* kernel = nullptr;
-  int index = 0;
-  jmp_buf scheduler;
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
-  int64_t barriers = 0;
-  int at_barrier = 0;
-  std::vector<unsigned char> shared;
-  Thread* running = nullptr;
-};
-
-struct Cluster {
-  std::vector<Block> blocks;
-  int64_t barriers = 0;
-  int at_barrier = 0;  // threads
-};
-
-Block* current_block = nullptr;
-
-Block& block() {
-  CHECK(current_block != nullptr, "a device function outside a kernel");
-  return *current_block;
-}
-Thread& thread() { return *block().running; }
-Warp& warp() { return block().warps[thread().index / kLanes]; }
-int lane() { return thread().index % kLanes; }
-
-__attribute__((noinline)) void Resume(Block* b, Thread* t) {
-  current_block = b;
-  b->running = t;
-  if (_setjmp(b->scheduler) != 0) return;
-  if (t->started) _longjmp(t->state, 1);
-  t->started = true;
-  setcontext(&t->start);
-}
-
-__attribute__((noinline)) void Yield(Block* b, Thread* t) {
-  if (_setjmp(t->state) == 0) _longjmp(b->scheduler, 1);
-}
-
-void WaitUntilPassed(const int64_t& counter, int64_t value) {
-  Thread& self = thread();
-  self.waits_for = &counter;
-  self.passed = value;
-  Yield(&block(), &self);
-  self.waits_for = nullptr;
-}
-
-// The inputs of all lanes of this warp to an instruction that it executes together.
-const std::array<LaneInput, kLanes>& Exchange(const LaneInput& input) {
-  Warp& w = warp();
-  const int64_t turn = w.turn;
-  auto& inputs = w.inputs[turn % 2];
-  inputs[lane()] = input;
-  if (++w.arrived == kLanes) {
-    for (int l = 0; l < kLanes; ++l) {
-      CHECK(std::strcmp(inputs[l].instruction, input.instruction) == 0,
-            "block {} warp {}: lane {} is at {}, lane {} at {}", block().index,
-            thread().index / kLanes, l, inputs[l].instruction, lane(), input.instruction);
-    }
-    w.arrived = 0;
-    ++w.turn;
-  } else {
-    WaitUntilPassed(w.turn, turn);
-  }
-  return inputs;
-}
-
-unsigned char* SharedBytes(uint32_t address, uint32_t num_bytes) {
-  auto& shared = block().shared;
-  CHECK(address % num_bytes == 0 && address + num_bytes <= shared.size(),
-        "block {} thread {}: {} bytes of shared memory at {} of {}", block().index, thread().index,
-        num_bytes, address, shared.size());
-  return shared.data() + address;
-}
-
-void Arrive(const Copy& copy) {
-  std::memcpy(SharedBytes(copy.address, 16), copy.bytes.data(), copy.bytes.size());
-}
-
-void RunThread() {
-  (*block().kernel)();
-  thread().done = true;
-  Yield(&block(), &thread());
-}
-
-void Prepare(Thread* t, int index) {
-  t->index = index;
-  t->started = false;
-  t->done = false;
-  CHECK(t->open_copies.empty(), "block {} thread {} ended between a copy and its commit",
-        block().index, index);
-  t->copy_groups.clear();
-  if (t->stack == nullptr) t->stack.reset(new char[kStackBytes]);
-  CHECK(getcontext(&t->start) == 0);
-  t->start.uc_stack.ss_sp = t->stack.get();
-  t->start.uc_stack.ss_size = kStackBytes;
-  t->start.uc_link = nullptr;
-  makecontext(&t->start, RunThread, 0);
-}
-
-// All threads of the cluster's blocks, in an order drawn from rng.
-void RunCluster(Cluster* cluster, std::mt19937* rng) {
-  struct Entry {
-    Block* block;
-    Thread* thread;
-  };
-  std::vector<Entry> order;
-  for (Block& b : cluster->blocks) {
-    for (size_t i = 0; i < b.threads.size(); ++i) {
-      current_block = &b;
-      Prepare(&b.threads[i], static_cast<int>(i));
-      order.push_back({&b, &b.threads[i]});
-    }
-  }
-  std::shuffle(order.begin(), order.end(), *rng);
-  size_t num_done = 0;
-  while (num_done < order.size()) {
-    bool progress = false;
-    num_done = 0;
-    for (const auto [b, t] : order) {
-      if (!t->done && (t->waits_for == nullptr || *t->waits_for > t->passed)) {
-        Resume(b, t);
-        progress = true;
-      }
-      num_done += t->done ? 1 : 0;
-    }
-    CHECK(progress || num_done == order.size(),
-          "block {}: {} of {} threads ended, {} stand at a barrier, {} at one of the cluster, the "
-          "rest wait for their warps",
-          cluster->blocks[0].index, num_done, order.size(), cluster->blocks[0].at_barrier,
-          cluster->at_barrier);
-  }
-}
-
-float Float(uint32_t bits) { return std::bit_cast<float>(bits); }
-uint32_t Bits(float value) { return std::bit_cast<uint32_t>(value); }
-
-std::array<uint32_t, 6> Halves(uint64_t value) {
+std::array<uint32_t, 10> Halves(uint64_t value) {
   return {static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)};
 }
 uint64_t Whole(const LaneInput& input) { return uint64_t{input.words[1]} << 32 | input.words[0]; }
 
-float Bfloat16(uint32_t pair, int half) {
-  return formats::Bfloat16ToFloat(static_cast<uint16_t>(pair >> (16 * half)));
-}
+uint16_t HalfOf(uint32_t pair, int half) { return static_cast<uint16_t>(pair >> (16 * half)); }
+float Bfloat16(uint32_t pair, int half) { return formats::Bfloat16ToFloat(HalfOf(pair, half)); }
 
 uint16_t SharedElement(uint32_t row_address, int element) {
   uint16_t value;
@@ -212,61 +41,59 @@ uint16_t SharedElement(uint32_t row_address, int element) {
   return value;
 }
 
-}  // namespace
-
-void Emulate(const EmulatedLaunch& launch, const std::function<void()>& kernel) {
-  CHECK(launch.threads_per_block % kLanes == 0, "threads_per_block={}", launch.threads_per_block);
-  CHECK(launch.num_blocks % launch.blocks_per_cluster == 0, "{} blocks in clusters of {}",
-        launch.num_blocks, launch.blocks_per_cluster);
-  std::mt19937 rng(launch.seed);
-  std::vector<int> order(launch.num_blocks / launch.blocks_per_cluster);
-  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
-  std::shuffle(order.begin(), order.end(), rng);
-  CHECK(current_block == nullptr, "a launch inside a kernel");
-  Cluster cluster;
-  cluster.blocks.resize(launch.blocks_per_cluster);
-  for (Block& b : cluster.blocks) {
-    b.launch = &launch;
-    b.cluster = &cluster;
-    b.kernel = &kernel;
-    b.threads.resize(launch.threads_per_block);
-  }
-  for (const int index : order) {
-    for (int i = 0; i < launch.blocks_per_cluster; ++i) {
-      Block& b = cluster.blocks[i];
-      b.index = index * launch.blocks_per_cluster + i;
-      b.warps.assign(launch.threads_per_block / kLanes, Warp());
-      b.shared.assign(launch.shared_bytes, 0xFF);  // NaN in every format
+// The fragments of the PTX manual: lane 4g + t holds A rows g and g + 8, k 2t, 2t + 1, 2t + 8 and
+// 2t + 9 in words 0 to 3; B the same k of column g in words 4 and 5; C rows g and g + 8 of columns
+// 2t and 2t + 1 in words 6 to 9, which become the sums.
+template <double (*kValueOf)(uint16_t bits)>
+void MultiplyFragments(WarpInputs* lanes) {
+  double a[16][16];
+  double b[16][8];
+  for (int l = 0; l < kLanes; ++l) {
+    const auto& words = (*lanes)[l].words;
+    const int g = l / 4;
+    const int t = l % 4;
+    for (int i = 0; i < 4; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        a[g + i % 2 * 8][2 * t + i / 2 * 8 + half] = kValueOf(HalfOf(words[i], half));
+        if (i < 2) b[2 * t + i * 8 + half][g] = kValueOf(HalfOf(words[4 + i], half));
+      }
     }
-    RunCluster(&cluster, &rng);
   }
-  current_block = nullptr;
+  for (int l = 0; l < kLanes; ++l) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = l / 4 + i / 2 * 8;
+      const int column = l % 4 * 2 + i % 2;
+      uint32_t& word = (*lanes)[l].words[6 + i];
+      double sum = BitsToFloat(word);
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+      word = FloatToBits(static_cast<float>(sum));
+    }
+  }
 }
+
+}  // namespace
 
 int ThreadIndex() { return thread().index; }
 int BlockIndex() { return block().index; }
 int NumBlocks() { return block().launch->num_blocks; }
 
 void SyncBlock() {
-  Block& b = block();
-  const int64_t barriers = b.barriers;
-  if (++b.at_barrier == static_cast<int>(b.threads.size())) {
-    b.at_barrier = 0;
-    ++b.barriers;
+  emulation::Block& b = block();
+  if (b.at_barrier.size() + 1 < b.threads.size()) {
+    emulation::WaitIn(&b.at_barrier);
   } else {
-    WaitUntilPassed(b.barriers, barriers);
+    emulation::WakeAll(&b.at_barrier);
   }
 }
 
+void SyncWarp() { Exchange({"bar.warp.sync", {}}); }
+
 void SyncCluster() {
-  Cluster& cluster = *block().cluster;
-  const int64_t barriers = cluster.barriers;
-  const size_t num_threads = cluster.blocks.size() * block().threads.size();
-  if (++cluster.at_barrier == static_cast<int>(num_threads)) {
-    cluster.at_barrier = 0;
-    ++cluster.barriers;
+  emulation::Cluster& cluster = *block().cluster;
+  if (cluster.at_barrier.size() + 1 < cluster.blocks.size() * block().threads.size()) {
+    emulation::WaitIn(&cluster.at_barrier);
   } else {
-    WaitUntilPassed(cluster.barriers, barriers);
+    emulation::WakeAll(&cluster.at_barrier);
   }
 }
 
@@ -275,7 +102,7 @@ int32_t Shuffle(int32_t value, int source_lane) {
   return static_cast<int32_t>(inputs[source_lane % kLanes].words[0]);
 }
 float Shuffle(float value, int source_lane) {
-  return Float(Exchange({"shfl.idx", {Bits(value)}})[source_lane % kLanes].words[0]);
+  return BitsToFloat(Exchange({"shfl.idx", {FloatToBits(value)}})[source_lane % kLanes].words[0]);
 }
 int32_t ShuffleUp(int32_t value, int distance) {
   const auto& inputs = Exchange({"shfl.up", {static_cast<uint32_t>(value)}});
@@ -286,7 +113,11 @@ uint64_t ShuffleUp(uint64_t value, int distance) {
   return lane() < distance ? value : Whole(inputs[lane() - distance]);
 }
 float ShuffleXor(float value, int mask) {
-  return Float(Exchange({"shfl.bfly", {Bits(value)}})[lane() ^ mask].words[0]);
+  return BitsToFloat(Exchange({"shfl.bfly", {FloatToBits(value)}})[lane() ^ mask].words[0]);
+}
+int32_t ShuffleXor(int32_t value, int mask) {
+  const auto& inputs = Exchange({"shfl.bfly", {static_cast<uint32_t>(value)}});
+  return static_cast<int32_t>(inputs[lane() ^ mask].words[0]);
 }
 uint64_t ShuffleXor(uint64_t value, int mask) {
   return Whole(Exchange({"shfl.bfly.64", Halves(value)})[lane() ^ mask]);
@@ -307,6 +138,13 @@ bool IsSameInWarp(int value) {
 
 uint32_t SharedBase() { return 0; }
 unsigned char* SharedMemory() { return block().shared.data(); }
+uint32_t SharedAddressOf(const void* shared) {
+  const auto* const base = SharedMemory();
+  const auto* const at = static_cast<const unsigned char*>(shared);
+  CHECK(at >= base && at <= base + block().shared.size(),
+        "block {} thread {}: {} is not in shared memory", block().index, thread().index, shared);
+  return static_cast<uint32_t>(at - base);
+}
 void* SharedOfBlock(int block_of_cluster, const void* object) {
   auto& blocks = block().cluster->blocks;
   const auto offset = static_cast<const unsigned char*>(object) - block().shared.data();
@@ -353,52 +191,54 @@ void LoadMatricesTransposed(uint32_t row_address, uint32_t (&matrices)[4]) {
 
 void MatrixMultiplyAdd(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float& c0, float& c1,
                        float& c2, float& c3) {
-  const auto& inputs = Exchange({"mma.m16n8k16", {a[0], a[1], a[2], a[3], b0, b1}});
-  const auto element_a = [&](int row, int k) {
-    const LaneInput& owner = inputs[4 * (row % 8) + k % 8 / 2];
-    return Bfloat16(owner.words[row / 8 + 2 * (k / 8)], k % 2);
-  };
-  const auto element_b = [&](int k, int column) {
-    const LaneInput& owner = inputs[4 * column + k % 8 / 2];
-    return Bfloat16(owner.words[4 + k / 8], k % 2);
-  };
-  const auto add = [&](int row, int column, float* c) {
-    double sum = *c;
-    for (int k = 0; k < 16; ++k) sum += double{element_a(row, k)} * element_b(k, column);
-    *c = static_cast<float>(sum);
-  };
-  const int row = lane() / 4;
-  const int column = 2 * (lane() % 4);
-  add(row, column, &c0);
-  add(row, column + 1, &c1);
-  add(row + 8, column, &c2);
-  add(row + 8, column + 1, &c3);
+  const auto& sums = Exchange({"mma.bf16",
+                               {a[0], a[1], a[2], a[3], b0, b1, FloatToBits(c0), FloatToBits(c1),
+                                FloatToBits(c2), FloatToBits(c3)}},
+                              MultiplyFragments<emulation::Bfloat16Value>)[lane()]
+                         .words;
+  c0 = BitsToFloat(sums[6]);
+  c1 = BitsToFloat(sums[7]);
+  c2 = BitsToFloat(sums[8]);
+  c3 = BitsToFloat(sums[9]);
+}
+
+void MatrixMultiplyAddHalves(const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                             float (&sum)[4]) {
+  const auto& sums = Exchange({"mma.f16",
+                               {a[0], a[1], a[2], a[3], b[0], b[1], FloatToBits(c[0]),
+                                FloatToBits(c[1]), FloatToBits(c[2]), FloatToBits(c[3])}},
+                              MultiplyFragments<emulation::Float16Value>)[lane()]
+                         .words;
+  for (int i = 0; i < 4; ++i) sum[i] = BitsToFloat(sums[6 + i]);
 }
 
 void CopyToShared(uint32_t address, const void* from, int num_bytes) {
-  CHECK(num_bytes >= 0 && num_bytes <= 16, "num_bytes={}", num_bytes);
-  CHECK(reinterpret_cast<uintptr_t>(from) % 16 == 0, "a copy from {}", from);
-  Copy copy = {.address = address};
-  std::memcpy(copy.bytes.data(), from, num_bytes);
-  SharedBytes(address, 16);  // in bounds
-  if (block().launch->copy_timing == CopyTiming::kEarly) {
-    Arrive(copy);
-  } else {
-    thread().open_copies.push_back(copy);
-  }
+  emulation::StartCopy(address, from, num_bytes, 16, &thread().open_copies);
+}
+void CopyToSharedIf(bool condition, uint32_t address, const void* from) {
+  if (condition) CopyToShared(address, from);
+}
+void CopyWordToShared(uint32_t address, const void* from) {
+  emulation::StartCopy(address, from, 4, 4, &thread().open_copies);
 }
 
 void CommitCopies() {
-  thread().copy_groups.push_back(std::move(thread().open_copies));
-  thread().open_copies.clear();
+  emulation::Thread& self = thread();
+  self.copy_groups.push_back(std::exchange(self.open_copies, {}));
 }
 
 void WaitForCopiesUntil(int pending) {
   auto& groups = thread().copy_groups;
   while (static_cast<int>(groups.size()) > pending) {
-    for (const Copy& copy : groups.front()) Arrive(copy);
-    groups.pop_front();
+    emulation::Land(groups.front());
+    groups.erase(groups.begin());
   }
+}
+
+void CheckAligned(const void* address, int bytes) {
+  CHECK(reinterpret_cast<uintptr_t>(address) % bytes == 0,
+        "block {} thread {}: {} is not aligned to {}", block().index, thread().index, address,
+        bytes);
 }
 
 float Add(float a, float b) { return a + b; }
@@ -419,6 +259,8 @@ float HighBfloat16(uint32_t pair) { return Bfloat16(pair, 1); }
 uint32_t AddBfloat16Pairs(uint32_t a, uint32_t b) {
   return PackBfloat16(Bfloat16(a, 0) + Bfloat16(b, 0), Bfloat16(a, 1) + Bfloat16(b, 1));
 }
+uint16_t FloatToHalf(float value) { return plan::FloatToFloat16(value); }
+float HalfToFloat(uint16_t bits) { return plan::Float16ToFloat(bits); }
 float2 UnpackHalves(uint32_t pair) {
   return {plan::HalfToFloat(static_cast<uint16_t>(pair)),
           plan::HalfToFloat(static_cast<uint16_t>(pair >> 16))};

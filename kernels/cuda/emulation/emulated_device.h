@@ -1,15 +1,20 @@
 // A GPU for tests: runs the threads of a kernel's blocks as coroutines and gives the functions of
 // kernels/cuda/device_ops.h the meaning that the PTX manual gives their instructions.
 //
-// What it finds: a wrong index or fragment, shared memory out of bounds, a barrier that some thread
-// misses, lanes of a warp that meet in different instructions, a copy that is used before it was
-// waited for (CopyTiming::kLate) or that overwrites what is still read (kEarly). The order of
-// blocks and threads is drawn from the seed, so a missing barrier gives wrong results sooner or
-// later. What it does not find: a wrong operand in a PTX string, and anything about memory order.
+// What it finds: a wrong index or fragment, shared memory out of bounds, a misaligned access, a
+// barrier that some thread misses, lanes of a warp that meet in different instructions, a copy that
+// is used before it was waited for or overwrites what is still read (CopyTiming::kLate: from its
+// start until the wait, the latest moment that the programming model allows, NaNs stand there;
+// kEarly: it has landed at once). Shared memory begins as NaNs. The order of blocks, and at each
+// wait which thread goes on, is drawn from the seed, so a missing barrier gives wrong results
+// sooner or later. What it does not find: a wrong operand in a PTX string, and anything about
+// memory order. Matrix products are summed in float64.
 //
 // Threading: one emulated launch at a time in a process.
 #pragma once
 
+#include <bit>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 
@@ -49,6 +54,7 @@ int BlockIndex();
 int NumBlocks();
 
 void SyncBlock();
+void SyncWarp();
 void SyncCluster();
 
 float Shuffle(float value, int source_lane);
@@ -56,17 +62,40 @@ int32_t Shuffle(int32_t value, int source_lane);
 int32_t ShuffleUp(int32_t value, int distance);
 uint64_t ShuffleUp(uint64_t value, int distance);
 float ShuffleXor(float value, int mask);
+int32_t ShuffleXor(int32_t value, int mask);
 uint64_t ShuffleXor(uint64_t value, int mask);
 uint32_t Ballot(bool predicate);
 bool IsSameInWarp(int value);
 
 uint32_t SharedBase();
 unsigned char* SharedMemory();
+uint32_t SharedAddressOf(const void* shared);
 void* SharedOfBlock(int block_of_cluster, const void* object);
 template <typename T>
 T* OfBlock(int block_of_cluster, T* object) {
   return static_cast<T*>(SharedOfBlock(block_of_cluster, object));
 }
+
+// Launches run one after another.
+inline void WaitForPreviousKernel() {}
+inline void LetNextKernelBegin() {}
+
+void InitBarrier(uint32_t barrier, int arrivals);
+void ArriveAtBarrier(uint32_t barrier);
+void WaitAtBarrier(uint32_t barrier, uint32_t parity);
+
+void CheckAligned(const void* address, int bytes);
+template <typename T>
+T LoadAligned(const void* from) {
+  CheckAligned(from, sizeof(T));
+  return *static_cast<const T*>(from);
+}
+template <typename T>
+void StoreAligned(void* to, const T& value) {
+  CheckAligned(to, sizeof(T));
+  *static_cast<T*>(to) = value;
+}
+
 void StoreShared(uint32_t address, uint32_t value);
 void StoreShared(uint32_t address, uint2 value);
 void StoreShared(uint32_t address, uint4 value);
@@ -77,8 +106,12 @@ void LoadMatrices(uint32_t row_address, uint32_t (&matrices)[4]);
 void LoadMatricesTransposed(uint32_t row_address, uint32_t (&matrices)[4]);
 void MatrixMultiplyAdd(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float& c0, float& c1,
                        float& c2, float& c3);
+void MatrixMultiplyAddHalves(const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                             float (&sum)[4]);
 
 void CopyToShared(uint32_t address, const void* from, int num_bytes = 16);
+void CopyToSharedIf(bool condition, uint32_t address, const void* from);
+void CopyWordToShared(uint32_t address, const void* from);
 void CommitCopies();
 void WaitForCopiesUntil(int pending);
 template <int kPending>
@@ -96,18 +129,45 @@ float Multiply(float a, float b);
 float MultiplyAdd(float a, float b, float c);
 float Divide(float a, float b);
 float Exp2(float x);
+inline float Abs(float a) { return std::fabs(a); }
+inline float Max(float a, float b) { return std::fmax(a, b); }
+inline float Exp(float a) { return std::exp(a); }
+inline int CountBits(uint32_t bits) { return std::popcount(bits); }
+inline float BitsToFloat(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t FloatToBits(float value) { return std::bit_cast<uint32_t>(value); }
 
 uint32_t PackBfloat16(float low, float high);
 float LowBfloat16(uint32_t pair);
 float HighBfloat16(uint32_t pair);
-inline uint32_t AndOr(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+template <uint32_t kMask>
+uint32_t AndOr(uint32_t a, uint32_t bits) {
+  return (a & kMask) | bits;
+}
+template <int kIndex>
+uint32_t ByteOf(uint32_t word) {
+  return (word >> (8 * kIndex)) & 255;
+}
+template <uint32_t kSelector>
+uint32_t PermuteBytes(uint32_t low, uint32_t high) {
+  const uint64_t bytes = low | uint64_t{high} << 32;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>((bytes >> (8 * ((kSelector >> (4 * i)) & 7))) & 255) << (8 * i);
+  }
+  return result;
+}
 uint32_t AddBfloat16Pairs(uint32_t a, uint32_t b);
+uint16_t FloatToHalf(float value);
+float HalfToFloat(uint16_t bits);
 float2 UnpackHalves(uint32_t pair);
 
 template <typename T>
 T LoadConstant(const T* from) {
-  return *from;
+  return LoadAligned<T>(from);
 }
+inline int32_t LoadFresh(const int32_t* from) { return LoadAligned<int32_t>(from); }
+inline float LoadFresh(const float* from) { return LoadAligned<float>(from); }
+inline uint4 LoadFresh(const uint4* from) { return LoadAligned<uint4>(from); }
 inline float4 LoadFromL2(const float4* from) { return *from; }
 inline float2 LoadFromL2(const float2* from) { return *from; }
 void FenceDevice();

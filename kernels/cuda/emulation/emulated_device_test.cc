@@ -9,6 +9,7 @@
 
 #include "kernels/cuda/device_ops.h"
 #include "kernels/formats/bf16.h"
+#include "kernels/plan/float16.h"
 
 namespace wintserve::kernels::cuda {
 namespace {
@@ -105,7 +106,7 @@ TEST(EmulatedDevice, ACopyIsThereAtOnceOrOnlyWhenWaitedFor) {
       CommitCopies();
       WaitForCopies<1>();
       EXPECT_EQ(LoadShared(0), 1u);
-      EXPECT_EQ(LoadShared(16), timing == CopyTiming::kEarly ? 5u : 99u);
+      EXPECT_EQ(LoadShared(16), timing == CopyTiming::kEarly ? 5u : 0xFFFFFFFFu);
       WaitForCopies<0>();
       EXPECT_EQ(LoadShared(20), 6u);
       EXPECT_EQ(LoadShared(24), 0u) << "behind what was asked for lie zeros";
@@ -127,8 +128,6 @@ TEST(EmulatedDevice, BarriersOrderTheThreadsOfABlock) {
     });
   }
 }
-
-using EmulatedDeviceDeathTest = testing::Test;
 
 TEST(EmulatedDevice, BlocksOfAClusterMeetAndReachEachOthersMemory) {
   // Every block counts threads in the memory of the next block of its cluster.
@@ -156,6 +155,99 @@ TEST(EmulatedDevice, BlocksOfAClusterMeetAndReachEachOthersMemory) {
   }
 }
 
+TEST(EmulatedDevice, MultipliesBinary16FragmentsAsMatrices) {
+  std::mt19937 rng(1);
+  std::vector<float> a(16 * 16), b(16 * 8), c(16 * 8), d(16 * 8);
+  for (auto* values : {&a, &b, &c}) {
+    for (float& value : *values) value = static_cast<float>(static_cast<int>(rng() % 64) - 32);
+  }
+  const auto pair = [](float low, float high) {
+    return plan::FloatToFloat16(low) | static_cast<uint32_t>(plan::FloatToFloat16(high)) << 16;
+  };
+  Emulate({.threads_per_block = 32, .shared_bytes = 16, .seed = 1}, [&] {
+    const int g = ThreadIndex() / 4;
+    const int k = ThreadIndex() % 4 * 2;
+    const uint32_t fragment_a[4] = {pair(a[g * 16 + k], a[g * 16 + k + 1]),
+                                    pair(a[(g + 8) * 16 + k], a[(g + 8) * 16 + k + 1]),
+                                    pair(a[g * 16 + k + 8], a[g * 16 + k + 9]),
+                                    pair(a[(g + 8) * 16 + k + 8], a[(g + 8) * 16 + k + 9])};
+    const uint32_t fragment_b[2] = {pair(b[k * 8 + g], b[(k + 1) * 8 + g]),
+                                    pair(b[(k + 8) * 8 + g], b[(k + 9) * 8 + g])};
+    float sums[4] = {c[g * 8 + k], c[g * 8 + k + 1], c[(g + 8) * 8 + k], c[(g + 8) * 8 + k + 1]};
+    MatrixMultiplyAddHalves(fragment_a, fragment_b, sums, sums);
+    d[g * 8 + k] = sums[0];
+    d[g * 8 + k + 1] = sums[1];
+    d[(g + 8) * 8 + k] = sums[2];
+    d[(g + 8) * 8 + k + 1] = sums[3];
+  });
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) {
+      float expected = c[row * 8 + column];
+      for (int k = 0; k < 16; ++k) expected += a[row * 16 + k] * b[k * 8 + column];
+      EXPECT_EQ(d[row * 8 + column], expected);
+    }
+  }
+}
+
+TEST(EmulatedDevice, BringsCopiesOnlyWhenTheyAreWaitedFor) {
+  alignas(16) const uint32_t source[4] = {1, 2, 3, 4};
+  Emulate({.threads_per_block = 32, .shared_bytes = 512, .seed = 1}, [&] {
+    unsigned char* const shared = SharedMemory();
+    auto* own = reinterpret_cast<uint32_t*>(shared + ThreadIndex() * 16);
+    own[0] = 7;
+    CopyToShared(SharedAddressOf(own), source);
+    CommitCopies();
+    EXPECT_EQ(own[0], 0xFFFFFFFFu);
+    WaitForCopies<1>();
+    EXPECT_EQ(own[0], 0xFFFFFFFFu);
+    WaitForCopies<0>();
+    EXPECT_EQ(own[3], 4u);
+  });
+}
+
+TEST(EmulatedDevice, AMissingBarrierShowsInSomeOrderAndAPresentOneNever) {
+  int num_wrong = 0;
+  for (uint32_t seed = 0; seed < 20; ++seed) {
+    for (const bool barrier : {false, true}) {
+      bool wrong = false;
+      Emulate({.threads_per_block = 64, .shared_bytes = 256, .seed = seed}, [&] {
+        unsigned char* const shared = SharedMemory();
+        auto* values = reinterpret_cast<int32_t*>(shared);
+        values[ThreadIndex()] = ThreadIndex();
+        if (barrier) SyncBlock();
+        wrong |= values[63 - ThreadIndex()] != 63 - ThreadIndex();
+      });
+      if (barrier) {
+        EXPECT_FALSE(wrong);
+      }
+      num_wrong += wrong ? 1 : 0;
+    }
+  }
+  EXPECT_EQ(num_wrong, 20);
+}
+
+TEST(EmulatedDevice, ABarrierInMemoryCompletesWithEachCountOfArrivals) {
+  constexpr int kRounds = 5;
+  int arrived = 0;
+  Emulate({.threads_per_block = 64, .shared_bytes = 16, .seed = 1}, [&] {
+    const uint32_t barrier = SharedBase();
+    const int thread = ThreadIndex();
+    if (thread == 0) InitBarrier(barrier, 63);
+    SyncBlock();
+    for (int round = 0; round < kRounds; ++round) {
+      if (thread != 0) {
+        ++arrived;
+        ArriveAtBarrier(barrier);
+      }
+      WaitAtBarrier(barrier, round % 2);
+      EXPECT_EQ(arrived, 63 * (round + 1));
+      SyncBlock();
+    }
+  });
+}
+
+using EmulatedDeviceDeathTest = testing::Test;
+
 TEST(EmulatedDeviceDeathTest, FindsWhatWouldHangOrCorrupt) {
   EXPECT_DEATH(Emulate({.threads_per_block = 64},
                        [] {
@@ -175,6 +267,24 @@ TEST(EmulatedDeviceDeathTest, FindsWhatWouldHangOrCorrupt) {
                "4 bytes of shared memory at 64 of 64");
   EXPECT_DEATH(Emulate({.shared_bytes = 64}, [] { LoadShared4(8); }),
                "16 bytes of shared memory at 8 of 64");
+  EXPECT_DEATH(Emulate({.shared_bytes = 64}, [] { LoadAligned<uint4>(SharedMemory() + 8); }),
+               "is not aligned to 16");
+  EXPECT_DEATH(Emulate({.shared_bytes = 64},
+                       [] {
+                         if (ThreadIndex() == 0) InitBarrier(8, 32);
+                         SyncBlock();
+                         StoreShared(8, 1u);
+                         ArriveAtBarrier(8);
+                       }),
+               "no barrier at 8");
+  EXPECT_DEATH(Emulate({.shared_bytes = 64},
+                       [] {
+                         if (ThreadIndex() == 0) InitBarrier(8, 33);
+                         SyncBlock();
+                         ArriveAtBarrier(8);
+                         WaitAtBarrier(8, 0);
+                       }),
+               "0 of 32 threads ended, .* at barriers in shared memory");
 }
 
 }  // namespace
