@@ -93,16 +93,15 @@ LaunchShape ShapeFor(int64_t count) {
   return shape;
 }
 
-struct Bfloat16Device : GpuDevice {
-  static WINTSERVE_DEVICE void MultiplyAccumulate(const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                                  const float (&c)[4], float (&sum)[4]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
-        : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
-          "f"(c[2]), "f"(c[3]));
-  }
-};
+// As MatrixMultiplyAddHalves.
+WINTSERVE_DEVICE void MultiplyAddBfloat16(const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                          const float (&c)[4], float (&sum)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
+}
 
 // The steps of FastDeploy's converter, written for this skeleton: 3 instructions a weight.
 struct FastDeployWint2Codec {
@@ -117,13 +116,11 @@ struct FastDeployWint2Codec {
     return constants;
   }
 
-  using Packed = Words4;
-  template <class Device>
+  using Packed = uint4;
   static WINTSERVE_DEVICE Packed LoadPacked(const uint8_t* lane_units) {
-    return Device::LoadShared16(lane_units);
+    return LoadAligned<uint4>(lane_units);
   }
 
-  template <class Device>
   static WINTSERVE_DEVICE void Decode(const Packed& packed, int group, const LaneColumns& columns,
                                       const float (&scale)[2], const Constants& constants,
                                       uint32_t (&a)[4][4]) {
@@ -139,18 +136,16 @@ struct FastDeployWint2Codec {
     }
   }
 
-  template <class Device>
   static WINTSERVE_DEVICE void LoadLocalScales(const uint8_t* row_scales,
                                                const Constants& constants, float (&scale)[2][2]) {
-    Wint2Codec::LoadLocalScales<Device>(row_scales, constants, scale);
+    Wint2Codec::LoadLocalScales(row_scales, constants, scale);
   }
 
-  template <class Device>
   static WINTSERVE_DEVICE void Accumulate(const uint32_t (&a)[4][4], const uint32_t (&b)[4][2],
                                           const float (&)[4], const float (&)[2],
                                           float (&total)[4]) {
 #pragma unroll
-    for (int m = 0; m < 4; ++m) Device::MultiplyAccumulate(a[m], b[m], total, total);
+    for (int m = 0; m < 4; ++m) MultiplyAddBfloat16(a[m], b[m], total, total);
   }
 
  private:
@@ -163,7 +158,7 @@ struct FastDeployWint2Codec {
   static WINTSERVE_DEVICE uint32_t Weight(uint32_t field, uint32_t base,
                                           const __nv_bfloat162& weight_scale) {
     // 128 + field as bfloat16, less 160.
-    const uint32_t biased = GpuDevice::MaskOr<0x003F003F>(field, base);
+    const uint32_t biased = AndOr<0x003F003F>(field, base);
     __nv_bfloat162 value;
     memcpy(&value, &biased, sizeof(value));
     value = __hmul2(__hsub2(value, __float2bfloat162_rn(160.0f)), weight_scale);
@@ -192,14 +187,14 @@ template <int kTiles>
 __global__ void __launch_bounds__(plan::kProductThreads, 2)
     FastDeployKernel(const __grid_constant__ ProductParams params) {
   extern __shared__ __align__(16) uint8_t product_shared[];
-  StreamProduct<Bfloat16Device, FastDeployWint2Codec, kTiles>(params, product_shared);
+  StreamProduct<FastDeployWint2Codec, kTiles>(params, product_shared);
 }
 
 template <int kChunks>
 __global__ void __launch_bounds__(32 * plan::kResidentWarps)
     FastDeployResidentKernel(const __grid_constant__ ProductParams params) {
   extern __shared__ __align__(16) uint8_t product_shared[];
-  ResidentProduct<Bfloat16Device, FastDeployWint2Codec, kChunks>(params, product_shared);
+  ResidentProduct<FastDeployWint2Codec, kChunks>(params, product_shared);
 }
 
 using Kernel = void (*)(ProductParams);

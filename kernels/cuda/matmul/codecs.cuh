@@ -16,7 +16,7 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/matmul/device_macros.h"
+#include "kernels/cuda/device_ops.h"
 #include "kernels/formats/matrix.h"
 #include "kernels/plan/weight_layout.h"
 
@@ -30,28 +30,27 @@ struct LaneColumns {
 };
 
 // columns: the ColumnInfos of the tile.
-template <class Device>
 WINTSERVE_DEVICE LaneColumns LoadLaneColumns(const uint8_t* columns, int g) {
   LaneColumns lane;
   WINTSERVE_UNROLL
   for (int upper = 0; upper < 2; ++upper) {
-    const Words4 info = Device::LoadGlobal16(columns + (g + 8 * upper) * sizeof(plan::ColumnInfo));
+    const uint4 info = LoadConstant(
+        reinterpret_cast<const uint4*>(columns + (g + 8 * upper) * sizeof(plan::ColumnInfo)));
     lane.multiplier[upper] = info.x;
     lane.offset[upper] = info.y;
-    lane.scale[upper] = Device::BitsToFloat(info.z);
+    lane.scale[upper] = BitsToFloat(info.z);
   }
   return lane;
 }
 
 // total += correction + a * b over the 64 k of a group. a [mma][register], b [mma][register];
 // correction and total: accumulators.
-template <class Device>
 WINTSERVE_DEVICE void AddGroup(const uint32_t (&a)[4][4], const uint32_t (&b)[4][2],
                                const float (&correction)[4], float (&total)[4]) {
   WINTSERVE_UNROLL
-  for (int i = 0; i < 4; ++i) total[i] = Device::Add(total[i], correction[i]);
+  for (int i = 0; i < 4; ++i) total[i] = Add(total[i], correction[i]);
   WINTSERVE_UNROLL
-  for (int m = 0; m < 4; ++m) Device::MultiplyAccumulate(a[m], b[m], total, total);
+  for (int m = 0; m < 4; ++m) MatrixMultiplyAddHalves(a[m], b[m], total, total);
 }
 
 struct Wint2Codec {
@@ -72,14 +71,12 @@ struct Wint2Codec {
 
   // What a lane keeps of a chunk for both groups. lane_units: its 16 bytes of the chunk's first
   // unit, in shared memory.
-  using Packed = Words4;
-  template <class Device>
+  using Packed = uint4;
   static WINTSERVE_DEVICE Packed LoadPacked(const uint8_t* lane_units) {
-    return Device::LoadShared16(lane_units);
+    return LoadAligned<uint4>(lane_units);
   }
 
   // The group's local scales of the lane's rows are for codecs that scale each weight.
-  template <class Device>
   static WINTSERVE_DEVICE void Decode(const Packed& packed, int group, const LaneColumns& columns,
                                       const float (&)[2], const Constants& constants,
                                       uint32_t (&a)[4][4]) {
@@ -87,37 +84,35 @@ struct Wint2Codec {
     for (int upper = 0; upper < 2; ++upper) {
       const uint32_t bytes =
           group == 0 ? (upper == 0 ? packed.x : packed.y) : (upper == 0 ? packed.z : packed.w);
-      DecodePair<Device, 0>(bytes, columns, constants, upper, a);
-      DecodePair<Device, 1>(bytes, columns, constants, upper, a);
+      DecodePair<0>(bytes, columns, constants, upper, a);
+      DecodePair<1>(bytes, columns, constants, upper, a);
     }
   }
 
   // scale[group][upper]; row_scales: the two bytes of the lane's rows in shared memory. OR-ing an
   // exponent to a nibble at bit o gives the float32 2^(23 - o) + nibble.
-  template <class Device>
   static WINTSERVE_DEVICE void LoadLocalScales(const uint8_t* row_scales,
                                                const Constants& constants, float (&scale)[2][2]) {
-    const uint32_t nibbles = Device::LoadShared2(row_scales);
+    const uint32_t nibbles = LoadAligned<uint16_t>(row_scales);
     const auto& base = constants.nibble_base;
-    const auto value = [](uint32_t bits, float from) { return Device::BitsToFloat(bits) - from; };
-    scale[0][0] = value(Device::template MaskOr<0x000F>(nibbles, base[0]), 0x1p23f);
-    scale[1][0] = value(Device::template MaskOr<0x00F0>(nibbles, base[1]), 0x1p19f);
-    scale[0][1] = value(Device::template MaskOr<0x0F00>(nibbles, base[2]), 0x1p15f);
-    scale[1][1] = value(Device::template MaskOr<0xF000>(nibbles, base[3]), 0x1p11f);
+    const auto value = [](uint32_t bits, float from) { return BitsToFloat(bits) - from; };
+    scale[0][0] = value(AndOr<0x000F>(nibbles, base[0]), 0x1p23f);
+    scale[1][0] = value(AndOr<0x00F0>(nibbles, base[1]), 0x1p19f);
+    scale[0][1] = value(AndOr<0x0F00>(nibbles, base[2]), 0x1p15f);
+    scale[1][1] = value(AndOr<0xF000>(nibbles, base[3]), 0x1p11f);
   }
 
-  template <class Device>
   static WINTSERVE_DEVICE void Accumulate(const uint32_t (&a)[4][4], const uint32_t (&b)[4][2],
                                           const float (&correction)[4], const float (&scale)[2],
                                           float (&total)[4]) {
     float sum[4];
-    Device::MultiplyAccumulate(a[0], b[0], correction, sum);
+    MatrixMultiplyAddHalves(a[0], b[0], correction, sum);
     WINTSERVE_UNROLL
-    for (int m = 1; m < 4; ++m) Device::MultiplyAccumulate(a[m], b[m], sum, sum);
-    total[0] = Device::MultiplyAdd(scale[0], sum[0], total[0]);
-    total[1] = Device::MultiplyAdd(scale[0], sum[1], total[1]);
-    total[2] = Device::MultiplyAdd(scale[1], sum[2], total[2]);
-    total[3] = Device::MultiplyAdd(scale[1], sum[3], total[3]);
+    for (int m = 1; m < 4; ++m) MatrixMultiplyAddHalves(a[m], b[m], sum, sum);
+    total[0] = MultiplyAdd(scale[0], sum[0], total[0]);
+    total[1] = MultiplyAdd(scale[0], sum[1], total[1]);
+    total[2] = MultiplyAdd(scale[1], sum[2], total[2]);
+    total[3] = MultiplyAdd(scale[1], sum[3], total[3]);
   }
 
  private:
@@ -126,21 +121,20 @@ struct Wint2Codec {
   // the fraction). Weights 3 and 2 of the codes then stand at bits 1 and 4 of the lanes, and after
   // a shift by 6 weights 1 and 0 do. A 6-bit integer at bit o of a binary16's fraction with the
   // exponent of 1024 >> o is (1024 >> o) + integer.
-  template <class Device, int pair>
+  template <int pair>
   static WINTSERVE_DEVICE void DecodePair(uint32_t bytes, const LaneColumns& columns,
                                           const Constants& constants, int upper,
                                           uint32_t (&a)[4][4]) {
     const uint32_t low =
-        Device::template Byte<2 * pair>(bytes) * columns.multiplier[upper] + columns.offset[upper];
-    const uint32_t high = Device::template Byte<2 * pair + 1>(bytes) * columns.multiplier[upper] +
-                          columns.offset[upper];
-    const uint32_t codes = Device::template Permute<0x7632>(low, high);
+        ByteOf<2 * pair>(bytes) * columns.multiplier[upper] + columns.offset[upper];
+    const uint32_t high =
+        ByteOf<2 * pair + 1>(bytes) * columns.multiplier[upper] + columns.offset[upper];
+    const uint32_t codes = PermuteBytes<0x7632>(low, high);
     const uint32_t shifted = codes >> 6;
-    a[2 * pair][upper] = Device::template MaskOr<0x007E007E>(codes, constants.weight_base[0]);
-    a[2 * pair][2 + upper] = Device::template MaskOr<0x03F003F0>(codes, constants.weight_base[1]);
-    a[2 * pair + 1][upper] = Device::template MaskOr<0x007E007E>(shifted, constants.weight_base[0]);
-    a[2 * pair + 1][2 + upper] =
-        Device::template MaskOr<0x03F003F0>(shifted, constants.weight_base[1]);
+    a[2 * pair][upper] = AndOr<0x007E007E>(codes, constants.weight_base[0]);
+    a[2 * pair][2 + upper] = AndOr<0x03F003F0>(codes, constants.weight_base[1]);
+    a[2 * pair + 1][upper] = AndOr<0x007E007E>(shifted, constants.weight_base[0]);
+    a[2 * pair + 1][2 + upper] = AndOr<0x03F003F0>(shifted, constants.weight_base[1]);
   }
 };
 
@@ -154,16 +148,12 @@ struct Wint4Codec {
 
   // The lane's bytes stay in shared memory until they are decoded.
   using Packed = const uint8_t*;
-  template <class Device>
-  static WINTSERVE_DEVICE Packed LoadPacked(const uint8_t* lane_units) {
-    return lane_units;
-  }
+  static WINTSERVE_DEVICE Packed LoadPacked(const uint8_t* lane_units) { return lane_units; }
 
   // Nibbles at bits 2 and 6 of a binary16's fraction: 256 + code and 16 + code.
-  template <class Device>
   static WINTSERVE_DEVICE void Decode(const Packed& packed, int group, const LaneColumns&,
                                       const float (&)[2], const Constants&, uint32_t (&a)[4][4]) {
-    const Words4 words = Device::LoadShared16(packed + group * plan::kUnitBytes);
+    const uint4 words = LoadAligned<uint4>(packed + group * plan::kUnitBytes);
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
     WINTSERVE_UNROLL
     for (int upper = 0; upper < 2; ++upper) {
@@ -171,19 +161,18 @@ struct Wint4Codec {
       for (int pair = 0; pair < 2; ++pair) {
         const uint32_t first = word[2 * upper + pair] << 2;
         const uint32_t second = word[2 * upper + pair] >> 6;
-        a[2 * pair][upper] = Device::template MaskOr<0x003C003C>(first, 0x5C005C00);
-        a[2 * pair][2 + upper] = Device::template MaskOr<0x03C003C0>(first, 0x4C004C00);
-        a[2 * pair + 1][upper] = Device::template MaskOr<0x003C003C>(second, 0x5C005C00);
-        a[2 * pair + 1][2 + upper] = Device::template MaskOr<0x03C003C0>(second, 0x4C004C00);
+        a[2 * pair][upper] = AndOr<0x003C003C>(first, 0x5C005C00);
+        a[2 * pair][2 + upper] = AndOr<0x03C003C0>(first, 0x4C004C00);
+        a[2 * pair + 1][upper] = AndOr<0x003C003C>(second, 0x5C005C00);
+        a[2 * pair + 1][2 + upper] = AndOr<0x03C003C0>(second, 0x4C004C00);
       }
     }
   }
 
-  template <class Device>
   static WINTSERVE_DEVICE void Accumulate(const uint32_t (&a)[4][4], const uint32_t (&b)[4][2],
                                           const float (&correction)[4], const float (&)[2],
                                           float (&total)[4]) {
-    AddGroup<Device>(a, b, correction, total);
+    AddGroup(a, b, correction, total);
   }
 };
 
@@ -197,36 +186,31 @@ struct Wint8Codec {
 
   // The lane's bytes stay in shared memory until they are decoded.
   using Packed = const uint8_t*;
-  template <class Device>
-  static WINTSERVE_DEVICE Packed LoadPacked(const uint8_t* lane_units) {
-    return lane_units;
-  }
+  static WINTSERVE_DEVICE Packed LoadPacked(const uint8_t* lane_units) { return lane_units; }
 
   // A byte in the low bits of a binary16's fraction with 0x64 above it: 1024 + code.
-  template <class Device>
   static WINTSERVE_DEVICE void Decode(const Packed& packed, int group, const LaneColumns&,
                                       const float (&)[2], const Constants&, uint32_t (&a)[4][4]) {
     WINTSERVE_UNROLL
     for (int pair = 0; pair < 2; ++pair) {
-      const Words4 words = Device::LoadShared16(packed + (2 * group + pair) * plan::kUnitBytes);
+      const uint4 words = LoadAligned<uint4>(packed + (2 * group + pair) * plan::kUnitBytes);
       const uint32_t word[4] = {words.x, words.y, words.z, words.w};
       WINTSERVE_UNROLL
       for (int upper = 0; upper < 2; ++upper) {
         WINTSERVE_UNROLL
         for (int select = 0; select < 2; ++select) {
           const uint32_t bytes = word[2 * upper + select];
-          a[2 * pair + select][upper] = Device::template Permute<0x4140>(bytes, 0x64646464);
-          a[2 * pair + select][2 + upper] = Device::template Permute<0x4342>(bytes, 0x64646464);
+          a[2 * pair + select][upper] = PermuteBytes<0x4140>(bytes, 0x64646464);
+          a[2 * pair + select][2 + upper] = PermuteBytes<0x4342>(bytes, 0x64646464);
         }
       }
     }
   }
 
-  template <class Device>
   static WINTSERVE_DEVICE void Accumulate(const uint32_t (&a)[4][4], const uint32_t (&b)[4][2],
                                           const float (&correction)[4], const float (&)[2],
                                           float (&total)[4]) {
-    AddGroup<Device>(a, b, correction, total);
+    AddGroup(a, b, correction, total);
   }
 };
 
@@ -240,17 +224,13 @@ struct Bfloat16Codec {
 
   // The lane's bytes stay in shared memory until they are decoded.
   using Packed = const uint8_t*;
-  template <class Device>
-  static WINTSERVE_DEVICE Packed LoadPacked(const uint8_t* lane_units) {
-    return lane_units;
-  }
+  static WINTSERVE_DEVICE Packed LoadPacked(const uint8_t* lane_units) { return lane_units; }
 
-  template <class Device>
   static WINTSERVE_DEVICE void Decode(const Packed& packed, int group, const LaneColumns&,
                                       const float (&)[2], const Constants&, uint32_t (&a)[4][4]) {
     WINTSERVE_UNROLL
     for (int m = 0; m < 4; ++m) {
-      const Words4 words = Device::LoadShared16(packed + (4 * group + m) * plan::kUnitBytes);
+      const uint4 words = LoadAligned<uint4>(packed + (4 * group + m) * plan::kUnitBytes);
       a[m][0] = words.x;
       a[m][1] = words.y;
       a[m][2] = words.z;
@@ -258,12 +238,11 @@ struct Bfloat16Codec {
     }
   }
 
-  template <class Device>
   static WINTSERVE_DEVICE void Accumulate(const uint32_t (&a)[4][4], const uint32_t (&b)[4][2],
                                           const float (&)[4], const float (&)[2],
                                           float (&total)[4]) {
     WINTSERVE_UNROLL
-    for (int m = 0; m < 4; ++m) Device::MultiplyAccumulate(a[m], b[m], total, total);
+    for (int m = 0; m < 4; ++m) MatrixMultiplyAddHalves(a[m], b[m], total, total);
   }
 };
 

@@ -2,11 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <type_traits>
 
 #include "common/check.h"
+#include "kernels/cuda/emulation/emulated_device.h"
 #include "kernels/cuda/matmul/codecs.cuh"
-#include "kernels/cuda/matmul/emulated_device_test_util.h"
 #include "kernels/cuda/matmul/product_params.h"
 #include "kernels/cuda/matmul/resident_product.cuh"
 #include "kernels/cuda/matmul/row_kernels.cuh"
@@ -25,9 +26,8 @@ class EmulatedLauncher {
 
   void Prepare(PrepareParams params, int64_t num_rows) {
     params.cached_floats = cached_floats_;
-    EmulatedDevice::Launch(static_cast<int>(num_rows), kRowThreads,
-                           kPrepareReductionBytes + cached_floats_ * 4, seed_++,
-                           [&](uint8_t* shared) { PrepareRow<EmulatedDevice>(params, shared); });
+    Launch(static_cast<int>(num_rows), kRowThreads, kPrepareReductionBytes + cached_floats_ * 4,
+           [&] { PrepareRow(params, SharedMemory()); });
   }
 
   void Product(const plan::ProductPlan& plan, const ProductParams& params,
@@ -59,37 +59,40 @@ class EmulatedLauncher {
   }
 
   void AddSlices(const ProductParams& params) {
-    EmulatedDevice::Launch(params.num_tokens * plan::DivideUp(params.columns, kRowThreads),
-                           kRowThreads, 16, seed_++,
-                           [&](uint8_t*) { cuda::AddSlices<EmulatedDevice>(params); });
+    Launch(params.num_tokens * plan::DivideUp(params.columns, kRowThreads), kRowThreads, 16,
+           [&] { cuda::AddSlices(params); });
   }
 
   void Sort(const SortParams& params) {
-    EmulatedDevice::Launch(params.num_experts, kRowThreads, kSortSharedBytes, seed_++,
-                           [&](uint8_t* shared) { SortPairs<EmulatedDevice>(params, shared); });
+    Launch(params.num_experts, kRowThreads, kSortSharedBytes,
+           [&] { SortPairs(params, SharedMemory()); });
   }
 
   void Combine(const CombineParams& params, int64_t num_rows) {
-    EmulatedDevice::Launch(static_cast<int>(num_rows) * plan::DivideUp(params.columns, kRowThreads),
-                           kRowThreads, kCombineSharedBytes, seed_++, [&](uint8_t* shared) {
-                             CombineExperts<EmulatedDevice>(params, shared);
-                           });
+    Launch(static_cast<int>(num_rows) * plan::DivideUp(params.columns, kRowThreads), kRowThreads,
+           kCombineSharedBytes, [&] { CombineExperts(params, SharedMemory()); });
   }
 
  private:
+  void Launch(int num_blocks, int num_threads, int shared_bytes,
+              const std::function<void()>& body) {
+    Emulate({.num_blocks = num_blocks,
+             .threads_per_block = num_threads,
+             .shared_bytes = shared_bytes,
+             .seed = seed_++},
+            body);
+  }
+
   template <class Codec>
   void ProductOf(const plan::ProductPlan& plan, const ProductParams& params) {
     const auto run = [&](const auto& body) {
-      EmulatedDevice::Launch(plan.grid_blocks, plan.block_threads(),
-                             plan::SharedBytes(plan, Codec::kFormat, params.num_experts), seed_++,
-                             body);
+      Launch(plan.grid_blocks, plan.block_threads(),
+             plan::SharedBytes(plan, Codec::kFormat, params.num_experts), body);
     };
     if (plan.kernel == plan::ProductKernel::kResident) {
       if constexpr (Codec::kFormat == formats::WeightFormat::kWint2) {
         const auto resident = [&]<int kChunks>(std::integral_constant<int, kChunks>) {
-          run([&](uint8_t* shared) {
-            ResidentProduct<EmulatedDevice, Codec, kChunks>(params, shared);
-          });
+          run([&] { ResidentProduct<Codec, kChunks>(params, SharedMemory()); });
         };
         switch (plan.slice_chunks) {
           case 1:
@@ -107,38 +110,33 @@ class EmulatedLauncher {
       CHECK(false, "slice_chunks={}", plan.slice_chunks);
     }
     if (plan.kernel == plan::ProductKernel::kStream && plan.tiles_per_warp == 1) {
-      run([&](uint8_t* shared) { StreamProduct<EmulatedDevice, Codec, 1>(params, shared); });
+      run([&] { StreamProduct<Codec, 1>(params, SharedMemory()); });
     } else if (plan.kernel == plan::ProductKernel::kStream) {
-      run([&](uint8_t* shared) { StreamProduct<EmulatedDevice, Codec, 2>(params, shared); });
+      run([&] { StreamProduct<Codec, 2>(params, SharedMemory()); });
     } else if (plan.token_blocks == 2) {
-      run([&](uint8_t* shared) { TileProduct<EmulatedDevice, Codec, 2>(params, shared); });
+      run([&] { TileProduct<Codec, 2>(params, SharedMemory()); });
     } else if (plan.token_blocks == 4) {
-      run([&](uint8_t* shared) { TileProduct<EmulatedDevice, Codec, 4>(params, shared); });
+      run([&] { TileProduct<Codec, 4>(params, SharedMemory()); });
     } else {
       CHECK(plan.token_blocks == 8, "token_blocks={}", plan.token_blocks);
-      run([&](uint8_t* shared) { TileProduct<EmulatedDevice, Codec, 8>(params, shared); });
+      run([&] { TileProduct<Codec, 8>(params, SharedMemory()); });
     }
   }
 
   template <class Codec>
   void WgmmaProductOf(const plan::WgmmaPlan& plan, const ProductParams& params) {
     const auto run = [&](const auto& body) {
-      EmulatedDevice::Launch(
-          plan.grid_blocks, plan::kWgmmaThreads,
-          plan::WgmmaSharedOf(Codec::kFormat, plan.tokens).SizeBytes(params.num_experts), seed_++,
-          body);
+      Launch(plan.grid_blocks, plan::kWgmmaThreads,
+             plan::WgmmaSharedOf(Codec::kFormat, plan.tokens).SizeBytes(params.num_experts), body);
     };
     if constexpr (plan::HasWideWgmma(Codec::kFormat)) {
       if (plan.tokens == plan::kWideTokens) {
-        return run([&](uint8_t* shared) {
-          cuda::WgmmaProduct<EmulatedWgmmaDevice, Codec, plan::kWideTokens>(params, shared).Run();
-        });
+        return run(
+            [&] { cuda::WgmmaProduct<Codec, plan::kWideTokens>(params, SharedMemory()).Run(); });
       }
     }
     CHECK(plan.tokens == plan::kNarrowTokens, "tokens={}", plan.tokens);
-    run([&](uint8_t* shared) {
-      cuda::WgmmaProduct<EmulatedWgmmaDevice, Codec, plan::kNarrowTokens>(params, shared).Run();
-    });
+    run([&] { cuda::WgmmaProduct<Codec, plan::kNarrowTokens>(params, SharedMemory()).Run(); });
   }
 
   uint32_t seed_;

@@ -12,7 +12,6 @@
 
 #include "fmt/format.h"
 #include "kernels/cuda/matmul/device_weights.h"
-#include "kernels/cuda/matmul/emulated_device_test_util.h"
 #include "kernels/cuda/matmul/emulated_launcher_test_util.h"
 #include "kernels/cuda/matmul/matmul_sequence.h"
 #include "kernels/cuda/matmul/product_input_test_util.h"
@@ -31,96 +30,6 @@ using plan::ProductPlan;
 using plan::ProductShape;
 
 constexpr double kEpsilon = 0x1p-24;
-
-// --- The emulation itself ---
-
-TEST(EmulatedDevice, MultipliesFragmentsAsMatrices) {
-  std::mt19937 rng(1);
-  std::vector<float> a(16 * 16), b(16 * 8), c(16 * 8), d(16 * 8);
-  for (auto* values : {&a, &b, &c}) {
-    for (float& value : *values) value = static_cast<float>(static_cast<int>(rng() % 64) - 32);
-  }
-  const auto pair = [](float low, float high) {
-    return plan::FloatToFloat16(low) | static_cast<uint32_t>(plan::FloatToFloat16(high)) << 16;
-  };
-  EmulatedDevice::Launch(1, 32, 16, 1, [&](uint8_t*) {
-    const int g = EmulatedDevice::thread() / 4;
-    const int k = EmulatedDevice::thread() % 4 * 2;
-    const uint32_t fragment_a[4] = {pair(a[g * 16 + k], a[g * 16 + k + 1]),
-                                    pair(a[(g + 8) * 16 + k], a[(g + 8) * 16 + k + 1]),
-                                    pair(a[g * 16 + k + 8], a[g * 16 + k + 9]),
-                                    pair(a[(g + 8) * 16 + k + 8], a[(g + 8) * 16 + k + 9])};
-    const uint32_t fragment_b[2] = {pair(b[k * 8 + g], b[(k + 1) * 8 + g]),
-                                    pair(b[(k + 8) * 8 + g], b[(k + 9) * 8 + g])};
-    float sums[4] = {c[g * 8 + k], c[g * 8 + k + 1], c[(g + 8) * 8 + k], c[(g + 8) * 8 + k + 1]};
-    EmulatedDevice::MultiplyAccumulate(fragment_a, fragment_b, sums, sums);
-    d[g * 8 + k] = sums[0];
-    d[g * 8 + k + 1] = sums[1];
-    d[(g + 8) * 8 + k] = sums[2];
-    d[(g + 8) * 8 + k + 1] = sums[3];
-  });
-  for (int row = 0; row < 16; ++row) {
-    for (int column = 0; column < 8; ++column) {
-      float expected = c[row * 8 + column];
-      for (int k = 0; k < 16; ++k) expected += a[row * 16 + k] * b[k * 8 + column];
-      EXPECT_EQ(d[row * 8 + column], expected);
-    }
-  }
-}
-
-TEST(EmulatedDevice, BringsCopiesOnlyWhenTheyAreWaitedFor) {
-  alignas(16) const uint32_t source[4] = {1, 2, 3, 4};
-  EmulatedDevice::Launch(1, 32, 512, 1, [&](uint8_t* shared) {
-    auto* own = reinterpret_cast<uint32_t*>(shared + EmulatedDevice::thread() * 16);
-    own[0] = 7;
-    EmulatedDevice::CopyAsync16(own, source);
-    EmulatedDevice::CommitCopies();
-    EXPECT_EQ(own[0], 0xFFFFFFFFu);
-    EmulatedDevice::WaitCopies<1>();
-    EXPECT_EQ(own[0], 0xFFFFFFFFu);
-    EmulatedDevice::WaitCopies<0>();
-    EXPECT_EQ(own[3], 4u);
-  });
-}
-
-TEST(EmulatedDevice, AMissingBarrierShowsInSomeOrderAndAPresentOneNever) {
-  int num_wrong = 0;
-  for (uint32_t seed = 0; seed < 20; ++seed) {
-    for (const bool barrier : {false, true}) {
-      bool wrong = false;
-      EmulatedDevice::Launch(1, 64, 256, seed, [&](uint8_t* shared) {
-        auto* values = reinterpret_cast<int32_t*>(shared);
-        values[EmulatedDevice::thread()] = EmulatedDevice::thread();
-        if (barrier) EmulatedDevice::SyncBlock();
-        wrong |= values[63 - EmulatedDevice::thread()] != 63 - EmulatedDevice::thread();
-      });
-      if (barrier) {
-        EXPECT_FALSE(wrong);
-      }
-      num_wrong += wrong ? 1 : 0;
-    }
-  }
-  EXPECT_EQ(num_wrong, 20);
-}
-
-TEST(EmulatedDevice, ABarrierInMemoryCompletesWithEachCountOfArrivals) {
-  constexpr int kRounds = 5;
-  int arrived = 0;
-  EmulatedDevice::Launch(1, 64, 16, 1, [&](uint8_t* shared) {
-    const int thread = EmulatedDevice::thread();
-    if (thread == 0) EmulatedDevice::InitBarrier(shared, 63);
-    EmulatedDevice::SyncBlock();
-    for (int round = 0; round < kRounds; ++round) {
-      if (thread != 0) {
-        ++arrived;
-        EmulatedDevice::ArriveAtBarrier(shared);
-      }
-      EmulatedDevice::WaitBarrier(shared, round % 2);
-      EXPECT_EQ(arrived, 63 * (round + 1));
-      EmulatedDevice::SyncBlock();
-    }
-  });
-}
 
 // --- Products ---
 

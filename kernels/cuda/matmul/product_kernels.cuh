@@ -4,7 +4,6 @@
 #include "common/check.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/matmul/codecs.cuh"
-#include "kernels/cuda/matmul/gpu_device.cuh"
 #include "kernels/cuda/matmul/launches.h"
 #include "kernels/cuda/matmul/resident_product.cuh"
 #include "kernels/cuda/matmul/stream_product.cuh"
@@ -16,14 +15,14 @@ template <class Codec, int kTiles>
 __global__ void __launch_bounds__(plan::kProductThreads, 2)
     StreamKernel(const __grid_constant__ ProductParams params) {
   extern __shared__ __align__(16) uint8_t product_shared[];
-  StreamProduct<GpuDevice, Codec, kTiles>(params, product_shared);
+  StreamProduct<Codec, kTiles>(params, product_shared);
 }
 
 template <class Codec, int kChunks>
 __global__ void __launch_bounds__(32 * plan::kResidentWarps)
     ResidentKernel(const __grid_constant__ ProductParams params) {
   extern __shared__ __align__(16) uint8_t product_shared[];
-  ResidentProduct<GpuDevice, Codec, kChunks>(params, product_shared);
+  ResidentProduct<Codec, kChunks>(params, product_shared);
 }
 
 template <class Codec, int kBlocks>
@@ -32,7 +31,7 @@ __global__ void __launch_bounds__(plan::kProductThreads,
                                                                 Codec::kFormat))
     TileKernel(const __grid_constant__ ProductParams params) {
   extern __shared__ __align__(16) uint8_t product_shared[];
-  TileProduct<GpuDevice, Codec, kBlocks>(params, product_shared);
+  TileProduct<Codec, kBlocks>(params, product_shared);
 }
 
 template <class Codec>

@@ -17,8 +17,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/cuda/device_ops.h"
 #include "kernels/cuda/matmul/codecs.cuh"
-#include "kernels/cuda/matmul/device_macros.h"
 #include "kernels/cuda/matmul/product_params.h"
 #include "kernels/cuda/matmul/schedule.cuh"
 #include "kernels/plan/product_plan.h"
@@ -28,7 +28,7 @@ namespace wintserve::kernels::cuda {
 // One warp's ring of weights. A stage holds the records of its slice of a tile, then the tile's
 // ColumnInfos. All slices are copied as if they were kChunks long: behind a shorter one lies the
 // next (the last is the longest).
-template <class Device, int kChunks>
+template <int kChunks>
 class ResidentRing {
  public:
   static constexpr int kRecordBytes = plan::ChunkBytes(formats::WeightFormat::kWint2);
@@ -48,7 +48,7 @@ class ResidentRing {
         token_tile_(token_tile),
         tile_(tile),
         left_(num_tiles),
-        expert_(ExpertOfTile<Device>(schedule, p.num_experts, token_tile)) {}
+        expert_(ExpertOfTile(schedule, p.num_experts, token_tile)) {}
 
   // Starts the copies of the next tile, if there is one, to a stage. A group of copies a call.
   WINTSERVE_DEVICE void Issue(uint8_t* stage) {
@@ -62,18 +62,19 @@ class ResidentRing {
       uint8_t* to = stage + lane_ * 16;
       WINTSERVE_UNROLL
       for (int i = 0; i < kChunks; ++i) {
-        Device::CopyStream16If(true, to + i * plan::kUnitBytes, records + i * plan::kUnitBytes);
+        CopyToSharedIf(true, SharedAddressOf(to + i * plan::kUnitBytes),
+                       records + i * plan::kUnitBytes);
       }
-      Device::CopyAsync16If(lane_ < kTailCopies + kColumnCopies, to + kChunks * plan::kUnitBytes,
-                            tail);
+      CopyToSharedIf(lane_ < kTailCopies + kColumnCopies,
+                     SharedAddressOf(to + kChunks * plan::kUnitBytes), tail);
       --left_;
       if (++tile_ == p_.tiles && left_ > 0) {
         tile_ = 0;
         ++token_tile_;
-        expert_ = ExpertOfTile<Device>(schedule_, p_.num_experts, token_tile_);
+        expert_ = ExpertOfTile(schedule_, p_.num_experts, token_tile_);
       }
     }
-    Device::CommitCopies();
+    CommitCopies();
   }
 
  private:
@@ -104,7 +105,7 @@ struct ResidentTokens {
 
 // row(token): of the prepared activations. Corrections go to shared memory as accumulators have
 // them: [chunk][group][t] tokens 2t, 2t + 1, 2t, 2t + 1.
-template <class Device, class Codec, int kChunks, class RowOf>
+template <class Codec, int kChunks, class RowOf>
 WINTSERVE_DEVICE void LoadTokens(const ProductParams& p, const RowOf& row, int lane,
                                  int chunk_begin, ResidentTokens<kChunks>* tokens,
                                  uint8_t* corrections) {
@@ -115,7 +116,8 @@ WINTSERVE_DEVICE void LoadTokens(const ProductParams& p, const RowOf& row, int l
   for (int c = 0; c < kChunks; ++c) {
     WINTSERVE_UNROLL
     for (int quarter = 0; quarter < 4; ++quarter) {
-      const Words4 words = Device::LoadFresh16(values + (4 * c + quarter) * 64);
+      const uint4 words =
+          LoadFresh(reinterpret_cast<const uint4*>(values + (4 * c + quarter) * 64));
       uint32_t(&b)[4][2] = tokens->b[c][quarter / 2];
       const int m = quarter % 2 * 2;
       b[m][0] = words.x;
@@ -125,35 +127,35 @@ WINTSERVE_DEVICE void LoadTokens(const ProductParams& p, const RowOf& row, int l
     }
   }
   if constexpr (Codec::kHasCorrections) {
-    Device::SyncWarp();  // all have read those of the run before
+    SyncWarp();  // all have read those of the run before
     if (lane < kChunks * 8) {
       const int t = lane % 4;
       const auto value = [&](int token) {
-        return Device::FloatToBits(Device::LoadFresh4(
-            p.x.corrections[row(token) * p.chunks + chunk_begin + lane / 8].values +
-            lane / 4 % plan::kGroupsPerChunk));
+        return FloatToBits(
+            LoadFresh(p.x.corrections[row(token) * p.chunks + chunk_begin + lane / 8].values +
+                      lane / 4 % plan::kGroupsPerChunk));
       };
       const uint32_t even = value(2 * t);
       const uint32_t odd = value(2 * t + 1);
-      Device::StoreShared16(corrections + lane * 16, {even, odd, even, odd});
+      StoreAligned(corrections + lane * 16, uint4{even, odd, even, odd});
     }
-    Device::SyncWarp();
+    SyncWarp();
   }
 }
 
 // Sums of the warp's slice, not yet scaled, for one tile. stage: as ResidentRing fills it.
 // long_slice: it has kChunks chunks, else one less.
-template <class Device, class Codec, int kChunks>
+template <class Codec, int kChunks>
 WINTSERVE_DEVICE void SumTile(const uint8_t* stage, int lane, bool long_slice,
                               const ResidentTokens<kChunks>& tokens, const uint8_t* corrections,
                               const typename Codec::Constants& constants, float (&total)[4]) {
-  using Ring = ResidentRing<Device, kChunks>;
+  using Ring = ResidentRing<kChunks>;
   const int g = lane / 4;
   const uint8_t* infos = stage + Ring::kColumns + g * sizeof(plan::ColumnInfo);
   LaneColumns columns;
   WINTSERVE_UNROLL
   for (int upper = 0; upper < 2; ++upper) {
-    const Words2 line = Device::LoadShared8(infos + upper * 8 * sizeof(plan::ColumnInfo));
+    const uint2 line = LoadAligned<uint2>(infos + upper * 8 * sizeof(plan::ColumnInfo));
     columns.multiplier[upper] = line.x;
     columns.offset[upper] = line.y;
   }
@@ -161,23 +163,22 @@ WINTSERVE_DEVICE void SumTile(const uint8_t* stage, int lane, bool long_slice,
   for (int c = 0; c < kChunks; ++c) {
     if (c > 0 && c + 1 == kChunks && !long_slice) break;
     const uint8_t* record = stage + c * Ring::kRecordBytes;
-    const auto packed = Codec::template LoadPacked<Device>(record + lane * 16);
+    const auto packed = Codec::LoadPacked(record + lane * 16);
     float scales[2][2];
-    Codec::template LoadLocalScales<Device>(record + plan::kUnitBytes + g * 2, constants, scales);
+    Codec::LoadLocalScales(record + plan::kUnitBytes + g * 2, constants, scales);
     WINTSERVE_UNROLL
     for (int group = 0; group < plan::kGroupsPerChunk; ++group) {
       float correction[4] = {};
       if constexpr (Codec::kHasCorrections) {
-        const Words4 words =
-            Device::LoadShared16(corrections + (2 * c + group) * 64 + lane % 4 * 16);
-        correction[0] = Device::BitsToFloat(words.x);
-        correction[1] = Device::BitsToFloat(words.y);
-        correction[2] = Device::BitsToFloat(words.z);
-        correction[3] = Device::BitsToFloat(words.w);
+        const uint4 words = LoadAligned<uint4>(corrections + (2 * c + group) * 64 + lane % 4 * 16);
+        correction[0] = BitsToFloat(words.x);
+        correction[1] = BitsToFloat(words.y);
+        correction[2] = BitsToFloat(words.z);
+        correction[3] = BitsToFloat(words.w);
       }
       uint32_t a[4][4];
-      Codec::template Decode<Device>(packed, group, columns, scales[group], constants, a);
-      Codec::template Accumulate<Device>(a, tokens.b[c][group], correction, scales[group], total);
+      Codec::Decode(packed, group, columns, scales[group], constants, a);
+      Codec::Accumulate(a, tokens.b[c][group], correction, scales[group], total);
     }
   }
 }
@@ -194,16 +195,15 @@ static_assert(sizeof(ResidentRound) == plan::kResidentRoundBytes);
 
 // One warp's share of a round: 16 rows of tokens `pair` and pair + 4 of its tile number i, over all
 // slices in order. sums: [tile][slice][token][row], a token kSumStride floats
-template <class Device>
 WINTSERVE_DEVICE void StoreRows(const ProductParams& p, const ResidentRound& round, int i, int pair,
                                 const float* sums) {
-  const int lane = Device::thread() % 32;
+  const int lane = ThreadIndex() % 32;
   const int row = lane % plan::kTileColumns;
   const int token = pair + lane / plan::kTileColumns * 4;
   const float* slice = sums + i * p.slices * plan::kTileSumFloats + token * plan::kSumStride + row;
   float sum = *slice;
   WINTSERVE_UNROLL_BY(4)
-  for (int s = 1; s < p.slices; ++s) sum = Device::Add(sum, slice[s * plan::kTileSumFloats]);
+  for (int s = 1; s < p.slices; ++s) sum = Add(sum, slice[s * plan::kTileSumFloats]);
   sum *= round.scales[token];
   const bool stored = token < round.num_tokens;
   const int tile = round.tile + i;
@@ -213,16 +213,16 @@ WINTSERVE_DEVICE void StoreRows(const ProductParams& p, const ResidentRound& rou
     if (stored && column < p.columns) y[column] = sum;
   } else {
     constexpr int kHalf = plan::kTileColumns / 2;
-    const float up = Device::ShuffleXor(sum, kHalf);
+    const float up = ShuffleXor(sum, kHalf);
     const int column = tile * kHalf + row;
-    if (row < kHalf && stored && column < p.columns) y[column] = SwiGlu<Device>(sum, up);
+    if (row < kHalf && stored && column < p.columns) y[column] = SwiGlu(sum, up);
   }
 }
 
 // Where things lie in shared memory.
-template <class Device, int kChunks>
+template <int kChunks>
 struct ResidentShared {
-  using Ring = ResidentRing<Device, kChunks>;
+  using Ring = ResidentRing<kChunks>;
   static constexpr int kBufferFloats = plan::kResidentRoundTiles * plan::kTileSumFloats;
 
   WINTSERVE_DEVICE ResidentShared(const ProductParams& p, uint8_t* shared)
@@ -241,50 +241,52 @@ struct ResidentShared {
   float* sums;  // [2][tile][slice][token][row]
 };
 
+WINTSERVE_DEVICE void WaitFor(const uint8_t* barrier, uint32_t parity) {
+  WaitAtBarrier(SharedAddressOf(barrier), parity);
+}
+
 // Adds up round number `index`: each warp its shares, the first of which is `share`.
-template <class Device, int kChunks>
-WINTSERVE_DEVICE void StoreRound(const ProductParams& p,
-                                 const ResidentShared<Device, kChunks>& shared, unsigned index,
-                                 int share) {
+template <int kChunks>
+WINTSERVE_DEVICE void StoreRound(const ProductParams& p, const ResidentShared<kChunks>& shared,
+                                 unsigned index, int share) {
   constexpr int kShares = 4 * plan::kResidentRoundTiles;
   if (share >= kShares) return;
   const unsigned buffer = index % 2;
-  Device::WaitBarrier(shared.full + 8 * buffer, index / 2 % 2);
+  WaitFor(shared.full + 8 * buffer, index / 2 % 2);
   const auto& round =
       *reinterpret_cast<const ResidentRound*>(shared.rounds + buffer * plan::kResidentRoundBytes);
   const float* sums = shared.sums + buffer * p.slices * shared.kBufferFloats;
   for (; share < kShares; share += p.slices) {
     if (share / 4 < round.num_tiles && share % 4 < round.num_tokens) {
-      StoreRows<Device>(p, round, share / 4, share % 4, sums);
+      StoreRows(p, round, share / 4, share % 4, sums);
     }
-    Device::SyncWarp();
-    if (Device::thread() % 32 == 0) Device::ArriveAtBarrier(shared.empty + 8 * buffer);
+    SyncWarp();
+    if (ThreadIndex() % 32 == 0) ArriveAtBarrier(SharedAddressOf(shared.empty + 8 * buffer));
   }
 }
 
 // shared: plan::SharedBytes; grid: any number of blocks of 32 * slices threads.
-template <class Device, class Codec, int kChunks>
+template <class Codec, int kChunks>
 WINTSERVE_DEVICE void ResidentProduct(const ProductParams& p, uint8_t* shared_memory) {
-  using Ring = ResidentRing<Device, kChunks>;
+  using Ring = ResidentRing<kChunks>;
   constexpr int kRound = plan::kResidentRoundTiles;
-  const ResidentShared<Device, kChunks> shared(p, shared_memory);
-  if (Device::thread() == 0) {
+  const ResidentShared<kChunks> shared(p, shared_memory);
+  if (ThreadIndex() == 0) {
     for (int buffer = 0; buffer < 2; ++buffer) {
-      Device::InitBarrier(shared.full + 8 * buffer, p.slices);
-      Device::InitBarrier(shared.empty + 8 * buffer, 4 * kRound);
+      InitBarrier(SharedAddressOf(shared.full + 8 * buffer), p.slices);
+      InitBarrier(SharedAddressOf(shared.empty + 8 * buffer), 4 * kRound);
     }
   }
-  const Schedule schedule = BuildSchedule<Device>(p, plan::kBlockTokens, shared_memory);
-  const auto thread = static_cast<unsigned>(Device::thread());
+  const Schedule schedule = BuildSchedule(p, plan::kBlockTokens, shared_memory);
+  const auto thread = static_cast<unsigned>(ThreadIndex());
   const int lane = static_cast<int>(thread % 32);
   const int slice = static_cast<int>(thread / 32);
   const int64_t num_tiles = int64_t{schedule.num_token_tiles} * p.tiles;
-  const auto begin =
-      static_cast<int>(plan::FirstItemOfBlock(num_tiles, Device::num_blocks(), Device::block()));
-  const auto end = static_cast<int>(
-      plan::FirstItemOfBlock(num_tiles, Device::num_blocks(), Device::block() + 1));
+  const auto begin = static_cast<int>(plan::FirstItemOfBlock(num_tiles, NumBlocks(), BlockIndex()));
+  const auto end =
+      static_cast<int>(plan::FirstItemOfBlock(num_tiles, NumBlocks(), BlockIndex() + 1));
   if (begin == end) {
-    Device::WaitForPreviousKernel();
+    WaitForPreviousKernel();
     return;
   }
   const int chunk_begin = plan::SliceBegin(p.chunks, p.slices, slice);
@@ -297,8 +299,8 @@ WINTSERVE_DEVICE void ResidentProduct(const ProductParams& p, uint8_t* shared_me
   Ring ring(p, schedule, lane, chunk_begin, token_tile, tile, end - begin);
   WINTSERVE_UNROLL
   for (int i = 0; i < Ring::kStages - 1; ++i) ring.Issue(ring_begin + i * Ring::kStageBytes);
-  Device::WaitForPreviousKernel();
-  Device::LetNextKernelBegin();
+  WaitForPreviousKernel();
+  LetNextKernelBegin();
 
   // 0, but the compiler cannot know.
   const auto constants = Codec::MakeConstants(static_cast<uint32_t>(schedule.first_tile[0]));
@@ -309,20 +311,20 @@ WINTSERVE_DEVICE void ResidentProduct(const ProductParams& p, uint8_t* shared_me
   int stage = 0;
   unsigned index = 0;  // of the round
   for (int left = end - begin; left > 0;) {
-    const int expert = ExpertOfTile<Device>(schedule, p.num_experts, token_tile);
+    const int expert = ExpertOfTile(schedule, p.num_experts, token_tile);
     const int first_token = schedule.first_token[expert] +
                             (token_tile - schedule.first_tile[expert]) * plan::kBlockTokens;
     const int tokens_left = schedule.first_token[expert + 1] - first_token;
     const int num_tokens = tokens_left < plan::kBlockTokens ? tokens_left : plan::kBlockTokens;
     const auto row = [&](int token) -> int64_t {
       const int of_expert = first_token + (token < num_tokens ? token : num_tokens - 1);
-      return p.source_row == nullptr ? of_expert : Device::LoadFresh4(p.source_row + of_expert);
+      return p.source_row == nullptr ? of_expert : LoadFresh(p.source_row + of_expert);
     };
     ResidentTokens<kChunks> tokens;
-    LoadTokens<Device, Codec>(p, row, lane, chunk_begin, &tokens, corrections);
+    LoadTokens<Codec>(p, row, lane, chunk_begin, &tokens, corrections);
     float inverse_scale = 0;
     if (slice == 0 && lane < plan::kBlockTokens) {
-      inverse_scale = Device::LoadFresh4(p.x.inverse_scale + row(lane));
+      inverse_scale = LoadFresh(p.x.inverse_scale + row(lane));
     }
 
     int tiles_of_run = p.tiles - tile < left ? p.tiles - tile : left;
@@ -335,20 +337,20 @@ WINTSERVE_DEVICE void ResidentProduct(const ProductParams& p, uint8_t* shared_me
       for (int i = 0; i < round_tiles; ++i) {
         // The copies of this tile have landed, for all lanes; and all have read the tile before,
         // whose place is filled next.
-        Device::template WaitCopies<Ring::kStages - 2>();
-        Device::SyncWarp();
+        WaitForCopies<Ring::kStages - 2>();
+        SyncWarp();
         ring.Issue(ring_begin + (stage == 0 ? Ring::kStages - 1 : stage - 1) * Ring::kStageBytes);
         const uint8_t* here = ring_begin + stage * Ring::kStageBytes;
         float total[4] = {};
-        SumTile<Device, Codec>(here, lane, long_slice, tokens, corrections, constants, total);
+        SumTile<Codec>(here, lane, long_slice, tokens, corrections, constants, total);
         stage = stage + 1 == Ring::kStages ? 0 : stage + 1;
         if (i == 0 && index >= 2) {
-          Device::WaitBarrier(shared.empty + 8 * buffer, (index / 2 % 2) ^ 1);
+          WaitFor(shared.empty + 8 * buffer, (index / 2 % 2) ^ 1);
         }
         const uint8_t* scales = here + Ring::kColumns + lane / 4 * sizeof(plan::ColumnInfo) +
                                 offsetof(plan::ColumnInfo, scale);
-        const float low = Device::LoadShared4(scales);
-        const float high = Device::LoadShared4(scales + 8 * sizeof(plan::ColumnInfo));
+        const float low = LoadAligned<float>(scales);
+        const float high = LoadAligned<float>(scales + 8 * sizeof(plan::ColumnInfo));
         own[0] = total[0] * low;
         own[plan::kSumStride] = total[1] * low;
         own[8] = total[2] * high;
@@ -366,10 +368,10 @@ WINTSERVE_DEVICE void ResidentProduct(const ProductParams& p, uint8_t* shared_me
         }
         round->scales[lane] = inverse_scale;
       }
-      Device::SyncWarp();
-      if (lane == 0) Device::ArriveAtBarrier(shared.full + 8 * buffer);
+      SyncWarp();
+      if (lane == 0) ArriveAtBarrier(SharedAddressOf(shared.full + 8 * buffer));
       if (index > 0) {
-        StoreRound<Device, kChunks>(p, shared, index - 1, share);
+        StoreRound<kChunks>(p, shared, index - 1, share);
         share = next_share();
       }
       tile += round_tiles;
@@ -378,7 +380,7 @@ WINTSERVE_DEVICE void ResidentProduct(const ProductParams& p, uint8_t* shared_me
     ++token_tile;
     tile = 0;
   }
-  StoreRound<Device, kChunks>(p, shared, index - 1, share);
+  StoreRound<kChunks>(p, shared, index - 1, share);
 }
 
 }  // namespace wintserve::kernels::cuda

@@ -1,6 +1,5 @@
 #include "common/check.h"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/matmul/gpu_device.cuh"
 #include "kernels/cuda/matmul/launches.h"
 #include "kernels/cuda/matmul/row_kernels.cuh"
 #include "kernels/cuda/matmul/tile_product.cuh"
@@ -13,35 +12,35 @@ constexpr int kMaxCachedBytes = 48 * 1024 - kPrepareReductionBytes;
 
 // What they read has just been written.
 __device__ __forceinline__ void BeginAfterPrevious() {
-  GpuDevice::WaitForPreviousKernel();
-  GpuDevice::LetNextKernelBegin();
+  WaitForPreviousKernel();
+  LetNextKernelBegin();
 }
 
 __global__ void __launch_bounds__(kRowThreads)
     PrepareRowsKernel(const __grid_constant__ PrepareParams params) {
   extern __shared__ __align__(16) uint8_t row_shared[];
   BeginAfterPrevious();
-  PrepareRow<GpuDevice>(params, row_shared);
+  PrepareRow(params, row_shared);
 }
 
 __global__ void __launch_bounds__(kRowThreads)
     SortPairsKernel(const __grid_constant__ SortParams params) {
   extern __shared__ __align__(16) uint8_t row_shared[];
   BeginAfterPrevious();
-  SortPairs<GpuDevice>(params, row_shared);
+  SortPairs(params, row_shared);
 }
 
 __global__ void __launch_bounds__(kRowThreads)
     CombineExpertsKernel(const __grid_constant__ CombineParams params) {
   extern __shared__ __align__(16) uint8_t row_shared[];
   BeginAfterPrevious();
-  CombineExperts<GpuDevice>(params, row_shared);
+  CombineExperts(params, row_shared);
 }
 
 __global__ void __launch_bounds__(kRowThreads)
     AddSlicesKernel(const __grid_constant__ ProductParams params) {
   BeginAfterPrevious();
-  AddSlices<GpuDevice>(params);
+  AddSlices(params);
 }
 
 LaunchShape RowShape(int64_t blocks, int shared_bytes) {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/matmul/device_macros.h"
+#include "kernels/cuda/device_ops.h"
 #include "kernels/cuda/matmul/product_params.h"
 #include "kernels/plan/product_plan.h"
 
@@ -32,11 +32,10 @@ struct Schedule {
 };
 
 // Called by all threads of a block; a barrier lies between the parts.
-template <class Device>
 WINTSERVE_DEVICE Schedule BuildSchedule(const ProductParams& p, int token_tile, uint8_t* shared) {
   auto* first_token = reinterpret_cast<int32_t*>(shared);
   int32_t* first_tile = first_token + p.num_experts + 1;
-  const int thread = Device::thread();
+  const int thread = ThreadIndex();
   if (p.first_token == nullptr) {
     if (thread == 0) {
       first_token[0] = 0;
@@ -52,8 +51,8 @@ WINTSERVE_DEVICE Schedule BuildSchedule(const ProductParams& p, int token_tile, 
     WINTSERVE_UNROLL
     for (int round = 0; round < kRounds; ++round) {
       const int expert = round * 32 + thread;
-      begin[round] = expert < p.num_experts ? Device::LoadFresh4(p.first_token + expert) : 0;
-      end[round] = expert < p.num_experts ? Device::LoadFresh4(p.first_token + expert + 1) : 0;
+      begin[round] = expert < p.num_experts ? LoadFresh(p.first_token + expert) : 0;
+      end[round] = expert < p.num_experts ? LoadFresh(p.first_token + expert + 1) : 0;
     }
     int before = 0;
     WINTSERVE_UNROLL
@@ -64,7 +63,7 @@ WINTSERVE_DEVICE Schedule BuildSchedule(const ProductParams& p, int token_tile, 
       int tiles = own;
       WINTSERVE_UNROLL
       for (int step = 1; step < 32; step *= 2) {
-        const int other = Device::ShuffleUp(tiles, step);
+        const int other = ShuffleUp(tiles, step);
         if (thread >= step) tiles += other;
       }
       if (expert < p.num_experts) {
@@ -75,21 +74,20 @@ WINTSERVE_DEVICE Schedule BuildSchedule(const ProductParams& p, int token_tile, 
           first_tile[p.num_experts] = before + tiles;
         }
       }
-      before += Device::Shuffle(tiles, 31);
+      before += Shuffle(tiles, 31);
     }
   }
-  Device::SyncBlock();
+  SyncBlock();
   return {first_token, first_tile, first_tile[p.num_experts]};
 }
 
 // The expert of a token tile, which lies before schedule.num_token_tiles. For all lanes of a warp.
-template <class Device>
 WINTSERVE_DEVICE int ExpertOfTile(const Schedule& schedule, int num_experts, int tile) {
-  const int lane = Device::thread() % 32;
+  const int lane = ThreadIndex() % 32;
   int expert = 0;  // as many as end at or before the tile
   for (int base = 0; base < num_experts; base += 32) {
     const bool before = base + lane < num_experts && schedule.first_tile[base + lane + 1] <= tile;
-    expert += Device::CountBits(Device::Ballot(before));
+    expert += CountBits(Ballot(before));
   }
   return expert;
 }
@@ -104,9 +102,6 @@ WINTSERVE_DEVICE int ClampTile(const ProductParams& p, int tile, int num_tiles) 
   return tile < p.tiles ? tile : p.tiles - num_tiles;
 }
 
-template <class Device>
-WINTSERVE_DEVICE float SwiGlu(float gate, float up) {
-  return gate / Device::Add(1.0f, Device::Exp(-gate)) * up;
-}
+WINTSERVE_DEVICE float SwiGlu(float gate, float up) { return gate / Add(1.0f, Exp(-gate)) * up; }
 
 }  // namespace wintserve::kernels::cuda

@@ -12,8 +12,8 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/device_ops.h"
 #include "kernels/cuda/matmul/codecs.cuh"
-#include "kernels/cuda/matmul/device_macros.h"
 #include "kernels/cuda/matmul/product_params.h"
 #include "kernels/cuda/matmul/schedule.cuh"
 #include "kernels/plan/product_plan.h"
@@ -26,24 +26,22 @@ struct StreamCursor {
   int token_tile = 0;  // of the expert
   int row_block = 0;
 
-  template <class Device>
   static WINTSERVE_DEVICE StreamCursor At(const Schedule& schedule, int num_experts,
                                           int num_row_blocks, int item) {
     const int tile = item / num_row_blocks;
     StreamCursor cursor;
     cursor.row_block = item - tile * num_row_blocks;
-    cursor.expert = ExpertOfTile<Device>(schedule, num_experts, tile);
+    cursor.expert = ExpertOfTile(schedule, num_experts, tile);
     cursor.token_tile = tile - schedule.first_tile[cursor.expert];
     return cursor;
   }
   // REQUIRES: there is a next item.
-  template <class Device>
   WINTSERVE_DEVICE void Advance(const Schedule& schedule, int num_experts, int num_row_blocks) {
     if (++row_block < num_row_blocks) return;
     row_block = 0;
     const int tile = schedule.first_tile[expert] + ++token_tile;
     if (tile < schedule.first_tile[expert + 1]) return;
-    expert = ExpertOfTile<Device>(schedule, num_experts, tile);
+    expert = ExpertOfTile(schedule, num_experts, tile);
     token_tile = 0;
   }
 };
@@ -66,7 +64,7 @@ WINTSERVE_DEVICE int TileOfWarp(const ProductParams& p, const StreamWarp& warp,
 }
 
 // One warp's ring of weights: a stage holds a record of each tile.
-template <class Device, class Codec, int kTiles>
+template <class Codec, int kTiles>
 class WeightRing {
  public:
   static constexpr int kUnits = plan::UnitsPerChunk(Codec::kFormat);
@@ -89,8 +87,9 @@ class WeightRing {
     for (int tile = 0; tile < kTiles; ++tile) {
       WINTSERVE_UNROLL
       for (int unit = 0; unit < kUnits; ++unit) {
-        Device::CopyStream16If(active, lane_stage + tile * kRecordBytes + unit * plan::kUnitBytes,
-                               from_ + tile * tile_bytes + unit * plan::kUnitBytes);
+        CopyToSharedIf(active,
+                       SharedAddressOf(lane_stage + tile * kRecordBytes + unit * plan::kUnitBytes),
+                       from_ + tile * tile_bytes + unit * plan::kUnitBytes);
       }
     }
     if constexpr (Codec::kHasLocalScales) {
@@ -98,17 +97,18 @@ class WeightRing {
       for (int tile = 0; tile < kTiles; ++tile) {
         // Behind the units, from where lane 0 counts.
         constexpr int kScales = kUnits * plan::kUnitBytes;
-        Device::CopyAsync16If(active && warp_.lane == 0, lane_stage + tile * kRecordBytes + kScales,
-                              from_ + tile * tile_bytes + kScales);
+        CopyToSharedIf(active && warp_.lane == 0,
+                       SharedAddressOf(lane_stage + tile * kRecordBytes + kScales),
+                       from_ + tile * tile_bytes + kScales);
       }
     }
     from_ += kRecordBytes;
     // Below zero once all items are done.
     if (--chunks_left_ == 0 && --items_left_ > 0) {
-      item_.template Advance<Device>(schedule_, p_.num_experts, warp_.num_row_blocks);
+      item_.Advance(schedule_, p_.num_experts, warp_.num_row_blocks);
       OpenItem();
     }
-    Device::CommitCopies();
+    CommitCopies();
   }
 
  private:
@@ -159,11 +159,11 @@ WINTSERVE_DEVICE StreamTokens LocateTokens(const ProductParams& p, const Schedul
 }
 
 // The lane's part of the B operand of a group: two 16-byte loads.
-template <class Device>
 WINTSERVE_DEVICE void LoadOperandB(const uint8_t* values, int group, uint32_t (&b)[4][2]) {
   WINTSERVE_UNROLL
   for (int pair = 0; pair < 2; ++pair) {
-    const Words4 words = Device::LoadGlobal16(values + (2 * group + pair) * 64);
+    const uint4 words =
+        LoadConstant(reinterpret_cast<const uint4*>(values + (2 * group + pair) * 64));
     b[2 * pair][0] = words.x;
     b[2 * pair][1] = words.y;
     b[2 * pair + 1][0] = words.z;
@@ -175,7 +175,6 @@ WINTSERVE_DEVICE void LoadOperandB(const uint8_t* values, int group, uint32_t (&
 // whose A operand holds 2^14 and 2^3 at two k, and 0 at the others. The lanes of a token have all
 // loaded its word (`halves`, of both groups: b = 0 belongs to the first, b = 1 to the second), but
 // only that of lane t = 0 meets an A that is not 0.
-template <class Device>
 WINTSERVE_DEVICE void SpreadCorrection(const uint32_t (&halves)[2], int group, int lane,
                                        float (&correction)[4]) {
   constexpr uint32_t kFactors = 0x48007400;  // binary16 of 2^14 (low) and 2^3
@@ -183,11 +182,11 @@ WINTSERVE_DEVICE void SpreadCorrection(const uint32_t (&halves)[2], int group, i
   const uint32_t a[4] = {group == 0 ? factors : 0, group == 0 ? factors : 0,
                          group == 0 ? 0 : factors, group == 0 ? 0 : factors};
   const float zero[4] = {};
-  Device::MultiplyAccumulate(a, halves, zero, correction);
+  MatrixMultiplyAddHalves(a, halves, zero, correction);
 }
 
 // Adds one group of a chunk to the sums of the warp's tiles.
-template <class Device, class Codec, int kTiles>
+template <class Codec, int kTiles>
 WINTSERVE_DEVICE void AddStreamGroup(const typename Codec::Packed (&packed)[kTiles], int group,
                                      const LaneColumns (&columns)[kTiles],
                                      const float (&scales)[kTiles][2][2],
@@ -197,19 +196,18 @@ WINTSERVE_DEVICE void AddStreamGroup(const typename Codec::Packed (&packed)[kTil
   WINTSERVE_UNROLL
   for (int tile = 0; tile < kTiles; ++tile) {
     uint32_t a[4][4];
-    Codec::template Decode<Device>(packed[tile], group, columns[tile], scales[tile][group],
-                                   constants, a);
-    Codec::template Accumulate<Device>(a, b, correction, scales[tile][group], total[tile]);
+    Codec::Decode(packed[tile], group, columns[tile], scales[tile][group], constants, a);
+    Codec::Accumulate(a, b, correction, scales[tile][group], total[tile]);
   }
 }
 
 // Adds the slices of the block's tiles in order and stores what belongs to a token and a column.
 // sums: [warp][tile][token][row], a token kSumStride floats
-template <class Device, int kTiles>
+template <int kTiles>
 WINTSERVE_DEVICE void StoreStreamSums(const ProductParams& p, const Schedule& schedule,
                                       const StreamCursor& item, int row_warps, const float* sums,
                                       float inverse_scale) {
-  const int thread = Device::thread();
+  const int thread = ThreadIndex();
   const bool store = p.epilogue == Epilogue::kStore;
   const int token = StoredToken(p, thread);
   const int in_expert = item.token_tile * plan::kBlockTokens + token;
@@ -226,7 +224,7 @@ WINTSERVE_DEVICE void StoreStreamSums(const ProductParams& p, const Schedule& sc
         token * plan::kSumStride + tile_row;
     float sum = *slice;
     for (int s = 1; s < p.slices; ++s) {
-      sum = Device::Add(sum, slice[s * kTiles * plan::kTileSumFloats]);
+      sum = Add(sum, slice[s * kTiles * plan::kTileSumFloats]);
     }
     return sum * inverse_scale;
   };
@@ -234,7 +232,7 @@ WINTSERVE_DEVICE void StoreStreamSums(const ProductParams& p, const Schedule& sc
   do {
     const int column = (item.row_block * row_warps * kTiles + tile) * rows + row;
     if (column < p.columns) {
-      y[column] = store ? add_slices(row) : SwiGlu<Device>(add_slices(row), add_slices(row + rows));
+      y[column] = store ? add_slices(row) : SwiGlu(add_slices(row), add_slices(row + rows));
     }
     tile += store ? plan::kProductThreads / (plan::kTileColumns * plan::kBlockTokens)
                   : plan::kProductThreads / (plan::kTileColumns / 2 * plan::kBlockTokens);
@@ -242,11 +240,11 @@ WINTSERVE_DEVICE void StoreStreamSums(const ProductParams& p, const Schedule& sc
 }
 
 // shared: plan::SharedBytes; grid: any number of blocks of kProductThreads.
-template <class Device, class Codec, int kTiles>
+template <class Codec, int kTiles>
 WINTSERVE_DEVICE void StreamProduct(const ProductParams& p, uint8_t* shared) {
-  using Ring = WeightRing<Device, Codec, kTiles>;
-  const Schedule schedule = BuildSchedule<Device>(p, plan::kBlockTokens, shared);
-  const int thread = Device::thread();
+  using Ring = WeightRing<Codec, kTiles>;
+  const Schedule schedule = BuildSchedule(p, plan::kBlockTokens, shared);
+  const int thread = ThreadIndex();
   const int warp_index = thread / 32;
   const int slice = warp_index % p.slices;
   const int row_warps = plan::kProductWarps / p.slices;
@@ -258,9 +256,9 @@ WINTSERVE_DEVICE void StreamProduct(const ProductParams& p, uint8_t* shared) {
                            plan::DivideUp(p.tiles, row_warps * kTiles)};
   const int64_t num_items = int64_t{schedule.num_token_tiles} * warp.num_row_blocks;
   const auto item_begin =
-      static_cast<int>(plan::FirstItemOfBlock(num_items, Device::num_blocks(), Device::block()));
-  const auto item_end = static_cast<int>(
-      plan::FirstItemOfBlock(num_items, Device::num_blocks(), Device::block() + 1));
+      static_cast<int>(plan::FirstItemOfBlock(num_items, NumBlocks(), BlockIndex()));
+  const auto item_end =
+      static_cast<int>(plan::FirstItemOfBlock(num_items, NumBlocks(), BlockIndex() + 1));
   if (item_begin == item_end) return;
 
   uint8_t* rings = shared + plan::ScheduleBytes(p.num_experts);
@@ -272,8 +270,7 @@ WINTSERVE_DEVICE void StreamProduct(const ProductParams& p, uint8_t* shared) {
                          warp_index * Ring::kStages * Ring::kStageBytes + warp.lane * 16;
   const int ring_end = ring_begin + Ring::kStages * Ring::kStageBytes;
   const int to_scales = Ring::kUnits * plan::kUnitBytes + warp.lane / 4 * 2 - warp.lane * 16;
-  StreamCursor item =
-      StreamCursor::At<Device>(schedule, p.num_experts, warp.num_row_blocks, item_begin);
+  StreamCursor item = StreamCursor::At(schedule, p.num_experts, warp.num_row_blocks, item_begin);
   Ring ring(p, schedule, warp, item, item_end - item_begin);
   WINTSERVE_UNROLL
   for (int i = 0; i < Ring::kStages - 1; ++i) {
@@ -288,8 +285,8 @@ WINTSERVE_DEVICE void StreamProduct(const ProductParams& p, uint8_t* shared) {
                                                               sizeof(plan::ColumnInfo);
     WINTSERVE_UNROLL
     for (int i = 0; i < kTiles; ++i) {
-      columns[i] = LoadLaneColumns<Device>(
-          infos + i * plan::kTileColumns * sizeof(plan::ColumnInfo), warp.lane / 4);
+      columns[i] =
+          LoadLaneColumns(infos + i * plan::kTileColumns * sizeof(plan::ColumnInfo), warp.lane / 4);
     }
   };
   // 0, but the compiler cannot know.
@@ -303,7 +300,7 @@ WINTSERVE_DEVICE void StreamProduct(const ProductParams& p, uint8_t* shared) {
     StreamCursor next_item = item;
     LaneColumns next_columns[kTiles];
     if (index + 1 < item_end) {
-      next_item.template Advance<Device>(schedule, p.num_experts, warp.num_row_blocks);
+      next_item.Advance(schedule, p.num_experts, warp.num_row_blocks);
     }
     load_columns(next_item, next_columns);
 
@@ -312,9 +309,10 @@ WINTSERVE_DEVICE void StreamProduct(const ProductParams& p, uint8_t* shared) {
     uint32_t b_second[4][2];
     uint32_t halves[2] = {};  // corrections of both groups
     const auto load_first = [&](int chunk) {
-      LoadOperandB<Device>(tokens.values + int64_t{chunk} * (plan::kChunkRows * 2), 0, b_first);
+      LoadOperandB(tokens.values + int64_t{chunk} * (plan::kChunkRows * 2), 0, b_first);
       if constexpr (Codec::kHasCorrections) {
-        const Words2 words = Device::LoadGlobal8(tokens.corrections + chunk);
+        const uint2 words =
+            LoadConstant(reinterpret_cast<const uint2*>(tokens.corrections + chunk));
         halves[0] = words.x;
         halves[1] = words.y;
       }
@@ -323,30 +321,30 @@ WINTSERVE_DEVICE void StreamProduct(const ProductParams& p, uint8_t* shared) {
     for (int chunk = warp.chunk_begin; chunk < warp.chunk_end; ++chunk) {
       // The copies of this chunk have landed, for all lanes; and all have read the chunk before,
       // whose place is filled next.
-      Device::template WaitCopies<Ring::kStages - 2>();
-      Device::SyncWarp();
+      WaitForCopies<Ring::kStages - 2>();
+      SyncWarp();
       ring.Issue(shared + previous_stage);
-      LoadOperandB<Device>(tokens.values + int64_t{chunk} * (plan::kChunkRows * 2), 1, b_second);
+      LoadOperandB(tokens.values + int64_t{chunk} * (plan::kChunkRows * 2), 1, b_second);
       typename Codec::Packed packed[kTiles];
       float scales[kTiles][2][2] = {};
       WINTSERVE_UNROLL
       for (int i = 0; i < kTiles; ++i) {
         const uint8_t* record = shared + stage + i * Ring::kRecordBytes;
-        packed[i] = Codec::template LoadPacked<Device>(record);
+        packed[i] = Codec::LoadPacked(record);
         if constexpr (Codec::kHasLocalScales) {
-          Codec::template LoadLocalScales<Device>(record + to_scales, constants, scales[i]);
+          Codec::LoadLocalScales(record + to_scales, constants, scales[i]);
         }
       }
       float corrections[2][4] = {};
       if constexpr (Codec::kHasCorrections) {
-        SpreadCorrection<Device>(halves, 0, warp.lane, corrections[0]);
-        SpreadCorrection<Device>(halves, 1, warp.lane, corrections[1]);
+        SpreadCorrection(halves, 0, warp.lane, corrections[0]);
+        SpreadCorrection(halves, 1, warp.lane, corrections[1]);
       }
-      AddStreamGroup<Device, Codec, kTiles>(packed, 0, columns, scales, constants, b_first,
-                                            corrections[0], total);
+      AddStreamGroup<Codec, kTiles>(packed, 0, columns, scales, constants, b_first, corrections[0],
+                                    total);
       if (chunk + 1 < warp.chunk_end) load_first(chunk + 1);
-      AddStreamGroup<Device, Codec, kTiles>(packed, 1, columns, scales, constants, b_second,
-                                            corrections[1], total);
+      AddStreamGroup<Codec, kTiles>(packed, 1, columns, scales, constants, b_second, corrections[1],
+                                    total);
       previous_stage = stage;
       stage = stage + Ring::kStageBytes == ring_end ? ring_begin : stage + Ring::kStageBytes;
     }
@@ -362,8 +360,8 @@ WINTSERVE_DEVICE void StreamProduct(const ProductParams& p, uint8_t* shared) {
       own[8] = total[i][2] * columns[i].scale[1];
       own[plan::kSumStride + 8] = total[i][3] * columns[i].scale[1];
     }
-    Device::SyncBlock();
-    StoreStreamSums<Device, kTiles>(p, schedule, item, row_warps, item_sums, tokens.inverse_scale);
+    SyncBlock();
+    StoreStreamSums<kTiles>(p, schedule, item, row_warps, item_sums, tokens.inverse_scale);
 
     if (next_item.expert != item.expert || next_item.token_tile != item.token_tile) {
       tokens = LocateTokens(p, schedule, next_item, thread);

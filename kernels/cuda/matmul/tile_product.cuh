@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/device_ops.h"
 #include "kernels/cuda/matmul/codecs.cuh"
-#include "kernels/cuda/matmul/device_macros.h"
 #include "kernels/cuda/matmul/product_params.h"
 #include "kernels/cuda/matmul/schedule.cuh"
 #include "kernels/plan/product_plan.h"
@@ -18,7 +18,7 @@ namespace wintserve::kernels::cuda {
 
 // Copies the stages of one item. Every thread copies part of each stage: records of 16 tiles,
 // activations, corrections.
-template <class Device, class Codec, int kBlocks>
+template <class Codec, int kBlocks>
 class TileLoader {
  public:
   static constexpr int kTiles = 2;  // a warp's
@@ -36,7 +36,7 @@ class TileLoader {
   // first, last: tokens of the item's tile and of its expert, over all experts.
   WINTSERVE_DEVICE TileLoader(const ProductParams& p, const uint8_t* weights, int tile, int first,
                               int last, int chunk)
-      : chunks_(p.chunks), lane_(Device::thread() % 32), warp_(Device::thread() / 32) {
+      : chunks_(p.chunks), lane_(ThreadIndex() % 32), warp_(ThreadIndex() / 32) {
     weights_ =
         weights + p.records_offset + (int64_t{tile} * p.chunks + chunk) * kRecordBytes + lane_ * 16;
     const auto row = [&](int token) {
@@ -49,7 +49,7 @@ class TileLoader {
         reinterpret_cast<const uint8_t*>(p.x.values) +
         (row(block * plan::kBlockTokens + lane_ / 4) * p.chunks + chunk) * plan::kChunkRows * 2 +
         lane_ % 4 * 16;
-    const int thread = Device::thread();
+    const int thread = ThreadIndex();
     const int place = thread % (kTokens * 2);
     const int token = place / 16 * plan::kBlockTokens + place / 4 % 4 * 2 + place % 2;
     corrections_ = p.x.corrections[row(token) * p.chunks + chunk].values +
@@ -64,13 +64,14 @@ class TileLoader {
       const uint8_t* from = weights_ + int64_t{tile} * chunks_ * kRecordBytes;
       WINTSERVE_UNROLL
       for (int unit = 0; unit < kUnits; ++unit) {
-        Device::CopyAsync16(to + unit * plan::kUnitBytes + lane_ * 16,
-                            from + unit * plan::kUnitBytes);
+        CopyToShared(SharedAddressOf(to + unit * plan::kUnitBytes + lane_ * 16),
+                     from + unit * plan::kUnitBytes);
       }
       if constexpr (Codec::kHasLocalScales) {
         // from is lane 0's.
         if (lane_ == 0) {
-          Device::CopyAsync16(to + kUnits * plan::kUnitBytes, from + kUnits * plan::kUnitBytes);
+          CopyToShared(SharedAddressOf(to + kUnits * plan::kUnitBytes),
+                       from + kUnits * plan::kUnitBytes);
         }
       }
     }
@@ -80,17 +81,17 @@ class TileLoader {
       for (int i = 0; i < kBlocks / 2; ++i) {
         // 2 * group + pair; with it the 8 tokens' 512 bytes are what a warp loads as B operand.
         const int quarter = warp_ / kBlocks + i * (plan::kProductWarps / kBlocks);
-        Device::CopyAsync16(stage + kActivations +
-                                (quarter * kBlocks + warp_ % kBlocks) * plan::kUnitBytes +
-                                lane_ * 16,
-                            values_ + quarter * 64);
+        CopyToShared(
+            SharedAddressOf(stage + kActivations +
+                            (quarter * kBlocks + warp_ % kBlocks) * plan::kUnitBytes + lane_ * 16),
+            values_ + quarter * 64);
       }
     }
     values_ += plan::kChunkRows * 2;
     if constexpr (Codec::kHasCorrections) {
       const int thread = warp_ * 32 + lane_;
       if (thread < kCorrectionFloats) {
-        Device::CopyAsync4(stage + kCorrections + thread * 4, corrections_);
+        CopyWordToShared(SharedAddressOf(stage + kCorrections + thread * 4), corrections_);
       }
       corrections_ += sizeof(ChunkCorrections) / sizeof(float);
     }
@@ -108,19 +109,18 @@ class TileLoader {
 
 // Adds one group of a stage to the sums of the warp's two tiles, for the first num_blocks blocks
 // of 8 tokens (rounded up to two).
-template <class Device, class Codec, int kBlocks>
+template <class Codec, int kBlocks>
 WINTSERVE_DEVICE void AddTileGroup(const uint8_t* stage, const typename Codec::Packed (&packed)[2],
                                    int group, const LaneColumns (&columns)[2],
                                    const float (&scales)[2][2][2],
                                    const typename Codec::Constants& constants, int num_blocks,
                                    float (&total)[2][kBlocks][4]) {
-  using Loader = TileLoader<Device, Codec, kBlocks>;
-  const int lane = Device::thread() % 32;
+  using Loader = TileLoader<Codec, kBlocks>;
+  const int lane = ThreadIndex() % 32;
   uint32_t a[2][4][4];
   WINTSERVE_UNROLL
   for (int tile = 0; tile < 2; ++tile) {
-    Codec::template Decode<Device>(packed[tile], group, columns[tile], scales[tile][group],
-                                   constants, a[tile]);
+    Codec::Decode(packed[tile], group, columns[tile], scales[tile][group], constants, a[tile]);
   }
   WINTSERVE_UNROLL
   for (int two = 0; two < kBlocks; two += 2) {
@@ -130,7 +130,7 @@ WINTSERVE_DEVICE void AddTileGroup(const uint8_t* stage, const typename Codec::P
       uint32_t b[4][2];
       WINTSERVE_UNROLL
       for (int pair = 0; pair < 2; ++pair) {
-        const Words4 words = Device::LoadShared16(
+        const uint4 words = LoadAligned<uint4>(
             stage + Loader::kActivations +
             ((2 * group + pair) * kBlocks + block) * plan::kUnitBytes + lane * 16);
         b[2 * pair][0] = words.x;
@@ -140,29 +140,28 @@ WINTSERVE_DEVICE void AddTileGroup(const uint8_t* stage, const typename Codec::P
       }
       float correction[4] = {};
       if constexpr (Codec::kHasCorrections) {
-        const Words4 words =
-            Device::LoadShared16(stage + Loader::kCorrections +
-                                 ((group * kBlocks + block) * 4 + lane % 4) * 4 * sizeof(float));
-        correction[0] = Device::BitsToFloat(words.x);
-        correction[1] = Device::BitsToFloat(words.y);
-        correction[2] = Device::BitsToFloat(words.z);
-        correction[3] = Device::BitsToFloat(words.w);
+        const uint4 words =
+            LoadAligned<uint4>(stage + Loader::kCorrections +
+                               ((group * kBlocks + block) * 4 + lane % 4) * 4 * sizeof(float));
+        correction[0] = BitsToFloat(words.x);
+        correction[1] = BitsToFloat(words.y);
+        correction[2] = BitsToFloat(words.z);
+        correction[3] = BitsToFloat(words.w);
       }
       WINTSERVE_UNROLL
       for (int tile = 0; tile < 2; ++tile) {
-        Codec::template Accumulate<Device>(a[tile], b, correction, scales[tile][group],
-                                           total[tile][block]);
+        Codec::Accumulate(a[tile], b, correction, scales[tile][group], total[tile][block]);
       }
     }
   }
 }
 
 // Stores the sums of the warp's two tiles. first, last: as in TileLoader.
-template <class Device, int kBlocks>
+template <int kBlocks>
 WINTSERVE_DEVICE void StoreTileSums(const ProductParams& p, int first_tile, int first, int last,
                                     int slice, const float (&sums)[2][kBlocks][4]) {
-  const int g = Device::thread() % 32 / 4;
-  const int t = Device::thread() % 4;
+  const int g = ThreadIndex() % 32 / 4;
+  const int t = ThreadIndex() % 4;
   WINTSERVE_UNROLL
   for (int block = 0; block < kBlocks; ++block) {
     WINTSERVE_UNROLL
@@ -184,7 +183,7 @@ WINTSERVE_DEVICE void StoreTileSums(const ProductParams& p, int first_tile, int 
           to[8] = high;
         } else if (p.epilogue == Epilogue::kSwiGlu) {
           const int column = tile * (plan::kTileColumns / 2) + g;
-          if (column < p.columns) p.y[token * p.y_stride + column] = SwiGlu<Device>(low, high);
+          if (column < p.columns) p.y[token * p.y_stride + column] = SwiGlu(low, high);
         } else {
           const int column = tile * plan::kTileColumns + g;
           float* to = p.y + token * p.y_stride + column;
@@ -197,14 +196,14 @@ WINTSERVE_DEVICE void StoreTileSums(const ProductParams& p, int first_tile, int 
 }
 
 // shared: plan::SharedBytes; grid: any number of blocks of kProductThreads.
-template <class Device, class Codec, int kBlocks>
+template <class Codec, int kBlocks>
 WINTSERVE_DEVICE void TileProduct(const ProductParams& p, uint8_t* shared) {
-  using Loader = TileLoader<Device, Codec, kBlocks>;
+  using Loader = TileLoader<Codec, kBlocks>;
   constexpr int kStages = plan::TileStages(Codec::kFormat);
-  const Schedule schedule = BuildSchedule<Device>(p, Loader::kTokens, shared);
+  const Schedule schedule = BuildSchedule(p, Loader::kTokens, shared);
   uint8_t* stages = shared + plan::ScheduleBytes(p.num_experts);
-  const int lane = Device::thread() % 32;
-  const int warp = Device::thread() / 32;
+  const int lane = ThreadIndex() % 32;
+  const int warp = ThreadIndex() / 32;
   const int num_row_blocks = plan::DivideUp(p.tiles, plan::kTileKernelTiles);
   const auto constants = Codec::MakeConstants(0);
   const int items_of_slice = schedule.num_token_tiles * num_row_blocks;
@@ -212,7 +211,7 @@ WINTSERVE_DEVICE void TileProduct(const ProductParams& p, uint8_t* shared) {
   const int num_items = split ? items_of_slice * p.slices : items_of_slice;
 
   int expert = 0;
-  for (int index = Device::block(); index < num_items; index += Device::num_blocks()) {
+  for (int index = BlockIndex(); index < num_items; index += NumBlocks()) {
     const int first_slice = split ? index / items_of_slice : 0;
     const int end_slice = split ? first_slice + 1 : p.slices;
     if (split) expert = 0;  // the next slice begins with the first item again
@@ -228,16 +227,16 @@ WINTSERVE_DEVICE void TileProduct(const ProductParams& p, uint8_t* shared) {
     const int chunk_end = plan::SliceBegin(p.chunks, p.slices, end_slice);
 
     Loader loader(p, weights, tile, first, last, chunk_begin);
-    Device::SyncBlock();  // the stages of the item before have been read
+    SyncBlock();  // the stages of the item before have been read
     WINTSERVE_UNROLL
     for (int stage = 0; stage < kStages - 1; ++stage) {
       if (chunk_begin + stage < chunk_end) loader.Issue(stages + stage * Loader::kStageBytes);
-      Device::CommitCopies();
+      CommitCopies();
     }
     LaneColumns columns[2];
     WINTSERVE_UNROLL
     for (int i = 0; i < 2; ++i) {
-      columns[i] = LoadLaneColumns<Device>(
+      columns[i] = LoadLaneColumns(
           weights + (int64_t{tile} + i) * plan::kTileColumns * sizeof(plan::ColumnInfo), lane / 4);
     }
 
@@ -249,27 +248,25 @@ WINTSERVE_DEVICE void TileProduct(const ProductParams& p, uint8_t* shared) {
     for (int chunk = chunk_begin; chunk < chunk_end; ++chunk) {
       // The copies of this chunk have landed, for all threads; and all have read the chunk before,
       // whose place is filled next.
-      Device::template WaitCopies<kStages - 2>();
-      Device::SyncBlock();
+      WaitForCopies<kStages - 2>();
+      SyncBlock();
       const int fill_stage = stage == 0 ? kStages - 1 : stage - 1;
       if (chunk + kStages - 1 < chunk_end) loader.Issue(stages + fill_stage * Loader::kStageBytes);
-      Device::CommitCopies();
+      CommitCopies();
       const uint8_t* here = stages + stage * Loader::kStageBytes;
       typename Codec::Packed packed[2];
       float scales[2][2][2] = {};
       WINTSERVE_UNROLL
       for (int i = 0; i < 2; ++i) {
         const uint8_t* record = here + (warp * 2 + i) * Loader::kRecordBytes;
-        packed[i] = Codec::template LoadPacked<Device>(record + lane * 16);
+        packed[i] = Codec::LoadPacked(record + lane * 16);
         if constexpr (Codec::kHasLocalScales) {
-          Codec::template LoadLocalScales<Device>(
-              record + Loader::kUnits * plan::kUnitBytes + lane / 4 * 2, constants, scales[i]);
+          Codec::LoadLocalScales(record + Loader::kUnits * plan::kUnitBytes + lane / 4 * 2,
+                                 constants, scales[i]);
         }
       }
-      AddTileGroup<Device, Codec, kBlocks>(here, packed, 0, columns, scales, constants, num_blocks,
-                                           total);
-      AddTileGroup<Device, Codec, kBlocks>(here, packed, 1, columns, scales, constants, num_blocks,
-                                           total);
+      AddTileGroup<Codec, kBlocks>(here, packed, 0, columns, scales, constants, num_blocks, total);
+      AddTileGroup<Codec, kBlocks>(here, packed, 1, columns, scales, constants, num_blocks, total);
       stage = stage + 1 == kStages ? 0 : stage + 1;
 
       if (chunk + 1 == slice_end) {
@@ -280,8 +277,7 @@ WINTSERVE_DEVICE void TileProduct(const ProductParams& p, uint8_t* shared) {
             WINTSERVE_UNROLL
             for (int c = 0; c < 4; ++c) {
               const float scaled = total[i][block][c] * columns[i].scale[c / 2];
-              sums[i][block][c] =
-                  slice == first_slice ? scaled : Device::Add(sums[i][block][c], scaled);
+              sums[i][block][c] = slice == first_slice ? scaled : Add(sums[i][block][c], scaled);
               total[i][block][c] = 0;
             }
           }
@@ -291,24 +287,23 @@ WINTSERVE_DEVICE void TileProduct(const ProductParams& p, uint8_t* shared) {
       }
     }
     if (own_tile < p.tiles) {
-      StoreTileSums<Device, kBlocks>(p, tile, first, last, first_slice, sums);
+      StoreTileSums<kBlocks>(p, tile, first, last, first_slice, sums);
     }
   }
 }
 
 // y of a product whose slices lie in split_sums. Block: 256 columns of one token.
-template <class Device>
 WINTSERVE_DEVICE void AddSlices(const ProductParams& p) {
   const int column_blocks = plan::DivideUp(p.columns, kRowThreads);
-  const int token = Device::block() / column_blocks;
-  const int column = Device::block() % column_blocks * kRowThreads + Device::thread();
+  const int token = BlockIndex() / column_blocks;
+  const int column = BlockIndex() % column_blocks * kRowThreads + ThreadIndex();
   if (column >= p.columns) return;
   const auto add_slices = [&](int tile, int row) {
     const float* slice =
         p.split_sums + (int64_t{token} * p.tiles + tile) * plan::kTileColumns + row;
     float sum = *slice;
     for (int s = 1; s < p.slices; ++s) {
-      sum = Device::Add(sum, slice[int64_t{s} * p.num_tokens * p.tiles * plan::kTileColumns]);
+      sum = Add(sum, slice[int64_t{s} * p.num_tokens * p.tiles * plan::kTileColumns]);
     }
     return sum * p.x.inverse_scale[SourceRow(p, token)];
   };
@@ -317,8 +312,8 @@ WINTSERVE_DEVICE void AddSlices(const ProductParams& p) {
     *y = add_slices(column / plan::kTileColumns, column % plan::kTileColumns);
   } else {
     constexpr int kHalf = plan::kTileColumns / 2;
-    *y = SwiGlu<Device>(add_slices(column / kHalf, column % kHalf),
-                        add_slices(column / kHalf, column % kHalf + kHalf));
+    *y = SwiGlu(add_slices(column / kHalf, column % kHalf),
+                add_slices(column / kHalf, column % kHalf + kHalf));
   }
 }
 

@@ -3,7 +3,6 @@
 
 #include "common/check.h"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/matmul/wgmma_device.cuh"
 #include "kernels/cuda/matmul/wgmma_launches.h"
 #include "kernels/cuda/matmul/wgmma_product.cuh"
 
@@ -15,7 +14,7 @@ __global__ void __launch_bounds__(plan::kWgmmaThreads, 1)
   // Other architectures, for which the source is compiled too, have no wgmma: nobody launches this.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t wgmma_shared[];
-  WgmmaProduct<WgmmaGpuDevice, Codec, kTokens>(params, wgmma_shared).Run();
+  WgmmaProduct<Codec, kTokens>(params, wgmma_shared).Run();
 #endif
 }
 

@@ -13,10 +13,11 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/device_ops.h"
 #include "kernels/cuda/matmul/codecs.cuh"
-#include "kernels/cuda/matmul/device_macros.h"
 #include "kernels/cuda/matmul/product_params.h"
 #include "kernels/cuda/matmul/schedule.cuh"
+#include "kernels/cuda/wgmma_ops.h"
 #include "kernels/plan/wgmma_plan.h"
 
 namespace wintserve::kernels::cuda {
@@ -34,10 +35,6 @@ struct WgmmaRing {
   }
 };
 
-struct alignas(16) Floats4 {
-  float x, y, z, w;
-};
-
 struct WgmmaItem {
   int expert = 0;  // the one of the item before when the next is located
   int first_slice;
@@ -48,36 +45,36 @@ struct WgmmaItem {
 };
 static_assert(sizeof(WgmmaItem) <= plan::kWgmmaItemBytes);
 
-template <class Device, class Codec, int kTokens>
+template <class Codec, int kTokens>
 class WgmmaProduct {
  public:
   WINTSERVE_DEVICE WgmmaProduct(const ProductParams& p, uint8_t* shared)
-      : p_(p), shared_(shared), address_(Device::SharedAddressOf(shared)) {}
+      : p_(p), shared_(shared), address_(SharedAddressOf(shared)) {}
 
   WINTSERVE_DEVICE void Run() {
-    if (static_cast<uint32_t>(Device::thread()) == 0) {
+    if (static_cast<uint32_t>(ThreadIndex()) == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
-        Device::InitBarrier(full(stage), 1 + plan::kWarpgroupThreads);
-        Device::InitBarrier(empty(stage), kConsumerWarps);
+        InitBarrier(full(stage), 1 + plan::kWarpgroupThreads);
+        InitBarrier(empty(stage), kConsumerWarps);
       }
-      Device::PublishBarriers();
+      PublishBarriers();
     }
     if constexpr (kPromotes) {
       // Of the corrections' operand only two words in eight are ever copied.
-      for (int i = Device::thread() * 16; i < kShared.correction_bytes;
+      for (int i = ThreadIndex() * 16; i < kShared.correction_bytes;
            i += plan::kWgmmaThreads * 16) {
-        Device::StoreGlobal16(shared_ + kShared.corrections + i, {0, 0, 0, 0});
+        StoreAligned(shared_ + kShared.corrections + i, uint4{0, 0, 0, 0});
       }
-      Device::FenceForWgmma();
+      FenceForWgmma();
     }
-    BuildSchedule<Device>(p_, kTokens, shared_ + kShared.schedule);
-    Device::SyncBlock();
+    BuildSchedule(p_, kTokens, shared_ + kShared.schedule);
+    SyncBlock();
     // A multiprocessor has 504 registers for every three threads of different warpgroups.
-    if (static_cast<uint32_t>(Device::thread()) >= kConsumerThreads) {
-      Device::template GiveRegisters<kProducerRegisters>();
+    if (static_cast<uint32_t>(ThreadIndex()) >= kConsumerThreads) {
+      GiveRegisters<kProducerRegisters>();
       Produce();
     } else {
-      Device::template TakeRegisters<kConsumerRegisters>();
+      TakeRegisters<kConsumerRegisters>();
       Consume();
     }
   }
@@ -181,13 +178,12 @@ class WgmmaProduct {
 
   WINTSERVE_DEVICE void CopyStage(const Sources& sources, int stage, int place, int thread) const {
     if (thread < 32) {
-      if (thread == 0) Device::ArriveAndExpect(full(place), kTiles * kShared.weight_bytes);
-      Device::SyncWarp();
+      if (thread == 0) ArriveAndExpect(full(place), kTiles * kShared.weight_bytes);
+      SyncWarp();
       if (thread < kTiles) {
-        Device::CopyBulk(
-            address_ + kShared.weights + (place * kTiles + thread) * kShared.weight_bytes,
-            sources.record + int64_t{stage} * kShared.weight_bytes, kShared.weight_bytes,
-            full(place));
+        CopyBulk(address_ + kShared.weights + (place * kTiles + thread) * kShared.weight_bytes,
+                 sources.record + int64_t{stage} * kShared.weight_bytes, kShared.weight_bytes,
+                 full(place));
       }
     }
     const auto* values = reinterpret_cast<const uint8_t*>(p_.x.values) +
@@ -200,8 +196,8 @@ class WgmmaProduct {
       WINTSERVE_UNROLL
       for (int group = 0; group < kGroups; ++group) {
         // kPieceRows rows on, the swizzle is the same.
-        Device::CopyAsync16(activations + group * kTokens * 128 + i * kPieceRows * 128,
-                            from + group * 128);
+        CopyToShared(SharedAddressOf(activations + group * kTokens * 128 + i * kPieceRows * 128),
+                     from + group * 128);
       }
     }
     if constexpr (Codec::kHasCorrections) {
@@ -213,27 +209,27 @@ class WgmmaProduct {
               shared_ + kShared.corrections +
               (kPromotes ? plan::CorrectionOffset(thread, place, group)
                          : place * kShared.correction_bytes + (group * kTokens + thread) * 4);
-          Device::CopyAsync4(
-              to, sources.corrections +
-                      of_row / plan::kGroupsPerChunk * static_cast<int>(sizeof(ChunkCorrections)) +
-                      of_row % plan::kGroupsPerChunk * 4);
+          CopyWordToShared(SharedAddressOf(to), sources.corrections +
+                                                    of_row / plan::kGroupsPerChunk *
+                                                        static_cast<int>(sizeof(ChunkCorrections)) +
+                                                    of_row % plan::kGroupsPerChunk * 4);
         }
       }
     }
-    Device::ArriveAfterCopies(full(place));
+    ArriveAfterCopies(full(place));
   }
 
   WINTSERVE_DEVICE void Produce() const {
-    const int thread = Device::thread() - kConsumerThreads;
+    const int thread = ThreadIndex() - kConsumerThreads;
     WgmmaRing ring;
     int expert = 0;
-    for (int index = Device::block(); index < NumItems(); index += Device::num_blocks()) {
+    for (int index = BlockIndex(); index < NumItems(); index += NumBlocks()) {
       const WgmmaItem item = Locate(index, expert);
       expert = item.expert;
       const Sources sources = SourcesOf(item, thread);
       const int end = SliceStage(item.end_slice);
       for (int stage = SliceStage(item.first_slice); stage < end; ++stage) {
-        Device::WaitBarrier(empty(ring.stage), ring.parity ^ 1);
+        SpinAtBarrier(empty(ring.stage), ring.parity ^ 1);
         CopyStage(sources, stage, ring.stage, thread);
         ring.template Advance<kStages>();
       }
@@ -263,15 +259,15 @@ class WgmmaProduct {
                                     Operands* operands) const {
     if (group == 0) {
       const uint8_t* record = StageWeights(stage, row_block);
-      operands->packed[row_block] = Codec::template LoadPacked<Device>(record + lane_ * 16);
+      operands->packed[row_block] = Codec::LoadPacked(record + lane_ * 16);
       if constexpr (Codec::kHasLocalScales) {
-        Codec::template LoadLocalScales<Device>(
+        Codec::LoadLocalScales(
             record + plan::UnitsPerChunk(Codec::kFormat) * plan::kUnitBytes + lane_ / 4 * 2,
             constants_, operands->scales[row_block]);
       }
     }
-    Codec::template Decode<Device>(operands->packed[row_block], group, columns_[row_block],
-                                   operands->scales[row_block][group], constants_, operands->a[to]);
+    Codec::Decode(operands->packed[row_block], group, columns_[row_block],
+                  operands->scales[row_block][group], constants_, operands->a[to]);
   }
 
   // Adds the corrections of a stage's group to the sums of both subtiles. Here and not subtile by
@@ -282,11 +278,11 @@ class WgmmaProduct {
         shared_ + kShared.corrections + stage * kShared.correction_bytes + lane_ % 4 * 2 * 4;
     WINTSERVE_UNROLL
     for (int block = 0; block < kRegisters / 4; ++block) {
-      const Words2 words = Device::LoadShared8(corrections + block * 32);
+      const uint2 words = LoadAligned<uint2>(corrections + block * 32);
       WINTSERVE_UNROLL
       for (int i = 0; i < 8; ++i) {
         float& sum = sums->group[i / 4][4 * block + i % 4];
-        sum = Device::Add(sum, Device::BitsToFloat(i % 2 == 0 ? words.x : words.y));
+        sum = Add(sum, BitsToFloat(i % 2 == 0 ? words.x : words.y));
       }
     }
   }
@@ -295,13 +291,13 @@ class WgmmaProduct {
   WINTSERVE_DEVICE void Start(int stage, int group, int subtile, const uint32_t (&a)[4][4],
                               float (&sums)[kRegisters]) const {
     const int first_token = kHalves ? subtile * kTile.mma_tokens : 0;
-    Device::HoldRegisters(sums);
-    Device::FenceWgmma();
+    HoldRegisters(sums);
+    FenceWgmma();
     if constexpr (kPromotes) {
       const uint32_t factors = lane_ % 4 == 0 ? plan::kCorrectionFactors : 0;
       const uint32_t first = group == 0 ? factors : 0;
       const uint32_t second = group == 0 ? 0 : factors;
-      Device::template WgmmaMultiply<false>(
+      WgmmaMultiply<false>(
           sums, {first, first, second, second},
           plan::WgmmaDescriptor(address_ + kShared.corrections + first_token * 128) +
               stage * plan::kDescriptorStep);
@@ -309,19 +305,18 @@ class WgmmaProduct {
     const uint64_t b = plan::WgmmaDescriptor(address_ + stage * kShared.activation_bytes +
                                              (group * kTokens + first_token) * 128);
     WINTSERVE_UNROLL
-    for (int m = 0; m < 4; ++m)
-      Device::template WgmmaMultiply<true>(sums, a[m], b + m * plan::kDescriptorStep);
-    Device::CommitWgmma();
+    for (int m = 0; m < 4; ++m) WgmmaMultiply<true>(sums, a[m], b + m * plan::kDescriptorStep);
+    CommitWgmma();
   }
 
   // After the wait for a subtile's products.
   WINTSERVE_DEVICE void Finish(int subtile, const float (&scale)[2], Sums* sums) const {
-    Device::HoldRegisters(sums->group[subtile]);
+    HoldRegisters(sums->group[subtile]);
     if constexpr (kPromotes) {
       WINTSERVE_UNROLL
       for (int i = 0; i < kRegisters; ++i) {
         sums->total[subtile][i] =
-            Device::MultiplyAdd(scale[i / 2 % 2], sums->group[subtile][i], sums->total[subtile][i]);
+            MultiplyAdd(scale[i / 2 % 2], sums->group[subtile][i], sums->total[subtile][i]);
       }
     }
   }
@@ -338,22 +333,22 @@ class WgmmaProduct {
   }
 
   WINTSERVE_DEVICE void WaitFull(const WgmmaRing& place) const {
-    Device::WaitBarrier(full(place.stage), place.parity);
-    Device::FenceForWgmma();
+    SpinAtBarrier(full(place.stage), place.parity);
+    FenceForWgmma();
   }
   WINTSERVE_DEVICE void Release(int stage) const {
-    Device::SyncWarp();
-    if (lane_ == 0) Device::Arrive(empty(stage));
+    SyncWarp();
+    if (lane_ == 0) ArriveAtBarrier(empty(stage));
   }
 
   // The item of the warp, kept in shared memory.
   WINTSERVE_DEVICE volatile int32_t* ItemWords() const {
     return reinterpret_cast<volatile int32_t*>(shared_ + kShared.items +
-                                               Device::thread() / 32 * plan::kWgmmaItemBytes);
+                                               ThreadIndex() / 32 * plan::kWgmmaItemBytes);
   }
   WINTSERVE_DEVICE void SaveItem(const WgmmaItem& item) const {
     volatile int32_t* words = ItemWords();
-    Device::SyncWarp();
+    SyncWarp();
     if (lane_ == 0) {
       words[0] = item.expert;
       words[1] = item.first_slice;
@@ -362,7 +357,7 @@ class WgmmaProduct {
       words[4] = item.last;
       words[5] = item.tile;
     }
-    Device::SyncWarp();
+    SyncWarp();
   }
   WINTSERVE_DEVICE WgmmaItem SavedItem() const {
     const volatile int32_t* words = ItemWords();
@@ -379,13 +374,13 @@ class WgmmaProduct {
   }
 
   WINTSERVE_DEVICE void Consume() {
-    const int thread = Device::thread();
+    const int thread = ThreadIndex();
     lane_ = thread % 32;
     warp_ = thread % plan::kWarpgroupThreads / 32;
     group_ = thread / plan::kWarpgroupThreads;
     WgmmaRing ring;
     int expert = 0;
-    for (int index = Device::block(); index < NumItems(); index += Device::num_blocks()) {
+    for (int index = BlockIndex(); index < NumItems(); index += NumBlocks()) {
       const WgmmaItem item = Locate(index, expert);
       SaveItem(item);
       expert = item.expert;
@@ -396,7 +391,7 @@ class WgmmaProduct {
   WINTSERVE_DEVICE void ConsumeItem(const WgmmaItem& item, WgmmaRing* ring) {
     WINTSERVE_UNROLL
     for (int i = 0; i < kRowBlocks; ++i) {
-      columns_[i] = LoadLaneColumns<Device>(ColumnsOf(item, OwnTile(item, i)), lane_ / 4);
+      columns_[i] = LoadLaneColumns(ColumnsOf(item, OwnTile(item, i)), lane_ / 4);
     }
     Sums sums;
     Operands operands;
@@ -437,7 +432,7 @@ class WgmmaProduct {
           DecodeNext(stage, group, subtile, next, has_next, operands);
         }
         if (group > 0 || subtile > 0) {
-          Device::template WaitWgmma<1>();
+          WaitWgmma<1>();
           if (subtile == 0) {
             Finish(1, operands->scales[kRowBlocks - 1][group - 1], sums);
           } else if (kHalves && group == kGroups - 1) {
@@ -449,7 +444,7 @@ class WgmmaProduct {
         if (!kHalves) DecodeNext(stage, group, subtile, next, has_next, operands);
       }
     }
-    Device::template WaitWgmma<0>();
+    WaitWgmma<0>();
     Finish(1, last_scale, sums);
   }
 
@@ -470,9 +465,9 @@ class WgmmaProduct {
   // --- Ends ---
 
   // A thread's sums of the slices before.
-  WINTSERVE_DEVICE Floats4* SumsBefore(int subtile) const {
-    return reinterpret_cast<Floats4*>(shared_ + kShared.sums) +
-           subtile * (kRegisters / 4) * kConsumerThreads + Device::thread();
+  WINTSERVE_DEVICE float4* SumsBefore(int subtile) const {
+    return reinterpret_cast<float4*>(shared_ + kShared.sums) +
+           subtile * (kRegisters / 4) * kConsumerThreads + ThreadIndex();
   }
 
   // A slice's sums join those before it in shared memory; with the last one they are stored.
@@ -482,15 +477,14 @@ class WgmmaProduct {
     for (int subtile = 0; subtile < 2; ++subtile) {
       const float(&scale)[2] = columns_[kHalves ? 0 : subtile].scale;
       const float* values = kPromotes ? sums->total[kPromotes ? subtile : 0] : sums->group[subtile];
-      Floats4* before = SumsBefore(subtile);
+      float4* before = SumsBefore(subtile);
       WINTSERVE_UNROLL
       for (int block = 0; block < kRegisters / 4; ++block) {
-        Floats4 sum = {values[4 * block] * scale[0], values[4 * block + 1] * scale[0],
-                       values[4 * block + 2] * scale[1], values[4 * block + 3] * scale[1]};
+        float4 sum = {values[4 * block] * scale[0], values[4 * block + 1] * scale[0],
+                      values[4 * block + 2] * scale[1], values[4 * block + 3] * scale[1]};
         if (slice > item.first_slice) {
-          const Floats4 old = before[block * kConsumerThreads];
-          sum = {Device::Add(old.x, sum.x), Device::Add(old.y, sum.y), Device::Add(old.z, sum.z),
-                 Device::Add(old.w, sum.w)};
+          const float4 old = before[block * kConsumerThreads];
+          sum = {Add(old.x, sum.x), Add(old.y, sum.y), Add(old.z, sum.z), Add(old.w, sum.w)};
         }
         before[block * kConsumerThreads] = sum;
       }
@@ -504,11 +498,11 @@ class WgmmaProduct {
     for (int subtile = 0; subtile < 2; ++subtile) {
       const int tile = OwnTile(item, kHalves ? 0 : subtile);
       if (tile >= p_.tiles) return;
-      const Floats4* sums = SumsBefore(subtile);
+      const float4* sums = SumsBefore(subtile);
       const int first_token = kHalves ? subtile * kTile.mma_tokens : 0;
       WINTSERVE_UNROLL_BY(4)
       for (int block = 0; block < kRegisters / 4; ++block) {
-        const Floats4 sum = sums[block * kConsumerThreads];
+        const float4 sum = sums[block * kConsumerThreads];
         Store(item, tile, first_token + block * 8, {sum.x, sum.y, sum.z, sum.w});
       }
     }
@@ -536,7 +530,7 @@ class WgmmaProduct {
       const float high = sums[2 + j] * inverse_scale;
       if (p_.epilogue == Epilogue::kSwiGlu) {
         const int column = tile * (plan::kTileColumns / 2) + g;
-        if (column < p_.columns) p_.y[token * p_.y_stride + column] = SwiGlu<Device>(low, high);
+        if (column < p_.columns) p_.y[token * p_.y_stride + column] = SwiGlu(low, high);
       } else {
         const int column = tile * plan::kTileColumns + g;
         float* to = p_.y + token * p_.y_stride + column;
