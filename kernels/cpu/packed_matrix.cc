@@ -10,29 +10,15 @@
 #include "common/check.h"
 #include "common/status_macros.h"
 #include "fmt/format.h"
+#include "kernels/formats/format_name.h"
 
 namespace wintserve::kernels::cpu {
 namespace {
 
+using formats::FormatName;
 using formats::HostMatrix;
 using formats::KOrder;
 using formats::WeightFormat;
-
-std::string_view FormatName(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kFloat32:
-      return "float32";
-    case WeightFormat::kBfloat16:
-      return "bfloat16";
-    case WeightFormat::kWint8:
-      return "wint8";
-    case WeightFormat::kWint4:
-      return "wint4";
-    case WeightFormat::kWint2:
-      return "wint2";
-  }
-  CHECK(false, "format={}", static_cast<int>(format));
-}
 
 int64_t TileBytes(WeightFormat format, int64_t k) {
   constexpr int64_t kFloats = kTileColumns * sizeof(float);

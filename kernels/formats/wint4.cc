@@ -1,25 +1,14 @@
 #include "kernels/formats/wint4.h"
 
-#include <algorithm>
-#include <array>
 #include <cstring>
 
 #include "common/check.h"
-#include "kernels/formats/byte_transpose.h"
+#include "kernels/formats/tile_unpack.h"
 
 namespace wintserve::formats {
 namespace {
 
-constexpr int kTileRows = 64;
-constexpr int64_t kBlockColumns = 64;
-
-// Row inside a 64-row tile of the nibble at a position of one column's 64 nibbles.
-constexpr std::array<uint8_t, kTileRows> MakeRowOfPosition() {
-  std::array<uint8_t, kTileRows> rows{};
-  for (int row = 0; row < kTileRows; ++row) rows[Wint4NibbleIndex(kTileRows, row, 0)] = row;
-  return rows;
-}
-constexpr std::array<uint8_t, kTileRows> kRowOfPosition = MakeRowOfPosition();
+constexpr auto kRowOfPosition = RowsOfPositions(Wint4NibbleIndex);
 
 // Eight codes, one a byte, from eight nibbles.
 uint64_t CodesOfNibbles(const uint8_t* bytes) {
@@ -38,38 +27,11 @@ uint64_t CodesOfNibbles(const uint8_t* bytes) {
 
 void UnpackWint4(const Wint4Tensors& stored, const MatrixSlice& slice, int64_t first_column,
                  HostMatrix& matrix) {
-  CHECK(matrix.format == WeightFormat::kWint4 && matrix.k == slice.num_rows());
-  std::copy_n(stored.channel_scale + slice.n_begin, slice.num_columns(),
-              matrix.channel_scale.begin() + first_column);
-  // By way of a block in the L1 cache: rows of the matrix are far apart and evict each other.
-  std::array<std::array<int8_t, kBlockColumns>, kTileRows> block;
-  for (int64_t first = slice.n_begin; first < slice.n_end; first += kBlockColumns) {
-    const int64_t num_columns = std::min(kBlockColumns, slice.n_end - first);
-    for (int64_t tile = slice.k_begin / kTileRows; tile * kTileRows < slice.k_end; ++tile) {
-      const int64_t first_row = std::max(slice.k_begin, tile * kTileRows);
-      const int64_t end_row = std::min(slice.k_end, (tile + 1) * kTileRows);
-      for (int64_t i = 0; i < num_columns; i += 8) {
-        for (int position = 0; position < kTileRows; position += 8) {
-          std::array<uint64_t, 8> words{};
-          for (int64_t j = 0; j < std::min<int64_t>(8, num_columns - i); ++j) {
-            const int64_t column = first + i + j;
-            const uint8_t* source =
-                stored.codes + Wint4NibbleIndex(stored.k, tile * kTileRows, column) / 2;
-            words[j] = CodesOfNibbles(source + position / 2);
-          }
-          TransposeBytes(&words);
-          for (int j = 0; j < 8; ++j) {
-            std::memcpy(&block[kRowOfPosition[position + j]][i], &words[j], sizeof(words[j]));
-          }
-        }
-      }
-      for (int64_t row = first_row; row < end_row; ++row) {
-        std::memcpy(matrix.codes_i8.data() + (row - slice.k_begin) * matrix.n + first_column +
-                        first - slice.n_begin,
-                    block[row % kTileRows].data(), num_columns);
-      }
-    }
-  }
+  CHECK(matrix.format == WeightFormat::kWint4);
+  const auto codes = [&stored](int64_t row, int64_t column, int position) {
+    return CodesOfNibbles(stored.codes + (Wint4NibbleIndex(stored.k, row, column) + position) / 2);
+  };
+  UnpackTiles(stored.channel_scale, slice, first_column, kRowOfPosition, codes, matrix);
 }
 
 std::vector<uint8_t> PackWint4(const HostMatrix& matrix) {

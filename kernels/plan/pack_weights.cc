@@ -13,31 +13,17 @@
 #include "fmt/format.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/formats/bf16.h"
+#include "kernels/formats/format_name.h"
 #include "kernels/plan/code_line.h"
 #include "kernels/plan/float16.h"
 
 namespace wintserve::kernels::plan {
 namespace {
 
+using formats::FormatName;
 using formats::HostMatrix;
 using formats::KOrder;
 using formats::WeightFormat;
-
-std::string_view FormatName(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kFloat32:
-      return "float32";
-    case WeightFormat::kBfloat16:
-      return "bfloat16";
-    case WeightFormat::kWint8:
-      return "wint8";
-    case WeightFormat::kWint4:
-      return "wint4";
-    case WeightFormat::kWint2:
-      return "wint2";
-  }
-  CHECK(false, "format={}", static_cast<int>(format));
-}
 
 absl::Status CheckShape(const HostMatrix& matrix, bool gate_up) {
   const std::string_view format = FormatName(matrix.format);
