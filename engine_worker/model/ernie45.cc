@@ -65,28 +65,6 @@ absl::Status InFrontOf(const absl::Status& status, std::string_view place) {
   return absl::Status(status.code(), fmt::format("{}: {}", place, std::string(status.message())));
 }
 
-// Every matrix in the order in which Loader takes them.
-std::vector<MatrixRef> MatricesInOrder(const ModelConfig& config) {
-  std::vector<MatrixRef> refs = {{MatrixRole::kEmbedding}};
-  const auto add_mlp = [&](int layer, int expert) {
-    refs.push_back({MatrixRole::kGateUp, layer, expert});
-    refs.push_back({MatrixRole::kDown, layer, expert});
-  };
-  for (int layer = 0; layer < config.num_layers; ++layer) {
-    refs.push_back({MatrixRole::kQkv, layer});
-    refs.push_back({MatrixRole::kOutput, layer});
-    if (!config.IsMoeLayer(layer)) {
-      add_mlp(layer, kDenseMlp);
-      continue;
-    }
-    refs.push_back({MatrixRole::kRouter, layer});
-    for (int expert = 0; expert < config.num_experts; ++expert) add_mlp(layer, expert);
-    if (config.num_shared_experts > 0) add_mlp(layer, kSharedExperts);
-  }
-  refs.push_back({MatrixRole::kHead});
-  return refs;
-}
-
 // Packs one rank's tensors one after the other, as they are unpacked.
 class Loader {
  public:
@@ -95,7 +73,7 @@ class Loader {
       : config_(config),
         checkpoint_(checkpoint),
         backend_(backend),
-        matrices_(checkpoint, MatricesInOrder(config), rank, world_size, num_threads) {}
+        matrices_(checkpoint, AllMatrices(config), rank, world_size, num_threads) {}
 
   absl::StatusOr<Weights> LoadAll() {
     Weights w;

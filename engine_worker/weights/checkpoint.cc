@@ -121,7 +121,8 @@ absl::Status Verify(const TensorSet& set, const Layout& layout, const ModelConfi
   const auto check = [&](const ExpectedTensor& expected) {
     if (needed.insert(expected.name).second) CheckTensor(set, expected, findings);
   };
-  for (const MatrixRef& ref : AllMatrices(layout, config)) {
+  for (const MatrixRef& ref : AllMatrices(config)) {
+    if (ref.role == MatrixRole::kHead && layout.head_is_tied) continue;  // no tensors of its own
     for (const MatrixPart& part : DescribeMatrix(layout, config, ref).parts) {
       CheckTiles(set, part.stored, findings);
       for (const ExpectedTensor& expected : ExpectedTensors(part.stored)) check(expected);
@@ -323,6 +324,27 @@ absl::Status CheckpointFiles::DecideKOrder(KOrderChoice choice) {
 }
 
 }  // namespace
+
+std::vector<MatrixRef> AllMatrices(const ModelConfig& config) {
+  std::vector<MatrixRef> refs = {{MatrixRole::kEmbedding}};
+  const auto add_mlp = [&](int layer, int expert) {
+    refs.push_back({MatrixRole::kGateUp, layer, expert});
+    refs.push_back({MatrixRole::kDown, layer, expert});
+  };
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    refs.push_back({MatrixRole::kQkv, layer});
+    refs.push_back({MatrixRole::kOutput, layer});
+    if (!config.IsMoeLayer(layer)) {
+      add_mlp(layer, kDenseMlp);
+      continue;
+    }
+    refs.push_back({MatrixRole::kRouter, layer});
+    for (int expert = 0; expert < config.num_experts; ++expert) add_mlp(layer, expert);
+    if (config.num_shared_experts > 0) add_mlp(layer, kSharedExperts);
+  }
+  refs.push_back({MatrixRole::kHead});
+  return refs;
+}
 
 absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::filesystem::path& dir,
                                                              const ModelConfig& config,

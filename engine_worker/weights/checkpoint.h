@@ -33,6 +33,10 @@ struct MatrixRef {
   int expert = kDenseMlp;  // kGateUp and kDown only
 };
 
+// Every matrix of a model, layer by layer in the order of its operators: the embedding first, the
+// head, tied or not, last.
+std::vector<MatrixRef> AllMatrices(const ModelConfig& config);
+
 enum class VectorRole { kInputNorm, kPostAttentionNorm, kFinalNorm, kRouterBias };
 
 enum class KOrderChoice { kAuto, kMma64, kNatural };

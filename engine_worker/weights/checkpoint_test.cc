@@ -51,10 +51,6 @@ HostMatrix Load(const Checkpoint& checkpoint, const MatrixRef& ref, int rank = 0
   return *std::move(matrix);
 }
 
-std::vector<MatrixRef> EveryRef(const ModelConfig& config) {
-  return AllMatrices(Layout{}, config);  // of an untied layout: the head too
-}
-
 std::string Show(const MatrixRef& ref) {
   return fmt::format("role {} layer {} expert {}", static_cast<int>(ref.role), ref.layer,
                      ref.expert);
@@ -66,7 +62,7 @@ TEST(Checkpoint, EveryLayoutOfTheSameModelHoldsTheSameMatrices) {
   for (const TestLayout layout :
        {TestLayout::kPaddleAsModel, TestLayout::kHuggingFace, TestLayout::kFusedOutIn}) {
     const auto other = WriteAndOpen(MakeTensors(config, layout, kSeed), config);
-    for (const MatrixRef& ref : EveryRef(config)) {
+    for (const MatrixRef& ref : AllMatrices(config)) {
       EXPECT_EQ(DecodeToFloat(Load(*other, ref)), DecodeToFloat(Load(*paddle, ref)))
           << Show(ref) << " layout " << static_cast<int>(layout);
     }
@@ -145,7 +141,7 @@ class TensorParallelSlices : public ::testing::TestWithParam<SlicedModel> {};
 TEST_P(TensorParallelSlices, OfAllRanksAreTheWholeMatrix) {
   const ModelConfig config = GetParam().config();
   const auto checkpoint = WriteAndOpen(MakeTensors(config, GetParam().layout, kSeed), config);
-  for (const MatrixRef& ref : EveryRef(config)) {
+  for (const MatrixRef& ref : AllMatrices(config)) {
     const HostMatrix whole = Load(*checkpoint, ref);
     const std::vector<float> weights = DecodeToFloat(whole);
     for (const int world_size : {2, 4}) {
@@ -206,7 +202,7 @@ TEST(Checkpoint, OtherFloatTypesLoadAsTheSameValues) {
       if (tensor.type == "BF16") tensor = testing::ConvertFloats(tensor, type);
     }
     const auto other = WriteAndOpen(converted, config);
-    for (const MatrixRef& ref : EveryRef(config)) {
+    for (const MatrixRef& ref : AllMatrices(config)) {
       const HostMatrix matrix = Load(*other, ref);
       EXPECT_EQ(matrix.format, formats::WeightFormat::kFloat32);
       // Half is exact but for its subnormals, which are 2^-24 apart.
@@ -329,7 +325,7 @@ TEST(Checkpoint, APreShardedDirectoryGivesEveryRankItsOwnFiles) {
       alone.push_back(WriteAndOpen(tensors, local));
     }
     const auto checkpoint = OpenOrDie(dir.path(), config);
-    for (const MatrixRef& ref : EveryRef(config)) {
+    for (const MatrixRef& ref : AllMatrices(config)) {
       if (ref.role == MatrixRole::kEmbedding) continue;
       for (int rank = 0; rank < kRanks; ++rank) {
         EXPECT_EQ(DecodeToFloat(Load(*checkpoint, ref, rank, kRanks)),

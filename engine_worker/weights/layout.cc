@@ -198,27 +198,6 @@ LogicalMatrix DescribeMatrix(const Layout& layout, const ModelConfig& config,
   CHECK(false, "role={}", static_cast<int>(ref.role));
 }
 
-std::vector<MatrixRef> AllMatrices(const Layout& layout, const ModelConfig& config) {
-  std::vector<MatrixRef> refs = {{MatrixRole::kEmbedding}};
-  const auto add_mlp = [&](int layer, int expert) {
-    refs.push_back({MatrixRole::kGateUp, layer, expert});
-    refs.push_back({MatrixRole::kDown, layer, expert});
-  };
-  for (int layer = 0; layer < config.num_layers; ++layer) {
-    refs.push_back({MatrixRole::kQkv, layer});
-    refs.push_back({MatrixRole::kOutput, layer});
-    if (!config.IsMoeLayer(layer)) {
-      add_mlp(layer, kDenseMlp);
-      continue;
-    }
-    refs.push_back({MatrixRole::kRouter, layer});
-    for (int expert = 0; expert < config.num_experts; ++expert) add_mlp(layer, expert);
-    if (config.num_shared_experts > 0) add_mlp(layer, kSharedExperts);
-  }
-  if (!layout.head_is_tied) refs.push_back({MatrixRole::kHead});
-  return refs;
-}
-
 std::string VectorTensorName(const Layout& layout, VectorRole role, int layer) {
   const std::string parent = LayerName(layout, layer);
   switch (role) {

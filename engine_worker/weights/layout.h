@@ -63,9 +63,6 @@ struct LogicalMatrix {
 // REQUIRES: `ref` names a matrix that a model of `config` has.
 LogicalMatrix DescribeMatrix(const Layout& layout, const ModelConfig& config, const MatrixRef& ref);
 
-// Every matrix with tensors of its own (not the head of a tied model).
-std::vector<MatrixRef> AllMatrices(const Layout& layout, const ModelConfig& config);
-
 // "ernie.layers.3.input_layernorm.weight". `layer` is ignored for kFinalNorm.
 std::string VectorTensorName(const Layout& layout, VectorRole role, int layer);
 
