@@ -3,25 +3,15 @@
 #include <cmath>
 
 #include "common/check.h"
+#include "kernels/sampling/check_params.h"
 
 namespace wintserve::kernels {
 namespace {
 
-// What the sampler checks on a CPU and cannot on other devices. Written so that NaN fails, too.
 void CheckSample(const SampleParams& sample, const BatchLimits& limits) {
-  CHECK(sample.temperature >= 0 && std::isfinite(sample.temperature), "temperature={}",
-        sample.temperature);
-  CHECK(sample.top_p > 0 && sample.top_p <= 1, "top_p={}", sample.top_p);
-  CHECK(sample.top_k >= 0, "top_k={}", sample.top_k);
-  CHECK(sample.min_p >= 0 && sample.min_p <= 1, "min_p={}", sample.min_p);
-  const sampling::Penalties& penalties = sample.penalties;
-  CHECK(penalties.repetition > 0 && std::isfinite(penalties.repetition), "repetition={}",
-        penalties.repetition);
-  CHECK(std::fabs(penalties.presence) <= sampling::kMaxAbsPenalty, "presence={}",
-        penalties.presence);
-  CHECK(std::fabs(penalties.frequency) <= sampling::kMaxAbsPenalty, "frequency={}",
-        penalties.frequency);
-  CHECK(penalties.none() || limits.counted_vocab_size > 0, "penalties, but nothing is counted");
+  sampling::CheckParams(sample);
+  CHECK(sample.penalties.none() || limits.counted_vocab_size > 0,
+        "penalties, but nothing is counted");
   CHECK(sample.num_logit_biases >= 0 && sample.num_logit_biases <= sampling::kMaxLogitBiases,
         "num_logit_biases={}", sample.num_logit_biases);
   CHECK(sample.num_top_logprobs >= -1 && sample.num_top_logprobs <= sampling::kMaxTopLogprobs,

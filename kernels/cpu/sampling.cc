@@ -7,6 +7,7 @@
 #include "common/check.h"
 #include "common/status_macros.h"
 #include "kernels/cpu/logit_scan.h"
+#include "kernels/sampling/check_params.h"
 
 namespace wintserve::kernels::cpu {
 namespace {
@@ -15,21 +16,6 @@ constexpr size_t kBlock = 256;  // ids whose mass is summed before it meets the 
 // The scaled logits of a band span ln 4: it is sorted only when the mass before it falls short.
 constexpr float kBandWidth = 1.3862944f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-void CheckRequest(const SampleRequest& request) {
-  CHECK(request.temperature >= 0 && std::isfinite(request.temperature), "temperature={}",
-        request.temperature);
-  CHECK(request.top_p > 0 && request.top_p <= 1, "top_p={}", request.top_p);
-  CHECK(request.top_k >= 0, "top_k={}", request.top_k);
-  CHECK(request.min_p >= 0 && request.min_p <= 1, "min_p={}", request.min_p);
-  const sampling::Penalties& penalties = request.penalties;
-  CHECK(penalties.repetition > 0 && std::isfinite(penalties.repetition), "repetition={}",
-        penalties.repetition);
-  CHECK(std::fabs(penalties.presence) <= sampling::kMaxAbsPenalty, "presence={}",
-        penalties.presence);
-  CHECK(std::fabs(penalties.frequency) <= sampling::kMaxAbsPenalty, "frequency={}",
-        penalties.frequency);
-}
 
 // How many of the masked ids the logits have.
 size_t CountMasked(std::span<const int32_t> masked_ids, size_t vocabulary) {
@@ -51,7 +37,7 @@ float UniformDraw(int64_t seed, uint32_t position, uint32_t choice_index) {
 
 absl::StatusOr<int32_t> Sampler::Sample(std::span<const float> logits,
                                         const SampleRequest& request) {
-  CheckRequest(request);
+  sampling::CheckParams(request);
   CHECK(logits.size() <= sampling::kMaxVocabulary, "{} logits", logits.size());
   ASSIGN_OR_RETURN(const float maximum, FiniteMaximum(logits));
   size_t num_masked = CountMasked(request.masked_ids, logits.size());
