@@ -26,7 +26,6 @@ inline constexpr int kProductWarps = 8;
 inline constexpr int kProductThreads = 32 * kProductWarps;
 inline constexpr int kBlockTokens = 8;                      // columns of an mma
 inline constexpr int kTileKernelTiles = 2 * kProductWarps;  // tiles of a block of the tile kernel
-inline constexpr int kMaxTokenBlocks = 8;
 inline constexpr int kMaxExperts = 128;
 // Rows that one pass of a larger batch takes, so that workspaces stay bounded.
 inline constexpr int64_t kMaxPassRows = 2048;

@@ -138,10 +138,9 @@ struct Wint2Codec {
   }
 };
 
-struct Wint4Codec {
-  static constexpr formats::WeightFormat kFormat = formats::WeightFormat::kWint4;
+// What the formats without local scales share.
+struct PlainCodec {
   static constexpr bool kHasLocalScales = false;
-  static constexpr bool kHasCorrections = true;
 
   struct Constants {};
   static WINTSERVE_DEVICE Constants MakeConstants(uint32_t) { return {}; }
@@ -149,6 +148,21 @@ struct Wint4Codec {
   // The lane's bytes stay in shared memory until they are decoded.
   using Packed = const uint8_t*;
   static WINTSERVE_DEVICE Packed LoadPacked(const uint8_t* lane_units) { return lane_units; }
+};
+
+// Of codes that are decoded with an offset.
+struct OffsetCodec : PlainCodec {
+  static constexpr bool kHasCorrections = true;
+
+  static WINTSERVE_DEVICE void Accumulate(const uint32_t (&a)[4][4], const uint32_t (&b)[4][2],
+                                          const float (&correction)[4], const float (&)[2],
+                                          float (&total)[4]) {
+    AddGroup(a, b, correction, total);
+  }
+};
+
+struct Wint4Codec : OffsetCodec {
+  static constexpr formats::WeightFormat kFormat = formats::WeightFormat::kWint4;
 
   // Nibbles at bits 2 and 6 of a binary16's fraction: 256 + code and 16 + code.
   static WINTSERVE_DEVICE void Decode(const Packed& packed, int group, const LaneColumns&,
@@ -168,25 +182,10 @@ struct Wint4Codec {
       }
     }
   }
-
-  static WINTSERVE_DEVICE void Accumulate(const uint32_t (&a)[4][4], const uint32_t (&b)[4][2],
-                                          const float (&correction)[4], const float (&)[2],
-                                          float (&total)[4]) {
-    AddGroup(a, b, correction, total);
-  }
 };
 
-struct Wint8Codec {
+struct Wint8Codec : OffsetCodec {
   static constexpr formats::WeightFormat kFormat = formats::WeightFormat::kWint8;
-  static constexpr bool kHasLocalScales = false;
-  static constexpr bool kHasCorrections = true;
-
-  struct Constants {};
-  static WINTSERVE_DEVICE Constants MakeConstants(uint32_t) { return {}; }
-
-  // The lane's bytes stay in shared memory until they are decoded.
-  using Packed = const uint8_t*;
-  static WINTSERVE_DEVICE Packed LoadPacked(const uint8_t* lane_units) { return lane_units; }
 
   // A byte in the low bits of a binary16's fraction with 0x64 above it: 1024 + code.
   static WINTSERVE_DEVICE void Decode(const Packed& packed, int group, const LaneColumns&,
@@ -206,25 +205,11 @@ struct Wint8Codec {
       }
     }
   }
-
-  static WINTSERVE_DEVICE void Accumulate(const uint32_t (&a)[4][4], const uint32_t (&b)[4][2],
-                                          const float (&correction)[4], const float (&)[2],
-                                          float (&total)[4]) {
-    AddGroup(a, b, correction, total);
-  }
 };
 
-struct Bfloat16Codec {
+struct Bfloat16Codec : PlainCodec {
   static constexpr formats::WeightFormat kFormat = formats::WeightFormat::kBfloat16;
-  static constexpr bool kHasLocalScales = false;
   static constexpr bool kHasCorrections = false;
-
-  struct Constants {};
-  static WINTSERVE_DEVICE Constants MakeConstants(uint32_t) { return {}; }
-
-  // The lane's bytes stay in shared memory until they are decoded.
-  using Packed = const uint8_t*;
-  static WINTSERVE_DEVICE Packed LoadPacked(const uint8_t* lane_units) { return lane_units; }
 
   static WINTSERVE_DEVICE void Decode(const Packed& packed, int group, const LaneColumns&,
                                       const float (&)[2], const Constants&, uint32_t (&a)[4][4]) {

@@ -69,6 +69,7 @@ __device__ float4 Scale(float4 a, float factor, float4 gain) {
 
 constexpr int kNormThreads = 1024;
 constexpr int kNormVectors = 8;  // of one thread, kept in registers between the two passes
+static_assert(kMaxNormColumns == kNormThreads * kNormVectors * sizeof(float4) / sizeof(float));
 
 template <typename Vector>
 __global__ void __launch_bounds__(kNormThreads) AddRmsNormKernel(AddRmsNormArgs args) {
