@@ -236,7 +236,7 @@ void BenchSampling(Bench* bench) {
     for (const Case& c : cases) {
       const auto batch = BatchOf(bench, rows, true, c.params);
       bench->Measure(fmt::format("sample {} {} rows", c.name, rows), int64_t{rows} * kVocabSize * 4,
-                     [&](int) { bench->backend().Sample(logits, kVocabSize, *batch, ids); });
+                     [&](int) { bench->backend().Sample(logits, kVocabSize, batch.get(), ids); });
     }
   }
 }
