@@ -42,7 +42,7 @@ ifeq ($(NVCC),)
 	@echo "cuda-check: no CUDA toolkit here (nvcc), so the CUDA backend is not compiled; the CPU is tested"
 else
 	@test -f build/cuda-check/build.ninja || cmake --preset cuda-check
-	@ninja -C build/cuda-check cuda_objects check_headers
+	@ninja -C build/cuda-check cuda_objects benchmarks check_headers
 endif
 
 # From the bundle, so that what is tested is what is shipped.

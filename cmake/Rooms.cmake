@@ -101,10 +101,14 @@ function(room_test name)
   endif()
 endfunction()
 
+# Builds every benchmark.
+add_custom_target(benchmarks)
+
 # room_benchmark(NAME SRCS a_bench.cc DEPS room): Google Benchmark, lands in build/<preset>/bench.
 function(room_benchmark name)
   cmake_parse_arguments(ARG "" "" "SRCS;DEPS" ${ARGN})
   add_executable(${name} ${ARG_SRCS})
   target_link_libraries(${name} PRIVATE wintserve_options ${ARG_DEPS} benchmark::benchmark)
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bench)
+  add_dependencies(benchmarks ${name})
 endfunction()
