@@ -28,6 +28,13 @@ int Main(int argc, char** argv) {
   cached_prefix->add_option("--prompt-tokens", cached.prompt_tokens);
   cached_prefix->add_option("--repeats", cached.repeats);
 
+  DecodeOptions decode;
+  auto* together = app.add_subcommand("decode", "Streams that begin together");
+  together->add_option("--streams", decode.streams)->check(CLI::PositiveNumber);
+  together->add_option("--prompt-tokens", decode.prompt_tokens)->check(CLI::PositiveNumber);
+  together->add_option("--output-tokens", decode.output_tokens)->check(CLI::Range(2, 1'000'000));
+  together->add_option("--repeats", decode.repeats)->check(CLI::PositiveNumber);
+
   InterferenceOptions interference;
   auto* beside = app.add_subcommand("interference", "Decoding streams beside long prompts");
   beside->add_option("--streams", interference.streams);
@@ -59,6 +66,7 @@ int Main(int argc, char** argv) {
   nlohmann::json result;
   try {
     if (*cached_prefix) result = MeasureCachedPrefix(target, cached);
+    if (*together) result = MeasureDecode(target, decode);
     if (*beside) result = MeasureInterference(target, interference);
     if (*queued) result = MeasureWaitingStreams(target, waiting);
     if (*open_loop) result = MeasureTrace(target, trace);

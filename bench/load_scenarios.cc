@@ -382,6 +382,56 @@ json MeasureCachedPrefix(const Target& target, const CachedPrefixOptions& option
           {"cached_to_cold", Median(cached) / Median(cold)}};
 }
 
+json MeasureDecode(const Target& target, const DecodeOptions& options) {
+  std::vector<double> to_first;
+  std::vector<double> gaps;
+  std::vector<double> rates;
+  for (int round = 0; round < options.repeats; ++round) {
+    std::vector<StreamResult> results(options.streams);
+    std::vector<std::thread> threads;
+    for (int i = 0; i < options.streams; ++i) {
+      threads.emplace_back([&, i] {
+        const int seed = 3'000'000 + round * options.streams + i;
+        results[i] = RunStream(target, {{"prompt", RandomPrompt(options.prompt_tokens, seed)},
+                                        {"max_tokens", options.output_tokens},
+                                        {"ignore_eos", true},
+                                        {"temperature", 1},
+                                        {"top_p", 1},
+                                        {"seed", seed}});
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    auto from = Clock::time_point::min();
+    auto to = Clock::time_point::max();
+    for (const StreamResult& result : results) {
+      RequireOk(result, "a stream");
+      to_first.push_back(result.seconds_to_first());
+      from = std::max(from, result.arrivals.front());
+      to = std::min(to, result.arrivals.back());
+    }
+    if (from >= to) {
+      throw std::runtime_error(fmt::format(
+          "the streams never all decoded at once; more than {} output tokens are needed",
+          options.output_tokens));
+    }
+    int64_t num_events = 0;
+    for (const StreamResult& result : results) {
+      for (size_t i = 1; i < result.arrivals.size(); ++i) {
+        if (result.arrivals[i - 1] < from || result.arrivals[i] > to) continue;
+        gaps.push_back(Seconds(result.arrivals[i] - result.arrivals[i - 1]));
+        ++num_events;
+      }
+    }
+    rates.push_back(static_cast<double>(num_events) / Seconds(to - from));
+  }
+  return {{"streams", options.streams},
+          {"prompt_tokens", options.prompt_tokens},
+          {"output_tokens", options.output_tokens},
+          {"to_first", Percentiles(to_first)},
+          {"gaps", Percentiles(gaps)},
+          {"tokens_per_second", Median(rates)}};
+}
+
 json MeasureInterference(const Target& target, const InterferenceOptions& options) {
   const PromptLoop alone = RunPrompts(target, options.prompt_tokens, options.seconds, 100'000);
   std::vector<double> quiet;

@@ -18,6 +18,16 @@ struct CachedPrefixOptions {
 // Time to the first token of a prompt never seen, and of one whose blocks but the last are cached.
 nlohmann::json MeasureCachedPrefix(const Target& target, const CachedPrefixOptions& options);
 
+struct DecodeOptions {
+  int streams = 1;
+  int prompt_tokens = 128;
+  int output_tokens = 128;
+  int repeats = 1;
+};
+// Streams that begin together, each with a prompt of its own and drawn without a cut: time to first
+// token, gaps between tokens and rate while all of them decode.
+nlohmann::json MeasureDecode(const Target& target, const DecodeOptions& options);
+
 struct InterferenceOptions {
   int streams = 16;
   int prompt_tokens = 4000;

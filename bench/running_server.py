@@ -23,16 +23,17 @@ def free_ports(count):
 class RunningServer:
     """A context: the server with these flags, ready. load(...) runs the load generator on it."""
 
-    def __init__(self, build, *flags):
+    def __init__(self, build, *flags, model="models/poet", log_level="warning", ready_seconds=60):
         self.build = Path(build).resolve()
         self.port, self.metrics_port = free_ports(2)
-        self.command = [str(self.build / "bin/wintserve"), "serve", "--model", "models/poet",
+        self.ready_seconds = ready_seconds
+        self.command = [str(self.build / "bin/wintserve"), "serve", "--model", str(model),
                         "--port", str(self.port), "--metrics-port", str(self.metrics_port),
-                        "--log-level", "warning", *flags]
+                        "--log-level", log_level, *flags]
 
     def __enter__(self):
         self.process = subprocess.Popen(self.command, cwd=ROOT)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + self.ready_seconds
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise SystemExit(f"the server ended with {self.process.returncode}: {self.command}")
@@ -41,7 +42,8 @@ class RunningServer:
                 return self
             except OSError:
                 time.sleep(0.05)
-        raise SystemExit("the server was not ready within 60 s")
+        self.__exit__()
+        raise SystemExit(f"the server was not ready within {self.ready_seconds} s")
 
     def __exit__(self, *_):
         self.process.send_signal(signal.SIGTERM)
