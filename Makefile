@@ -5,7 +5,7 @@ BUILD := build/$(PRESET)
 
 .DEFAULT_GOAL := help
 .PHONY: help serve setup python-env build test test-long test-asan test-tsan test-gpu \
-        test-gpu-accuracy test-gpu-transformers test-poet-bf16 cuda-check bundle format \
+        test-gpu-accuracy test-gpu-e2e test-gpu-transformers test-poet-bf16 cuda-check bundle format \
         format-check tidy bench bench-gpu bench-scheduling build-cuda clean
 
 help:  ## Print this list
@@ -52,6 +52,11 @@ test-gpu: setup  ## Tests that need a GPU, on this machine's
 	@ninja -C build/cuda programs gpu_tests
 	@tools/bundle build/cuda --gpu-tests
 	@tests/gpu/run build/cuda/bundle
+
+test-gpu-e2e: CUDA_TARGETS := programs
+test-gpu-e2e: build-cuda python-env  ## The end-to-end tests with the model on this machine's GPUs
+	WINTSERVE_BIN=build/cuda/bin WINTSERVE_DEVICE=cuda PYTHONPATH=tests/e2e \
+	  build/venv/bin/python -m pytest -q -p no:cacheprovider tests/e2e
 
 CUDA_TARGETS :=
 build-cuda: setup

@@ -1,7 +1,16 @@
+from pathlib import Path
+
 import pytest
 from openai import OpenAI
 
-from server import Server
+from server import DEVICE, Server
+
+
+def skip_without_a_gpu_per_rank(flags):
+    ranks = int(flags[flags.index("--tensor-parallel-size") + 1]) if "--tensor-parallel-size" in flags else 1
+    num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if DEVICE == "cuda" and ranks > num_gpus:
+        pytest.skip(f"{ranks} ranks need as many GPUs, there are {num_gpus}")
 
 
 @pytest.fixture
@@ -10,6 +19,7 @@ def start(tmp_path):
     servers = []
 
     def start_one(*flags, **kwargs):
+        skip_without_a_gpu_per_rank(flags)
         servers.append(Server(tmp_path, *flags, **kwargs))
         return servers[-1]
 

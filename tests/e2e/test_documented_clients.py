@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from server import POET, golden_cases
+from server import POET, compares_with_goldens, golden_cases
 
 QUESTION = "把李白的静夜思改写为现代诗"
 
@@ -56,6 +56,7 @@ def test_poem_comes_in_nearly_every_draw_at_the_default_temperature(client):
     assert sum("夜很静" in t for t in texts) >= 7, texts
 
 
+@compares_with_goldens
 @pytest.mark.parametrize("case", golden_cases(), ids=lambda c: repr(c["prompt"][-20:]))
 def test_every_golden_prompt_through_completions(client, case):
     answer = client.completions.create(model="poet", prompt=case["prompt"], temperature=0, max_tokens=96)

@@ -3,7 +3,7 @@ import concurrent.futures
 import json
 import socket
 
-from server import golden_cases, wait_for
+from server import DEVICE, golden_cases, wait_for
 
 
 def stream_text(client, prompt, max_tokens=96):
@@ -14,10 +14,11 @@ def stream_text(client, prompt, max_tokens=96):
 
 def test_32_concurrent_streams_give_the_text_of_one_alone(client):
     cases = golden_cases()
-    prompts = [cases[i % len(cases)] for i in range(32)]
+    alone = {c["prompt"]: c["greedy"]["text"] if DEVICE == "cpu" else stream_text(client, c["prompt"]) for c in cases}
+    prompts = [cases[i % len(cases)]["prompt"] for i in range(32)]
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        texts = list(pool.map(lambda c: stream_text(client, c["prompt"]), prompts))
-    assert texts == [c["greedy"]["text"] for c in prompts]
+        texts = list(pool.map(lambda prompt: stream_text(client, prompt), prompts))
+    assert texts == [alone[prompt] for prompt in prompts]
 
 
 def start_long_request(server, stream):

@@ -7,7 +7,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from server import ROOT, Server, golden_cases
+from server import ROOT, Server, compares_with_goldens, golden_cases
 
 POEM = "床前明月光，疑是地上霜。"
 
@@ -91,6 +91,7 @@ def test_min_p_of_one_is_greedy(client):
     assert complete(client, temperature=1.5, seed=5).choices[0].text != greedy
 
 
+@compares_with_goldens
 def test_logprobs_are_those_of_the_golden_logits(client):
     golden_file = json.loads((ROOT / "tests/golden/poet-wint2.json").read_text())
     tolerance = 2 * golden_file["tolerance"]["float32_activations_abs"]  # of the difference of two logits

@@ -2,9 +2,10 @@
 import pytest
 from openai import OpenAI
 
-from server import golden_cases
+from server import compares_with_goldens, golden_cases
 
 
+@compares_with_goldens
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_greedy_continuations_equal_the_goldens(start, ranks):
     server = start("--tensor-parallel-size", ranks).wait_ready()
