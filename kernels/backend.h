@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -36,6 +37,19 @@ class Event {
   virtual absl::Status Wait() = 0;
   // Device time between two events. REQUIRES: Wait() of both was OK.
   virtual int64_t MicrosecondsSince(const Event& earlier) const = 0;
+};
+
+// Operators that Backend::Capture noted, to be called again with one call of Backend::Launch.
+// Ownership: the backend outlives it, and so does whatever the operators work on: batches, weights,
+// buffers, a collective that is called between them. Destruction waits for the launches that are
+// not done yet.
+class Graph {
+ public:
+  virtual ~Graph() = default;
+  virtual const std::string& name() const = 0;
+  // Of device memory, by what the device had free before and after; other allocations of that time
+  // count.
+  virtual int64_t size_bytes() const = 0;
 };
 
 // A weight matrix in a layout of its backend's own. Immutable; belongs to the backend that made it.
@@ -123,6 +137,23 @@ class Backend {
   virtual void CopyFromHostAsync(void* device, const void* host, int64_t size_bytes) = 0;
   virtual void CopyToHostAsync(void* host, const void* device, int64_t size_bytes) = 0;
   virtual std::unique_ptr<Event> Record() = 0;
+
+  // Notes the operators that `operators` calls, without running them. Launch runs them in their
+  // order, with the arguments that they were called with, on what the memory holds by then. So a
+  // batch may be set anew in between, to one of the same counts: num_tokens, num_rows,
+  // num_logit_rows, and the length of the longest row. `operators` may be called during Capture or
+  // during each Launch, so what it refers to lives as long as the graph.
+  // What the host waits for, copies, allocates, records or sets is not for a graph: only operators
+  // from Embed on are, but for StartSlot, and what a collective puts between them.
+  // REQUIRES: the operators were called before with the same arguments, so that what a device does
+  // once is done.
+  // Errors: what `operators` returns; RESOURCE_EXHAUSTED: no memory; INTERNAL: the device refuses,
+  // the message names the graph.
+  virtual absl::StatusOr<std::unique_ptr<Graph>> Capture(
+      std::string name, std::function<absl::Status()> operators) = 0;
+  // Errors: what the captured function returns, if it is called; INTERNAL: the device refuses, the
+  // message names the graph.
+  virtual absl::Status Launch(const Graph& graph) = 0;
 
   // INVALID_ARGUMENT: a shape or scale that the kernels cannot represent; the message names it.
   // RESOURCE_EXHAUSTED: no memory.

@@ -23,9 +23,13 @@ void CheckSample(const SampleParams& sample, const BatchLimits& limits) {
 void CheckBatch(const Batch& batch, const BatchLimits& limits) {
   const auto num_tokens = static_cast<int64_t>(batch.tokens.size());
   const auto num_rows = static_cast<int64_t>(batch.rows.size());
-  CHECK(num_tokens <= limits.max_tokens, "num_tokens={} max_tokens={}", num_tokens,
+  const int64_t num_padding = batch.num_padding_rows;
+  CHECK(num_padding >= 0, "num_padding_rows={}", num_padding);
+  CHECK(num_tokens + num_padding <= limits.max_tokens,
+        "num_tokens={} num_padding_rows={} max_tokens={}", num_tokens, num_padding,
         limits.max_tokens);
-  CHECK(num_rows <= limits.max_rows, "num_rows={} max_rows={}", num_rows, limits.max_rows);
+  CHECK(num_rows + num_padding <= limits.max_rows, "num_rows={} num_padding_rows={} max_rows={}",
+        num_rows, num_padding, limits.max_rows);
   int64_t row_tokens = 0;
   for (const BatchRow& row : batch.rows) {
     const auto num_blocks = static_cast<int64_t>(row.block_table.size());

@@ -72,6 +72,10 @@ constexpr int32_t TokenOfSlot(int32_t slot) { return -1 - slot; }
 struct Batch {
   std::vector<int32_t> tokens = {};  // of all rows, concatenated: ids, or TokenOfSlot
   std::vector<BatchRow> rows = {};
+  // Behind them, rows of no sequence: a token each, which wants logits. They bring a batch to the
+  // size that a graph was captured for (Backend::Capture). What operators give for them is not
+  // defined, and they change nothing: no block, no slot's last id, no count.
+  int32_t num_padding_rows = 0;
 };
 
 // What a DeviceBatch has room for.
@@ -107,6 +111,7 @@ class DeviceBatch {
  public:
   virtual ~DeviceBatch() = default;
 
+  // With those of padding rows.
   int64_t num_tokens() const { return num_tokens_; }
   int64_t num_rows() const { return num_rows_; }
   int64_t num_logit_rows() const { return num_logit_rows_; }

@@ -35,11 +35,20 @@ void CpuBatch::Set(const Batch& batch) {
     logit_tokens_.push_back(static_cast<int32_t>(first_token - 1));
     logit_rows_.push_back({row.slot, row.sample});
   }
-  SetCounts(first_token, std::ssize(chunks_), std::ssize(logit_rows_));
+  for (int32_t i = 0; i < batch.num_padding_rows; ++i) {
+    tokens_.push_back(0);
+    positions_.push_back(0);
+    logit_tokens_.push_back(static_cast<int32_t>(first_token++));
+    logit_rows_.push_back({.slot = -1});
+  }
+  SetCounts(first_token, std::ssize(chunks_) + batch.num_padding_rows, std::ssize(logit_rows_));
 }
 
 void CpuBatch::KeepIds(const int32_t* ids) {
-  for (const LogitRow& row : logit_rows_) ids_of_slots_[row.slot] = std::max(*ids++, 0);
+  for (size_t i = 0; i < logit_rows_.size(); ++i) {
+    const int32_t slot = logit_rows_[i].slot;
+    if (slot >= 0) ids_of_slots_[slot] = std::max(ids[i], 0);
+  }
 }
 
 void CpuBatch::StartSlot(int32_t slot, const SlotSampling& sampling) {

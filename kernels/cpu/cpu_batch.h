@@ -30,7 +30,10 @@ class CpuBatch final : public DeviceBatch {
 
   std::span<const int32_t> tokens() const { return tokens_; }
   std::span<const int32_t> positions() const { return positions_; }
+  // Without padding rows.
   std::span<const SequenceChunk> chunks() const { return chunks_; }
+  // Whether the i-th row that wants logits is of no sequence.
+  bool is_padding(int64_t i) const { return logit_rows_[i].slot < 0; }
   // Of the i-th row that wants logits.
   const SampleParams& sample(int64_t i) const { return logit_rows_[i].sample; }
   // Of that row's slot, as far as the row's SampleParams ask for it.
@@ -42,8 +45,8 @@ class CpuBatch final : public DeviceBatch {
 
  private:
   struct LogitRow {
-    int32_t slot = 0;
-    SampleParams sample;
+    int32_t slot = 0;  // -1: padding
+    SampleParams sample = {};
   };
 
   struct SlotState {

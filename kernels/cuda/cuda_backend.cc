@@ -6,6 +6,8 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <functional>
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -16,6 +18,7 @@
 #include "kernels/cuda/attention/attention.h"
 #include "kernels/cuda/cuda_batch.h"
 #include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/cuda_graph.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/cuda_weights.h"
 #include "kernels/cuda/device.h"
@@ -71,22 +74,31 @@ class RecordedEvent final : public kernels::Event {
 };
 
 // Device memory that operators use one after another, each for its own; as large as the largest has
-// asked for. It grows while a model warms up; growing waits for the device.
+// asked for. It grows while a model warms up; growing waits for the device, and cannot be captured.
 class Scratch {
  public:
   void* Reserve(int64_t size_bytes, cudaStream_t stream) {
-    if (size_bytes > buffer_.size_bytes()) {
-      CUDA_CALL(cudaStreamSynchronize, stream);  // whoever still uses the smaller one
-      buffer_ = DeviceBuffer();
-      absl::StatusOr<DeviceBuffer> larger = DeviceBuffer::Allocate(size_bytes);
-      CHECK(larger.ok(), "scratch memory: {}", larger.status().ToString());
-      buffer_ = *std::move(larger);
-    }
-    return buffer_.data();
+    if (size_bytes > buffer_->size_bytes()) Grow(size_bytes, stream);
+    return buffer_->data();
   }
+  // For a graph that works with it and outlives its growth.
+  std::shared_ptr<const DeviceBuffer> buffer() const { return buffer_; }
 
  private:
-  DeviceBuffer buffer_;
+  void Grow(int64_t size_bytes, cudaStream_t stream) {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    CUDA_CALL(cudaStreamIsCapturing, stream, &capture);
+    CHECK(capture == cudaStreamCaptureStatusNone,
+          "a graph's operators need {} bytes of scratch memory, those that ran before it {}",
+          size_bytes, buffer_->size_bytes());
+    CUDA_CALL(cudaStreamSynchronize, stream);  // whoever still uses the smaller one
+    buffer_ = std::make_shared<const DeviceBuffer>();
+    absl::StatusOr<DeviceBuffer> larger = DeviceBuffer::Allocate(size_bytes);
+    CHECK(larger.ok(), "scratch memory: {}", larger.status().ToString());
+    buffer_ = std::make_shared<const DeviceBuffer>(*std::move(larger));
+  }
+
+  std::shared_ptr<const DeviceBuffer> buffer_ = std::make_shared<const DeviceBuffer>();
 };
 
 const CudaBatch& BatchOf(const DeviceBatch& batch) { return static_cast<const CudaBatch&>(batch); }
@@ -174,6 +186,15 @@ class CudaBackend final : public Backend {
     CHECK(event.ok(), "{}", event.status().ToString());
     CUDA_CALL(cudaEventRecord, event->get(), stream());
     return std::make_unique<RecordedEvent>(*std::move(event));
+  }
+
+  absl::StatusOr<std::unique_ptr<Graph>> Capture(std::string name,
+                                                 std::function<absl::Status()> operators) override {
+    return CudaGraph::Capture(std::move(name), operators, stream(),
+                              {scratch_.buffer(), mlp_scratch_.buffer()});
+  }
+  absl::Status Launch(const Graph& graph) override {
+    return static_cast<const CudaGraph&>(graph).Launch();
   }
 
   absl::StatusOr<std::unique_ptr<WeightMatrix>> Pack(const formats::HostMatrix& matrix,

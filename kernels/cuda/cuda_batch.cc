@@ -155,7 +155,7 @@ void CudaBatch::Set(const Batch& batch) {
   staging.in_use = true;
   LaunchUnpackBatch(words_, shape, arrays_, sampling_rows_, stream_);
 
-  max_row_length_ = 0;
+  max_row_length_ = shape.num_padding_rows > 0 ? 1 : 0;
   has_penalties_ = false;
   wants_logprobs_ = false;
   for (const BatchRow& row : batch.rows) {
@@ -164,7 +164,8 @@ void CudaBatch::Set(const Batch& batch) {
     has_penalties_ |= !row.sample.penalties.none();
     wants_logprobs_ |= row.sample.num_top_logprobs >= 0;
   }
-  SetCounts(shape.num_tokens, shape.num_rows, shape.num_logit_rows);
+  SetCounts(shape.num_tokens + shape.num_padding_rows, shape.num_rows + shape.num_padding_rows,
+            shape.num_logit_rows + shape.num_padding_rows);
 }
 
 void CudaBatch::KeepIds(const int32_t* ids) {

@@ -13,7 +13,8 @@ static_assert(std::is_trivially_copyable_v<PackedRow> &&
 
 PackedBatchShape ShapeOf(const Batch& batch) {
   PackedBatchShape shape = {.num_tokens = static_cast<int32_t>(batch.tokens.size()),
-                            .num_rows = static_cast<int32_t>(batch.rows.size())};
+                            .num_rows = static_cast<int32_t>(batch.rows.size()),
+                            .num_padding_rows = batch.num_padding_rows};
   for (const BatchRow& row : batch.rows) {
     shape.num_blocks += static_cast<int32_t>(BlocksOf(row));
     shape.num_logit_rows += row.want_logits ? 1 : 0;

@@ -29,11 +29,13 @@ struct alignas(16) PackedLogitRow {
   float min_scaled_logit = 0;  // sampling::MinScaledLogit of sample.min_p
 };
 
+// Padding rows have no words: they follow from their number.
 struct PackedBatchShape {
-  int32_t num_tokens = 0;
+  int32_t num_tokens = 0;  // this and the next three without padding rows
   int32_t num_rows = 0;
   int32_t num_blocks = 0;
   int32_t num_logit_rows = 0;
+  int32_t num_padding_rows = 0;
 
   static constexpr int64_t RoundUp(int64_t words) { return (words + 3) / 4 * 4; }
   template <typename T>
@@ -59,16 +61,16 @@ void PackBatch(const Batch& batch, int32_t* words);
 struct BatchArrays {
   int32_t* tokens = nullptr;      // [max_tokens] ids
   int32_t* positions = nullptr;   // [max_tokens]
-  int32_t* token_rows = nullptr;  // [max_tokens] the row that holds the token
+  int32_t* token_rows = nullptr;  // [max_tokens] the row that holds the token; -1: padding
 
   int32_t* row_first_tokens = nullptr;  // [max_rows]
   int32_t* row_positions = nullptr;     // [max_rows]
-  int32_t* row_lengths = nullptr;       // [max_rows]
+  int32_t* row_lengths = nullptr;       // [max_rows]; 0: padding
   int32_t* block_tables = nullptr;      // [max_rows, block_table_stride]
   int64_t block_table_stride = 0;       // max_blocks_per_row
 
   int32_t* logit_tokens = nullptr;  // [max_rows]
-  int32_t* logit_slots = nullptr;   // [max_rows]
+  int32_t* logit_slots = nullptr;   // [max_rows]; -1: padding
 
   int32_t* slot_ids = nullptr;  // [num_slots] the ids drawn last; outlasts the batches
 };
@@ -106,6 +108,25 @@ WINTSERVE_HOST_DEVICE inline PackedLogitRow UnpackLogitRow(const int32_t* words,
   arrays.logit_tokens[i] = packed.token;
   arrays.logit_slots[i] = packed.slot;
   return packed;
+}
+
+// The i-th padding row: behind all others, and of none of their sequences.
+WINTSERVE_HOST_DEVICE inline PackedLogitRow UnpackPaddingRow(const PackedBatchShape& shape,
+                                                             const BatchArrays& arrays, int32_t i) {
+  const int32_t token = shape.num_tokens + i;
+  const int32_t row = shape.num_rows + i;
+  arrays.tokens[token] = 0;
+  arrays.positions[token] = 0;
+  arrays.token_rows[token] = -1;
+  arrays.row_first_tokens[row] = token;
+  arrays.row_positions[row] = 0;
+  arrays.row_lengths[row] = 0;
+  PackedLogitRow logit_row;
+  logit_row.token = token;
+  logit_row.slot = -1;
+  arrays.logit_tokens[shape.num_logit_rows + i] = logit_row.token;
+  arrays.logit_slots[shape.num_logit_rows + i] = logit_row.slot;
+  return logit_row;
 }
 
 }  // namespace wintserve::kernels::plan

@@ -60,6 +60,11 @@ struct Unpacked {
       samples[i] = row.sample;
       min_scaled_logits[i] = row.min_scaled_logit;
     }
+    for (int32_t i = 0; i < shape.num_padding_rows; ++i) {
+      const PackedLogitRow row = UnpackPaddingRow(shape, arrays, i);
+      samples[shape.num_logit_rows + i] = row.sample;
+      min_scaled_logits[shape.num_logit_rows + i] = row.min_scaled_logit;
+    }
   }
 
   std::vector<int32_t> tokens, positions, token_rows;
@@ -121,6 +126,29 @@ TEST(PackedBatch, PutsEveryTokenRowAndBlockInItsPlace) {
   EXPECT_EQ(sample.seed, -5);
   EXPECT_EQ(sample.position, 192u);
   EXPECT_EQ(sample.choice_index, 2u);
+}
+
+TEST(PackedBatch, PaddingRowsAreBehindTheOthersAndOfNoSequence) {
+  Unpacked device({.max_tokens = 5, .max_rows = 5, .max_blocks_per_row = 1, .num_slots = 8});
+  const std::vector<int32_t> blocks = {3};
+  device.Unpack(
+      {.tokens = {11, 12},
+       .rows =
+           {{.position = 5, .length = 1, .block_table = blocks},
+            {.position = 6, .length = 1, .block_table = blocks, .want_logits = true, .slot = 4}},
+       .num_padding_rows = 2},
+      /*num_threads=*/2);
+  EXPECT_THAT(device.tokens, ElementsAre(11, 12, 0, 0, kPoison));
+  EXPECT_THAT(device.positions, ElementsAre(5, 6, 0, 0, kPoison));
+  EXPECT_THAT(device.token_rows, ElementsAre(0, 1, -1, -1, kPoison));
+  EXPECT_THAT(device.first_tokens, ElementsAre(0, 1, 2, 3, kPoison));
+  EXPECT_THAT(device.row_positions, ElementsAre(5, 6, 0, 0, kPoison));
+  EXPECT_THAT(device.lengths, ElementsAre(1, 1, 0, 0, kPoison));
+  EXPECT_THAT(device.block_tables, ElementsAre(3, 3, kPoison, kPoison, kPoison));
+  EXPECT_THAT(device.logit_tokens, ElementsAre(1, 2, 3, kPoison, kPoison));
+  EXPECT_THAT(device.logit_slots, ElementsAre(4, -1, -1, kPoison, kPoison));
+  EXPECT_TRUE(device.samples[1].penalties.none());
+  EXPECT_EQ(device.samples[1].num_top_logprobs, -1);
 }
 
 TEST(PackedBatch, AnyNumberOfThreadsUnpacksTheSame) {

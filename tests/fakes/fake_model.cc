@@ -57,7 +57,12 @@ absl::StatusOr<kernels::ConstRows> FakeModel::Forward(const kernels::DeviceBatch
       logits_.push_back(broken_ ? NAN : static_cast<float>(Mix(history, id) % 4096) / 512.0f);
     }
   }
-  CHECK(num_logit_rows == batch.num_logit_rows());
+  // Of a padding row nothing is defined.
+  for (; num_logit_rows < batch.num_logit_rows(); ++num_logit_rows) {
+    CHECK(batch.is_padding(num_logit_rows));
+    ++num_padding_rows_;
+    logits_.insert(logits_.end(), kVocabSize, NAN);
+  }
   float arrived = 1;
   RETURN_IF_ERROR(collective_->AllReduceSum(&arrived, 1));
   CHECK(arrived == static_cast<float>(collective_->world_size()));

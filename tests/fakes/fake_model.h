@@ -40,6 +40,8 @@ class FakeModel : public Model {
   // Of the last forward pass: [rows that wanted logits, kVocabSize].
   std::span<const float> logits() const { return logits_; }
   int num_forwards() const { return num_forwards_; }
+  // Of all forward passes.
+  int64_t num_padding_rows() const { return num_padding_rows_; }
   // From now on every logit is NaN.
   void BreakLogits() { broken_ = true; }
 
@@ -48,6 +50,7 @@ class FakeModel : public Model {
   Collective* const collective_;
   const int max_batch_tokens_;
   int num_forwards_ = 0;
+  int64_t num_padding_rows_ = 0;
   bool broken_ = false;
   std::vector<float> logits_;
 };

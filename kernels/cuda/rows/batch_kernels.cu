@@ -24,7 +24,7 @@ __device__ SamplingRow SamplingRowOf(const plan::PackedLogitRow& row) {
   return sampling;
 }
 
-// Blocks 0 … num_rows - 1 unpack a row each, one more all the logit rows.
+// Blocks 0 … num_rows - 1 unpack a row each, one more all the logit rows and the padding.
 __global__ void __launch_bounds__(kUnpackThreads)
     UnpackBatchKernel(const int32_t* words, plan::PackedBatchShape shape, plan::BatchArrays arrays,
                       SamplingRow* sampling_rows) {
@@ -37,12 +37,17 @@ __global__ void __launch_bounds__(kUnpackThreads)
   for (int32_t i = thread; i < shape.num_logit_rows; i += kUnpackThreads) {
     sampling_rows[i] = SamplingRowOf(plan::UnpackLogitRow(words, shape, arrays, i));
   }
+  for (int32_t i = thread; i < shape.num_padding_rows; i += kUnpackThreads) {
+    sampling_rows[shape.num_logit_rows + i] =
+        SamplingRowOf(plan::UnpackPaddingRow(shape, arrays, i));
+  }
 }
 
 __global__ void __launch_bounds__(kUnpackThreads)
     KeepIdsKernel(const int32_t* ids, int32_t num_ids, plan::BatchArrays arrays) {
   for (auto i = static_cast<int32_t>(threadIdx.x); i < num_ids; i += kUnpackThreads) {
-    arrays.slot_ids[arrays.logit_slots[i]] = max(ids[i], 0);
+    const int32_t slot = arrays.logit_slots[i];
+    if (slot >= 0) arrays.slot_ids[slot] = max(ids[i], 0);
   }
 }
 
