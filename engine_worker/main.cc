@@ -114,7 +114,8 @@ int RunEngineWorker(const Instance& instance, StopSignal& stop) {
     return Fail(queue.status(), kExitInternal);
   }
 
-  Worker worker(loaded->model.get(), &group, queue->get(), LinksOf(instance));
+  Worker worker(loaded->model.get(), &group, queue->get(), LinksOf(instance),
+                instance.options.use_cudagraph);
   stop.SetHandler([&worker] {
     if (worker.RequestStop(kStopPatienceMs)) return;
     LOG_INFO("stopped before it was ready");

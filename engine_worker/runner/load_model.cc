@@ -12,8 +12,10 @@
 #include "common/heap.h"
 #include "common/log.h"
 #include "common/status_macros.h"
+#include "engine_worker/collectives/single_rank_collective.h"
 #include "engine_worker/config/model_config.h"
 #include "engine_worker/model/ernie45.h"
+#include "engine_worker/runner/step_runner.h"
 #include "engine_worker/weights/checkpoint.h"
 #include "kernels/cpu/cpu_backend.h"
 #ifdef WINTSERVE_HAS_CUDA
@@ -93,6 +95,24 @@ absl::Status RunLargestBatch(Model* model) {
   return backend.Record()->Wait();
 }
 
+// What the graphs of decode steps will take, which a worker captures once it has the KV pool:
+// measured with those of a runner on a pool of its own.
+absl::StatusOr<int64_t> MeasureGraphs(const ServeOptions& options, Model* model) {
+  const std::unique_ptr<Collective> alone = MakeSingleRankCollective();
+  ASSIGN_OR_RETURN(const std::unique_ptr<kernels::Buffer> pool,
+                   model->backend()->Allocate(model->kv_block_bytes()));
+  const StepRunnerConfig config = {.num_blocks = 1,
+                                   .max_slots = static_cast<uint32_t>(options.max_num_seqs),
+                                   .max_tokens = static_cast<uint32_t>(model->max_batch_tokens()),
+                                   .max_sequence_tokens = 1,
+                                   .sampled_vocab_size = static_cast<uint32_t>(model->vocab_size()),
+                                   .use_graphs = true};
+  ASSIGN_OR_RETURN(const std::unique_ptr<StepRunner> runner,
+                   StepRunner::Create(config, model, alone.get(), pool->data(), nullptr));
+  RETURN_IF_ERROR(runner->WarmUp());
+  return runner->graphs().size_bytes();
+}
+
 absl::StatusOr<int64_t> KvBytesAvailable(const kernels::Backend& backend) {
   if (backend.uses_host_memory()) return AvailableMemoryBytes();
 #ifdef WINTSERVE_HAS_CUDA
@@ -124,12 +144,17 @@ absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, Collective* g
                                              group->world_size() == 1 ? nullptr : group,
                                              ModelOptionsOf(options)));
   // Ranks of a group cannot run anything before they have joined it.
+  int64_t graph_bytes = 0;
   if (!loaded.backend->uses_host_memory() && group->world_size() == 1) {
     RETURN_IF_ERROR(RunLargestBatch(loaded.model.get()));
+    if (options.use_cudagraph) {
+      ASSIGN_OR_RETURN(graph_bytes, MeasureGraphs(options, loaded.model.get()));
+    }
   }
   // What unpacking the weights took. Once: a step must not wait for the heap of a large model.
   ReturnFreeMemory();
-  ASSIGN_OR_RETURN(loaded.kv_bytes_available, KvBytesAvailable(*loaded.backend));
+  ASSIGN_OR_RETURN(const int64_t free_bytes, KvBytesAvailable(*loaded.backend));
+  loaded.kv_bytes_available = std::max<int64_t>(0, free_bytes - graph_bytes);
   LOG_INFO("loaded {} in {:.1f} s: {} layers, {} MiB on disk, {}", options.model,
            std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(),
            config.num_layers, checkpoint->total_bytes() >> 20, loaded.backend->name());

@@ -8,6 +8,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <random>
 #include <string>
 #include <utility>
 #include <vector>
@@ -264,6 +265,135 @@ TEST(StepRunnerOnCuda, StepsAheadFeedThemselvesTheTokensThatStepsOneByOneSample)
   EXPECT_EQ(one_by_one.first[0].size(), 3u);
   EXPECT_EQ(one_by_one.second.size(), static_cast<size_t>(kSteps));
   EXPECT_EQ(run(false), one_by_one);
+}
+
+constexpr uint32_t kScriptSlots = 12;
+
+// What the slot's n-th sequence asks for: all that a row can.
+SamplingParams ScriptParams(uint32_t slot, int sequence) {
+  const SamplingParams params[] = {
+      {.temperature = 0},
+      {.temperature = 0.8f, .top_p = 0.9f, .seed = 7},
+      {.temperature = 0, .repetition_penalty = 1.3f, .presence_penalty = 0.5f},
+      {.temperature = 1.0f,
+       .top_k = 20,
+       .seed = 8,
+       .min_p = 0.01f,
+       .logit_biases = {{21, -5.0f}, {22, TokenBias::kBanned}},
+       .num_top_logprobs = 5},
+      {.temperature = 1.2f, .seed = 9, .frequency_penalty = 0.75f, .num_top_logprobs = 0}};
+  return params[(slot + sequence) % std::size(params)];
+}
+
+// Plans in which sequences come, in chunks or whole, pause, and go. The steps in which nothing
+// comes are those that run as graphs.
+std::vector<StepPlan> Script(int num_steps, std::mt19937* random) {
+  struct Sequence {
+    std::vector<int32_t> prompt;
+    uint32_t position = 0;
+    uint32_t end = 0;  // 0: the slot is free
+    int number = 0;
+  };
+  std::vector<Sequence> slots(kScriptSlots);
+  std::vector<StepPlan> plans(num_steps);
+  for (int step = 0; step < num_steps; ++step) {
+    StepPlan& plan = plans[step];
+    plan.step = static_cast<uint64_t>(step) + 1;
+    // Calm stretches between those in which much comes and goes.
+    const bool calm = step % 20 >= 6;
+    for (uint32_t slot = 0; slot < kScriptSlots; ++slot) {
+      Sequence& sequence = slots[slot];
+      if (sequence.end != 0 && sequence.position >= sequence.end) {
+        plan.slot_release.push_back(slot);
+        sequence.end = 0;
+        continue;
+      }
+      const bool is_prompt = sequence.end == 0 || sequence.position < sequence.prompt.size();
+      if ((*random)() % 4 == 0 || (calm && is_prompt)) continue;
+      if (sequence.end == 0) {
+        sequence.prompt.resize(1 + (*random)() % 100);
+        for (int32_t& id : sequence.prompt) id = static_cast<int32_t>((*random)() % 8000);
+        sequence.position = 0;
+        sequence.end = static_cast<uint32_t>(sequence.prompt.size() + 1 + (*random)() % 120);
+        std::vector<BlockId> blocks;
+        for (const int32_t block : BlockTable(static_cast<int>(slot))) {
+          blocks.push_back(BlockId{block});
+        }
+        plan.slot_init.push_back(
+            {slot, ScriptParams(slot, sequence.number++), blocks, sequence.prompt});
+      }
+      const auto prompt_size = static_cast<uint32_t>(sequence.prompt.size());
+      PlanRow row = {slot, sequence.position, 1, true, {}};
+      if (sequence.position < prompt_size) {
+        row.length = 1 + (*random)() % (prompt_size - sequence.position);
+        const auto first = sequence.prompt.begin() + sequence.position;
+        row.tokens = {first, first + row.length};
+        row.sample = sequence.position + row.length == prompt_size;
+      }
+      sequence.position += row.length;
+      plan.rows.push_back(std::move(row));
+    }
+  }
+  return plans;
+}
+
+TEST(StepRunnerOnCuda, DecodesAsGraphsGiveTheBitsOfThoseWithout) {
+  const uint32_t seed = std::random_device{}();
+  SCOPED_TRACE(seed);
+  std::mt19937 random(seed);
+  const std::vector<StepPlan> plans = Script(300, &random);
+  Instance& instance = OnCuda();
+  const auto collective = MakeSingleRankCollective();
+  const int64_t pool_bytes = kNumBlocks * instance.model->kv_block_bytes();
+  struct Outcome {
+    std::vector<std::vector<SampledToken>> sampled;  // by step
+    std::vector<uint8_t> pool;
+  };
+  const auto run = [&](bool use_graphs) {
+    const std::vector<uint8_t> poison(pool_bytes, 0xFF);
+    instance.backend->CopyFromHost(instance.pool->data(), poison.data(), pool_bytes);
+    auto runner = Must(StepRunner::Create({.num_blocks = kNumBlocks,
+                                           .max_slots = kScriptSlots,
+                                           .max_tokens = 2048,
+                                           .max_sequence_tokens = 256,
+                                           .sampled_vocab_size = 8192,
+                                           .use_graphs = use_graphs},
+                                          instance.model.get(), collective.get(),
+                                          instance.pool->data(), nullptr));
+    CHECK(runner->WarmUp().ok());
+    EXPECT_EQ(runner->graphs().size(), use_graphs ? 5 : 0);  // of 1, 2, 4, 8 and 12 rows
+    Outcome outcome;
+    std::vector<std::unique_ptr<PendingStep>> pending;
+    for (const StepPlan& plan : plans) pending.push_back(Must(runner->Begin(plan, 0)));
+    for (const auto& step : pending) outcome.sampled.push_back(Must(step->Wait()).sampled);
+    outcome.pool.resize(pool_bytes);
+    CHECK(
+        instance.backend->CopyToHost(outcome.pool.data(), instance.pool->data(), pool_bytes).ok());
+    return outcome;
+  };
+  const Outcome without = run(false);
+  const Outcome with = run(true);
+  ASSERT_EQ(with.sampled.size(), without.sampled.size());
+  int num_graph_steps = 0;
+  int num_logprobs = 0;
+  for (size_t step = 0; step < plans.size(); ++step) {
+    const auto& rows = plans[step].rows;
+    num_graph_steps += !rows.empty() && std::all_of(rows.begin(), rows.end(), [](const auto& row) {
+      return row.length == 1 && row.sample;
+    });
+    ASSERT_EQ(with.sampled[step].size(), without.sampled[step].size()) << "step " << step;
+    for (size_t i = 0; i < with.sampled[step].size(); ++i) {
+      const SampledToken& got = with.sampled[step][i];
+      const SampledToken& expected = without.sampled[step][i];
+      ASSERT_EQ(got.slot, expected.slot) << "step " << step;
+      ASSERT_EQ(got.token, expected.token) << "step " << step << " slot " << got.slot;
+      ASSERT_EQ(got.logprobs, expected.logprobs) << "step " << step << " slot " << got.slot;
+      num_logprobs += got.logprobs.has_value() ? 1 : 0;
+    }
+  }
+  EXPECT_TRUE(with.pool == without.pool) << "KV blocks differ";
+  EXPECT_GT(num_graph_steps, 100);
+  EXPECT_GT(num_logprobs, 100);
 }
 
 }  // namespace

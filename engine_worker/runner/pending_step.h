@@ -77,6 +77,11 @@ class PendingStep {
 
   // Whether Wait() would return at once. Any thread.
   bool IsDone() const { return work_.end->IsDone(); }
+  // Device time from the end of `previous` to the begin of this step. REQUIRES: Wait() of both was
+  // OK.
+  int64_t MicrosecondsAfter(const PendingStep& previous) const {
+    return work_.begin->MicrosecondsSince(*previous.work_.end);
+  }
   // INTERNAL: the device failed, the logits of a row were not finite, or an id is none.
   absl::StatusOr<StepDone> Wait();
 

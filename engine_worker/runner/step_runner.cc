@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <functional>
 #include <string>
 #include <utility>
 
@@ -79,7 +80,8 @@ StepRunner::StepRunner(const StepRunnerConfig& config, Model* model, Collective*
       slots_(LimitsOf(config, *model)),
       chain_(config.chain),
       result_layout_(config.max_slots),
-      result_buffers_(std::make_shared<ResultBuffers>(model->backend(), result_layout_)) {}
+      result_buffers_(std::make_shared<ResultBuffers>(model->backend(), result_layout_)),
+      graphs_(model->backend()) {}
 
 absl::Status StepRunner::AllocateMemory() {
   // A plan has at most one row a slot.
@@ -100,12 +102,34 @@ absl::Status StepRunner::AllocateMemory() {
 
 absl::Status StepRunner::WarmUp() {
   CHECK(chain_.step == config_.chain.step, "a warm-up after step {}", chain_.step);
+  graphs_.Clear();
+  RETURN_IF_ERROR(WarmUpRows(1));
+  if (config_.use_graphs) RETURN_IF_ERROR(CaptureGraphs());
+  return backend_->Record()->Wait();
+}
+
+absl::Status StepRunner::WarmUpRows(int64_t num_rows) {
   const int32_t block = 0;
   batch_.tokens = {0};
   batch_.rows = {{.position = 0, .length = 1, .block_table = {&block, 1}, .want_logits = true}};
+  batch_.num_padding_rows = static_cast<int32_t>(num_rows - 1);
+  batch_logit_rows_ = 1;
   num_device_ids_ = 0;
-  RETURN_IF_ERROR(RunBatch());
-  return backend_->Record()->Wait();
+  return RunBatch();
+}
+
+absl::Status StepRunner::CaptureGraphs() {
+  graphs_.Clear();
+  const int64_t max_rows =
+      std::min<int64_t>({config_.max_slots, model_->max_batch_tokens(), model_->max_logit_rows()});
+  return graphs_.CaptureUpTo(
+      max_rows,
+      [this](int64_t num_rows,
+             kernels::ConstRows* logits) -> absl::StatusOr<std::function<absl::Status()>> {
+        RETURN_IF_ERROR(WarmUpRows(num_rows));
+        int32_t* const ids = result_layout_.ids(device_results_->data());
+        return [this, ids, logits] { return ComputeIds(ids, logits); };
+      });
 }
 
 absl::StatusOr<StepDone> StepRunner::Apply(const StepPlan& plan, uint64_t plan_hash) {
@@ -224,28 +248,54 @@ bool StepRunner::BatchIsFull() const {
          batch_logit_rows_ == model_->max_logit_rows();
 }
 
+const StepGraphs::Entry* StepRunner::GraphForBatch() const {
+  // Graphs write the first ids of the step. A warm-up brings its own padding.
+  if (num_device_ids_ != 0 || batch_.num_padding_rows != 0) return nullptr;
+  for (const kernels::BatchRow& row : batch_.rows) {
+    if (row.length != 1 || !row.want_logits) return nullptr;
+  }
+  return graphs_.Find(std::ssize(batch_.rows));
+}
+
 absl::Status StepRunner::RunBatch() {
+  const StepGraphs::Entry* const graph = GraphForBatch();
+  if (graph != nullptr) {
+    batch_.num_padding_rows = static_cast<int32_t>(graph->num_rows - std::ssize(batch_.rows));
+  }
   backend_->SetBatch(batch_, device_batch_.get());
   batch_.tokens.clear();
   batch_.rows.clear();
-  batch_logit_rows_ = 0;
+  batch_.num_padding_rows = 0;
+  const int64_t num_ids = std::exchange(batch_logit_rows_, 0);
   const bool wants_logprobs = std::exchange(batch_wants_logprobs_, false);
-  ASSIGN_OR_RETURN(const kernels::ConstRows logits, model_->Forward(*device_batch_, kv_pool_));
-  const int64_t num_ids = device_batch_->num_logit_rows();
-  if (num_ids == 0) return absl::OkStatus();
 
   int32_t* const ids = result_layout_.ids(device_results_->data()) + num_device_ids_;
-  if (samples()) {
-    backend_->Sample(logits, config_.sampled_vocab_size, device_batch_.get(), ids);
+  kernels::ConstRows logits;
+  if (graph != nullptr) {
+    RETURN_IF_ERROR(backend_->Launch(*graph->graph));
+    logits = graph->logits;
+  } else {
+    RETURN_IF_ERROR(ComputeIds(ids, &logits));
   }
+  // Few ask for them, so they are no part of a graph.
   if (wants_logprobs) {
     backend_->Logprobs(logits, config_.sampled_vocab_size, *device_batch_, ids,
                        result_layout_.logprobs(device_results_->data()).From(num_device_ids_));
     wants_logprobs_ = true;
   }
+  num_device_ids_ += num_ids;
+  return absl::OkStatus();
+}
+
+absl::Status StepRunner::ComputeIds(int32_t* ids, kernels::ConstRows* logits) {
+  ASSIGN_OR_RETURN(*logits, model_->Forward(*device_batch_, kv_pool_));
+  const int64_t num_ids = device_batch_->num_logit_rows();
+  if (num_ids == 0) return absl::OkStatus();
+  if (samples()) {
+    backend_->Sample(*logits, config_.sampled_vocab_size, device_batch_.get(), ids);
+  }
   RETURN_IF_ERROR(collective_->Broadcast(ids, num_ids * static_cast<int64_t>(sizeof(int32_t))));
   backend_->KeepIds(ids, device_batch_.get());
-  num_device_ids_ += num_ids;
   return absl::OkStatus();
 }
 

@@ -12,6 +12,7 @@
 #include "engine_worker/runner/block_copier.h"
 #include "engine_worker/runner/pending_step.h"
 #include "engine_worker/runner/slot_table.h"
+#include "engine_worker/runner/step_graphs.h"
 #include "kernels/backend.h"
 
 namespace wintserve {
@@ -33,6 +34,8 @@ struct StepRunnerConfig {
   uint32_t max_sequence_tokens = 0;
   uint32_t sampled_vocab_size = 0;     // ids at and above are never sampled
   std::vector<int32_t> stop_ids = {};  // not sampled before a slot's first_stop_position
+  // WarmUp captures decode steps, and those run as graphs. The same on every rank.
+  bool use_graphs = false;
   // Where the first plan goes on. The chain is the group's: steps are counted and plans chained
   // over a replacement of the pool, which only empties the slots.
   PlanChain chain = {};
@@ -44,7 +47,8 @@ struct StepRunnerConfig {
 // What a plan asks for runs in this order: copies, slot_init, block_append, rows, slot_release.
 //
 // A plan may hold more tokens than the model takes at once: it then runs as several forward passes,
-// which gives the same bits where the model is deterministic.
+// which gives the same bits where the model is deterministic. So does a pass of decodes that runs
+// as a graph, with padding rows up to the graph's size (StepGraphs).
 //
 // Sampled ids stay on the device as the next plan's input, so plans may begin one after the other
 // while the device is still at work on the first.
@@ -66,8 +70,18 @@ class StepRunner {
                                                             void* kv_pool, void* host_tier);
 
   // One small forward pass on block 0, on all ranks together, so that the first request does not
-  // pay for what happens once. Before the first plan only: it overwrites the block.
+  // pay for what happens once. Then, with use_graphs, CaptureGraphs. Before the first plan only: it
+  // overwrites the block.
   absl::Status WarmUp();
+
+  // Makes the graphs anew; on all ranks together. Overwrites block 0, and what slot 0 has sampled
+  // last, so before the first plan or when every slot is free. Errors: those of Begin, and of
+  // kernels::Backend::Capture.
+  absl::Status CaptureGraphs();
+  // Steps run without graphs until CaptureGraphs. To be called before the end of whatever the
+  // graphs have captured: a communicator that is aborted and joined again, the pool.
+  void ClearGraphs() { graphs_.Clear(); }
+  const StepGraphs& graphs() const { return graphs_; }
 
   // Checks the plan and calls the operators that it asks for. plan_hash: of the plan's bytes as
   // received.
@@ -90,6 +104,11 @@ class StepRunner {
   void AddToBatch(const PlanRow& row, uint32_t offset, uint32_t length);
   bool BatchIsFull() const;
   absl::Status RunBatch();
+  // The operators of a pass over device_batch_: from its tokens to ids that every rank has and
+  // keeps. `logits`: of rank 0, until the next pass; for log-probabilities.
+  absl::Status ComputeIds(int32_t* ids, kernels::ConstRows* logits);
+  const StepGraphs::Entry* GraphForBatch() const;
+  absl::Status WarmUpRows(int64_t num_rows);
   kernels::SampleParams SampleParamsOf(const PlanRow& row) const;
   bool samples() const { return collective_->rank() == 0; }
 
@@ -116,6 +135,8 @@ class StepRunner {
   int64_t num_device_ids_ = 0;
   bool wants_logprobs_ = false;
   std::shared_ptr<ResultBuffers> result_buffers_;
+
+  StepGraphs graphs_;  // last: they work on the others
 };
 
 }  // namespace wintserve

@@ -115,6 +115,80 @@ TEST(StepRunner, RequestsBatchedTogetherGetTheTokensThatEachGetsAlone) {
   }
 }
 
+Rank RankWithGraphs() {
+  StepRunnerConfig config = kConfig;
+  config.use_graphs = true;
+  return Rank(MakeSingleRankCollective(), 512, config);
+}
+
+TEST(StepRunner, DecodesThatRunAsGraphsGetTheTokensOfThoseThatDoNot) {
+  const std::vector<Request> requests = ThreeRequests();
+  for (uint32_t seed = 0; seed < 10; ++seed) {
+    Rank without;
+    Rank with = RankWithGraphs();
+    ASSERT_TRUE(with.runner().WarmUp().ok());
+    EXPECT_EQ(with.runner().graphs().size(), 3);  // of 1, 2 and 4 rows
+    const int64_t num_padding_rows = with.model().num_padding_rows();
+    EXPECT_EQ(RunTogether(requests, with, seed), RunTogether(requests, without, seed));
+    EXPECT_GT(with.model().num_padding_rows(), num_padding_rows);
+    EXPECT_EQ(without.model().num_padding_rows(), 0);
+  }
+}
+
+// Three rows are one of padding in a graph of four.
+TEST(StepRunner, OnlyStepsOfNothingButDecodesRunAsGraphs) {
+  Rank rank = RankWithGraphs();
+  ASSERT_TRUE(rank.runner().WarmUp().ok());
+  StepPlan plan;
+  for (uint32_t slot = 0; slot < 4; ++slot) {
+    const std::vector<int32_t> prompt = Prompt(slot, 10);
+    plan.slot_init.push_back({slot, {}, Blocks({static_cast<int>(slot)}), prompt});
+    if (slot < 3) plan.rows.push_back(PrefillRow(slot, 0, prompt, true));
+  }
+  const auto padding_of = [&](const StepPlan& of) {
+    const int64_t before = rank.model().num_padding_rows();
+    rank.MustApply(of);
+    return rank.model().num_padding_rows() - before;
+  };
+  EXPECT_EQ(padding_of(plan), 0);
+  EXPECT_EQ(padding_of({.rows = {DecodeRow(0, 10), DecodeRow(1, 10), DecodeRow(2, 10)}}), 1);
+  // A chunk of a prompt, of several tokens or of one.
+  EXPECT_EQ(padding_of(
+                {.rows = {DecodeRow(0, 11), DecodeRow(1, 11), PrefillRow(3, 0, {1, 2, 3}, false)}}),
+            0);
+  EXPECT_EQ(
+      padding_of({.rows = {DecodeRow(0, 12), DecodeRow(1, 12), PrefillRow(3, 3, {4}, false)}}), 0);
+  // The last token of a prompt is a row like any other.
+  EXPECT_EQ(padding_of({.rows = {DecodeRow(0, 13), DecodeRow(1, 13), PrefillRow(3, 4, {5}, true)}}),
+            1);
+  rank.runner().ClearGraphs();
+  EXPECT_EQ(padding_of({.rows = {DecodeRow(0, 14), DecodeRow(1, 14), DecodeRow(3, 5)}}), 0);
+}
+
+TEST(StepRunner, GraphsCanBeMadeAnewWhenEverySlotIsFree) {
+  const std::vector<Request> requests = ThreeRequests();
+  Rank rank = RankWithGraphs();
+  ASSERT_TRUE(rank.runner().WarmUp().ok());
+  const std::vector<int32_t> expected = RunAlone(requests[0], rank);
+  rank.runner().ClearGraphs();
+  EXPECT_EQ(rank.runner().graphs().size(), 0);
+  EXPECT_EQ(RunAlone(requests[0], rank), expected);
+  ASSERT_TRUE(rank.runner().CaptureGraphs().ok());
+  EXPECT_EQ(rank.runner().graphs().size(), 3);
+  EXPECT_EQ(RunAlone(requests[0], rank), expected);
+}
+
+TEST(StepRunner, ALogitThatIsNoNumberEndsAStepThatRanAsAGraph) {
+  Rank rank = RankWithGraphs();
+  ASSERT_TRUE(rank.runner().WarmUp().ok());
+  rank.MustApply({.slot_init = {{0, {}, Blocks({5}), Prompt(1, 3)}},
+                  .rows = {PrefillRow(0, 0, Prompt(1, 3), true)}});
+  rank.model().BreakLogits();
+  const auto done = rank.Apply({.rows = {DecodeRow(0, 3)}});
+  EXPECT_EQ(done.status().code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(std::string(done.status().message()), HasSubstr("slot 0 at position 4"));
+}
+
 TEST(StepRunner, AReusedSlotKeepsNothingOfItsLastSequence) {
   const std::vector<Request> requests = ThreeRequests();
   Rank used;

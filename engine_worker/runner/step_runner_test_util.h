@@ -28,13 +28,13 @@ inline const StepRunnerConfig kConfig = {.group_epoch = 0xa,
 class Rank {
  public:
   explicit Rank(std::unique_ptr<Collective> collective = MakeSingleRankCollective(),
-                int max_batch_tokens = 512)
+                int max_batch_tokens = 512, StepRunnerConfig config = kConfig)
       : collective_(std::move(collective)),
         model_(collective_.get(), max_batch_tokens),
         pool_(kConfig.num_blocks * testing_fakes::FakeModel::kBlockTokens),
         host_tier_(kConfig.num_host_slots * testing_fakes::FakeModel::kBlockTokens) {
     auto runner =
-        StepRunner::Create(kConfig, &model_, collective_.get(), pool_.data(), host_tier_.data());
+        StepRunner::Create(config, &model_, collective_.get(), pool_.data(), host_tier_.data());
     CHECK(runner.ok(), "{}", runner.status().ToString());
     runner_ = *std::move(runner);
   }

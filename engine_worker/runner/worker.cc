@@ -53,11 +53,13 @@ absl::Status CheckSize(const char* what, const MappedMemory& memory, uint32_t co
 
 }  // namespace
 
-Worker::Worker(Model* model, RankGroup* group, WorkQueueClient* queue, WorkerLinks links)
+Worker::Worker(Model* model, RankGroup* group, WorkQueueClient* queue, WorkerLinks links,
+               bool use_graphs)
     : model_(model),
       group_(group),
       queue_(queue),
       links_(std::move(links)),
+      use_graphs_(use_graphs),
       finisher_([this](const absl::StatusOr<StepDone>& done) { Report(done); }) {}
 
 absl::Status Worker::Run() {
@@ -204,6 +206,7 @@ absl::Status Worker::MapPool(const AttachPool& attach) {
                                    .max_sequence_tokens = config_->max_sequence_tokens,
                                    .sampled_vocab_size = config_->sampled_vocab_size,
                                    .stop_ids = config_->stop_ids,
+                                   .use_graphs = use_graphs_,
                                    .chain = chain_};
   ASSIGN_OR_RETURN(runner_,
                    StepRunner::Create(config, model_, group_, kv_pool(), host_tier_.data()));

@@ -32,7 +32,9 @@ struct WorkerLinks {
 // Threading: Run() once, on the thread that executes; RequestStop() from any thread.
 class Worker {
  public:
-  Worker(Model* model, RankGroup* group, WorkQueueClient* queue, WorkerLinks links);
+  // use_graphs: of the StepRunners that it makes.
+  Worker(Model* model, RankGroup* group, WorkQueueClient* queue, WorkerLinks links,
+         bool use_graphs = false);
 
   // Serves the queue. OK: Shutdown came, or a stop was requested. UNAVAILABLE: the stream to the
   // API server ended. Any other error went to the API server as a Fault, too.
@@ -72,6 +74,7 @@ class Worker {
   RankGroup* const group_;
   WorkQueueClient* const queue_;
   const WorkerLinks links_;
+  const bool use_graphs_;
 
   std::optional<ConfigureWorker> config_;
   MappedMemory pool_;
