@@ -345,6 +345,7 @@ void FillGpuDefaults(const Draft& draft) {
   if (!draft.given.contains("max-num-batched-tokens")) {
     options.max_num_batched_tokens = kMaxNumBatchedTokens;
   }
+  if (!draft.given.contains("use-cudagraph")) options.use_cudagraph = true;
 }
 
 void FillDefaults(const Draft& draft) {
@@ -375,9 +376,6 @@ void AddNotes(const std::function<const char*(const char*)>& get_env, Draft* dra
   if (options.use_cudagraph && options.device == "cpu") {
     draft->Note("use-cudagraph", "there are no CUDA graphs on --device cpu; ignored");
     options.use_cudagraph = false;
-  }
-  if (options.use_cudagraph && options.device == "cuda") {
-    draft->Note("use-cudagraph", "steps run without CUDA graphs in this version; ignored");
   }
   if (get_env("FD_LOG_DIR") != nullptr) {
     draft->command->notes.push_back("FD_LOG_DIR: logs go to stderr; ignored");

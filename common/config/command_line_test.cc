@@ -186,6 +186,19 @@ TEST(CommandLine, SetsWhatTheFlagSays) {
                   .options.use_cudagraph);
 }
 
+TEST(CommandLine, CudaGraphsAreOnOnAGpuUnlessTheyAreSwitchedOff) {
+  EXPECT_TRUE(Serve({"--device=cuda"}).options.use_cudagraph);
+  EXPECT_THAT(Serve({"--device=cuda"}).notes, IsEmpty());
+  EXPECT_THAT(Serve({"--device=cuda", "--use-cudagraph"}).notes, IsEmpty());
+  EXPECT_FALSE(Serve({"--device=cuda", "--no-use-cudagraph"}).options.use_cudagraph);
+  EXPECT_FALSE(Serve({"--device=cuda", R"(--graph-optimization-config={"use_cudagraph":false})"})
+                   .options.use_cudagraph);
+  EXPECT_TRUE(Serve({"--device=cuda", R"(--graph-optimization-config={"graph_opt_level":0})"})
+                  .options.use_cudagraph);
+  EXPECT_FALSE(Serve({}).options.use_cudagraph);
+  EXPECT_THAT(Serve({}).notes, IsEmpty());
+}
+
 TEST(CommandLine, TheQueueBoundHasTwoNames) {
   EXPECT_EQ(Serve({"--max-queue-requests=7"}).options.max_queue_requests, 7);
   EXPECT_EQ(Serve({"--scheduler-max-size=7"}).options.max_queue_requests, 7);

@@ -71,6 +71,7 @@ absl::Status ApplyGraphOptimization(const FlagValue& value, Draft& draft) {
         return absl::InvalidArgumentError("use_cudagraph: must be true or false");
       }
       Options(draft).use_cudagraph = setting.get<bool>();
+      draft.given.insert("use-cudagraph");
     } else {
       draft.Note("graph-optimization-config",
                  fmt::format("{} has no effect in this version; ignored", ForErrorLine(key)));
@@ -229,7 +230,8 @@ void AddFeatureFlags(std::vector<Flag>* flags) {
   flags->push_back(Integer("async-depth", kFeatures, 0, 1, &ServeOptions::async_depth,
                            "Steps planned ahead of the one that runs; 0: strictly one by one"));
   flags->push_back(
-      Switch("use-cudagraph", kFeatures, &ServeOptions::use_cudagraph, "CUDA graphs (cuda only)"));
+      Switch("use-cudagraph", kFeatures, &ServeOptions::use_cudagraph,
+             "Decode steps as CUDA graphs; --device cuda only, where it is the default"));
   flags->push_back(Custom("graph-optimization-config", kFeatures, Type::kJson, "",
                           R"(FastDeploy's spelling: {"use_cudagraph": true})",
                           ApplyGraphOptimization));
