@@ -5,7 +5,11 @@
 //
 // Decoding: every sequence has a prompt of --context-tokens random ids; then --steps plans of one
 // greedy token a sequence, one plan begun ahead of the one that is waited for, as a worker gets
-// them. Prefill: prompts of --prompt-tokens random ids, one alone and several in one plan; time to
+// them; with --device cuda with CUDA graphs and without. idle is the device's time from the end of
+// a step to the begin of the next, host what the call that begins a step takes, graph a pass alone,
+// one launch after the other: what the step takes beyond it are the batch on its way to the device,
+// the ids on their way back, and waiting.
+// Prefill: prompts of --prompt-tokens random ids, one alone and several in one plan; time to
 // the sampled ids. Each is the median of --repeats runs after one that warms up. device_ms is what
 // the step itself took on the device, from its events.
 #include <fmt/format.h>
@@ -13,8 +17,8 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
-#include <deque>
 #include <fstream>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <string>
@@ -51,11 +55,30 @@ struct Rate {
   double device_ms = 0;  // of a step, the mean
 };
 
+struct DecodeRate {
+  Rate rate;
+  int64_t idle_us_p50 = 0;
+  int64_t idle_us_p99 = 0;
+  double host_us_p50 = 0;
+  double graph_ms = 0;  // 0: without graphs
+};
+
+template <typename T>
+T Quantile(std::vector<T> values, double q) {
+  if (values.empty()) return 0;
+  std::sort(values.begin(), values.end());
+  return values[static_cast<size_t>(q * static_cast<double>(values.size() - 1))];
+}
+
 double Seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
 
-Rate MedianOf(std::vector<Rate> rates) {
+double TokensPerSecond(const Rate& rate) { return rate.tokens_per_second; }
+double TokensPerSecond(const DecodeRate& decode) { return decode.rate.tokens_per_second; }
+
+template <typename T>
+T MedianOf(std::vector<T> rates) {
   std::sort(rates.begin(), rates.end(),
-            [](const Rate& a, const Rate& b) { return a.tokens_per_second < b.tokens_per_second; });
+            [](const T& a, const T& b) { return TokensPerSecond(a) < TokensPerSecond(b); });
   return rates[rates.size() / 2];
 }
 
@@ -67,7 +90,8 @@ uint32_t BlocksFor(int tokens) {
 class Sequences {
  public:
   static absl::StatusOr<std::unique_ptr<Sequences>> Create(Model* model, Collective* collective,
-                                                           int num_sequences, int max_tokens) {
+                                                           int num_sequences, int max_tokens,
+                                                           bool use_graphs) {
     std::unique_ptr<Sequences> made(new Sequences(num_sequences, BlocksFor(max_tokens)));
     const uint32_t num_blocks = num_sequences * made->blocks_each_;
     ASSIGN_OR_RETURN(made->pool_,
@@ -77,10 +101,12 @@ class Sequences {
         .max_slots = static_cast<uint32_t>(num_sequences),
         .max_tokens = static_cast<uint32_t>(num_sequences * max_tokens),
         .max_sequence_tokens = static_cast<uint32_t>(max_tokens),
-        .sampled_vocab_size = static_cast<uint32_t>(model->vocab_size())};
+        .sampled_vocab_size = static_cast<uint32_t>(model->vocab_size()),
+        .use_graphs = use_graphs};
     ASSIGN_OR_RETURN(made->runner_,
                      StepRunner::Create(config, model, collective, made->pool_->data(), nullptr));
     RETURN_IF_ERROR(made->runner_->WarmUp());
+    made->backend_ = model->backend();
     made->vocab_size_ = model->vocab_size();
     return made;
   }
@@ -105,13 +131,14 @@ class Sequences {
                 1e-3 * done.execute_us};
   }
 
-  absl::StatusOr<Rate> Decode(int steps) {
+  absl::StatusOr<DecodeRate> Decode(int steps) {
     constexpr size_t kPlansInHand = 2;
-    std::deque<std::unique_ptr<PendingStep>> pending;
+    std::vector<std::unique_ptr<PendingStep>> begun;  // all stay, for the times between them
+    size_t num_done = 0;
     double device_ms = 0;
+    std::vector<double> host_us;
     const auto wait = [&]() -> absl::Status {
-      ASSIGN_OR_RETURN(const StepDone done, pending.front()->Wait());
-      pending.pop_front();
+      ASSIGN_OR_RETURN(const StepDone done, begun[num_done++]->Wait());
       device_ms += 1e-3 * done.execute_us;
       return absl::OkStatus();
     };
@@ -121,12 +148,24 @@ class Sequences {
       for (uint32_t slot = 0; slot < num_sequences_; ++slot) {
         plan.rows.push_back({slot, static_cast<uint32_t>(position_), 1, true, {}});
       }
+      const auto step_begin = Clock::now();
       ASSIGN_OR_RETURN(auto step, runner_->Begin(plan, /*plan_hash=*/0));
-      pending.push_back(std::move(step));
-      if (pending.size() == kPlansInHand) RETURN_IF_ERROR(wait());
+      host_us.push_back(1e6 * Seconds(Clock::now() - step_begin));
+      begun.push_back(std::move(step));
+      if (begun.size() - num_done == kPlansInHand) RETURN_IF_ERROR(wait());
     }
-    while (!pending.empty()) RETURN_IF_ERROR(wait());
-    return Rate{num_sequences_ * steps / Seconds(Clock::now() - begin), device_ms / steps};
+    while (num_done < begun.size()) RETURN_IF_ERROR(wait());
+    DecodeRate decode = {
+        .rate = {num_sequences_ * steps / Seconds(Clock::now() - begin), device_ms / steps}};
+    std::vector<int64_t> idle_us;
+    for (size_t i = 1; i < begun.size(); ++i) {
+      idle_us.push_back(begun[i]->MicrosecondsAfter(*begun[i - 1]));
+    }
+    decode.idle_us_p50 = Quantile(idle_us, 0.5);
+    decode.idle_us_p99 = Quantile(std::move(idle_us), 0.99);
+    decode.host_us_p50 = Quantile(std::move(host_us), 0.5);
+    ASSIGN_OR_RETURN(decode.graph_ms, GraphMs());
+    return decode;
   }
 
   absl::Status Release() {
@@ -136,11 +175,25 @@ class Sequences {
   }
 
  private:
+  // Of the last batch's pass, again and again; the last tokens are computed anew.
+  absl::StatusOr<double> GraphMs() {
+    constexpr int kLaunches = 100;
+    const StepGraphs::Entry* const graph = runner_->graphs().Find(num_sequences_);
+    if (graph == nullptr) return 0;
+    const std::unique_ptr<kernels::Event> begin = backend_->Record();
+    for (int i = 0; i < kLaunches; ++i) RETURN_IF_ERROR(backend_->Launch(*graph->graph));
+    const std::unique_ptr<kernels::Event> end = backend_->Record();
+    RETURN_IF_ERROR(begin->Wait());
+    RETURN_IF_ERROR(end->Wait());
+    return 1e-3 * static_cast<double>(end->MicrosecondsSince(*begin)) / kLaunches;
+  }
+
   Sequences(int num_sequences, uint32_t blocks_each)
       : num_sequences_(num_sequences), blocks_each_(blocks_each) {}
 
   const uint32_t num_sequences_;
   const uint32_t blocks_each_;
+  kernels::Backend* backend_ = nullptr;
   int vocab_size_ = 0;
   int position_ = 0;
   uint64_t step_ = 0;
@@ -149,24 +202,26 @@ class Sequences {
   std::unique_ptr<StepRunner> runner_;
 };
 
-absl::StatusOr<Rate> DecodeRate(const RateOptions& options, Model* model, Collective* collective,
-                                int batch) {
-  ASSIGN_OR_RETURN(const auto sequences, Sequences::Create(model, collective, batch,
-                                                           options.context_tokens + options.steps));
-  std::vector<Rate> rates;
+absl::StatusOr<DecodeRate> MeasureDecode(const RateOptions& options, Model* model,
+                                         Collective* collective, int batch, bool use_graphs) {
+  ASSIGN_OR_RETURN(const auto sequences,
+                   Sequences::Create(model, collective, batch,
+                                     options.context_tokens + options.steps, use_graphs));
+  std::vector<DecodeRate> rates;
   for (int run = 0; run <= options.repeats; ++run) {
     RETURN_IF_ERROR(sequences->Prefill(options.context_tokens).status());
-    ASSIGN_OR_RETURN(const Rate rate, sequences->Decode(options.steps));
+    ASSIGN_OR_RETURN(const DecodeRate rate, sequences->Decode(options.steps));
     RETURN_IF_ERROR(sequences->Release());
     if (run > 0) rates.push_back(rate);
   }
   return MedianOf(std::move(rates));
 }
 
-absl::StatusOr<Rate> PrefillRate(const RateOptions& options, Model* model, Collective* collective,
-                                 int num_prompts) {
+absl::StatusOr<Rate> MeasurePrefill(const RateOptions& options, Model* model,
+                                    Collective* collective, int num_prompts) {
   ASSIGN_OR_RETURN(const auto sequences,
-                   Sequences::Create(model, collective, num_prompts, options.prompt_tokens));
+                   Sequences::Create(model, collective, num_prompts, options.prompt_tokens,
+                                     /*use_graphs=*/false));
   std::vector<Rate> rates;
   for (int run = 0; run <= options.repeats; ++run) {
     ASSIGN_OR_RETURN(const Rate rate, sequences->Prefill(options.prompt_tokens));
@@ -194,20 +249,31 @@ absl::Status Run(const RateOptions& options) {
   fmt::print("{}, {}, {}\n", loaded.backend->name(), DeviceDescription(), Today());
   fmt::print("load:                           {:10.2f} s\n", load_seconds);
   for (const int batch : options.batches) {
-    ASSIGN_OR_RETURN(const Rate rate,
-                     DecodeRate(options, loaded.model.get(), collective.get(), batch));
-    const double step_ms = 1e3 * batch / rate.tokens_per_second;
-    fmt::print(
-        "decode, batch {:3}:              {:10.0f} tokens/s  step {:.3f} ms, device {:.3f} ms\n",
-        batch, rate.tokens_per_second, step_ms, rate.device_ms);
-    report["decode"].push_back({{"batch", batch},
-                                {"tokens_per_second", rate.tokens_per_second},
-                                {"step_ms", step_ms},
-                                {"device_ms", rate.device_ms}});
+    for (const bool use_graphs : {false, true}) {
+      if (use_graphs && loaded.backend->uses_host_memory()) continue;
+      ASSIGN_OR_RETURN(const DecodeRate decode, MeasureDecode(options, loaded.model.get(),
+                                                              collective.get(), batch, use_graphs));
+      const double step_ms = 1e3 * batch / decode.rate.tokens_per_second;
+      fmt::print(
+          "decode, batch {:3}{}: {:10.0f} tokens/s  step {:.3f} ms, device {:.3f} ms, idle {} us "
+          "(p99 {}), host {:.0f} us{}\n",
+          batch, use_graphs ? ", graphs   " : ", no graphs", decode.rate.tokens_per_second, step_ms,
+          decode.rate.device_ms, decode.idle_us_p50, decode.idle_us_p99, decode.host_us_p50,
+          use_graphs ? fmt::format(", graph {:.3f} ms", decode.graph_ms) : std::string());
+      report["decode"].push_back({{"batch", batch},
+                                  {"graphs", use_graphs},
+                                  {"tokens_per_second", decode.rate.tokens_per_second},
+                                  {"step_ms", step_ms},
+                                  {"device_ms", decode.rate.device_ms},
+                                  {"idle_us_p50", decode.idle_us_p50},
+                                  {"idle_us_p99", decode.idle_us_p99},
+                                  {"host_us_p50", decode.host_us_p50},
+                                  {"graph_ms", decode.graph_ms}});
+    }
   }
   for (const int prompts : options.prompts) {
     ASSIGN_OR_RETURN(const Rate rate,
-                     PrefillRate(options, loaded.model.get(), collective.get(), prompts));
+                     MeasurePrefill(options, loaded.model.get(), collective.get(), prompts));
     fmt::print("prefill, {:2} prompts of {:5}:   {:10.0f} tokens/s  device {:.3f} ms\n", prompts,
                options.prompt_tokens, rate.tokens_per_second, rate.device_ms);
     report["prefill"].push_back({{"prompts", prompts},
