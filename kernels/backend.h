@@ -203,8 +203,11 @@ class Backend {
   // P = softmax(x * router); the top_k of P + bias (float32 addition; bias may be null; the lower
   // index wins a tie), best first, to expert_ids [num_rows, top_k]; P of each, divided by
   // max(their sum, norm_min), to expert_weights [num_rows, top_k].
+  // route_as: device memory [num_rows], or null; row r then takes the experts and weights of row
+  // route_as[r] < num_rows.
   virtual void Route(ConstRows x, int64_t num_rows, const WeightMatrix& router, const float* bias,
-                     const RouterShape& shape, int32_t* expert_ids, float* expert_weights) = 0;
+                     const RouterShape& shape, int32_t* expert_ids, float* expert_weights,
+                     const int32_t* route_as = nullptr) = 0;
 
   // y[r, :] = sum over a row's experts, in ascending order of index, of weight * mlp_e(x[r, :]),
   // then + shared(x[r, :]) unless shared is null.

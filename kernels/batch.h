@@ -118,6 +118,10 @@ class DeviceBatch {
   // Device memory [num_logit_rows()]: the places in the batch of the tokens that want logits, in
   // row order.
   virtual const int32_t* logit_tokens() const = 0;
+  // Device memory [num_tokens()]: for Backend::Route, the place of the token whose experts a token
+  // takes: its own, but the first token's for padding, so that no expert is read for padding alone.
+  // Null without padding rows: a graph is captured with some.
+  virtual const int32_t* route_as() const = 0;
 
  protected:
   void SetCounts(int64_t num_tokens, int64_t num_rows, int64_t num_logit_rows) {

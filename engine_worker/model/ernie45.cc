@@ -280,7 +280,7 @@ class Ernie45 final : public Model {
       AddNorm(pending, Floats(layer.input_norm), batch.num_tokens());
       RETURN_IF_ERROR(AttentionBlock(layer, KvOf(i, kv_pool), batch));
       AddNorm(Delta(), Floats(layer.post_attention_norm), batch.num_tokens());
-      RETURN_IF_ERROR(MlpBlock(layer, batch.num_tokens()));
+      RETURN_IF_ERROR(MlpBlock(layer, batch));
       pending = Delta();
     }
     return Head(pending, batch);
@@ -308,7 +308,8 @@ class Ernie45 final : public Model {
     return SumDeltaOverRanks(batch.num_tokens());
   }
 
-  absl::Status MlpBlock(const Layer& layer, int64_t num_tokens) {
+  absl::Status MlpBlock(const Layer& layer, const DeviceBatch& batch) {
+    const int64_t num_tokens = batch.num_tokens();
     if (layer.is_moe()) {
       auto* expert_ids = static_cast<int32_t*>(workspace_.expert_ids->data());
       auto* expert_weights = static_cast<float*>(workspace_.expert_weights->data());
@@ -316,7 +317,7 @@ class Ernie45 final : public Model {
                                            config_.moe_norm_min};
       const MlpWeights shared = layer.shared.view();
       backend_->Route(Normed(), num_tokens, *layer.router, Floats(layer.router_bias), router,
-                      expert_ids, expert_weights);
+                      expert_ids, expert_weights, batch.route_as());
       backend_->MoeMlp(Normed(), num_tokens, *layer.expert_group, router.top_k, expert_ids,
                        expert_weights, shared.gate_up == nullptr ? nullptr : &shared, Delta());
     } else {

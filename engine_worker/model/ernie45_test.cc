@@ -72,6 +72,10 @@ class Group {
   }
 
   Model& model() { return *ranks_[0].model; }
+  std::string_view pool(int rank) const {
+    const kernels::Buffer& pool = *ranks_[rank].pool;
+    return {static_cast<const char*>(pool.data()), static_cast<size_t>(pool.size_bytes())};
+  }
 
   // Logits of the batch's rows that want them, one vector a row.
   std::vector<std::vector<float>> Forward(const Batch& batch) {
@@ -226,6 +230,32 @@ TEST(Ernie45, ARowHasTheSameBitsInAnyBatchAndHoweverItIsChunked) {
         logits = RunRow(&group, Slice(prompt, begin, end), static_cast<int>(begin), 15);
       }
       EXPECT_EQ(logits, expected[s]) << "chunks of " << chunk;
+    }
+  }
+}
+
+TEST(Ernie45, PaddingRowsChangeNeitherAnotherRowNorABlock) {
+  for (const int world_size : {1, 2}) {
+    SCOPED_TRACE(world_size);
+    Group plain({.world_size = world_size});
+    Group padded({.world_size = world_size});
+    const auto prompts = Prompts();
+    std::vector<std::vector<int32_t>> tables;
+    for (int s = 0; s < 3; ++s) tables.push_back(BlockTable(s));
+    for (int step = 0; step < 4; ++step) {
+      Batch batch;
+      for (int s = 0; s < 3; ++s) {
+        const int begin = step == 0 ? 0 : 19 + step;
+        AddRow(Slice(prompts[s], begin, 20 + step), begin, tables[s], &batch);
+      }
+      const auto expected = plain.Forward(batch);
+      batch.num_padding_rows = 5 - step;
+      const auto got = padded.Forward(batch);
+      ASSERT_EQ(got.size(), 3u + batch.num_padding_rows);
+      for (int s = 0; s < 3; ++s) EXPECT_EQ(got[s], expected[s]) << "step " << step << " row " << s;
+    }
+    for (int rank = 0; rank < world_size; ++rank) {
+      EXPECT_TRUE(padded.pool(rank) == plain.pool(rank)) << "rank " << rank;
     }
   }
 }

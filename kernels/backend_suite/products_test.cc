@@ -151,14 +151,17 @@ struct Routing {
 };
 
 Routing RouteRows(const HostRows& x, const formats::HostMatrix& router,
-                  const std::vector<float>& bias, const RouterShape& shape) {
+                  const std::vector<float>& bias, const RouterShape& shape,
+                  const std::vector<int32_t>& route_as = {}) {
   const auto packed = Must(TheBackend().Pack(router, MatrixUse::kRouter));
   const DeviceRows device_x(x);
   const DeviceArray<float> device_bias(bias);
+  const DeviceArray<int32_t> device_route_as(route_as);
   const DeviceArray<int32_t> ids(std::vector<int32_t>(x.rows * shape.top_k, -1));
   const DeviceArray<float> weights(std::vector<float>(x.rows * shape.top_k, std::nanf("")));
   TheBackend().Route(device_x.rows(), x.rows, *packed, bias.empty() ? nullptr : device_bias.data(),
-                     shape, ids.data(), weights.data());
+                     shape, ids.data(), weights.data(),
+                     route_as.empty() ? nullptr : device_route_as.data());
   return {ids.ToHost(), weights.ToHost()};
 }
 
@@ -293,6 +296,24 @@ TEST(Route, ARowHasTheSameBitsInAnyBatch) {
     EXPECT_TRUE(std::equal(part.ids.begin(), part.ids.end(), all.ids.begin() + first * 6));
     EXPECT_TRUE(
         std::equal(part.weights.begin(), part.weights.end(), all.weights.begin() + first * 6));
+  }
+}
+
+TEST(Route, ARowTakesTheExpertsOfAnotherWhereItIsTold) {
+  std::mt19937 rng(std::random_device{}());
+  const formats::HostMatrix router = RandomRouter(384, 16, &rng);
+  const std::vector<float> bias = RandomRows(1, 16, &rng, 0.01f).values;
+  constexpr int kTopK = 4;
+  const RouterShape shape = {16, kTopK, 1e-12f};
+  const std::vector<int32_t> route_as = {0, 1, 2, 0, 0, 4};
+  const HostRows x = RandomRows(std::ssize(route_as), 384, &rng);
+  const Routing own = RouteRows(x, router, bias, shape);
+  const Routing told = RouteRows(x, router, bias, shape, route_as);
+  for (size_t r = 0; r < route_as.size(); ++r) {
+    for (int i = 0; i < kTopK; ++i) {
+      EXPECT_EQ(told.ids[r * kTopK + i], own.ids[route_as[r] * kTopK + i]) << "row " << r;
+      EXPECT_EQ(told.weights[r * kTopK + i], own.weights[route_as[r] * kTopK + i]) << "row " << r;
+    }
   }
 }
 

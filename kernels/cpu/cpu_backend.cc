@@ -281,14 +281,16 @@ class CpuBackend final : public Backend {
   }
 
   void Route(ConstRows x, int64_t num_rows, const WeightMatrix& router, const float* bias,
-             const RouterShape& shape, int32_t* expert_ids, float* expert_weights) override {
+             const RouterShape& shape, int32_t* expert_ids, float* expert_weights,
+             const int32_t* route_as) override {
     CHECK(router.n() == shape.num_experts && shape.top_k <= shape.num_experts,
           "n={} num_experts={} top_k={}", router.n(), shape.num_experts, shape.top_k);
     const int64_t stride = shape.num_experts;
     float* logits = scratch_.ReserveForRows(num_rows, num_rows * stride * 2, &scratch_.logits);
     Linear(x, num_rows, router, {logits, stride});
     for (int64_t r = 0; r < num_rows; ++r) {
-      RouteRow(logits + r * stride, bias, shape, logits + (num_rows + r) * stride,
+      const int64_t source = route_as == nullptr ? r : route_as[r];
+      RouteRow(logits + source * stride, bias, shape, logits + (num_rows + r) * stride,
                expert_ids + r * shape.top_k, expert_weights + r * shape.top_k);
     }
   }

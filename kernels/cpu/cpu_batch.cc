@@ -1,6 +1,7 @@
 #include "kernels/cpu/cpu_batch.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "common/check.h"
 
@@ -34,6 +35,11 @@ void CpuBatch::Set(const Batch& batch) {
     if (!row.want_logits) continue;
     logit_tokens_.push_back(static_cast<int32_t>(first_token - 1));
     logit_rows_.push_back({row.slot, row.sample});
+  }
+  route_as_.clear();
+  if (batch.num_padding_rows > 0) {
+    route_as_.resize(first_token + batch.num_padding_rows);
+    std::iota(route_as_.begin(), route_as_.begin() + first_token, 0);
   }
   for (int32_t i = 0; i < batch.num_padding_rows; ++i) {
     tokens_.push_back(0);

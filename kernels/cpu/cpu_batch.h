@@ -42,6 +42,9 @@ class CpuBatch final : public DeviceBatch {
   std::span<const int32_t> stop_ids() const { return limits_.stop_ids; }
 
   const int32_t* logit_tokens() const override { return logit_tokens_.data(); }
+  const int32_t* route_as() const override {
+    return route_as_.empty() ? nullptr : route_as_.data();
+  }
 
  private:
   struct LogitRow {
@@ -62,6 +65,7 @@ class CpuBatch final : public DeviceBatch {
   std::vector<SequenceChunk> chunks_;
   std::vector<int32_t> block_tables_;  // of all chunks, concatenated
   std::vector<int32_t> logit_tokens_;
+  std::vector<int32_t> route_as_;  // empty without padding
   std::vector<LogitRow> logit_rows_;
 };
 

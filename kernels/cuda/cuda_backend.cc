@@ -320,10 +320,13 @@ class CudaBackend final : public Backend {
   }
 
   void Route(ConstRows x, int64_t num_rows, const WeightMatrix& router, const float* bias,
-             const RouterShape& shape, int32_t* expert_ids, float* expert_weights) override {
+             const RouterShape& shape, int32_t* expert_ids, float* expert_weights,
+             const int32_t* route_as) override {
     const CudaMatrix& matrix = OnCuda(router);
     CHECK(matrix.use() == MatrixUse::kRouter && matrix.n() == shape.num_experts,
           "n={} num_experts={}", matrix.n(), shape.num_experts);
+    // Only batches that are padded have it, and those are short.
+    CHECK(route_as == nullptr || num_rows <= kFloatPassRows, "num_rows={}", num_rows);
     for (int64_t first = 0; first < num_rows; first += kFloatPassRows) {
       const int64_t rows = std::min(kFloatPassRows, num_rows - first);
       const int64_t n = matrix.n();
@@ -334,6 +337,7 @@ class CudaBackend final : public Backend {
       LaunchSelectExperts({.logits = logits,
                            .num_slices = plan.split ? plan.num_slices : 1,
                            .num_rows = rows,
+                           .route_as = route_as,
                            .bias = bias,
                            .shape = shape,
                            .expert_ids = expert_ids + first * shape.top_k,

@@ -51,6 +51,7 @@ absl::Status CudaBatch::AllocateMemory() {
     arrays_.tokens = carver.Take<int32_t>(limits_.max_tokens);
     arrays_.positions = carver.Take<int32_t>(limits_.max_tokens);
     arrays_.token_rows = carver.Take<int32_t>(limits_.max_tokens);
+    arrays_.route_as = carver.Take<int32_t>(limits_.max_tokens);
     arrays_.row_first_tokens = carver.Take<int32_t>(limits_.max_rows);
     arrays_.row_positions = carver.Take<int32_t>(limits_.max_rows);
     arrays_.row_lengths = carver.Take<int32_t>(limits_.max_rows);
@@ -155,7 +156,8 @@ void CudaBatch::Set(const Batch& batch) {
   staging.in_use = true;
   LaunchUnpackBatch(words_, shape, arrays_, sampling_rows_, stream_);
 
-  max_row_length_ = shape.num_padding_rows > 0 ? 1 : 0;
+  has_padding_ = shape.num_padding_rows > 0;
+  max_row_length_ = has_padding_ ? 1 : 0;
   has_penalties_ = false;
   wants_logprobs_ = false;
   for (const BatchRow& row : batch.rows) {

@@ -45,6 +45,7 @@ class CudaBatch final : public DeviceBatch {
   bool wants_logprobs() const { return wants_logprobs_; }
 
   const int32_t* logit_tokens() const override { return arrays_.logit_tokens; }
+  const int32_t* route_as() const override { return has_padding_ ? arrays_.route_as : nullptr; }
 
  private:
   static constexpr int kStagings = 4;
@@ -78,6 +79,7 @@ class CudaBatch final : public DeviceBatch {
   sampling::LogitBias* logit_biases_ = nullptr;
   int32_t* sequence_ids_ = nullptr;  // [max_sequence_tokens] of the slot that is being started
   int32_t max_row_length_ = 0;
+  bool has_padding_ = false;
   bool has_penalties_ = false;
   bool wants_logprobs_ = false;
   std::array<Staging, kStagings> stagings_;

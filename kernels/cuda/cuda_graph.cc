@@ -70,8 +70,9 @@ CudaGraph::~CudaGraph() {
 }
 
 absl::Status CudaGraph::Launch() const {
-  return ToStatus(cudaGraphLaunch(executable_.get(), stream_),
-                  fmt::format("launching graph {}", name_));
+  const cudaError_t error = cudaGraphLaunch(executable_.get(), stream_);
+  if (error == cudaSuccess) return absl::OkStatus();
+  return ToStatus(error, fmt::format("launching graph {}", name_));
 }
 
 }  // namespace wintserve::kernels::cuda

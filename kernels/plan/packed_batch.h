@@ -62,6 +62,7 @@ struct BatchArrays {
   int32_t* tokens = nullptr;      // [max_tokens] ids
   int32_t* positions = nullptr;   // [max_tokens]
   int32_t* token_rows = nullptr;  // [max_tokens] the row that holds the token; -1: padding
+  int32_t* route_as = nullptr;    // [max_tokens] DeviceBatch::route_as
 
   int32_t* row_first_tokens = nullptr;  // [max_rows]
   int32_t* row_positions = nullptr;     // [max_rows]
@@ -91,6 +92,7 @@ WINTSERVE_HOST_DEVICE inline void UnpackRow(const int32_t* words, const PackedBa
     arrays.tokens[token] = id >= 0 ? id : arrays.slot_ids[TokenOfSlot(id)];
     arrays.positions[token] = packed.position + t;
     arrays.token_rows[token] = row;
+    arrays.route_as[token] = token;
   }
   const int64_t end = int64_t{packed.position} + packed.length;
   const auto num_blocks = static_cast<int32_t>((end + kKvBlockTokens - 1) / kKvBlockTokens);
@@ -118,6 +120,7 @@ WINTSERVE_HOST_DEVICE inline PackedLogitRow UnpackPaddingRow(const PackedBatchSh
   arrays.tokens[token] = 0;
   arrays.positions[token] = 0;
   arrays.token_rows[token] = -1;
+  arrays.route_as[token] = 0;
   arrays.row_first_tokens[row] = token;
   arrays.row_positions[row] = 0;
   arrays.row_lengths[row] = 0;

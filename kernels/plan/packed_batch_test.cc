@@ -23,6 +23,7 @@ struct Unpacked {
       : tokens(limits.max_tokens, kPoison),
         positions(limits.max_tokens, kPoison),
         token_rows(limits.max_tokens, kPoison),
+        route_as(limits.max_tokens, kPoison),
         first_tokens(limits.max_rows, kPoison),
         row_positions(limits.max_rows, kPoison),
         lengths(limits.max_rows, kPoison),
@@ -35,6 +36,7 @@ struct Unpacked {
     arrays = {.tokens = tokens.data(),
               .positions = positions.data(),
               .token_rows = token_rows.data(),
+              .route_as = route_as.data(),
               .row_first_tokens = first_tokens.data(),
               .row_positions = row_positions.data(),
               .row_lengths = lengths.data(),
@@ -67,7 +69,7 @@ struct Unpacked {
     }
   }
 
-  std::vector<int32_t> tokens, positions, token_rows;
+  std::vector<int32_t> tokens, positions, token_rows, route_as;
   std::vector<int32_t> first_tokens, row_positions, lengths, block_tables;
   std::vector<int32_t> logit_tokens, logit_slots;
   std::vector<SampleParams> samples;
@@ -105,6 +107,7 @@ TEST(PackedBatch, PutsEveryTokenRowAndBlockInItsPlace) {
   EXPECT_THAT(device.tokens, ElementsAre(11, 12, 13, 41, kPoison));
   EXPECT_THAT(device.positions, ElementsAre(62, 63, 64, 191, kPoison));
   EXPECT_THAT(device.token_rows, ElementsAre(0, 0, 0, 1, kPoison));
+  EXPECT_THAT(device.route_as, ElementsAre(0, 1, 2, 3, kPoison));
   EXPECT_THAT(device.first_tokens, ElementsAre(0, 3, kPoison));
   EXPECT_THAT(device.row_positions, ElementsAre(62, 191, kPoison));
   EXPECT_THAT(device.lengths, ElementsAre(3, 1, kPoison));
@@ -141,6 +144,7 @@ TEST(PackedBatch, PaddingRowsAreBehindTheOthersAndOfNoSequence) {
   EXPECT_THAT(device.tokens, ElementsAre(11, 12, 0, 0, kPoison));
   EXPECT_THAT(device.positions, ElementsAre(5, 6, 0, 0, kPoison));
   EXPECT_THAT(device.token_rows, ElementsAre(0, 1, -1, -1, kPoison));
+  EXPECT_THAT(device.route_as, ElementsAre(0, 1, 0, 0, kPoison));
   EXPECT_THAT(device.first_tokens, ElementsAre(0, 1, 2, 3, kPoison));
   EXPECT_THAT(device.row_positions, ElementsAre(5, 6, 0, 0, kPoison));
   EXPECT_THAT(device.lengths, ElementsAre(1, 1, 0, 0, kPoison));

@@ -157,6 +157,7 @@ __global__ void __launch_bounds__(kSelectWarps* kWarpThreads)
       int64_t{blockIdx.x} * kSelectWarps + static_cast<int>(threadIdx.x) / kWarpThreads;
   if (row >= args.num_rows) return;
   const int num_experts = args.shape.num_experts;
+  const int64_t logit_row = args.route_as == nullptr ? row : args.route_as[row];
 
   float probabilities[kLaneExperts];
   float maximum = -INFINITY;
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kSelectWarps* kWarpThreads)
     if (expert >= num_experts) break;
     float logit = 0.0f;
     for (int slice = 0; slice < args.num_slices; ++slice) {
-      logit += args.logits[(slice * args.num_rows + row) * num_experts + expert];
+      logit += args.logits[(slice * args.num_rows + logit_row) * num_experts + expert];
     }
     probabilities[i] = logit;
     maximum = fmaxf(maximum, logit);

@@ -36,10 +36,11 @@ struct SelectExpertsArgs {
   const float* logits = nullptr;  // [num_slices, num_rows, num_experts], to be added up
   int num_slices = 1;
   int64_t num_rows = 0;
-  const float* bias = nullptr;      // [num_experts] or null
-  RouterShape shape;                // at most kMaxRoutedExperts, kMaxChosenExperts
-  int32_t* expert_ids = nullptr;    // [num_rows, top_k]
-  float* expert_weights = nullptr;  // [num_rows, top_k]
+  const int32_t* route_as = nullptr;  // [num_rows] the row whose logits a row takes; null: its own
+  const float* bias = nullptr;        // [num_experts] or null
+  RouterShape shape;                  // at most kMaxRoutedExperts, kMaxChosenExperts
+  int32_t* expert_ids = nullptr;      // [num_rows, top_k]
+  float* expert_weights = nullptr;    // [num_rows, top_k]
 };
 // The second half of Backend::Route. Ids are distinct and in range whatever the logits are.
 void LaunchSelectExperts(const SelectExpertsArgs& args, cudaStream_t stream);
