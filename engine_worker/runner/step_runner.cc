@@ -120,8 +120,10 @@ absl::Status StepRunner::WarmUpRows(int64_t num_rows) {
 
 absl::Status StepRunner::CaptureGraphs() {
   graphs_.Clear();
-  const int64_t max_rows =
-      std::min<int64_t>({config_.max_slots, model_->max_batch_tokens(), model_->max_logit_rows()});
+  // Beyond, operators take long enough to be called one by one.
+  constexpr int64_t kMaxRows = 1024;
+  const int64_t max_rows = std::min<int64_t>(
+      {config_.max_slots, model_->max_batch_tokens(), model_->max_logit_rows(), kMaxRows});
   return graphs_.CaptureUpTo(
       max_rows,
       [this](int64_t num_rows,
