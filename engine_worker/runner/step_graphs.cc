@@ -7,7 +7,6 @@
 #include <utility>
 
 #include "common/check.h"
-#include "common/log.h"
 #include "common/status_macros.h"
 
 namespace wintserve {
@@ -37,9 +36,8 @@ absl::Status StepGraphs::CaptureUpTo(int64_t max_rows, const PrepareFn& prepare)
   }
   std::reverse(captured.begin(), captured.end());
   entries_ = std::move(captured);
-  LOG_INFO("{} graphs of decode steps with 1 … {} rows: {:.2f} s, {} MiB", size(), max_rows,
-           std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(),
-           size_bytes() >> 20);
+  capture_seconds_ =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   return absl::OkStatus();
 }
 

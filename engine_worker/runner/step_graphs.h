@@ -43,8 +43,8 @@ class StepGraphs {
   // 1, 2, 4, 8, 16, then two steps to each doubling (24, 32, 48, 64, 96, …), and max_rows.
   static std::vector<int64_t> SizesUpTo(int64_t max_rows);
 
-  // Captures a graph for each of SizesUpTo(max_rows), the largest first, and logs how many there
-  // are and what they took. Find gives none before all are there. REQUIRES: there are none yet.
+  // Captures a graph for each of SizesUpTo(max_rows), the largest first. Find gives none before all
+  // are there. REQUIRES: there are none yet.
   absl::Status CaptureUpTo(int64_t max_rows, const PrepareFn& prepare);
 
   // The smallest graph for num_rows rows and more; null: there is none.
@@ -54,14 +54,16 @@ class StepGraphs {
   void Clear() { entries_.clear(); }
 
   int64_t size() const { return std::ssize(entries_); }
-  // Of device memory.
+  // What they took: device memory, and the time of their capture with the passes before it.
   int64_t size_bytes() const;
+  double capture_seconds() const { return capture_seconds_; }
 
  private:
   absl::StatusOr<std::unique_ptr<Entry>> Capture(int64_t num_rows, const PrepareFn& prepare);
 
   kernels::Backend* const backend_;
   std::vector<std::unique_ptr<Entry>> entries_;  // by rising num_rows
+  double capture_seconds_ = 0;
 };
 
 }  // namespace wintserve

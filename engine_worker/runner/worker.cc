@@ -211,6 +211,11 @@ absl::Status Worker::MapPool(const AttachPool& attach) {
   ASSIGN_OR_RETURN(runner_,
                    StepRunner::Create(config, model_, group_, kv_pool(), host_tier_.data()));
   RETURN_IF_ERROR(runner_->WarmUp());
+  if (use_graphs_) {
+    const StepGraphs& graphs = runner_->graphs();
+    LOG_INFO("decode steps run as {} graphs, captured in {:.2f} s; they take {} MiB", graphs.size(),
+             graphs.capture_seconds(), graphs.size_bytes() >> 20);
+  }
   LOG_INFO("ready: {} slots, {} blocks and {} host slots of {} bytes", config.max_slots,
            config.num_blocks, config.num_host_slots, model_->kv_block_bytes());
   // Next() reports why, should the stream have ended.
