@@ -384,7 +384,11 @@ TEST(StepRunner, WarmUpDoesNotCountAsAStep) {
   EXPECT_EQ(rank.MustApply({}).step, 1u);
 }
 
-TEST(StepRunner, EveryRankFeedsItselfTheIdsOfRank0) {
+class RanksTest : public testing::TestWithParam<bool> {};  // use_graphs
+
+TEST_P(RanksTest, EveryRankFeedsItselfTheIdsOfRank0) {
+  StepRunnerConfig config = kConfig;
+  config.use_graphs = GetParam();
   constexpr int64_t kSlotBytes = 4096;
   const std::vector<Request> requests = ThreeRequests();
   Rank alone;
@@ -399,7 +403,7 @@ TEST(StepRunner, EveryRankFeedsItselfTheIdsOfRank0) {
                                                      .world_size = 2,
                                                      .slot_bytes = kSlotBytes});
     CHECK(collective.ok());
-    Rank rank(*std::move(collective));
+    Rank rank(*std::move(collective), 512, config);
     CHECK(rank.runner().WarmUp().ok());
     StepPlan plan = {.slot_init = {InitOf(0, requests[0], requests[0].blocks),
                                    InitOf(1, requests[1], requests[1].blocks)},
@@ -421,6 +425,10 @@ TEST(StepRunner, EveryRankFeedsItselfTheIdsOfRank0) {
   const std::vector<int32_t> expected = RunAlone(requests[0], alone);
   EXPECT_EQ(tokens, std::vector<int32_t>(expected.begin(), expected.begin() + 50));
 }
+
+INSTANTIATE_TEST_SUITE_P(StepRunner, RanksTest, testing::Bool(), [](const auto& info) {
+  return info.param ? "WithGraphs" : "WithoutGraphs";
+});
 
 TEST(StepRunner, LogitsThatAreNotFiniteNameSlotAndPosition) {
   Rank rank;

@@ -45,9 +45,11 @@ absl::StatusOr<std::unique_ptr<Collective>> JoinAlone(const ConfigureWorker&) {
 // A worker of one rank that runs in a thread of its own.
 class WorkerTest : public testing::Test {
  protected:
-  void Start(WorkerLinks links = {
-                 .join_group = JoinAlone, .fetch_pool = NewPool, .fetch_host_tier = NewHostTier}) {
-    worker_ = std::make_unique<Worker>(&model_, &group_, &queue_, std::move(links));
+  void Start(WorkerLinks links = {.join_group = JoinAlone,
+                                  .fetch_pool = NewPool,
+                                  .fetch_host_tier = NewHostTier},
+             bool use_graphs = false) {
+    worker_ = std::make_unique<Worker>(&model_, &group_, &queue_, std::move(links), use_graphs);
     thread_ = std::thread([this] { status_ = worker_->Run(); });
   }
   absl::Status End() {
@@ -210,6 +212,27 @@ TEST_F(WorkerTest, ANewPoolStartsWithoutSlotsAndGoesOnWithTheChain) {
   const std::vector<StepDone> steps = queue_.WaitForSteps(3);
   EXPECT_EQ(steps[1].step, 2u);
   EXPECT_EQ(steps[1].sampled[0].token, steps[0].sampled[0].token);
+}
+
+TEST_F(WorkerTest, GraphsAreMadeForEveryPool) {
+  AttachPool second = kAttachPool;
+  second.pool_epoch = 5;
+  queue_.Push(kConfigure);
+  queue_.Push(kAttachPool);
+  PushPlan(FirstPlan());
+  PushPlan({.rows = {{0, 3, 1, true, {}}}});
+  queue_.Push(DetachPool{kAttachPool.pool_epoch});
+  queue_.Push(second);
+  PushPlan(FirstPlan(), 5);
+  PushPlan({.rows = {{0, 3, 1, true, {}}}}, 5);
+  queue_.Push(ShutdownWorker{});
+  Start({.join_group = JoinAlone, .fetch_pool = NewPool, .fetch_host_tier = NewHostTier},
+        /*use_graphs=*/true);
+  EXPECT_TRUE(End().ok());
+  const std::vector<StepDone> steps = queue_.WaitForSteps(4);
+  EXPECT_EQ(steps[3].sampled[0].token, steps[1].sampled[0].token);
+  // The pass before the graph of two rows has one of padding.
+  EXPECT_EQ(model_.num_padding_rows(), 2);
 }
 
 TEST_F(WorkerTest, UnmapsBothTiersBeforeItAnswersADetach) {
