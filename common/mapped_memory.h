@@ -5,11 +5,12 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "common/shared_memory.h"
 #include "common/unique_fd.h"
 
 namespace wintserve {
 
-// Owns the mapping and one descriptor of the memfd. Move-only; unmaps and closes on destruction.
+// Owns the mapping and a descriptor of its memfd. Move-only; unmaps and closes on destruction.
 class MappedMemory {
  public:
   // A memfd of size_bytes zero bytes, sealed against growing and shrinking. debug_name shows in
@@ -17,6 +18,9 @@ class MappedMemory {
   static absl::StatusOr<MappedMemory> Create(const std::string& debug_name, int64_t size_bytes);
   // Maps a memfd made by Create in another process. INVALID_ARGUMENT: wrong size, or not sealed.
   static absl::StatusOr<MappedMemory> FromFd(UniqueFd fd, int64_t size_bytes);
+  // Maps memory of the host, its parts one behind the other. INVALID_ARGUMENT: a GPU's, or a part
+  // of the wrong size, not sealed, or that ends inside a page and is not the last.
+  static absl::StatusOr<MappedMemory> FromParts(SharedMemory shared);
 
   MappedMemory() = default;
   MappedMemory(MappedMemory&& other) noexcept;
@@ -25,7 +29,7 @@ class MappedMemory {
 
   void* data() const { return data_; }
   int64_t size_bytes() const { return size_bytes_; }
-  int fd() const { return fd_.get(); }
+  int fd() const { return fd_.get(); }  // -1: mapped from several parts
 
  private:
   UniqueFd fd_;

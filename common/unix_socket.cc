@@ -11,6 +11,7 @@
 #include <chrono>
 #include <cstring>
 #include <thread>
+#include <utility>
 
 #include "common/status_macros.h"
 
@@ -26,6 +27,64 @@ absl::StatusOr<sockaddr_un> Address(const std::string& path) {
   }
   std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
   return address;
+}
+
+// The descriptors that came with a message, which then belong to the caller.
+std::vector<UniqueFd> TakeFds(msghdr* message) {
+  std::vector<UniqueFd> fds;
+  for (cmsghdr* header = CMSG_FIRSTHDR(message); header != nullptr;
+       header = CMSG_NXTHDR(message, header)) {
+    if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
+    const size_t num_fds = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    for (size_t i = 0; i < num_fds; ++i) {
+      int fd;
+      std::memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int));
+      fds.emplace_back(fd);
+    }
+  }
+  return fds;
+}
+
+// INVALID_ARGUMENT: longer than kMaxPacketBytes, or more than max_fds descriptors.
+absl::StatusOr<PacketWithFds> Receive(int socket_fd, int64_t timeout_ms, int max_fds) {
+  pollfd wait = {socket_fd, POLLIN, 0};
+  int ready;
+  do {
+    ready = ::poll(&wait, 1, static_cast<int>(timeout_ms));
+  } while (ready < 0 && errno == EINTR);
+  if (ready < 0) return absl::ErrnoToStatus(errno, "poll");
+  if (ready == 0) {
+    return absl::DeadlineExceededError(fmt::format("no packet within {} ms", timeout_ms));
+  }
+
+  PacketWithFds packet;
+  packet.bytes.resize(kMaxPacketBytes);
+  iovec part = {packet.bytes.data(), packet.bytes.size()};
+  alignas(cmsghdr) char control[CMSG_SPACE(kMaxPacketFds * sizeof(int))] = {};
+  msghdr message = {};
+  message.msg_iov = &part;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = CMSG_SPACE(max_fds * sizeof(int));
+  ssize_t received;
+  do {
+    received = ::recvmsg(socket_fd, &message, MSG_CMSG_CLOEXEC);
+  } while (received < 0 && errno == EINTR);
+  if (received < 0) return absl::ErrnoToStatus(errno, "recvmsg");
+  packet.fds = TakeFds(&message);
+  // A protobuf message of default values has no bytes; beside a descriptor it is a packet all the
+  // same.
+  if (received == 0 && packet.fds.empty()) {
+    return absl::OutOfRangeError("the peer closed the socket");
+  }
+  // The alignment of the control buffer leaves room for more than what is allowed.
+  if (std::ssize(packet.fds) > max_fds || (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0) {
+    return absl::InvalidArgumentError(
+        fmt::format("packet is longer than {} bytes or carries {} descriptors", kMaxPacketBytes,
+                    max_fds == 1 ? "several" : fmt::format("more than {}", max_fds)));
+  }
+  packet.bytes.resize(received);
+  return packet;
 }
 
 bool PeerIsOurUser(int fd) {
@@ -83,23 +142,28 @@ absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path, int64_t timeout_ms
 }
 
 absl::Status SendPacket(int socket_fd, const std::string& bytes, int fd) {
-  if (bytes.size() > kMaxPacketBytes) {
+  return SendPacket(socket_fd, bytes, std::span(&fd, fd >= 0 ? 1 : 0));
+}
+
+absl::Status SendPacket(int socket_fd, const std::string& bytes, std::span<const int> fds) {
+  if (bytes.size() > kMaxPacketBytes || fds.size() > kMaxPacketFds) {
     return absl::InvalidArgumentError(
-        fmt::format("packet of {} bytes, at most {}", bytes.size(), kMaxPacketBytes));
+        fmt::format("packet of {} bytes and {} descriptors, at most {} and {}", bytes.size(),
+                    fds.size(), kMaxPacketBytes, kMaxPacketFds));
   }
   iovec part = {const_cast<char*>(bytes.data()), bytes.size()};
   msghdr message = {};
   message.msg_iov = &part;
   message.msg_iovlen = 1;
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-  if (fd >= 0) {
+  alignas(cmsghdr) char control[CMSG_SPACE(kMaxPacketFds * sizeof(int))] = {};
+  if (!fds.empty()) {
     message.msg_control = control;
-    message.msg_controllen = sizeof(control);
+    message.msg_controllen = CMSG_SPACE(fds.size_bytes());
     cmsghdr* header = CMSG_FIRSTHDR(&message);
     header->cmsg_level = SOL_SOCKET;
     header->cmsg_type = SCM_RIGHTS;
-    header->cmsg_len = CMSG_LEN(sizeof(int));
-    std::memcpy(CMSG_DATA(header), &fd, sizeof(int));
+    header->cmsg_len = CMSG_LEN(fds.size_bytes());
+    std::memcpy(CMSG_DATA(header), fds.data(), fds.size_bytes());
   }
   ssize_t sent;
   do {
@@ -110,54 +174,15 @@ absl::Status SendPacket(int socket_fd, const std::string& bytes, int fd) {
 }
 
 absl::StatusOr<Packet> ReceivePacket(int socket_fd, int64_t timeout_ms) {
-  pollfd wait = {socket_fd, POLLIN, 0};
-  int ready;
-  do {
-    ready = ::poll(&wait, 1, static_cast<int>(timeout_ms));
-  } while (ready < 0 && errno == EINTR);
-  if (ready < 0) return absl::ErrnoToStatus(errno, "poll");
-  if (ready == 0) {
-    return absl::DeadlineExceededError(fmt::format("no packet within {} ms", timeout_ms));
-  }
-
+  ASSIGN_OR_RETURN(PacketWithFds received, Receive(socket_fd, timeout_ms, /*max_fds=*/1));
   Packet packet;
-  packet.bytes.resize(kMaxPacketBytes);
-  iovec part = {packet.bytes.data(), packet.bytes.size()};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-  msghdr message = {};
-  message.msg_iov = &part;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof(control);
-  ssize_t received;
-  do {
-    received = ::recvmsg(socket_fd, &message, MSG_CMSG_CLOEXEC);
-  } while (received < 0 && errno == EINTR);
-  if (received < 0) return absl::ErrnoToStatus(errno, "recvmsg");
-  bool several_fds = false;
-  for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr;
-       header = CMSG_NXTHDR(&message, header)) {
-    if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
-    // The alignment of the control buffer leaves room for more than the one that is allowed.
-    const size_t num_fds = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-    for (size_t i = 0; i < num_fds; ++i) {
-      int fd;
-      std::memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int));
-      several_fds = several_fds || packet.fd.valid();
-      packet.fd.Reset(fd);
-    }
-  }
-  // A protobuf message of default values has no bytes; beside a descriptor it is a packet all the
-  // same.
-  if (received == 0 && !packet.fd.valid()) {
-    return absl::OutOfRangeError("the peer closed the socket");
-  }
-  if (several_fds || (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0) {
-    return absl::InvalidArgumentError(fmt::format(
-        "packet is longer than {} bytes or carries several descriptors", kMaxPacketBytes));
-  }
-  packet.bytes.resize(received);
+  packet.bytes = std::move(received.bytes);
+  if (!received.fds.empty()) packet.fd = std::move(received.fds[0]);
   return packet;
+}
+
+absl::StatusOr<PacketWithFds> ReceivePacketWithFds(int socket_fd, int64_t timeout_ms) {
+  return Receive(socket_fd, timeout_ms, kMaxPacketFds);
 }
 
 }  // namespace wintserve

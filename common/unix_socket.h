@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "common/unique_fd.h"
@@ -11,10 +13,16 @@
 namespace wintserve {
 
 inline constexpr int kMaxPacketBytes = 64 << 10;
+inline constexpr int kMaxPacketFds = 253;  // the kernel's SCM_MAX_FD
 
 struct Packet {
   std::string bytes;
   UniqueFd fd;  // -1 when the packet carried none
+};
+
+struct PacketWithFds {
+  std::string bytes;
+  std::vector<UniqueFd> fds;  // in the order in which they were sent
 };
 
 // Binds and listens at `path`, mode 0600. The caller unlinks it.
@@ -32,9 +40,13 @@ absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path, int64_t timeout_ms
 
 // fd -1 sends none.
 absl::Status SendPacket(int socket_fd, const std::string& bytes, int fd = -1);
+// INVALID_ARGUMENT: more than kMaxPacketFds.
+absl::Status SendPacket(int socket_fd, const std::string& bytes, std::span<const int> fds);
 
 // DEADLINE_EXCEEDED: nothing came within timeout_ms (-1: wait for ever). OUT_OF_RANGE: the peer
-// closed.
+// closed. INVALID_ARGUMENT: more than one descriptor.
 absl::StatusOr<Packet> ReceivePacket(int socket_fd, int64_t timeout_ms);
+// The same, with any number of descriptors.
+absl::StatusOr<PacketWithFds> ReceivePacketWithFds(int socket_fd, int64_t timeout_ms);
 
 }  // namespace wintserve

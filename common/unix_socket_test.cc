@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -102,6 +103,60 @@ TEST_F(UnixSocketTest, ShuttingTheListenerDownEndsTheWaitForAPeer) {
   ::shutdown(listener_.get(), SHUT_RDWR);
   accepting.join();
   EXPECT_EQ(status.code(), absl::StatusCode::kCancelled);
+}
+
+// Both ends of a connection.
+struct Connection {
+  Connection() {
+    int ends[2];
+    EXPECT_EQ(::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends), 0);
+    first.Reset(ends[0]);
+    second.Reset(ends[1]);
+  }
+  UniqueFd first;
+  UniqueFd second;
+};
+
+TEST(UnixSocketFds, ComeInTheirOrderAsManyAsThePacketMayCarry) {
+  for (const int count : {0, 1, 2, 3, kMaxPacketFds}) {
+    SCOPED_TRACE(count);
+    Connection connection;
+    // Files of distinct sizes, to know them by.
+    std::vector<UniqueFd> sent;
+    std::vector<int> numbers;
+    for (int i = 0; i < count; ++i) {
+      sent.emplace_back(::memfd_create("unix_socket_test", MFD_CLOEXEC));
+      ASSERT_EQ(::ftruncate(sent.back().get(), i), 0);
+      numbers.push_back(sent.back().get());
+    }
+    ASSERT_TRUE(SendPacket(connection.first.get(), "text", numbers).ok());
+    const auto packet = ReceivePacketWithFds(connection.second.get(), kPatienceMs);
+    ASSERT_TRUE(packet.ok()) << packet.status();
+    EXPECT_EQ(packet->bytes, "text");
+    ASSERT_EQ(std::ssize(packet->fds), count);
+    for (int i = 0; i < count; ++i) {
+      EXPECT_EQ(::lseek(packet->fds[i].get(), 0, SEEK_END), i);
+      EXPECT_NE(::fcntl(packet->fds[i].get(), F_GETFD) & FD_CLOEXEC, 0);
+    }
+  }
+}
+
+TEST(UnixSocketFds, MoreThanAPacketMayCarryAreNotSent) {
+  Connection connection;
+  const std::vector<int> numbers(kMaxPacketFds + 1, connection.first.get());
+  EXPECT_EQ(SendPacket(connection.first.get(), "", numbers).code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+TEST(UnixSocketFds, SeveralAreRefusedWhereOneIsExpected) {
+  Connection connection;
+  for (const size_t count : {2, 3, 8}) {
+    const std::vector<int> numbers(count, connection.first.get());
+    ASSERT_TRUE(SendPacket(connection.first.get(), "text", numbers).ok());
+    const auto packet = ReceivePacket(connection.second.get(), kPatienceMs);
+    EXPECT_EQ(packet.status().code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(std::string(packet.status().message()), HasSubstr("several descriptors"));
+  }
 }
 
 TEST_F(UnixSocketTest, RefusesAPathThatTheAddressCannotHold) {
