@@ -10,6 +10,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "common/shared_memory.h"
 #include "kernels/batch.h"
 #include "kernels/formats/matrix.h"
 #include "kernels/operands.h"
@@ -50,6 +51,23 @@ class Graph {
   // Of device memory, by what the device had free before and after; other allocations of that time
   // count.
   virtual int64_t size_bytes() const = 0;
+};
+
+// Copies beside the operators: they run in call order among themselves, and wait for operators, or
+// operators for them, only where a call says so. None of the calls waits for the device. Host
+// memory is that of MapHostMemory or AllocateHost. Threading: the thread that calls the backend,
+// which outlives the queue.
+class CopyQueue {
+ public:
+  virtual ~CopyQueue() = default;
+  virtual void CopyFromHost(void* device, const void* host, int64_t size_bytes) = 0;
+  virtual void CopyToHost(void* host, const void* device, int64_t size_bytes) = 0;
+  // Copies that are called from now on come after the operators that were called before.
+  virtual void WaitForOperators() = 0;
+  // Operators that are called from now on come after the copies that were called before.
+  virtual void HoldOperators() = 0;
+  // Is done when the copies that were called before are. Not for MicrosecondsSince.
+  virtual std::unique_ptr<Event> Record() = 0;
 };
 
 // A weight matrix in a layout of its backend's own. Immutable; belongs to the backend that made it.
@@ -129,6 +147,16 @@ class Backend {
   virtual absl::StatusOr<std::unique_ptr<Buffer>> Allocate(int64_t size_bytes) = 0;
   // Host memory that asynchronous copies take without a detour. Zeroed.
   virtual absl::StatusOr<std::unique_ptr<Buffer>> AllocateHost(int64_t size_bytes) = 0;
+
+  // Maps memory that another process made, its parts one behind the other; its content stays as it
+  // is, and none is promised. The buffer keeps the memory, whatever becomes of that process; it is
+  // unmapped once the device has done what was called before. INVALID_ARGUMENT: of another kind
+  // than the device's memory, or not what its sizes say. INTERNAL: the driver refuses it.
+  virtual absl::StatusOr<std::unique_ptr<Buffer>> MapDeviceMemory(SharedMemory shared) = 0;
+  // The same with memory of the host, for asynchronous copies; where a device has memory of its
+  // own, all of it is taken at once and locked. RESOURCE_EXHAUSTED: it cannot be.
+  virtual absl::StatusOr<std::unique_ptr<Buffer>> MapHostMemory(SharedMemory shared) = 0;
+  virtual absl::StatusOr<std::unique_ptr<CopyQueue>> CreateCopyQueue() = 0;
 
   virtual void CopyFromHost(void* device, const void* host, int64_t size_bytes) = 0;
   virtual absl::Status CopyToHost(void* host, const void* device, int64_t size_bytes) = 0;

@@ -1,12 +1,18 @@
 // Memory, batches and the operators on single rows.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <numeric>
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "common/mapped_memory.h"
+#include "common/shared_memory.h"
 #include "kernels/backend_suite/suite_test_util.h"
 #include "kernels/formats/bf16.h"
 
@@ -58,6 +64,74 @@ TEST(Memory, WhatDoesNotFitIsResourceExhausted) {
   const auto buffer = TheBackend().Allocate(int64_t{1} << 60);
   EXPECT_EQ(buffer.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(buffer.status().message()), testing::HasSubstr("1152921504606846976"));
+}
+
+// A sealed memory of the host, as another process hands it over.
+SharedMemory NewHostMemory(const std::vector<int64_t>& part_bytes) {
+  SharedMemory shared;
+  for (const int64_t bytes : part_bytes) {
+    const MappedMemory memory = Must(MappedMemory::Create("rows_test", bytes));
+    shared.parts.push_back({UniqueFd(::dup(memory.fd())), bytes});
+    shared.size_bytes += bytes;
+  }
+  return shared;
+}
+
+TEST(Memory, OfTheHostIsMappedWithWhatItHoldsAndSharedWithItsOwner) {
+  const int64_t page = ::sysconf(_SC_PAGESIZE);
+  SharedMemory shared = NewHostMemory({16 * page, 3 * page});
+  ASSERT_EQ(::pwrite(shared.parts[1].fd.get(), "held", 4, 0), 4);
+  const UniqueFd owners(::dup(shared.parts[0].fd.get()));
+  const auto buffer = Must(TheBackend().MapHostMemory(std::move(shared)));
+  EXPECT_EQ(buffer->size_bytes(), 19 * page);
+  char* const data = static_cast<char*>(buffer->data());
+  EXPECT_EQ(std::memcmp(data + 16 * page, "held", 4), 0);
+  data[16 * page - 1] = 42;
+  char byte = 0;
+  ASSERT_EQ(::pread(owners.get(), &byte, 1, 16 * page - 1), 1);
+  EXPECT_EQ(byte, 42);
+}
+
+TEST(Memory, ThatIsNotOfItsDeviceIsNotMapped) {
+  SharedMemory shared = NewHostMemory({4096});
+  if (TheBackend().uses_host_memory()) shared.kind = SharedMemory::Kind::kGpu;
+  EXPECT_EQ(TheBackend().MapDeviceMemory(std::move(shared)).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+// Large copies, and operators that would finish long before them.
+TEST(CopyQueue, IsOrderedAgainstOperatorsWhereItIsAsked) {
+  constexpr int64_t kFloats = int64_t{1} << 22;
+  constexpr int64_t kBytes = kFloats * static_cast<int64_t>(sizeof(float));
+  Backend& backend = TheBackend();
+  const auto device = Must(backend.Allocate(kBytes));
+  const auto other = Must(backend.Allocate(kBytes));
+  const auto host = Must(backend.MapHostMemory(NewHostMemory({kBytes})));
+  const auto queue = Must(backend.CreateCopyQueue());
+  const Rows rows = {static_cast<float*>(device->data()), kFloats};
+  const Rows others = {static_cast<float*>(other->data()), kFloats};
+  auto* const floats = static_cast<float*>(host->data());
+  for (int round = 1; round <= 10; ++round) {
+    SCOPED_TRACE(round);
+    const std::vector<float> values(kFloats, static_cast<float>(round));
+    backend.CopyFromHost(other->data(), values.data(), kBytes);
+    // What an operator wrote goes out.
+    backend.CopyRows(others, 1, kFloats, rows);
+    queue->WaitForOperators();
+    queue->CopyToHost(floats, device->data(), kBytes);
+    const auto out = queue->Record();
+    ASSERT_TRUE(out->Wait().ok());
+    EXPECT_TRUE(out->IsDone());
+    EXPECT_EQ(std::count(floats, floats + kFloats, static_cast<float>(round)), kFloats);
+    // What comes in is what an operator reads.
+    std::fill(floats, floats + kFloats, static_cast<float>(-round));
+    queue->CopyFromHost(device->data(), floats, kBytes);
+    queue->HoldOperators();
+    backend.CopyRows(rows, 1, kFloats, others);
+    std::vector<float> back(kFloats);
+    ASSERT_TRUE(backend.CopyToHost(back.data(), other->data(), kBytes).ok());
+    EXPECT_EQ(std::count(back.begin(), back.end(), static_cast<float>(-round)), kFloats);
+  }
 }
 
 // A table whose row r holds r * 100 + column.

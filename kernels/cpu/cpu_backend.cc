@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/mapped_memory.h"
 #include "common/status_macros.h"
 #include "fmt/format.h"
 #include "hwy/aligned_allocator.h"
@@ -55,6 +56,16 @@ class HostBuffer final : public Buffer {
   const hwy::AlignedFreeUniquePtr<uint8_t[]> bytes_;
 };
 
+class MappedBuffer final : public Buffer {
+ public:
+  explicit MappedBuffer(MappedMemory memory) : memory_(std::move(memory)) {}
+  void* data() const override { return memory_.data(); }
+  int64_t size_bytes() const override { return memory_.size_bytes(); }
+
+ private:
+  const MappedMemory memory_;
+};
+
 // Operators are done when they return.
 class TimeStamp final : public Event {
  public:
@@ -82,6 +93,20 @@ class CallAgain final : public Graph {
  private:
   const std::string name_;
   const std::function<absl::Status()> operators_;
+};
+
+// Copies are done when they return, as operators are, so that none ever waits for another.
+class CpuCopyQueue final : public CopyQueue {
+ public:
+  void CopyFromHost(void* device, const void* host, int64_t size_bytes) override {
+    std::memcpy(device, host, size_bytes);
+  }
+  void CopyToHost(void* host, const void* device, int64_t size_bytes) override {
+    std::memcpy(host, device, size_bytes);
+  }
+  void WaitForOperators() override {}
+  void HoldOperators() override {}
+  std::unique_ptr<Event> Record() override { return std::make_unique<TimeStamp>(); }
 };
 
 const PackedMatrix& Packed(const WeightMatrix& w) { return static_cast<const PackedMatrix&>(w); }
@@ -139,6 +164,18 @@ class CpuBackend final : public Backend {
   absl::StatusOr<std::unique_ptr<Buffer>> AllocateHost(int64_t size_bytes) override {
     return HostBuffer::Create(size_bytes);
   }
+
+  absl::StatusOr<std::unique_ptr<Buffer>> MapDeviceMemory(SharedMemory shared) override {
+    return MapHostMemory(std::move(shared));
+  }
+  absl::StatusOr<std::unique_ptr<Buffer>> MapHostMemory(SharedMemory shared) override {
+    ASSIGN_OR_RETURN(MappedMemory memory, MappedMemory::FromParts(std::move(shared)));
+    return std::make_unique<MappedBuffer>(std::move(memory));
+  }
+  absl::StatusOr<std::unique_ptr<CopyQueue>> CreateCopyQueue() override {
+    return std::make_unique<CpuCopyQueue>();
+  }
+
   void CopyFromHost(void* device, const void* host, int64_t size_bytes) override {
     std::memcpy(device, host, size_bytes);
   }

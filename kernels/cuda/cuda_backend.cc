@@ -8,6 +8,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -16,6 +17,7 @@
 #include "common/status_macros.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/cuda/attention/attention.h"
+#include "kernels/cuda/copy_queue.h"
 #include "kernels/cuda/cuda_batch.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/cuda_graph.h"
@@ -24,9 +26,11 @@
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/handles.h"
 #include "kernels/cuda/matmul/matmul.h"
+#include "kernels/cuda/recorded_event.h"
 #include "kernels/cuda/rows/float_product.h"
 #include "kernels/cuda/rows/row_kernels.h"
 #include "kernels/cuda/sampling/sampling.h"
+#include "kernels/cuda/shared_memory.h"
 
 namespace wintserve::kernels::cuda {
 namespace {
@@ -52,25 +56,6 @@ class HostMemory final : public kernels::Buffer {
 
  private:
   const PinnedBuffer buffer_;
-};
-
-class RecordedEvent final : public kernels::Event {
- public:
-  explicit RecordedEvent(cuda::Event event) : event_(std::move(event)) {}
-
-  bool IsDone() override { return cudaEventQuery(event_.get()) != cudaErrorNotReady; }
-  absl::Status Wait() override {
-    return ToStatus(cudaEventSynchronize(event_.get()), "waiting for what was computed");
-  }
-  int64_t MicrosecondsSince(const kernels::Event& earlier) const override {
-    float milliseconds = 0;
-    CUDA_CALL(cudaEventElapsedTime, &milliseconds,
-              static_cast<const RecordedEvent&>(earlier).event_.get(), event_.get());
-    return std::lround(double{milliseconds} * 1000);
-  }
-
- private:
-  const cuda::Event event_;
 };
 
 // Device memory that operators use one after another, each for its own; as large as the largest has
@@ -165,6 +150,20 @@ class CudaBackend final : public Backend {
     return std::make_unique<HostMemory>(std::move(buffer));
   }
 
+  absl::StatusOr<std::unique_ptr<kernels::Buffer>> MapDeviceMemory(SharedMemory shared) override {
+    return MapGpuMemory(std::move(shared));
+  }
+  absl::StatusOr<std::unique_ptr<kernels::Buffer>> MapHostMemory(SharedMemory shared) override {
+    const auto on_threads = [&](int64_t num_items, absl::FunctionRef<void(int64_t)> item) {
+      host_threads_.Run(num_items, std::numeric_limits<int64_t>::max(),
+                        [&](int64_t i, int /*thread*/) { item(i); });
+    };
+    return MapAndLockHostMemory(std::move(shared), on_threads);
+  }
+  absl::StatusOr<std::unique_ptr<CopyQueue>> CreateCopyQueue() override {
+    return cuda::CreateCopyQueue(stream());
+  }
+
   void CopyFromHost(void* device, const void* host, int64_t size_bytes) override {
     CopyFromHostAsync(device, host, size_bytes);
     CUDA_CALL(cudaStreamSynchronize, stream());
@@ -182,10 +181,7 @@ class CudaBackend final : public Backend {
               cudaMemcpyDeviceToHost, stream());
   }
   std::unique_ptr<kernels::Event> Record() override {
-    absl::StatusOr<cuda::Event> event = CreateEvent(EventTiming::kOn);
-    CHECK(event.ok(), "{}", event.status().ToString());
-    CUDA_CALL(cudaEventRecord, event->get(), stream());
-    return std::make_unique<RecordedEvent>(*std::move(event));
+    return RecordEvent(stream(), EventTiming::kOn);
   }
 
   absl::StatusOr<std::unique_ptr<Graph>> Capture(std::string name,

@@ -1,0 +1,17 @@
+// A kernels::Event of a stream.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <memory>
+
+#include "kernels/backend.h"
+#include "kernels/cuda/handles.h"
+
+namespace wintserve::kernels::cuda {
+
+// After what was called on the stream before. MicrosecondsSince needs both events with
+// EventTiming::kOn.
+std::unique_ptr<kernels::Event> RecordEvent(cudaStream_t stream, EventTiming timing);
+
+}  // namespace wintserve::kernels::cuda
