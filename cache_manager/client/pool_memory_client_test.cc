@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 #include <gmock/gmock.h>
+#include <google/protobuf/text_format.h>
 #include <gtest/gtest.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -15,10 +16,13 @@
 #include <thread>
 #include <vector>
 
+#include "cache_manager/memory/host_pool_memory.h"
 #include "cache_manager/memory/memory_server.h"
 #include "common/captured_log_test_util.h"
 #include "common/check.h"
 #include "common/log_limit.h"
+#include "common/mapped_memory.h"
+#include "common/status_macros.h"
 #include "common/unix_socket.h"
 #include "proto/cache.pb.h"
 
@@ -58,17 +62,21 @@ class PoolMemorySocket : public testing::Test {
     auto server = MemoryServer::Start(path_, kToken);
     ASSERT_TRUE(server.ok()) << server.status();
     server_ = *std::move(server);
-    auto memory =
-        PoolMemory::Create(kNumBlocks, {4096, 8192}, /*available_bytes=*/1 << 20, kNumHostSlots);
+    auto memory = HostPoolMemory::Create({.num_blocks = kNumBlocks,
+                                          .block_bytes_by_rank = {4096, 8192},
+                                          .num_host_slots = kNumHostSlots},
+                                         /*available_bytes=*/1 << 20);
     ASSERT_TRUE(memory.ok()) << memory.status();
-    owner_bytes_[0] = static_cast<char*>(memory->rank(0).data());
-    owner_bytes_[1] = static_cast<char*>(memory->rank(1).data());
-    owner_host_bytes_ = static_cast<char*>(memory->host_rank(1).data());
+    owner_bytes_[0] = static_cast<char*>((*memory)->rank(0).data());
+    owner_bytes_[1] = static_cast<char*>((*memory)->rank(1).data());
+    owner_host_bytes_ = static_cast<char*>((*memory)->host_rank(1).data());
     server_->Publish(kEpoch, *std::move(memory));
   }
 
   absl::StatusOr<MappedMemory> Fetch(int rank, PoolTier tier = PoolTier::kDevice) {
-    return FetchPoolMemory(path_, kToken, kEpoch, rank, tier, kTimeoutMs);
+    ASSIGN_OR_RETURN(SharedMemory shared,
+                     FetchPoolMemory(path_, kToken, kEpoch, rank, tier, kTimeoutMs));
+    return MappedMemory::FromParts(std::move(shared));
   }
 
   // The text of the reply to a packet that FetchPoolMemory would not send.
@@ -121,7 +129,8 @@ TEST_F(PoolMemorySocket, SharesTheHostTierBesideThePool) {
 }
 
 TEST_F(PoolMemorySocket, RefusesTheHostTierOfAPoolWithoutOne) {
-  auto memory = PoolMemory::Create(kNumBlocks, {4096}, /*available_bytes=*/1 << 20);
+  auto memory = HostPoolMemory::Create({.num_blocks = kNumBlocks, .block_bytes_by_rank = {4096}},
+                                       /*available_bytes=*/1 << 20);
   ASSERT_TRUE(memory.ok()) << memory.status();
   server_->Publish(kEpoch, *std::move(memory));
   const auto status = Fetch(0, PoolTier::kHost).status();
@@ -312,22 +321,117 @@ TEST_F(PoolMemorySocket, ReplacesTheSocketOfADeadServer) {
   EXPECT_TRUE(Fetch(0).ok());
 }
 
-TEST(PoolMemory, ThatDoesNotFitIsRefusedWithItsSizes) {
-  const auto one = PoolMemory::Create(1024, {1 << 20}, int64_t{1} << 29).status();
+// A pool as a GPU's driver would have it made: of several parts.
+class PartedPoolMemory final : public PoolMemory {
+ public:
+  explicit PartedPoolMemory(TierMemory tier) : tier_(std::move(tier)) {}
+  int num_ranks() const override { return 1; }
+  TierMemory device_tier(int /*rank*/) const override { return tier_; }
+  bool has_host_tier() const override { return false; }
+  TierMemory host_tier(int /*rank*/) const override { return {}; }
+
+ private:
+  const TierMemory tier_;
+};
+
+TEST_F(PoolMemorySocket, HandsOutAllPartsInTheirOrder) {
+  constexpr int kNumParts = kMaxPacketFds;
+  TierMemory tier;
+  std::vector<MappedMemory> owned;
+  for (int i = 0; i < kNumParts; ++i) {
+    auto part = MappedMemory::Create("part", 4096 * (1 + i % 2));
+    ASSERT_TRUE(part.ok()) << part.status();
+    *static_cast<int*>(part->data()) = i;
+    tier.parts.push_back({part->fd(), part->size_bytes()});
+    tier.size_bytes += part->size_bytes();
+    owned.push_back(*std::move(part));
+  }
+  server_->Publish(kEpoch, std::make_unique<PartedPoolMemory>(tier));
+  const int before = CountOpenFds();
+  {
+    const auto memory = Fetch(0);
+    ASSERT_TRUE(memory.ok()) << memory.status();
+    ASSERT_EQ(memory->size_bytes(), tier.size_bytes);
+    const char* data = static_cast<const char*>(memory->data());
+    for (int i = 0; i < kNumParts; ++i) {
+      EXPECT_EQ(*reinterpret_cast<const int*>(data), i);
+      data += tier.parts[i].size_bytes;
+    }
+  }
+  EXPECT_EQ(CountOpenFdsOnceSettled(before), before);
+}
+
+TEST_F(PoolMemorySocket, AGpusMemoryMayBeLargerThanWhatIsUsedOfIt) {
+  const auto part = MappedMemory::Create("part", 8192);
+  ASSERT_TRUE(part.ok()) << part.status();
+  server_->Publish(
+      kEpoch,
+      std::make_unique<PartedPoolMemory>(TierMemory{
+          .kind = SharedMemory::Kind::kGpu, .size_bytes = 5000, .parts = {{part->fd(), 8192}}}));
+  const auto memory = FetchPoolMemory(path_, kToken, kEpoch, 0, PoolTier::kDevice, kTimeoutMs);
+  ASSERT_TRUE(memory.ok()) << memory.status();
+  EXPECT_EQ(memory->kind, SharedMemory::Kind::kGpu);
+  EXPECT_EQ(memory->size_bytes, 5000);
+  ASSERT_EQ(memory->parts.size(), 1u);
+  EXPECT_EQ(memory->parts[0].size_bytes, 8192);
+}
+
+// A cache manager that answers with what it should not.
+TEST_F(PoolMemorySocket, RepliesThatDoNotFitTogetherAreRefused) {
+  server_.reset();
+  const auto listener = ListenUnix(path_);
+  ASSERT_TRUE(listener.ok()) << listener.status();
+  const auto fetch = [&](const char* text, int num_fds) {
+    proto::MemoryReply reply;
+    EXPECT_TRUE(google::protobuf::TextFormat::ParseFromString(text, &reply)) << text;
+    std::thread answering([&] {
+      auto peer = AcceptUnix(listener->get());
+      CHECK(peer.ok() && ReceivePacket(peer->get(), kTimeoutMs).ok());
+      const std::vector<int> fds(num_fds, STDERR_FILENO);
+      CHECK(SendPacket(peer->get(), reply.SerializeAsString(), fds).ok());
+    });
+    const auto status =
+        FetchPoolMemory(path_, kToken, kEpoch, 0, PoolTier::kDevice, kTimeoutMs).status();
+    answering.join();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInternal) << status;
+    return std::string(status.message());
+  };
+  EXPECT_EQ(fetch("kind: KIND_HOST size_bytes: 8", 0),
+            path_ + " sent 0 descriptors of 0 parts of memory");
+  EXPECT_EQ(fetch("kind: KIND_HOST size_bytes: 8 part_bytes: 8 part_bytes: 8", 1),
+            path_ + " sent 1 descriptors of 2 parts of memory");
+  EXPECT_EQ(fetch("kind: KIND_GPU size_bytes: 17 part_bytes: 8 part_bytes: 8", 2),
+            path_ + " sent 16 bytes of memory as 17");
+  EXPECT_EQ(fetch("kind: KIND_GPU size_bytes: 8 part_bytes: 8 part_bytes: 0", 2),
+            path_ + " sent a part of 0 bytes of memory");
+  EXPECT_EQ(fetch("kind: KIND_GPU size_bytes: 8 part_bytes: 8 part_bytes: 18446744073709551608", 2),
+            path_ + " sent a part of 18446744073709551608 bytes of memory");
+  EXPECT_EQ(fetch("size_bytes: 8 part_bytes: 8", 1), path_ + " sent memory of kind 0");
+}
+
+absl::Status Refusal(const PoolSize& size, int64_t available_bytes) {
+  return HostPoolMemory::Create(size, available_bytes).status();
+}
+
+TEST(HostPoolMemory, ThatDoesNotFitIsRefusedWithItsSizes) {
+  const auto one =
+      Refusal({.num_blocks = 1024, .block_bytes_by_rank = {1 << 20}}, int64_t{1} << 29);
   EXPECT_EQ(one.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(
       one.message(),
       "KV pool of 1.00 GiB does not fit into the 0.50 GiB of memory that is available (1024 "
       "blocks of 1048576 bytes on 1 rank); lower --num-gpu-blocks-override, --max-num-seqs or "
       "--max-model-len");
-  const auto uneven = PoolMemory::Create(1024, {1 << 19, 1 << 20}, int64_t{1} << 29).status();
+  const auto uneven =
+      Refusal({.num_blocks = 1024, .block_bytes_by_rank = {1 << 19, 1 << 20}}, int64_t{1} << 29);
   EXPECT_THAT(std::string(uneven.message()),
               HasSubstr("(1024 blocks of 524288+1048576 bytes on 2 ranks)"));
 }
 
-TEST(PoolMemory, HostTierCountsAndItsFlagIsNamed) {
+TEST(HostPoolMemory, HostTierCountsAndItsFlagIsNamed) {
   const auto status =
-      PoolMemory::Create(512, {1 << 20}, int64_t{1} << 30, /*num_host_slots=*/1024).status();
+      Refusal({.num_blocks = 512, .block_bytes_by_rank = {1 << 20}, .num_host_slots = 1024},
+              int64_t{1} << 30);
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(status.message(),
             "KV pool of 0.50 GiB with a host tier of 1.00 GiB does not fit into the 1.00 GiB of "
@@ -335,9 +439,10 @@ TEST(PoolMemory, HostTierCountsAndItsFlagIsNamed) {
             "--num-gpu-blocks-override, --max-num-seqs or --max-model-len");
 }
 
-TEST(PoolMemory, SizeThatOverflowsIsRefusedAndNotWrapped) {
+TEST(HostPoolMemory, SizeThatOverflowsIsRefusedAndNotWrapped) {
   // 2^31 * 2^33 wraps to 0 in 64 bits.
-  const auto status = PoolMemory::Create(1u << 31, {uint64_t{1} << 33}, 1 << 20).status();
+  const auto status =
+      Refusal({.num_blocks = 1u << 31, .block_bytes_by_rank = {uint64_t{1} << 33}}, 1 << 20);
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
 }
 

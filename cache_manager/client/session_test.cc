@@ -44,7 +44,7 @@ TEST_F(Session, OpensAPoolWhoseMemoryTheWorkersCanFetch) {
   const auto memory = FetchPoolMemory(opened->memory_socket, kToken, opened->pool_epoch, 1,
                                       PoolTier::kDevice, kTimeoutMs);
   ASSERT_TRUE(memory.ok()) << memory.status();
-  EXPECT_EQ(memory->size_bytes(), 4 * 4096);
+  EXPECT_EQ(memory->size_bytes, 4 * 4096);
 }
 
 TEST_F(Session, LeasesWhatIsThereAndReturnsAtTheNextGeneration) {

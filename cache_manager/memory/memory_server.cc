@@ -62,7 +62,7 @@ MemoryServer::~MemoryServer() {
   ::unlink(socket_path_.c_str());
 }
 
-void MemoryServer::Publish(uint64_t pool_epoch, PoolMemory memory) {
+void MemoryServer::Publish(uint64_t pool_epoch, std::unique_ptr<const PoolMemory> memory) {
   auto pool = std::make_shared<const Pool>(Pool{pool_epoch, std::move(memory)});
   MutexLock lock(&mu_);
   pool_.swap(pool);  // one that is replaced is unmapped after the lock is released
@@ -135,30 +135,35 @@ void MemoryServer::Answer(int peer_fd, const absl::StatusOr<Packet>& packet) {
     MutexLock lock(&mu_);
     pool = pool_;
   }
-  const auto find = [&]() -> absl::StatusOr<const MappedMemory*> {
+  const auto find = [&]() -> absl::StatusOr<TierMemory> {
     ASSIGN_OR_RETURN(const proto::MemoryRequest request, Authenticate(token_, packet));
     if (pool == nullptr || pool->epoch != request.pool_epoch()) {
       return absl::NotFoundError(
           fmt::format("pool_epoch {:#x} is not the pool that is open", request.pool_epoch()));
     }
-    const auto num_ranks = static_cast<uint32_t>(pool->memory.num_ranks());
+    const auto num_ranks = static_cast<uint32_t>(pool->memory->num_ranks());
     if (request.rank() >= num_ranks) {
       return absl::InvalidArgumentError(fmt::format("rank {} is not in the pool, which has 0 to {}",
                                                     request.rank(), num_ranks - 1));
     }
     const int rank = static_cast<int>(request.rank());
-    if (!request.host_tier()) return &pool->memory.rank(rank);
-    if (!pool->memory.has_host_tier()) {
+    if (!request.host_tier()) return pool->memory->device_tier(rank);
+    if (!pool->memory->has_host_tier()) {
       return absl::FailedPreconditionError("the pool has no host tier (--swap-space is 0)");
     }
-    return &pool->memory.host_rank(rank);
+    return pool->memory->host_tier(rank);
   };
 
   proto::MemoryReply reply;
-  int memory_fd = -1;
+  std::vector<int> fds;
   if (const auto memory = find(); memory.ok()) {
-    reply.set_size_bytes((*memory)->size_bytes());
-    memory_fd = (*memory)->fd();
+    reply.set_kind(memory->kind == SharedMemory::Kind::kGpu ? proto::MemoryReply::KIND_GPU
+                                                            : proto::MemoryReply::KIND_HOST);
+    reply.set_size_bytes(memory->size_bytes);
+    for (const TierMemory::Part& part : memory->parts) {
+      reply.add_part_bytes(part.size_bytes);
+      fds.push_back(part.fd);
+    }
   } else {
     reply.set_status_code(static_cast<uint32_t>(memory.status().code()));
     reply.set_text(std::string(memory.status().message()));
@@ -168,8 +173,7 @@ void MemoryServer::Answer(int peer_fd, const absl::StatusOr<Packet>& packet) {
     }
   }
   // The first packet to a peer always finds room, so this does not block.
-  if (const absl::Status sent = SendPacket(peer_fd, reply.SerializeAsString(), memory_fd);
-      !sent.ok()) {
+  if (const absl::Status sent = SendPacket(peer_fd, reply.SerializeAsString(), fds); !sent.ok()) {
     if (const auto more = stranger_log_.Admit()) {
       LOG_WARNING("memory socket: a peer left before its reply: {}{}", std::string(sent.message()),
                   *more);

@@ -38,7 +38,7 @@ class MemoryServer {
   const std::string& socket_path() const { return socket_path_; }
 
   // From now on requests that name pool_epoch get this memory, and no others get any.
-  void Publish(uint64_t pool_epoch, PoolMemory memory) EXCLUDES(mu_);
+  void Publish(uint64_t pool_epoch, std::unique_ptr<const PoolMemory> memory) EXCLUDES(mu_);
   // Hands out no memory from now on. What is returned (null: there was none) owns what was
   // published: it is freed once that is released and no worker maps it any more. Releasing it takes
   // long, as gigabytes are unmapped, so the caller chooses where.
@@ -47,7 +47,7 @@ class MemoryServer {
  private:
   struct Pool {
     uint64_t epoch;
-    PoolMemory memory;
+    std::unique_ptr<const PoolMemory> memory;
   };
   struct Peer {
     UniqueFd fd;

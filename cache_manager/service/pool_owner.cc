@@ -16,7 +16,6 @@
 
 #include "absl/strings/numbers.h"
 #include "cache_manager/memory/available_memory.h"
-#include "cache_manager/memory/pool_memory.h"
 #include "cache_manager/service/cache_wire.h"
 #include "common/check.h"
 #include "common/log.h"
@@ -46,19 +45,6 @@ uint32_t NumHostSlots(const proto::OpenPool& request, uint64_t host_bytes) {
                                                request.block_bytes_by_rank().end(), uint64_t{0});
   constexpr uint64_t kMaxSlots = std::numeric_limits<int32_t>::max();
   return static_cast<uint32_t>(std::min(host_bytes / block_bytes, kMaxSlots));
-}
-
-// RESOURCE_EXHAUSTED: it does not fit into the memory that is available, its index included.
-absl::StatusOr<PoolMemory> CreateMemory(const proto::OpenPool& request, uint32_t num_host_slots) {
-  ASSIGN_OR_RETURN(const int64_t available_bytes, AvailableMemoryBytes());
-  const double index_bytes = (static_cast<double>(request.num_blocks()) + num_host_slots) *
-                             (kIndexBytesPerBlock + sizeof(int32_t) * request.block_size_tokens());
-  const int64_t left_bytes =
-      std::max<int64_t>(0, available_bytes - static_cast<int64_t>(index_bytes));
-  return PoolMemory::Create(
-      request.num_blocks(),
-      {request.block_bytes_by_rank().begin(), request.block_bytes_by_rank().end()}, left_bytes,
-      num_host_slots);
 }
 
 // The file holds the bytes in decimal. None: no such file, or not a size.
@@ -104,9 +90,10 @@ absl::Status CheckSameSpec(const proto::OpenPool& opened, const proto::OpenPool&
 }  // namespace
 
 PoolOwner::PoolOwner(MemoryServer* memory_server, std::string resize_path,
-                     std::function<Clock::time_point()> now)
+                     PoolMemoryMaker make_memory, std::function<Clock::time_point()> now)
     : memory_server_(memory_server),
       resize_path_(std::move(resize_path)),
+      make_memory_(std::move(make_memory)),
       now_(std::move(now)),
       resized_host_bytes_(ReadResize(resize_path_)) {}
 
@@ -238,7 +225,7 @@ absl::StatusOr<proto::PoolOpened> PoolOwner::Open(uint64_t session_id,
 absl::Status PoolOwner::CreatePool(uint64_t session_id, const proto::OpenPool& request) {
   const uint64_t host_bytes = resized_host_bytes_.value_or(request.host_bytes());
   uint32_t num_host_slots = NumHostSlots(request, host_bytes);
-  absl::StatusOr<PoolMemory> memory = CreateMemory(request, num_host_slots);
+  absl::StatusOr<std::unique_ptr<PoolMemory>> memory = CreateMemory(request, num_host_slots);
   if (absl::IsResourceExhausted(memory.status()) && host_bytes > request.host_bytes()) {
     // The instance can go on with what it was started with.
     const std::string why(memory.status().message());
@@ -267,6 +254,20 @@ absl::Status PoolOwner::CreatePool(uint64_t session_id, const proto::OpenPool& r
            pool_->pool_epoch, request.num_blocks(), num_host_slots,
            fmt::join(request.block_bytes_by_rank(), ", "));
   return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<PoolMemory>> PoolOwner::CreateMemory(const proto::OpenPool& request,
+                                                                    uint32_t num_host_slots) const {
+  ASSIGN_OR_RETURN(const int64_t available_bytes, AvailableMemoryBytes());
+  const double index_bytes = (static_cast<double>(request.num_blocks()) + num_host_slots) *
+                             (kIndexBytesPerBlock + sizeof(int32_t) * request.block_size_tokens());
+  const int64_t left_bytes =
+      std::max<int64_t>(0, available_bytes - static_cast<int64_t>(index_bytes));
+  return make_memory_({.num_blocks = request.num_blocks(),
+                       .block_bytes_by_rank = {request.block_bytes_by_rank().begin(),
+                                               request.block_bytes_by_rank().end()},
+                       .num_host_slots = num_host_slots},
+                      left_bytes);
 }
 
 absl::Status PoolOwner::Match(Pool* pool, const proto::Match& request, proto::Matched* reply) {

@@ -15,7 +15,9 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "cache_manager/core/prefix_cache.h"
+#include "cache_manager/memory/host_pool_memory.h"
 #include "cache_manager/memory/memory_server.h"
+#include "cache_manager/memory/pool_memory.h"
 #include "common/mutex.h"
 #include "proto/cache.pb.h"
 
@@ -49,9 +51,10 @@ class PoolOwner {
   static constexpr size_t kMaxWatchers = 16;
 
   // resize_path: a file in which the host tier's size that an Admin has asked for outlives this
-  // process; it is read here. Empty: none. `now` is for tests. REQUIRES: memory_server outlives
-  // this object.
+  // process; it is read here. Empty: none. make_memory: of each pool; called with the lock held.
+  // `now` is for tests. REQUIRES: memory_server outlives this object.
   explicit PoolOwner(MemoryServer* memory_server, std::string resize_path = "",
+                     PoolMemoryMaker make_memory = &HostPoolMemory::Create,
                      std::function<Clock::time_point()> now = &Clock::now);
 
   // The id of a new stream; never used again.
@@ -98,6 +101,9 @@ class PoolOwner {
   absl::StatusOr<proto::PoolOpened> Open(uint64_t session_id, const proto::OpenPool& request)
       REQUIRES(mu_);
   absl::Status CreatePool(uint64_t session_id, const proto::OpenPool& request) REQUIRES(mu_);
+  // RESOURCE_EXHAUSTED: it does not fit into the memory that is available, its index included.
+  absl::StatusOr<std::unique_ptr<PoolMemory>> CreateMemory(const proto::OpenPool& request,
+                                                           uint32_t num_host_slots) const;
   absl::StatusOr<proto::AdminReply> ResizeHostTier(uint64_t host_bytes) REQUIRES(mu_);
   absl::Status Match(Pool* pool, const proto::Match& request, proto::Matched* reply) REQUIRES(mu_);
   absl::Status CopyDone(Pool* pool, const proto::CopyDone& request) REQUIRES(mu_);
@@ -117,6 +123,7 @@ class PoolOwner {
 
   MemoryServer* const memory_server_;
   const std::string resize_path_;
+  const PoolMemoryMaker make_memory_;
   const std::function<Clock::time_point()> now_;
   std::atomic<uint64_t> last_session_id_ = 0;
   Mutex mu_;

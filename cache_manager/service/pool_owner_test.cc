@@ -51,8 +51,8 @@ class PoolOwnerTest : public testing::Test {
   }
 
   void StartOwner(const std::string& resize_path = "") {
-    owner_ =
-        std::make_unique<PoolOwner>(memory_server_.get(), resize_path, [this] { return now_; });
+    owner_ = std::make_unique<PoolOwner>(memory_server_.get(), resize_path, make_memory_,
+                                         [this] { return now_; });
   }
 
   std::vector<proto::CacheReply> HandleAll(uint64_t session, const std::string& text) {
@@ -99,10 +99,57 @@ class PoolOwnerTest : public testing::Test {
     return text + "}";
   }
 
+  PoolMemoryMaker make_memory_ = &HostPoolMemory::Create;
   PoolOwner::Clock::time_point now_;
   std::unique_ptr<MemoryServer> memory_server_;
   std::unique_ptr<PoolOwner> owner_;
 };
+
+// What a maker of pools is asked for, and what becomes of what it makes.
+class CountedMemory final : public PoolMemory {
+ public:
+  explicit CountedMemory(int* num_alive) : num_alive_(num_alive) { ++*num_alive_; }
+  ~CountedMemory() override { --*num_alive_; }
+  int num_ranks() const override { return 1; }
+  TierMemory device_tier(int /*rank*/) const override { return {}; }
+  bool has_host_tier() const override { return false; }
+  TierMemory host_tier(int /*rank*/) const override { return {}; }
+
+ private:
+  int* const num_alive_;
+};
+
+TEST_F(PoolOwnerTest, MemoryIsMadeToTheSizeOfThePoolAndGoesWithIt) {
+  std::vector<PoolSize> asked;
+  int num_alive = 0;
+  make_memory_ = [&](const PoolSize& size, int64_t) -> absl::StatusOr<std::unique_ptr<PoolMemory>> {
+    asked.push_back(size);
+    return std::make_unique<CountedMemory>(&num_alive);
+  };
+  StartOwner();
+  Open(kMe, "block_bytes_by_rank: 8192 host_bytes: 40000");
+  ASSERT_EQ(asked.size(), 1u);
+  EXPECT_EQ(asked[0].num_blocks, 4u);
+  EXPECT_THAT(asked[0].block_bytes_by_rank, testing::ElementsAre(4096, 8192));
+  EXPECT_EQ(asked[0].num_host_slots, 3u);
+  EXPECT_EQ(num_alive, 1);
+  owner_->EndSession(kMe);
+  EXPECT_EQ(num_alive, 0);
+}
+
+TEST_F(PoolOwnerTest, WhatTheMakerOfMemorySaysIsTheRefusal) {
+  make_memory_ = [](const PoolSize&, int64_t) -> absl::StatusOr<std::unique_ptr<PoolMemory>> {
+    return absl::ResourceExhaustedError("GPU 0 is full");
+  };
+  StartOwner();
+  const proto::CacheReply reply = Handle(kMe, std::string(kOpen) + "}");
+  EXPECT_EQ(reply.refusal().text(), "GPU 0 is full");
+  EXPECT_EQ(reply.refusal().status_code(),
+            static_cast<uint32_t>(absl::StatusCode::kResourceExhausted));
+  make_memory_ = &HostPoolMemory::Create;
+  StartOwner();
+  Open();
+}
 
 TEST_F(PoolOwnerTest, RefusesRequestsOfAbsurdLength) {
   constexpr int kAbsurd = 10'000'000;

@@ -42,12 +42,12 @@ uint64_t ResidentBytes() {
   return num_read == 2 ? resident_pages * ::sysconf(_SC_PAGESIZE) : 0;
 }
 
-absl::Status CheckSize(const char* what, const MappedMemory& memory, uint32_t count,
+absl::Status CheckSize(const char* what, const SharedMemory& memory, uint32_t count,
                        const char* unit, int64_t block_bytes) {
   const int64_t expected_bytes = int64_t{count} * block_bytes;
-  if (memory.size_bytes() == expected_bytes) return absl::OkStatus();
+  if (memory.size_bytes == expected_bytes) return absl::OkStatus();
   return absl::InvalidArgumentError(fmt::format("{} has {} bytes, {} {} of {} bytes need {}", what,
-                                                memory.size_bytes(), count, unit, block_bytes,
+                                                memory.size_bytes, count, unit, block_bytes,
                                                 expected_bytes));
 }
 
@@ -209,7 +209,8 @@ absl::Status Worker::MapPool(const AttachPool& attach) {
                                    .use_graphs = use_graphs_,
                                    .chain = chain_};
   ASSIGN_OR_RETURN(runner_,
-                   StepRunner::Create(config, model_, group_, kv_pool(), host_tier_.data()));
+                   StepRunner::Create(config, model_, group_, pool_->data(),
+                                      host_tier_ == nullptr ? nullptr : host_tier_->data()));
   RETURN_IF_ERROR(runner_->WarmUp());
   if (use_graphs_) {
     const StepGraphs& graphs = runner_->graphs();
@@ -224,22 +225,22 @@ absl::Status Worker::MapPool(const AttachPool& attach) {
 }
 
 absl::Status Worker::MapTiers(const AttachPool& attach) {
+  kernels::Backend& backend = *model_->backend();
   const int64_t block_bytes = model_->kv_block_bytes();
-  ASSIGN_OR_RETURN(pool_, links_.fetch_pool(attach));
-  RETURN_IF_ERROR(CheckSize("the pool", pool_, attach.num_blocks, "blocks", block_bytes));
-  if (!model_->backend()->uses_host_memory()) {
-    ASSIGN_OR_RETURN(device_pool_,
-                     model_->backend()->Allocate(int64_t{attach.num_blocks} * block_bytes));
-  }
+  ASSIGN_OR_RETURN(SharedMemory pool, links_.fetch_pool(attach));
+  RETURN_IF_ERROR(CheckSize("the pool", pool, attach.num_blocks, "blocks", block_bytes));
+  ASSIGN_OR_RETURN(pool_, backend.MapDeviceMemory(std::move(pool)));
   if (attach.num_host_slots == 0) return absl::OkStatus();
-  ASSIGN_OR_RETURN(host_tier_, links_.fetch_host_tier(attach));
-  return CheckSize("the host tier", host_tier_, attach.num_host_slots, "slots", block_bytes);
+  ASSIGN_OR_RETURN(SharedMemory host_tier, links_.fetch_host_tier(attach));
+  RETURN_IF_ERROR(
+      CheckSize("the host tier", host_tier, attach.num_host_slots, "slots", block_bytes));
+  ASSIGN_OR_RETURN(host_tier_, backend.MapHostMemory(std::move(host_tier)));
+  return absl::OkStatus();
 }
 
 void Worker::UnmapTiers() {
-  host_tier_ = MappedMemory();
-  device_pool_.reset();
-  pool_ = MappedMemory();
+  host_tier_.reset();
+  pool_.reset();
 }
 
 absl::StatusOr<bool> Worker::AllMapped(bool mapped) {

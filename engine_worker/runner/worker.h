@@ -9,12 +9,13 @@
 
 #include "absl/status/statusor.h"
 #include "api_server/work_queue/client/work_queue_client.h"
-#include "common/mapped_memory.h"
 #include "common/mutex.h"
+#include "common/shared_memory.h"
 #include "engine_worker/collectives/rank_group.h"
 #include "engine_worker/model/model.h"
 #include "engine_worker/runner/step_finisher.h"
 #include "engine_worker/runner/step_runner.h"
+#include "kernels/backend.h"
 
 namespace wintserve {
 
@@ -23,9 +24,9 @@ struct WorkerLinks {
   std::function<absl::StatusOr<std::unique_ptr<Collective>>(const ConfigureWorker&)> join_group;
   // NOT_FOUND: the cache manager no longer has, or never had, this pool. Any other error is a
   // fault.
-  std::function<absl::StatusOr<MappedMemory>(const AttachPool&)> fetch_pool;
+  std::function<absl::StatusOr<SharedMemory>(const AttachPool&)> fetch_pool;
   // Only called for a pool with host slots.
-  std::function<absl::StatusOr<MappedMemory>(const AttachPool&)> fetch_host_tier;
+  std::function<absl::StatusOr<SharedMemory>(const AttachPool&)> fetch_host_tier;
 };
 
 // Ownership: borrows model, group and queue.
@@ -55,7 +56,6 @@ class Worker {
   absl::Status Configure(const ConfigureWorker& configure);
   absl::Status MapPool(const AttachPool& attach);
   absl::Status MapTiers(const AttachPool& attach);
-  void* kv_pool() const { return device_pool_ == nullptr ? pool_.data() : device_pool_->data(); }
   void UnmapTiers();
   // Whether every rank could map the pool. Blocks until all have said so.
   absl::StatusOr<bool> AllMapped(bool mapped);
@@ -77,14 +77,11 @@ class Worker {
   const bool use_graphs_;
 
   std::optional<ConfigureWorker> config_;
-  MappedMemory pool_;
-  // Where the model's device has memory of its own, the pool proper; what the cache manager lends
-  // then stands for it and stays untouched.
-  std::unique_ptr<kernels::Buffer> device_pool_;
-  MappedMemory host_tier_;
-  std::optional<uint64_t> pool_epoch_;  // of the attached pool, also if it was gone
-  std::unique_ptr<StepRunner> runner_;  // null: no pool is mapped
-  PlanChain chain_;                     // of the pools before
+  std::unique_ptr<kernels::Buffer> pool_;  // memory of the model's device, of the cache manager's
+  std::unique_ptr<kernels::Buffer> host_tier_;  // null: none
+  std::optional<uint64_t> pool_epoch_;          // of the attached pool, also if it was gone
+  std::unique_ptr<StepRunner> runner_;          // null: no pool is mapped
+  PlanChain chain_;                             // of the pools before
 
   std::atomic<uint64_t> step_started_ = 0;
   std::atomic<uint64_t> step_done_ = 0;

@@ -3,11 +3,14 @@
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <fstream>
 #include <thread>
 
 #include "common/check.h"
+#include "common/mapped_memory.h"
+#include "common/shared_memory.h"
 #include "engine_worker/collectives/shm/shm_collective.h"
 #include "engine_worker/collectives/single_rank_collective.h"
 #include "tests/fakes/fake_model.h"
@@ -28,14 +31,23 @@ const ConfigureWorker kConfigure = {.group_epoch = 3,
                                     .sampled_vocab_size = FakeModel::kVocabSize};
 const AttachPool kAttachPool = {.pool_epoch = 4, .memory_socket = "unused", .num_blocks = 8};
 
-absl::StatusOr<MappedMemory> NewPool(const AttachPool& attach) {
-  return MappedMemory::Create(
-      "worker_test", int64_t{attach.num_blocks} * FakeModel::kBlockTokens * sizeof(int32_t));
+// As the cache manager hands it out.
+absl::StatusOr<SharedMemory> NewMemory(const char* name, int64_t size_bytes) {
+  const auto memory = MappedMemory::Create(name, size_bytes);
+  CHECK(memory.ok(), "{}", memory.status().ToString());
+  SharedMemory shared = {.size_bytes = size_bytes, .parts = {}};
+  shared.parts.push_back({UniqueFd(::dup(memory->fd())), size_bytes});
+  return shared;
 }
 
-absl::StatusOr<MappedMemory> NewHostTier(const AttachPool& attach) {
-  return MappedMemory::Create(
-      "worker_test", int64_t{attach.num_host_slots} * FakeModel::kBlockTokens * sizeof(int32_t));
+absl::StatusOr<SharedMemory> NewPool(const AttachPool& attach) {
+  return NewMemory("worker_test",
+                   int64_t{attach.num_blocks} * FakeModel::kBlockTokens * sizeof(int32_t));
+}
+
+absl::StatusOr<SharedMemory> NewHostTier(const AttachPool& attach) {
+  return NewMemory("worker_test",
+                   int64_t{attach.num_host_slots} * FakeModel::kBlockTokens * sizeof(int32_t));
 }
 
 absl::StatusOr<std::unique_ptr<Collective>> JoinAlone(const ConfigureWorker&) {
@@ -248,10 +260,9 @@ TEST_F(WorkerTest, UnmapsBothTiersBeforeItAnswersADetach) {
   queue_.Push(attach);
   PushPlan(FirstPlan());
   Start({.join_group = JoinAlone,
-         .fetch_pool =
-             [](const AttachPool&) { return MappedMemory::Create("detach_test_pool", 8 * 256); },
+         .fetch_pool = [](const AttachPool&) { return NewMemory("detach_test_pool", 8 * 256); },
          .fetch_host_tier =
-             [](const AttachPool&) { return MappedMemory::Create("detach_test_host", 2 * 256); }});
+             [](const AttachPool&) { return NewMemory("detach_test_host", 2 * 256); }});
   queue_.WaitForSteps(1);
   EXPECT_EQ(mapped(), std::pair(true, true));
   queue_.Push(DetachPool{kAttachPool.pool_epoch});
@@ -268,7 +279,7 @@ TEST_F(WorkerTest, ADetachWithoutAPoolIsAFault) {
   EXPECT_EQ(End().message(), "detach of pool epoch 4, but no pool is attached");
 }
 
-absl::StatusOr<MappedMemory> PoolIsGone(const AttachPool&) {
+absl::StatusOr<SharedMemory> PoolIsGone(const AttachPool&) {
   return absl::NotFoundError("pool_epoch 0x4 is not the pool that is open");
 }
 
@@ -310,8 +321,7 @@ TEST_F(WorkerTest, AHostTierThatIsGoneLeavesThePoolUnmapped) {
   queue_.Push(kConfigure);
   queue_.Push(attach);
   Start({.join_group = JoinAlone,
-         .fetch_pool =
-             [](const AttachPool&) { return MappedMemory::Create("half_mapped_pool", 8 * 256); },
+         .fetch_pool = [](const AttachPool&) { return NewMemory("half_mapped_pool", 8 * 256); },
          .fetch_host_tier = PoolIsGone});
   queue_.Push(DetachPool{4});
   queue_.WaitForDetached(1);
@@ -392,7 +402,7 @@ TEST_F(WorkerTest, AHostTierOfAnotherSizeIsAFault) {
   queue_.Push(kConfigure);
   queue_.Push(attach);
   Start({.join_group = JoinAlone, .fetch_pool = NewPool, .fetch_host_tier = [](const AttachPool&) {
-           return MappedMemory::Create("worker_test", 512);
+           return NewMemory("worker_test", 512);
          }});
   EXPECT_EQ(End().message(), "the host tier has 512 bytes, 3 slots of 256 bytes need 768");
 }
@@ -454,9 +464,24 @@ TEST_F(WorkerTest, APoolOfAnotherSizeIsAFault) {
   queue_.Push(kConfigure);
   queue_.Push(kAttachPool);
   Start({.join_group = JoinAlone,
-         .fetch_pool = [](const AttachPool&) { return MappedMemory::Create("worker_test", 4096); },
+         .fetch_pool = [](const AttachPool&) { return NewMemory("worker_test", 4096); },
          .fetch_host_tier = NewHostTier});
   EXPECT_EQ(End().message(), "the pool has 4096 bytes, 8 blocks of 256 bytes need 2048");
+}
+
+// What its device cannot compute in.
+TEST_F(WorkerTest, MemoryOfAnotherKindOfDeviceIsAFault) {
+  queue_.Push(kConfigure);
+  queue_.Push(kAttachPool);
+  Start({.join_group = JoinAlone,
+         .fetch_pool = [](const AttachPool& attach) -> absl::StatusOr<SharedMemory> {
+           auto pool = NewPool(attach);
+           pool->kind = SharedMemory::Kind::kGpu;
+           return pool;
+         },
+         .fetch_host_tier = NewHostTier});
+  EXPECT_EQ(End().message(), "memory of a GPU cannot be mapped into the host's");
+  EXPECT_EQ(queue_.faults().size(), 1u);
 }
 
 TEST_F(WorkerTest, BeatsTellTheStepsTakenUpAndDone) {

@@ -22,7 +22,9 @@
 #include "cache_manager/client/pool_memory_client.h"
 #include "common/config/instance.h"
 #include "common/exit_code.h"
+#include "common/mapped_memory.h"
 #include "common/mutex.h"
+#include "common/status_macros.h"
 
 namespace wintserve {
 namespace {
@@ -151,8 +153,9 @@ class CacheManagerProcess : public testing::Test {
   }
 
   absl::StatusOr<MappedMemory> Fetch(PoolTier tier = PoolTier::kDevice) {
-    return FetchPoolMemory(pool_->memory_socket, instance_.token, pool_->pool_epoch, 0, tier,
-                           kTimeoutMs);
+    ASSIGN_OR_RETURN(SharedMemory shared, FetchPoolMemory(pool_->memory_socket, instance_.token,
+                                                          pool_->pool_epoch, 0, tier, kTimeoutMs));
+    return MappedMemory::FromParts(std::move(shared));
   }
 
   Instance instance_;

@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "api_server/work_queue/server/work_queue_server.h"
+#include "cache_manager/memory/host_pool_memory.h"
 #include "cache_manager/memory/memory_server.h"
 #include "cache_manager/memory/pool_memory.h"
 #include "common/check.h"
@@ -238,7 +239,10 @@ class EngineWorkerProcess : public testing::Test {
     pool_epoch_ = pool_epoch;
     std::vector<uint64_t> block_bytes(hellos_.size());
     for (const WorkerHello& hello : hellos_) block_bytes[hello.rank] = hello.kv_block_bytes;
-    auto pool = PoolMemory::Create(kNumBlocks, block_bytes, int64_t{1} << 40, kNumHostSlots);
+    auto pool = HostPoolMemory::Create({.num_blocks = kNumBlocks,
+                                        .block_bytes_by_rank = block_bytes,
+                                        .num_host_slots = kNumHostSlots},
+                                       int64_t{1} << 40);
     CHECK(pool.ok(), "{}", pool.status().ToString());
     memory_server_->Publish(pool_epoch, *std::move(pool));
   }
