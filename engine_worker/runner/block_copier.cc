@@ -2,7 +2,10 @@
 
 #include <fmt/format.h>
 
+#include <utility>
+
 #include "common/check.h"
+#include "common/status_macros.h"
 
 namespace wintserve {
 namespace {
@@ -14,13 +17,22 @@ absl::Status Invalid(fmt::format_string<Args...> format, Args&&... args) {
 
 }  // namespace
 
-BlockCopier::BlockCopier(kernels::Backend* backend, const BlockTiers& tiers)
-    : backend_(backend),
-      tiers_(tiers),
-      block_check_(tiers.num_blocks, 0),
-      slot_check_(tiers.num_host_slots, 0) {
+absl::StatusOr<std::unique_ptr<BlockCopier>> BlockCopier::Create(kernels::Backend* backend,
+                                                                 const BlockTiers& tiers) {
   CHECK(tiers.num_host_slots == 0 || tiers.host_tier != nullptr);
+  std::unique_ptr<kernels::CopyQueue> queue;
+  if (tiers.num_host_slots > 0) {
+    ASSIGN_OR_RETURN(queue, backend->CreateCopyQueue());
+  }
+  return std::unique_ptr<BlockCopier>(new BlockCopier(tiers, std::move(queue)));
 }
+
+BlockCopier::BlockCopier(const BlockTiers& tiers, std::unique_ptr<kernels::CopyQueue> queue)
+    : tiers_(tiers),
+      queue_(std::move(queue)),
+      block_check_(tiers.num_blocks, 0),
+      slot_check_(tiers.num_host_slots, 0),
+      filled_by_(tiers.num_host_slots > 0 ? tiers.num_blocks : 0, 0) {}
 
 absl::Status BlockCopier::Check(std::span<const BlockCopy> copies) {
   ++num_checks_;
@@ -45,17 +57,33 @@ absl::Status BlockCopier::Check(std::span<const BlockCopy> copies) {
   return absl::OkStatus();
 }
 
-void BlockCopier::Run(std::span<const BlockCopy> copies) const {
+std::unique_ptr<kernels::Event> BlockCopier::Begin(std::span<const BlockCopy> copies) {
+  if (copies.empty()) return nullptr;
+  CHECK(queue_ != nullptr);
+  ++num_begins_;
+  queue_->WaitForOperators();
   for (const BlockCopy& copy : copies) {
-    char* const block = static_cast<char*>(tiers_.pool) +
-                        int64_t{static_cast<int32_t>(copy.block)} * tiers_.block_bytes;
+    const auto id = static_cast<int32_t>(copy.block);
+    char* const block = static_cast<char*>(tiers_.pool) + int64_t{id} * tiers_.block_bytes;
     char* const slot =
         static_cast<char*>(tiers_.host_tier) + int64_t{copy.host_slot} * tiers_.block_bytes;
     if (copy.to_device) {
-      backend_->CopyFromHostAsync(block, slot, tiers_.block_bytes);
+      queue_->CopyFromHost(block, slot, tiers_.block_bytes);
+      filled_by_[id] = last_filling_ = num_begins_;
     } else {
-      backend_->CopyToHostAsync(slot, block, tiers_.block_bytes);
+      queue_->CopyToHost(slot, block, tiers_.block_bytes);
     }
+  }
+  return queue_->Record();
+}
+
+void BlockCopier::WaitForBlocks(std::span<const int32_t> blocks) {
+  if (last_filling_ <= held_for_) return;  // as a rule
+  for (const int32_t block : blocks) {
+    if (filled_by_[block] <= held_for_) continue;
+    queue_->HoldOperators();
+    held_for_ = num_begins_;
+    return;
   }
 }
 

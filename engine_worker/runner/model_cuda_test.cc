@@ -396,5 +396,68 @@ TEST(StepRunnerOnCuda, DecodesAsGraphsGiveTheBitsOfThoseWithout) {
   EXPECT_GT(num_logprobs, 100);
 }
 
+// Copies run beside the rows of their plan, on a stream of their own; a row that uses a block that
+// they bring back waits for it, in the same plan as in the next. Sequence 0 is prefilled, its
+// blocks go out, are overwritten, and come back elsewhere under a sequence 1 that goes on.
+TEST(StepRunnerOnCuda, RowsReadWhatComesBackFromTheHostTierInThisPlanAndTheNext) {
+  constexpr int kSlots = 2;  // of the host tier
+  const auto collective = MakeSingleRankCollective();
+  Instance& instance = OnCuda();
+  const StepRunnerConfig config = {.num_blocks = kNumBlocks,
+                                   .num_host_slots = kSlots,
+                                   .max_slots = 4,
+                                   .max_tokens = 512,
+                                   .max_sequence_tokens = 256,
+                                   .sampled_vocab_size = 8192};
+  std::vector<int32_t> prompt;
+  for (const auto& ids : Prompts()) prompt.insert(prompt.end(), ids.begin(), ids.end());
+  prompt.resize(140);  // two blocks and a bit
+  const int64_t block_bytes = instance.model->kv_block_bytes();
+  const auto host_tier = Must(instance.backend->AllocateHost(kSlots * block_bytes));
+  const auto blocks = [](std::initializer_list<int> ids) {
+    std::vector<BlockId> list;
+    for (const int id : ids) list.push_back(BlockId{id});
+    return list;
+  };
+  const std::vector<int32_t> tail(prompt.begin() + 128, prompt.end());
+  for (const bool same_plan : {true, false}) {
+    for (int round = 0; round < 20; ++round) {
+      SCOPED_TRACE(testing::Message() << (same_plan ? "same plan" : "next plan") << ", " << round);
+      auto runner = Must(StepRunner::Create(config, instance.model.get(), collective.get(),
+                                            instance.pool->data(), host_tier->data()));
+      uint64_t step = 0;
+      std::vector<std::unique_ptr<PendingStep>> pending;
+      const auto begin = [&](StepPlan plan) {
+        plan.step = ++step;
+        pending.push_back(Must(runner->Begin(plan, 0)));
+      };
+      begin({.slot_init = {{0, {.temperature = 0}, blocks({0, 1, 2})}},
+             .rows = {{0, 0, 140, true, prompt}}});
+      begin({.copies = {{.to_device = false, .block = BlockId{0}, .host_slot = 1},
+                        {.to_device = false, .block = BlockId{1}, .host_slot = 0}}});
+      // Whoever ordered the copies hears that they are done before the blocks are used again.
+      const int32_t expected = Must(pending[0]->Wait()).sampled.at(0).token;
+      Must(pending[1]->Wait());
+      const std::vector<uint8_t> poison(3 * block_bytes, 0xFF);
+      instance.backend->CopyFromHost(instance.pool->data(), poison.data(), 3 * block_bytes);
+      const std::vector<BlockCopy> back = {
+          {.to_device = true, .block = BlockId{7}, .host_slot = 1},
+          {.to_device = true, .block = BlockId{5}, .host_slot = 0}};
+      StepPlan rest = {.slot_init = {{1, {.temperature = 0}, blocks({7, 5, 6})}},
+                       .rows = {{1, 128, 12, true, tail}}};
+      if (same_plan) {
+        rest.copies = back;
+      } else {
+        begin({.copies = back});
+      }
+      begin(rest);
+      EXPECT_EQ(Must(pending.back()->Wait()).sampled.at(0).token, expected);
+      for (size_t i = 2; i + 1 < pending.size(); ++i) Must(pending[i]->Wait());
+      instance.backend->CopyFromHost(static_cast<char*>(instance.pool->data()) + 5 * block_bytes,
+                                     poison.data(), 3 * block_bytes);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace wintserve

@@ -43,6 +43,8 @@ PendingStep::PendingStep(Work work, std::shared_ptr<ResultBuffers> result_buffer
 absl::StatusOr<StepDone> PendingStep::Wait() {
   RETURN_IF_ERROR(work_.begin->Wait());
   RETURN_IF_ERROR(work_.end->Wait());
+  // Whoever hears that the step is done takes its copies for done, too.
+  if (work_.copies != nullptr) RETURN_IF_ERROR(work_.copies->Wait());
   const std::span<const int32_t> ids(work_.layout.ids(work_.results->data()), work_.sampled.size());
   StepDone done = std::move(work_.done);
   done.execute_us = static_cast<uint32_t>(work_.end->MicrosecondsSince(*work_.begin));

@@ -69,6 +69,7 @@ class PendingStep {
     int32_t sampled_vocab_size = 0;
     std::unique_ptr<kernels::Event> begin = nullptr;
     std::unique_ptr<kernels::Event> end = nullptr;
+    std::unique_ptr<kernels::Event> copies = nullptr;  // beside the rest; null: none
     StepResultLayout layout{0};
     std::unique_ptr<kernels::Buffer> results = nullptr;  // of `layout`, complete after `end`
   };
@@ -76,7 +77,9 @@ class PendingStep {
   PendingStep(Work work, std::shared_ptr<ResultBuffers> result_buffers);
 
   // Whether Wait() would return at once. Any thread.
-  bool IsDone() const { return work_.end->IsDone(); }
+  bool IsDone() const {
+    return work_.end->IsDone() && (work_.copies == nullptr || work_.copies->IsDone());
+  }
   // Device time from the end of `previous` to the begin of this step. REQUIRES: Wait() of both was
   // OK.
   int64_t MicrosecondsAfter(const PendingStep& previous) const {

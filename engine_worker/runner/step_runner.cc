@@ -60,30 +60,31 @@ absl::StatusOr<std::unique_ptr<StepRunner>> StepRunner::Create(const StepRunnerC
   }
   CHECK(model->max_batch_tokens() > 0 && model->max_logit_rows() > 0);
   auto runner = std::unique_ptr<StepRunner>(
-      new StepRunner(WithSortedStopIds(config), model, collective, kv_pool, host_tier));
-  RETURN_IF_ERROR(runner->AllocateMemory());
+      new StepRunner(WithSortedStopIds(config), model, collective, kv_pool));
+  RETURN_IF_ERROR(runner->AllocateMemory(host_tier));
   return runner;
 }
 
 StepRunner::StepRunner(const StepRunnerConfig& config, Model* model, Collective* collective,
-                       void* kv_pool, void* host_tier)
+                       void* kv_pool)
     : config_(config),
       model_(model),
       backend_(model->backend()),
       collective_(collective),
       kv_pool_(kv_pool),
-      copier_(model->backend(), {.pool = kv_pool,
-                                 .num_blocks = config.num_blocks,
-                                 .host_tier = host_tier,
-                                 .num_host_slots = config.num_host_slots,
-                                 .block_bytes = model->kv_block_bytes()}),
       slots_(LimitsOf(config, *model)),
       chain_(config.chain),
       result_layout_(config.max_slots),
       result_buffers_(std::make_shared<ResultBuffers>(model->backend(), result_layout_)),
       graphs_(model->backend()) {}
 
-absl::Status StepRunner::AllocateMemory() {
+absl::Status StepRunner::AllocateMemory(void* host_tier) {
+  ASSIGN_OR_RETURN(copier_,
+                   BlockCopier::Create(backend_, {.pool = kv_pool_,
+                                                  .num_blocks = config_.num_blocks,
+                                                  .host_tier = host_tier,
+                                                  .num_host_slots = config_.num_host_slots,
+                                                  .block_bytes = model_->kv_block_bytes()}));
   // A plan has at most one row a slot.
   const int64_t max_tokens = model_->max_batch_tokens();
   ASSIGN_OR_RETURN(
@@ -142,7 +143,7 @@ absl::StatusOr<StepDone> StepRunner::Apply(const StepPlan& plan, uint64_t plan_h
 absl::StatusOr<std::unique_ptr<PendingStep>> StepRunner::Begin(const StepPlan& plan,
                                                                uint64_t plan_hash) {
   RETURN_IF_ERROR(CheckChain(plan));
-  RETURN_IF_ERROR(copier_.Check(plan.copies));
+  RETURN_IF_ERROR(copier_->Check(plan.copies));
   RETURN_IF_ERROR(slots_.BeginStep(plan));
   PendingStep::Work work = {
       .done = {.group_epoch = plan.group_epoch, .step = plan.step, .plan_hash = plan_hash},
@@ -151,7 +152,7 @@ absl::StatusOr<std::unique_ptr<PendingStep>> StepRunner::Begin(const StepPlan& p
       .layout = result_layout_};
   ASSIGN_OR_RETURN(work.results, result_buffers_->Take());
   work.begin = backend_->Record();
-  copier_.Run(plan.copies);
+  work.copies = copier_->Begin(plan.copies);
   StartSlots(plan);
   RETURN_IF_ERROR(RunRows(plan));
   if (!sampled_.empty()) {
@@ -192,6 +193,7 @@ absl::Status StepRunner::RunRows(const StepPlan& plan) {
   num_device_ids_ = 0;
   wants_logprobs_ = false;
   for (const PlanRow& row : plan.rows) {
+    copier_->WaitForBlocks(slots_.slot(row.slot).block_table);
     for (uint32_t offset = 0; offset < row.length;) {
       const size_t free_tokens = model_->max_batch_tokens() - batch_.tokens.size();
       const auto length = static_cast<uint32_t>(std::min<size_t>(row.length - offset, free_tokens));

@@ -44,7 +44,9 @@ struct StepRunnerConfig {
 // One rank's executor of one group_epoch on one pool. Every rank applies the same plans in the same
 // order; rank 0 samples, the others get the ids from it.
 //
-// What a plan asks for runs in this order: copies, slot_init, block_append, rows, slot_release.
+// What a plan asks for runs in this order: copies, slot_init, block_append, rows, slot_release; but
+// copies run beside rows, of which only those that use a block that comes from the host tier, in
+// this plan or one before, wait for it. A step is done when its copies are, too.
 //
 // A plan may hold more tokens than the model takes at once: it then runs as several forward passes,
 // which gives the same bits where the model is deterministic. So does a pass of decodes that runs
@@ -93,10 +95,9 @@ class StepRunner {
   const PlanChain& chain() const { return chain_; }
 
  private:
-  StepRunner(const StepRunnerConfig& config, Model* model, Collective* collective, void* kv_pool,
-             void* host_tier);
+  StepRunner(const StepRunnerConfig& config, Model* model, Collective* collective, void* kv_pool);
 
-  absl::Status AllocateMemory();
+  absl::Status AllocateMemory(void* host_tier);
   absl::Status CheckChain(const StepPlan& plan) const;
   absl::Status RunRows(const StepPlan& plan);
   // What drawing for a slot has to know of its sequence; rank 0 draws.
@@ -118,7 +119,7 @@ class StepRunner {
   Collective* const collective_;
   void* const kv_pool_;
 
-  BlockCopier copier_;
+  std::unique_ptr<BlockCopier> copier_;
   SlotTable slots_;
   PlanChain chain_;
 

@@ -120,14 +120,15 @@ absl::Status FakeWorker::Attach(const AttachPool& attach) {
                          .host_tier = host_tier.data(),
                          .num_host_slots = attach.num_host_slots,
                          .block_bytes = kBlockTokens * sizeof(int32_t)};
+  ASSIGN_OR_RETURN(std::unique_ptr<BlockCopier> copier, BlockCopier::Create(backend_.get(), tiers));
   const SlotLimits limits{.max_slots = config_->max_slots,
                           .max_tokens = config_->max_tokens,
                           .max_sequence_tokens = config_->max_sequence_tokens,
                           .num_blocks = attach.num_blocks,
                           .block_size_tokens = kBlockTokens,
                           .vocab_size = static_cast<int32_t>(options_.hello.vocab_size)};
-  pool_.emplace(Pool{std::move(blocks), std::move(host_tier), BlockCopier(backend_.get(), tiers),
-                     SlotTable(limits), std::vector<int32_t>(config_->max_slots)});
+  pool_.emplace(Pool{std::move(blocks), std::move(host_tier), std::move(copier), SlotTable(limits),
+                     std::vector<int32_t>(config_->max_slots)});
   if (!options_.never_ready) (void)client_->SendReady(config_->group_epoch, attach.pool_epoch);
   return absl::OkStatus();
 }
@@ -163,9 +164,10 @@ absl::Status FakeWorker::Execute(const ReceivedPlan& received) {
   const StepPlan& plan = received.plan;
   if (options_.before_step && !options_.before_step(plan)) return absl::OkStatus();
   RETURN_IF_ERROR(CheckChain(plan));
-  RETURN_IF_ERROR(pool_->copier.Check(plan.copies));
+  RETURN_IF_ERROR(pool_->copier->Check(plan.copies));
   RETURN_IF_ERROR(pool_->slots.BeginStep(plan));
-  pool_->copier.Run(plan.copies);
+  const std::unique_ptr<kernels::Event> copied = pool_->copier->Begin(plan.copies);
+  if (copied != nullptr) RETURN_IF_ERROR(copied->Wait());
   std::this_thread::sleep_for(options_.step_delay);
   StepDone done{
       .group_epoch = plan.group_epoch, .step = plan.step, .plan_hash = received.plan_hash};

@@ -63,7 +63,7 @@ class FakeWorker {
   struct Pool {
     MappedMemory blocks;     // int32 [num_blocks, kBlockTokens], each token + 1
     MappedMemory host_tier;  // int32 [num_host_slots, kBlockTokens]
-    BlockCopier copier;
+    std::unique_ptr<BlockCopier> copier;
     SlotTable slots;
     std::vector<int32_t> last_tokens;  // by slot: the one that was sampled last
   };
