@@ -24,7 +24,7 @@ absl::StatusOr<std::unique_ptr<BlockCopier>> BlockCopier::Create(kernels::Backen
   if (tiers.num_host_slots > 0) {
     ASSIGN_OR_RETURN(queue, backend->CreateCopyQueue());
   }
-  return std::unique_ptr<BlockCopier>(new BlockCopier(tiers, std::move(queue)));
+  return std::make_unique<BlockCopier>(tiers, std::move(queue));
 }
 
 BlockCopier::BlockCopier(const BlockTiers& tiers, std::unique_ptr<kernels::CopyQueue> queue)

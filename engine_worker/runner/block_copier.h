@@ -31,6 +31,8 @@ class BlockCopier {
  public:
   static absl::StatusOr<std::unique_ptr<BlockCopier>> Create(kernels::Backend* backend,
                                                              const BlockTiers& tiers);
+  // queue: null without a host tier.
+  BlockCopier(const BlockTiers& tiers, std::unique_ptr<kernels::CopyQueue> queue);
 
   // INVALID_ARGUMENT names the block or host slot that does not exist, or that is the target of two
   // of these copies.
@@ -45,10 +47,8 @@ class BlockCopier {
   void WaitForBlocks(std::span<const int32_t> blocks);
 
  private:
-  BlockCopier(const BlockTiers& tiers, std::unique_ptr<kernels::CopyQueue> queue);
-
   const BlockTiers tiers_;
-  const std::unique_ptr<kernels::CopyQueue> queue_;  // null: no host tier
+  const std::unique_ptr<kernels::CopyQueue> queue_;
   uint64_t num_checks_ = 0;
   std::vector<uint64_t> block_check_;  // by block: the last check that saw it as a target
   std::vector<uint64_t> slot_check_;   // by host slot

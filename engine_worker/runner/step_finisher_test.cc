@@ -50,16 +50,18 @@ class GatedEvent : public kernels::Event {
 
 class StepFinisherTest : public testing::Test {
  protected:
-  // A step that is done once its gate is open.
-  std::unique_ptr<PendingStep> Step(uint64_t number) {
+  // A step that is done once its gate is open, and that of its copies, if it has some.
+  std::unique_ptr<PendingStep> Step(uint64_t number, Gate* copies = nullptr) {
     auto ids = buffers_->Take();
     CHECK(ids.ok());
     return std::make_unique<PendingStep>(
-        PendingStep::Work{.done = {.step = number},
-                          .begin = std::make_unique<GatedEvent>(&gates_[number]),
-                          .end = std::make_unique<GatedEvent>(&gates_[number]),
-                          .layout = StepResultLayout(1),
-                          .results = *std::move(ids)},
+        PendingStep::Work{
+            .done = {.step = number},
+            .begin = std::make_unique<GatedEvent>(&gates_[number]),
+            .end = std::make_unique<GatedEvent>(&gates_[number]),
+            .copies = copies == nullptr ? nullptr : std::make_unique<GatedEvent>(copies),
+            .layout = StepResultLayout(1),
+            .results = *std::move(ids)},
         buffers_);
   }
 
@@ -106,6 +108,29 @@ TEST_F(StepFinisherTest, StepsAreHandedOnInTheirOrderWhateverIsDoneFirst) {
   gates_[1].Open();
   finisher->Drain();
   EXPECT_EQ(results(), (std::vector<int>{1, 2, 3}));
+}
+
+// The cache manager uses their blocks and host slots again when it hears of the step.
+TEST_F(StepFinisherTest, AStepIsNotDoneBeforeItsCopies) {
+  Gate copies;
+  const auto finisher = NewFinisher();
+  gates_[1].Open();
+  finisher->Add(Step(1, &copies));
+  EXPECT_FALSE(finisher->DrainFor(/*timeout_ms=*/20));
+  EXPECT_TRUE(results().empty());
+  copies.Open();
+  finisher->Drain();
+  EXPECT_EQ(results(), std::vector<int>{1});
+}
+
+TEST_F(StepFinisherTest, AStepWhoseCopiesFailedHasFailed) {
+  Gate copies;
+  const auto finisher = NewFinisher();
+  gates_[1].Open();
+  copies.Open(absl::InternalError("the device is gone"));
+  finisher->Add(Step(1, &copies));
+  finisher->Drain();
+  EXPECT_EQ(results(), std::vector<int>{-1});
 }
 
 TEST_F(StepFinisherTest, NothingFollowsAStepThatFailed) {
