@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "common/shared_memory.h"
 #include "kernels/batch.h"
+#include "kernels/formats/dummy_matrix.h"
 #include "kernels/formats/matrix.h"
 #include "kernels/operands.h"
 
@@ -187,6 +188,10 @@ class Backend {
   // RESOURCE_EXHAUSTED: no memory.
   virtual absl::StatusOr<std::unique_ptr<WeightMatrix>> Pack(const formats::HostMatrix& matrix,
                                                              MatrixUse use) = 0;
+  // The same of a matrix that is made where it will lie (plan/dummy_weights.h): what Pack gives of
+  // its canonical form, which no host memory needs to hold.
+  virtual absl::StatusOr<std::unique_ptr<WeightMatrix>> MakeDummy(
+      const formats::DummyMatrix& matrix, MatrixUse use) = 0;
   // INVALID_ARGUMENT: the experts differ in shape or format; the message names the first that does.
   virtual absl::StatusOr<std::unique_ptr<ExpertGroup>> GroupExperts(
       std::span<const MlpWeights> experts) = 0;

@@ -26,6 +26,7 @@
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/cpu/work_split.h"
+#include "kernels/plan/dummy_weights.h"
 
 namespace wintserve::kernels::cpu {
 namespace {
@@ -203,6 +204,10 @@ class CpuBackend final : public Backend {
                                                      MatrixUse use) override {
     if (use == MatrixUse::kEmbedding) return EmbeddingTable::Create(matrix);
     return PackedMatrix::Create(matrix, use, rounding_, &pool_);
+  }
+  absl::StatusOr<std::unique_ptr<WeightMatrix>> MakeDummy(const formats::DummyMatrix& matrix,
+                                                          MatrixUse use) override {
+    return Pack(plan::MakeDummyHostMatrix(matrix), use);
   }
 
   absl::StatusOr<std::unique_ptr<ExpertGroup>> GroupExperts(

@@ -195,7 +195,12 @@ class CudaBackend final : public Backend {
 
   absl::StatusOr<std::unique_ptr<WeightMatrix>> Pack(const formats::HostMatrix& matrix,
                                                      MatrixUse use) override {
-    return CudaMatrix::Create(matrix, use, &host_threads_, &code_line_errors_, stream());
+    return CudaMatrix::Create(matrix, use, &weight_arena_, &host_threads_, &code_line_errors_,
+                              stream());
+  }
+  absl::StatusOr<std::unique_ptr<WeightMatrix>> MakeDummy(const formats::DummyMatrix& matrix,
+                                                          MatrixUse use) override {
+    return CudaMatrix::MakeDummy(matrix, use, &weight_arena_, stream());
   }
   absl::StatusOr<std::unique_ptr<ExpertGroup>> GroupExperts(
       std::span<const MlpWeights> experts) override {
@@ -515,6 +520,7 @@ class CudaBackend final : public Backend {
   DeviceBuffer attention_partials_;
   DeviceBuffer attention_arrivals_;
   AttentionScratch attention_scratch_;
+  WeightArena weight_arena_;
   Scratch scratch_;
   Scratch mlp_scratch_;  // beside scratch_, for an MLP that is made of two linear layers
   cpu::ThreadPool host_threads_;

@@ -5,11 +5,14 @@
 
 #include <memory>
 #include <string_view>
+#include <utility>
 
 #include "common/check.h"
 #include "common/status_macros.h"
 #include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/dummy/dummy_weights.h"
 #include "kernels/cuda/rows/float_product.h"
+#include "kernels/plan/dummy_weights.h"
 #include "kernels/plan/product_plan.h"
 
 namespace wintserve::kernels::cuda {
@@ -32,8 +35,9 @@ std::string_view UseName(MatrixUse use) {
   CHECK(false, "use={}", static_cast<int>(use));
 }
 
-// Whether the matrix stays as it is in the file.
-absl::StatusOr<bool> StaysInRows(const HostMatrix& matrix, MatrixUse use) {
+// Whether the matrix, of a file or a dummy, stays in rows.
+template <typename Matrix>
+absl::StatusOr<bool> StaysInRows(const Matrix& matrix, MatrixUse use) {
   const bool is_float32 = matrix.format == WeightFormat::kFloat32;
   if (use == MatrixUse::kEmbedding) {
     if (is_float32 || matrix.format == WeightFormat::kBfloat16) return true;
@@ -56,7 +60,8 @@ absl::StatusOr<bool> StaysInRows(const HostMatrix& matrix, MatrixUse use) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<CudaMatrix>> CudaMatrix::Create(const HostMatrix& matrix,
-                                                               MatrixUse use, cpu::ThreadPool* pool,
+                                                               MatrixUse use, WeightArena* arena,
+                                                               cpu::ThreadPool* pool,
                                                                plan::CodeLineErrors* errors,
                                                                cudaStream_t stream) {
   auto packed = std::unique_ptr<CudaMatrix>(new CudaMatrix);
@@ -69,9 +74,9 @@ absl::StatusOr<std::unique_ptr<CudaMatrix>> CudaMatrix::Create(const HostMatrix&
     const bool is_float32 = matrix.format == WeightFormat::kFloat32;
     RETURN_IF_ERROR(
         is_float32 ? packed->Upload(matrix.values_f32.data(),
-                                    std::ssize(matrix.values_f32) * sizeof(float), stream)
+                                    std::ssize(matrix.values_f32) * sizeof(float), arena, stream)
                    : packed->Upload(matrix.values_bf16.data(),
-                                    std::ssize(matrix.values_bf16) * sizeof(uint16_t), stream));
+                                    std::ssize(matrix.values_bf16) * sizeof(uint16_t), arena, stream));
     return packed;
   }
   ASSIGN_OR_RETURN(const plan::WeightLayout layout,
@@ -81,15 +86,56 @@ absl::StatusOr<std::unique_ptr<CudaMatrix>> CudaMatrix::Create(const HostMatrix&
   errors->num_columns += own.num_columns;
   errors->num_bytes += own.num_bytes;
   packed->layout_ = Layout::kPacked;
-  RETURN_IF_ERROR(packed->Upload(bytes.get(), layout.size_bytes(), stream));
-  packed->packed_ = {layout, packed->memory_.data<uint8_t>()};
+  RETURN_IF_ERROR(packed->Upload(bytes.get(), layout.size_bytes(), arena, stream));
+  packed->packed_ = {layout, packed->memory_.data};
   return packed;
 }
 
-absl::Status CudaMatrix::Upload(const void* host, int64_t size_bytes, cudaStream_t stream) {
-  ASSIGN_OR_RETURN(memory_, DeviceBuffer::Allocate(size_bytes));
+absl::StatusOr<std::unique_ptr<CudaMatrix>> CudaMatrix::MakeDummy(
+    const formats::DummyMatrix& matrix, MatrixUse use, WeightArena* arena, cudaStream_t stream) {
+  auto made = std::unique_ptr<CudaMatrix>(new CudaMatrix);
+  made->use_ = use;
+  made->format_ = matrix.format;
+  made->k_ = matrix.k;
+  made->n_ = matrix.n;
+  ASSIGN_OR_RETURN(const bool stays, StaysInRows(matrix, use));
+  if (stays) {
+    const auto element_bytes = static_cast<int64_t>(
+        matrix.format == WeightFormat::kFloat32 ? sizeof(float) : sizeof(uint16_t));
+    ASSIGN_OR_RETURN(made->memory_, arena->Allocate(matrix.k * matrix.n * element_bytes));
+    LaunchDummyRows(matrix, made->memory_.data, stream);
+    return made;
+  }
+  const plan::WeightLayout layout =
+      plan::LayOutDummyWeights(matrix, use == MatrixUse::kGateUp);
+  ASSIGN_OR_RETURN(made->memory_, arena->Allocate(layout.size_bytes()));
+  made->layout_ = Layout::kPacked;
+  made->packed_ = {layout, made->memory_.data};
+  LaunchDummyWeights(matrix, layout, made->memory_.data, stream);
+  return made;
+}
+
+absl::StatusOr<WeightArena::Part> WeightArena::Allocate(int64_t size_bytes) {
+  if (size_bytes >= kSlabBytes) {
+    ASSIGN_OR_RETURN(DeviceBuffer own, DeviceBuffer::Allocate(size_bytes));
+    auto* data = own.data<uint8_t>();
+    return Part{std::make_shared<const DeviceBuffer>(std::move(own)), data, size_bytes};
+  }
+  if (slab_ == nullptr || used_bytes_ + size_bytes > kSlabBytes) {
+    ASSIGN_OR_RETURN(DeviceBuffer slab, DeviceBuffer::Allocate(kSlabBytes));
+    slab_ = std::make_shared<const DeviceBuffer>(std::move(slab));
+    used_bytes_ = 0;
+  }
+  const Part part = {slab_, slab_->data<uint8_t>() + used_bytes_, size_bytes};
+  used_bytes_ += (size_bytes + kAlignment - 1) / kAlignment * kAlignment;
+  return part;
+}
+
+absl::Status CudaMatrix::Upload(const void* host, int64_t size_bytes, WeightArena* arena,
+                                cudaStream_t stream) {
+  ASSIGN_OR_RETURN(memory_, arena->Allocate(size_bytes));
   // On the stream of the operators, which does not wait for copies elsewhere.
-  RETURN_IF_ERROR(ToStatus(cudaMemcpyAsync(memory_.data(), host, static_cast<size_t>(size_bytes),
+  RETURN_IF_ERROR(ToStatus(cudaMemcpyAsync(memory_.data, host, static_cast<size_t>(size_bytes),
                                            cudaMemcpyHostToDevice, stream),
                            "copying weights"));
   return ToStatus(cudaStreamSynchronize(stream), "copying weights");

@@ -37,6 +37,28 @@ class WorkspaceMemo {
   int64_t bytes_ = 0;
 };
 
+// Device memory for matrices, cut from slabs: the driver gives out whole pages of 2 MiB, of which the
+// thousands of small expert matrices of a model would waste several GiB.
+class WeightArena {
+ public:
+  // A part of a slab, which lives as long as its parts.
+  struct Part {
+    std::shared_ptr<const DeviceBuffer> slab;
+    uint8_t* data = nullptr;
+    int64_t size_bytes = 0;
+  };
+
+  // Aligned to kAlignment; not zeroed. RESOURCE_EXHAUSTED: no memory.
+  absl::StatusOr<Part> Allocate(int64_t size_bytes);
+
+ private:
+  static constexpr int64_t kAlignment = 1024;
+  static constexpr int64_t kSlabBytes = int64_t{256} << 20;  // what is larger gets its own
+
+  std::shared_ptr<const DeviceBuffer> slab_;
+  int64_t used_bytes_ = 0;  // of slab_
+};
+
 class CudaMatrix final : public WeightMatrix {
  public:
   enum class Layout {
@@ -48,18 +70,23 @@ class CudaMatrix final : public WeightMatrix {
   // INVALID_ARGUMENT, RESOURCE_EXHAUSTED: Backend::Pack. Adds to `errors` what a WINT2 matrix
   // loses.
   static absl::StatusOr<std::unique_ptr<CudaMatrix>> Create(const formats::HostMatrix& matrix,
-                                                            MatrixUse use, cpu::ThreadPool* pool,
+                                                            MatrixUse use, WeightArena* arena,
+                                                            cpu::ThreadPool* pool,
                                                             plan::CodeLineErrors* errors,
                                                             cudaStream_t stream);
+  // Launches what makes it on the device. Errors: Backend::MakeDummy.
+  static absl::StatusOr<std::unique_ptr<CudaMatrix>> MakeDummy(const formats::DummyMatrix& matrix,
+                                                               MatrixUse use, WeightArena* arena,
+                                                               cudaStream_t stream);
 
   int64_t k() const override { return k_; }
   int64_t n() const override { return n_; }
-  int64_t size_bytes() const override { return memory_.size_bytes(); }
+  int64_t size_bytes() const override { return memory_.size_bytes; }
 
   MatrixUse use() const { return use_; }
   formats::WeightFormat format() const { return format_; }
   Layout layout() const { return layout_; }
-  const void* data() const { return memory_.data(); }
+  const void* data() const { return memory_.data; }
   // REQUIRES: kPacked.
   const DeviceWeights& packed() const { return packed_; }
   // Of Linear or Route; of a gate-up matrix, of the whole MLP.
@@ -67,7 +94,8 @@ class CudaMatrix final : public WeightMatrix {
 
  private:
   CudaMatrix() = default;
-  absl::Status Upload(const void* host, int64_t size_bytes, cudaStream_t stream);
+  absl::Status Upload(const void* host, int64_t size_bytes, WeightArena* arena,
+                      cudaStream_t stream);
 
   MatrixUse use_ = MatrixUse::kLinear;
   formats::WeightFormat format_ = formats::WeightFormat::kFloat32;
@@ -75,7 +103,7 @@ class CudaMatrix final : public WeightMatrix {
   int64_t k_ = 0;
   int64_t n_ = 0;
   DeviceWeights packed_;
-  DeviceBuffer memory_;
+  WeightArena::Part memory_;
   mutable WorkspaceMemo workspace_;
 };
 

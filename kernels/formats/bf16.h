@@ -6,18 +6,18 @@
 
 namespace wintserve::formats {
 
-inline float Bfloat16ToFloat(uint16_t bits) {
+constexpr float Bfloat16ToFloat(uint16_t bits) {
   return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
 
 // Nearest, ties to even. A NaN stays a NaN.
-inline uint16_t FloatToBfloat16(float value) {
+constexpr uint16_t FloatToBfloat16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   // Rounding would carry a NaN with a full mantissa over into zero.
   if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40);
   return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-inline float RoundToBfloat16(float value) { return Bfloat16ToFloat(FloatToBfloat16(value)); }
+constexpr float RoundToBfloat16(float value) { return Bfloat16ToFloat(FloatToBfloat16(value)); }
 
 }  // namespace wintserve::formats
