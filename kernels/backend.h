@@ -139,6 +139,9 @@ class Backend {
   // Of one layer in a block. INVALID_ARGUMENT: the backend has no attention of this shape; the
   // message names what is wrong and what is allowed.
   virtual absl::StatusOr<int64_t> KvLayerBytes(const AttentionShape& shape) const = 0;
+  // INVALID_ARGUMENT: the operators do not take rows of this many columns or a router of this many
+  // experts (0: none); the message names the value and what is allowed.
+  virtual absl::Status CheckModel(int64_t hidden_size, int num_experts) const = 0;
   virtual WeightRounding rounding() const = 0;
 
   // Whether the host reads and writes device memory as its own.

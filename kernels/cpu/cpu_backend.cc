@@ -155,6 +155,9 @@ class CpuBackend final : public Backend {
     }
     return KvLayerFloats(shape) * static_cast<int64_t>(sizeof(float));
   }
+  absl::Status CheckModel(int64_t /*hidden_size*/, int /*num_experts*/) const override {
+    return absl::OkStatus();
+  }
   WeightRounding rounding() const override { return rounding_; }
 
   bool uses_host_memory() const override { return true; }

@@ -31,6 +31,7 @@
 #include "kernels/cuda/rows/row_kernels.h"
 #include "kernels/cuda/sampling/sampling.h"
 #include "kernels/cuda/shared_memory.h"
+#include "kernels/plan/product_plan.h"
 
 namespace wintserve::kernels::cuda {
 namespace {
@@ -132,6 +133,21 @@ class CudaBackend final : public Backend {
                       shape.num_heads, shape.num_kv_heads));
     }
     return plan::KvLayerBytes(options_.kv_cache, shape.num_kv_heads, shape.head_dim);
+  }
+  absl::Status CheckModel(int64_t hidden_size, int num_experts) const override {
+    // Rows that are no whole vectors are read one number at a time.
+    const int64_t max_hidden = hidden_size % 4 == 0 ? kMaxNormColumns : kMaxNormColumns / 4;
+    if (hidden_size > max_hidden) {
+      return absl::InvalidArgumentError(
+          fmt::format("hidden_size {} is not supported on cuda; at most {}{}", hidden_size,
+                      max_hidden, hidden_size % 4 == 0 ? "" : " where it is no multiple of 4"));
+    }
+    constexpr int kMaxModelExperts = std::min<int>(plan::kMaxExperts, kMaxRoutedExperts);
+    if (num_experts > kMaxModelExperts) {
+      return absl::InvalidArgumentError(fmt::format(
+          "{} experts are not supported on cuda; at most {}", num_experts, kMaxModelExperts));
+    }
+    return absl::OkStatus();
   }
   WeightRounding rounding() const override { return WeightRounding::kUnrounded; }
 

@@ -73,10 +73,11 @@ absl::StatusOr<std::unique_ptr<CudaMatrix>> CudaMatrix::Create(const HostMatrix&
   if (stays) {
     const bool is_float32 = matrix.format == WeightFormat::kFloat32;
     RETURN_IF_ERROR(
-        is_float32 ? packed->Upload(matrix.values_f32.data(),
-                                    std::ssize(matrix.values_f32) * sizeof(float), arena, stream)
-                   : packed->Upload(matrix.values_bf16.data(),
-                                    std::ssize(matrix.values_bf16) * sizeof(uint16_t), arena, stream));
+        is_float32
+            ? packed->Upload(matrix.values_f32.data(),
+                             std::ssize(matrix.values_f32) * sizeof(float), arena, stream)
+            : packed->Upload(matrix.values_bf16.data(),
+                             std::ssize(matrix.values_bf16) * sizeof(uint16_t), arena, stream));
     return packed;
   }
   ASSIGN_OR_RETURN(const plan::WeightLayout layout,
@@ -106,8 +107,7 @@ absl::StatusOr<std::unique_ptr<CudaMatrix>> CudaMatrix::MakeDummy(
     LaunchDummyRows(matrix, made->memory_.data, stream);
     return made;
   }
-  const plan::WeightLayout layout =
-      plan::LayOutDummyWeights(matrix, use == MatrixUse::kGateUp);
+  const plan::WeightLayout layout = plan::LayOutDummyWeights(matrix, use == MatrixUse::kGateUp);
   ASSIGN_OR_RETURN(made->memory_, arena->Allocate(layout.size_bytes()));
   made->layout_ = Layout::kPacked;
   made->packed_ = {layout, made->memory_.data};

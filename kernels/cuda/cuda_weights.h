@@ -37,8 +37,8 @@ class WorkspaceMemo {
   int64_t bytes_ = 0;
 };
 
-// Device memory for matrices, cut from slabs: the driver gives out whole pages of 2 MiB, of which the
-// thousands of small expert matrices of a model would waste several GiB.
+// Device memory for matrices, cut from slabs: the driver gives out whole pages of 2 MiB, of which
+// the thousands of small expert matrices of a model would waste several GiB.
 class WeightArena {
  public:
   // A part of a slab, which lives as long as its parts.

@@ -19,13 +19,13 @@ struct DummyMatrix {
   static constexpr int kMaxRanges = 3;  // q, k and v
 
   WeightFormat format = WeightFormat::kWint2;
-  uint64_t seed = 0;      // of the whole matrix
-  float deviation = 1;    // standard deviation of the weights, about
+  uint64_t seed = 0;        // of the whole matrix
+  float deviation = 1;      // standard deviation of the weights, about
   bool transposed = false;  // the weight at (row, column) stands at (column, row) of the whole
                             // matrix, as in a tied head; kFloat32 and kBfloat16 only
-  int64_t k = 0;          // of the slice
-  int64_t n = 0;          // of the slice: the ranges' counts together
-  int64_t first_row = 0;  // of the whole matrix; kWint2: a multiple of 64
+  int64_t k = 0;            // of the slice
+  int64_t n = 0;            // of the slice: the ranges' counts together
+  int64_t first_row = 0;    // of the whole matrix; kWint2: a multiple of 64
   int num_ranges = 0;
   Columns ranges[kMaxRanges] = {};
 };

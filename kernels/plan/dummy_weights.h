@@ -7,8 +7,8 @@
 //   float32, bfloat16   uniform in [-1, 1) * sqrt(3) * deviation
 //   WINT8, WINT4        codes -127 … 127 and -7 … 7, a scale a column
 //   WINT2               any byte, local scales 1 … 15, a signed super scale a column, and one of
-//                       kNumDummyCodeMaps maps from byte to code, all of them exact on every backend
-//                       (code_line.h): codes stay within 0 … 32767
+//                       kNumDummyCodeMaps maps from byte to code, all of them exact on every
+//                       backend (code_line.h): codes stay within 0 … 32767
 // A column's scale is 0.5 to 1.5 times the one that gives the deviation. It has a sign in WINT2,
 // whose values have a mean of -1/2: without it their mean would add up over the layers.
 #pragma once

@@ -69,11 +69,15 @@ TEST(DummyWeights, PiecesAreThePackedHostMatrix) {
   for (const WeightFormat format : kFormats) {
     if (format == WeightFormat::kFloat32) continue;
     for (const bool gate_up : {false, true}) {
-      for (const auto& [k, n] : {std::pair<int64_t, int64_t>{64, 2}, {128, 16}, {192, 34},
-                                 {320, 100}, {256, 64}, {100, 40}}) {
+      for (const auto& [k, n] : {std::pair<int64_t, int64_t>{64, 2},
+                                 {128, 16},
+                                 {192, 34},
+                                 {320, 100},
+                                 {256, 64},
+                                 {100, 40}}) {
         if (format == WeightFormat::kWint2 && k % 64 != 0) continue;
-        SCOPED_TRACE(testing::Message() << static_cast<int>(format) << " " << gate_up << " " << k
-                                        << " x " << n);
+        SCOPED_TRACE(testing::Message()
+                     << static_cast<int>(format) << " " << gate_up << " " << k << " x " << n);
         const DummyMatrix matrix = Whole(format, k, n);
         const HostMatrix host = MakeDummyHostMatrix(matrix);
         const WeightLayout layout = *LayOutWeights(host, gate_up);
@@ -113,8 +117,8 @@ TEST(DummyWeights, StayInTheRangesOfTheFormats) {
     EXPECT_GE(wint2.code_scale[column], 110);
     EXPECT_LE(wint2.code_scale[column], 128);
     for (const int byte : {0, 255}) {
-      const int32_t code = formats::Wint2Code(static_cast<uint8_t>(byte),
-                                              wint2.code_scale[column], wint2.code_zp[column]);
+      const int32_t code = formats::Wint2Code(static_cast<uint8_t>(byte), wint2.code_scale[column],
+                                              wint2.code_zp[column]);
       EXPECT_GE(code, 0);
       EXPECT_LE(code, 32767);
     }

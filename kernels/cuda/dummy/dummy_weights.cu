@@ -1,8 +1,7 @@
-#include "kernels/cuda/dummy/dummy_weights.h"
-
 #include <algorithm>
 
 #include "common/check.h"
+#include "kernels/cuda/dummy/dummy_weights.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/plan/dummy_weights.h"
 

@@ -1,6 +1,4 @@
 // The bytes that a GPU makes are those that packing the host matrix gives.
-#include "kernels/cuda/dummy/dummy_weights.h"
-
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
@@ -11,6 +9,7 @@
 #include <vector>
 
 #include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/dummy/dummy_weights.h"
 #include "kernels/cuda/handles.h"
 #include "kernels/plan/dummy_weights.h"
 #include "kernels/plan/pack_weights.h"
@@ -66,11 +65,15 @@ TEST(DummyWeightsCuda, PackedBytesAreThoseOfTheHostMatrix) {
   for (const WeightFormat format : {WeightFormat::kBfloat16, WeightFormat::kWint8,
                                     WeightFormat::kWint4, WeightFormat::kWint2}) {
     for (const bool gate_up : {false, true}) {
-      for (const auto& [k, n] : {std::pair<int64_t, int64_t>{64, 2}, {128, 16}, {192, 34},
-                                 {320, 100}, {1024, 512}, {100, 40}}) {
+      for (const auto& [k, n] : {std::pair<int64_t, int64_t>{64, 2},
+                                 {128, 16},
+                                 {192, 34},
+                                 {320, 100},
+                                 {1024, 512},
+                                 {100, 40}}) {
         if (format == WeightFormat::kWint2 && k % 64 != 0) continue;
-        SCOPED_TRACE(testing::Message() << static_cast<int>(format) << " " << gate_up << " " << k
-                                        << " x " << n);
+        SCOPED_TRACE(testing::Message()
+                     << static_cast<int>(format) << " " << gate_up << " " << k << " x " << n);
         const DummyMatrix matrix = SliceOf(format, k, n);
         const HostMatrix host = plan::MakeDummyHostMatrix(matrix);
         const plan::WeightLayout layout = *plan::LayOutWeights(host, gate_up);
