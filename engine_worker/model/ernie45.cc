@@ -8,7 +8,7 @@
 #include "absl/status/status.h"
 #include "common/check.h"
 #include "common/status_macros.h"
-#include "engine_worker/weights/matrix_reader.h"
+#include "engine_worker/weights/weight_source.h"
 #include "fmt/format.h"
 #include "xxhash.h"
 
@@ -21,7 +21,6 @@ using kernels::ConstRows;
 using kernels::DeviceBatch;
 using kernels::ExpertGroup;
 using kernels::KvLayer;
-using kernels::MatrixUse;
 using kernels::MlpWeights;
 using kernels::Rows;
 using kernels::WeightMatrix;
@@ -42,7 +41,7 @@ struct Layer {
   Matrix output;
   Mlp mlp;  // dense layers only; the rest is for MoE layers
   Matrix router;
-  std::unique_ptr<Buffer> router_bias;  // null without Checkpoint::has_router_bias
+  std::unique_ptr<Buffer> router_bias;  // null without WeightSource::has_router_bias
   std::vector<Mlp> experts;
   std::unique_ptr<ExpertGroup> expert_group;  // of `experts`
   Mlp shared;                                 // empty without shared experts
@@ -55,6 +54,7 @@ struct Weights {
   std::vector<Layer> layers;
   std::unique_ptr<Buffer> final_norm;
   Matrix head;
+  int64_t size_bytes = 0;  // of the matrices
 };
 
 const float* Floats(const std::unique_ptr<Buffer>& buffer) {
@@ -65,39 +65,35 @@ absl::Status InFrontOf(const absl::Status& status, std::string_view place) {
   return absl::Status(status.code(), fmt::format("{}: {}", place, std::string(status.message())));
 }
 
-// Packs one rank's tensors one after the other, as they are unpacked.
+// Takes one rank's weights from their source, one after the other.
 class Loader {
  public:
-  Loader(const ModelConfig& config, const Checkpoint& checkpoint, Backend* backend, int rank,
-         int world_size, int num_threads)
-      : config_(config),
-        checkpoint_(checkpoint),
-        backend_(backend),
-        matrices_(checkpoint, AllMatrices(config), rank, world_size, num_threads) {}
+  Loader(const ModelConfig& config, WeightSource* source, Backend* backend)
+      : config_(config), source_(source), backend_(backend) {}
 
   absl::StatusOr<Weights> LoadAll() {
     Weights w;
-    ASSIGN_OR_RETURN(w.embedding,
-                     LoadMatrix({MatrixRole::kEmbedding}, MatrixUse::kEmbedding, "embedding"));
+    ASSIGN_OR_RETURN(w.embedding, LoadMatrix({MatrixRole::kEmbedding}, "embedding"));
     for (int i = 0; i < config_.num_layers; ++i) {
       ASSIGN_OR_RETURN(Layer layer, LoadLayer(i));
       w.layers.push_back(std::move(layer));
     }
     ASSIGN_OR_RETURN(w.final_norm, LoadVector(VectorRole::kFinalNorm, 0));
-    ASSIGN_OR_RETURN(w.head, LoadMatrix({MatrixRole::kHead}, MatrixUse::kLinear, "head"));
+    ASSIGN_OR_RETURN(w.head, LoadMatrix({MatrixRole::kHead}, "head"));
+    w.size_bytes = matrix_bytes_;
     return w;
   }
 
  private:
-  absl::StatusOr<Matrix> LoadMatrix(const MatrixRef& ref, MatrixUse use, std::string_view place) {
-    ASSIGN_OR_RETURN(const formats::HostMatrix host, matrices_.Next(ref));
-    absl::StatusOr<Matrix> packed = backend_->Pack(host, use);
-    if (!packed.ok()) return InFrontOf(packed.status(), place);
-    return packed;
+  absl::StatusOr<Matrix> LoadMatrix(const MatrixRef& ref, std::string_view place) {
+    absl::StatusOr<Matrix> matrix = source_->NextMatrix(ref);
+    if (!matrix.ok()) return InFrontOf(matrix.status(), place);
+    matrix_bytes_ += (*matrix)->size_bytes();
+    return matrix;
   }
 
   absl::StatusOr<std::unique_ptr<Buffer>> LoadVector(VectorRole role, int layer) {
-    ASSIGN_OR_RETURN(const std::vector<float> host, checkpoint_.LoadVector(role, layer));
+    ASSIGN_OR_RETURN(const std::vector<float> host, source_->LoadVector(role, layer));
     const auto size_bytes = static_cast<int64_t>(host.size() * sizeof(float));
     ASSIGN_OR_RETURN(std::unique_ptr<Buffer> buffer, backend_->Allocate(size_bytes));
     backend_->CopyFromHost(buffer->data(), host.data(), size_bytes);
@@ -106,10 +102,9 @@ class Loader {
 
   absl::StatusOr<Mlp> LoadMlp(int layer, int expert, const std::string& place) {
     Mlp mlp;
-    ASSIGN_OR_RETURN(mlp.gate_up, LoadMatrix({MatrixRole::kGateUp, layer, expert},
-                                             MatrixUse::kGateUp, place + " gate-up"));
-    ASSIGN_OR_RETURN(mlp.down, LoadMatrix({MatrixRole::kDown, layer, expert}, MatrixUse::kLinear,
-                                          place + " down"));
+    ASSIGN_OR_RETURN(mlp.gate_up,
+                     LoadMatrix({MatrixRole::kGateUp, layer, expert}, place + " gate-up"));
+    ASSIGN_OR_RETURN(mlp.down, LoadMatrix({MatrixRole::kDown, layer, expert}, place + " down"));
     return mlp;
   }
 
@@ -117,18 +112,15 @@ class Loader {
     const std::string place = fmt::format("layer {}", i);
     Layer layer;
     ASSIGN_OR_RETURN(layer.input_norm, LoadVector(VectorRole::kInputNorm, i));
-    ASSIGN_OR_RETURN(layer.qkv,
-                     LoadMatrix({MatrixRole::kQkv, i}, MatrixUse::kLinear, place + " qkv"));
-    ASSIGN_OR_RETURN(layer.output,
-                     LoadMatrix({MatrixRole::kOutput, i}, MatrixUse::kLinear, place + " output"));
+    ASSIGN_OR_RETURN(layer.qkv, LoadMatrix({MatrixRole::kQkv, i}, place + " qkv"));
+    ASSIGN_OR_RETURN(layer.output, LoadMatrix({MatrixRole::kOutput, i}, place + " output"));
     ASSIGN_OR_RETURN(layer.post_attention_norm, LoadVector(VectorRole::kPostAttentionNorm, i));
     if (!config_.IsMoeLayer(i)) {
       ASSIGN_OR_RETURN(layer.mlp, LoadMlp(i, kDenseMlp, place + " mlp"));
       return layer;
     }
-    ASSIGN_OR_RETURN(layer.router,
-                     LoadMatrix({MatrixRole::kRouter, i}, MatrixUse::kRouter, place + " router"));
-    if (checkpoint_.has_router_bias()) {
+    ASSIGN_OR_RETURN(layer.router, LoadMatrix({MatrixRole::kRouter, i}, place + " router"));
+    if (source_->has_router_bias()) {
       ASSIGN_OR_RETURN(layer.router_bias, LoadVector(VectorRole::kRouterBias, i));
     }
     std::vector<MlpWeights> views;
@@ -147,9 +139,9 @@ class Loader {
   }
 
   const ModelConfig& config_;
-  const Checkpoint& checkpoint_;
+  WeightSource* const source_;
   Backend* const backend_;
-  MatrixReader matrices_;
+  int64_t matrix_bytes_ = 0;
 };
 
 // Rows in device memory.
@@ -190,7 +182,7 @@ struct Workspace {
   Activations qkv;
   Activations attended;
   Activations cos_sin;
-  std::unique_ptr<Buffer> expert_ids;
+  std::unique_ptr<Buffer> expert_ids;  // [layers, tokens, experts of a token]
   std::unique_ptr<Buffer> expert_weights;
   Activations rank_logits;      // [logit rows, this rank's vocabulary]
   Activations gathered_logits;  // [ranks, logit rows, a rank's vocabulary]; of several ranks
@@ -216,7 +208,8 @@ absl::StatusOr<Workspace> AllocateWorkspace(Backend* backend, const ModelConfig&
                    allocate(int64_t{shape.attention.num_heads} * shape.attention.head_dim));
   ASSIGN_OR_RETURN(w.cos_sin, allocate(config.head_dim));
   const int64_t pairs = tokens * std::max(1, config.num_experts_per_token);
-  ASSIGN_OR_RETURN(w.expert_ids, backend->Allocate(pairs * static_cast<int64_t>(sizeof(int32_t))));
+  ASSIGN_OR_RETURN(w.expert_ids, backend->Allocate(config.num_layers * pairs *
+                                                   static_cast<int64_t>(sizeof(int32_t))));
   ASSIGN_OR_RETURN(w.expert_weights,
                    backend->Allocate(pairs * static_cast<int64_t>(sizeof(float))));
 
@@ -255,6 +248,11 @@ class Ernie45 final : public Model {
   int max_batch_tokens() const override { return options_.max_batch_tokens; }
   int max_logit_rows() const override { return options_.max_logit_rows; }
   uint64_t weights_digest() const override { return weights_digest_; }
+  int64_t weight_bytes() const override { return weights_.size_bytes; }
+  RoutedExperts routed_experts(int layer) const override {
+    if (!weights_.layers[layer].is_moe()) return {};
+    return {ExpertIds(layer), config_.num_experts, config_.num_experts_per_token};
+  }
   int64_t kv_block_bytes() const override { return config_.num_layers * shape_.kv_layer_bytes; }
 
   uint64_t kv_layout_digest() const override {
@@ -280,7 +278,7 @@ class Ernie45 final : public Model {
       AddNorm(pending, Floats(layer.input_norm), batch.num_tokens());
       RETURN_IF_ERROR(AttentionBlock(layer, KvOf(i, kv_pool), batch));
       AddNorm(Delta(), Floats(layer.post_attention_norm), batch.num_tokens());
-      RETURN_IF_ERROR(MlpBlock(layer, batch));
+      RETURN_IF_ERROR(MlpBlock(i, batch));
       pending = Delta();
     }
     return Head(pending, batch);
@@ -308,10 +306,16 @@ class Ernie45 final : public Model {
     return SumDeltaOverRanks(batch.num_tokens());
   }
 
-  absl::Status MlpBlock(const Layer& layer, const DeviceBatch& batch) {
+  int32_t* ExpertIds(int layer) const {
+    return static_cast<int32_t*>(workspace_.expert_ids->data()) +
+           int64_t{layer} * options_.max_batch_tokens * std::max(1, config_.num_experts_per_token);
+  }
+
+  absl::Status MlpBlock(int layer_index, const DeviceBatch& batch) {
+    const Layer& layer = weights_.layers[layer_index];
     const int64_t num_tokens = batch.num_tokens();
     if (layer.is_moe()) {
-      auto* expert_ids = static_cast<int32_t*>(workspace_.expert_ids->data());
+      int32_t* expert_ids = ExpertIds(layer_index);
       auto* expert_weights = static_cast<float*>(workspace_.expert_weights->data());
       const kernels::RouterShape router = {config_.num_experts, config_.num_experts_per_token,
                                            config_.moe_norm_min};
@@ -367,9 +371,8 @@ class Ernie45 final : public Model {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Model>> LoadErnie45(const ModelConfig& config,
-                                                   const Checkpoint& checkpoint, Backend* backend,
-                                                   Collective* collective,
+absl::StatusOr<std::unique_ptr<Model>> LoadErnie45(const ModelConfig& config, WeightSource* source,
+                                                   Backend* backend, Collective* collective,
                                                    const Ernie45Options& options) {
   CHECK(options.max_batch_tokens >= 1 && options.max_logit_rows >= 1,
         "max_batch_tokens={} max_logit_rows={}", options.max_batch_tokens, options.max_logit_rows);
@@ -379,20 +382,27 @@ absl::StatusOr<std::unique_ptr<Model>> LoadErnie45(const ModelConfig& config,
     shape.world_size = collective->world_size();
   }
   RETURN_IF_ERROR(CheckTensorParallel(config, shape.world_size));
+  RETURN_IF_ERROR(backend->CheckModel(config.hidden_size, config.num_experts));
   shape.attention = {config.num_heads / shape.world_size,
                      std::max(1, config.num_kv_heads / shape.world_size), config.head_dim};
   ASSIGN_OR_RETURN(shape.kv_layer_bytes, backend->KvLayerBytes(shape.attention));
-  ASSIGN_OR_RETURN(Weights weights, Loader(config, checkpoint, backend, shape.rank,
-                                           shape.world_size, options.num_load_threads)
-                                        .LoadAll());
+  ASSIGN_OR_RETURN(Weights weights, Loader(config, source, backend).LoadAll());
   ASSIGN_OR_RETURN(Workspace workspace, AllocateWorkspace(backend, config, shape, options));
-  const std::string identity =
-      fmt::format("checkpoint={:016x} k_order={} unrounded={}", checkpoint.digest(),
-                  static_cast<int>(checkpoint.k_order()),
-                  backend->rounding() == kernels::WeightRounding::kUnrounded);
+  const std::string identity = source->identity();
   return std::make_unique<Ernie45>(config, shape, std::move(weights), std::move(workspace),
                                    XXH3_64bits(identity.data(), identity.size()), backend,
                                    collective, options);
+}
+
+absl::StatusOr<std::unique_ptr<Model>> LoadErnie45(const ModelConfig& config,
+                                                   const Checkpoint& checkpoint, Backend* backend,
+                                                   Collective* collective,
+                                                   const Ernie45Options& options) {
+  const int rank = collective == nullptr ? 0 : collective->rank();
+  const int world_size = collective == nullptr ? 1 : collective->world_size();
+  const std::unique_ptr<WeightSource> source =
+      MakeCheckpointSource(config, checkpoint, backend, rank, world_size, options.num_load_threads);
+  return LoadErnie45(config, source.get(), backend, collective, options);
 }
 
 }  // namespace wintserve

@@ -8,6 +8,7 @@
 #include "engine_worker/config/model_config.h"
 #include "engine_worker/model/model.h"
 #include "engine_worker/weights/checkpoint.h"
+#include "engine_worker/weights/weight_source.h"
 #include "kernels/backend.h"
 
 namespace wintserve {
@@ -19,13 +20,19 @@ struct Ernie45Options {
   int num_load_threads = 1;  // that unpack weights, besides the backend's that pack them
 };
 
-// Loads this rank's slice of every weight, one tensor after the other, into the backend's layout.
-// Besides what is packed, the tensor that is being packed and a few after it (at most one for each
-// load thread, MatrixReader) are in host memory.
-// collective: null for a single rank. It and the backend outlive the model; the checkpoint may go.
-// Errors: INVALID_ARGUMENT for shapes that the model cannot run over world_size ranks,
-// RESOURCE_EXHAUSTED when weights and activations do not fit the device's memory, and whatever else
-// the checkpoint or the backend reports, with the tensor's place in front.
+// Takes every weight of this rank from `source`, which may go afterwards.
+// collective: null for a single rank; else `source` is of its rank. It and the backend outlive the
+// model.
+// Errors: INVALID_ARGUMENT for shapes that the backend does not have or that do not split over
+// world_size ranks, before anything is loaded; RESOURCE_EXHAUSTED when weights and activations do
+// not fit the device's memory; and whatever else the source or the backend reports, with the
+// tensor's place in front.
+absl::StatusOr<std::unique_ptr<Model>> LoadErnie45(const ModelConfig& config, WeightSource* source,
+                                                   kernels::Backend* backend,
+                                                   Collective* collective,
+                                                   const Ernie45Options& options);
+
+// The same from a checkpoint, which may go as well.
 absl::StatusOr<std::unique_ptr<Model>> LoadErnie45(const ModelConfig& config,
                                                    const Checkpoint& checkpoint,
                                                    kernels::Backend* backend,

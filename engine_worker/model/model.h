@@ -8,6 +8,13 @@
 
 namespace wintserve {
 
+// Which experts the tokens of a pass went to.
+struct RoutedExperts {
+  const int32_t* ids = nullptr;  // device memory [tokens, top_k], until the next pass
+  int num_experts = 0;
+  int top_k = 0;
+};
+
 // Owns its rank's weights and scratch memory.
 // Threading: one thread calls; a backend may use more inside.
 // Determinism (CPU): a row's result has the same bits in any batch.
@@ -26,8 +33,12 @@ class Model {
   virtual int64_t kv_block_bytes() const = 0;
   // Equal digests mean that blocks can be read by each other's group (all ranks together).
   virtual uint64_t kv_layout_digest() const = 0;
-  // Of the checkpoint's files and the decoding options, not of the rank.
+  // Of where the weights come from and of the decoding options, not of the rank.
   virtual uint64_t weights_digest() const = 0;
+  // Of the rank's weight matrices in device memory.
+  virtual int64_t weight_bytes() const { return 0; }
+  // Of the last Forward; without ids for a layer that routes nothing.
+  virtual RoutedExperts routed_experts(int /*layer*/) const { return {}; }
 
   // Hands one pass over `batch` to the device, against the pool of KV blocks at `kv_pool` (device
   // memory). Returns the logits [batch.num_logit_rows(), vocab_size] in device memory, for whatever

@@ -138,6 +138,28 @@ absl::StatusOr<Layout> DetectLayout(const TensorSet& set, const ModelConfig& con
   return layout;
 }
 
+formats::MatrixSlice SliceOf(const MatrixPart& part, Split split, int rank, int world_size) {
+  formats::MatrixSlice slice{0, part.stored.k, part.n_begin,
+                             part.n_begin + part.num_units * part.unit_columns};
+  if (split == Split::kColumns) {
+    const int64_t units = std::max<int64_t>(1, part.num_units / world_size);
+    slice.n_begin += rank * part.num_units / world_size * part.unit_columns;
+    slice.n_end = slice.n_begin + units * part.unit_columns;
+  } else if (split == Split::kRows) {
+    slice.k_begin = part.stored.k / world_size * rank;
+    slice.k_end = slice.k_begin + part.stored.k / world_size;
+  }
+  return slice;
+}
+
+Layout CanonicalLayout(const ModelConfig& config) {
+  Layout layout;
+  layout.prefix = "ernie";
+  layout.head_is_tied = config.tie_word_embeddings;
+  layout.has_router_bias = config.has_router_bias;
+  return layout;
+}
+
 ModelConfig ConfigOfShard(const ModelConfig& config, int num_shards) {
   ModelConfig shard = config;
   shard.vocab_size /= num_shards;

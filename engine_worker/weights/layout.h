@@ -9,6 +9,7 @@
 #include "engine_worker/config/model_config.h"
 #include "engine_worker/weights/checkpoint.h"
 #include "engine_worker/weights/tensor_set.h"
+#include "kernels/formats/matrix.h"
 
 namespace wintserve {
 
@@ -59,6 +60,12 @@ struct LogicalMatrix {
   std::vector<MatrixPart> parts;  // side by side along n, all of the same k
   Split split = Split::kNone;
 };
+
+// What `rank` of `world_size` takes of a part's tensor. REQUIRES: the split comes out even.
+formats::MatrixSlice SliceOf(const MatrixPart& part, Split split, int rank, int world_size);
+
+// Paddle's layout as the config alone tells it; what it leaves to the tensors is absent.
+Layout CanonicalLayout(const ModelConfig& config);
 
 // REQUIRES: `ref` names a matrix that a model of `config` has.
 LogicalMatrix DescribeMatrix(const Layout& layout, const ModelConfig& config, const MatrixRef& ref);

@@ -115,20 +115,6 @@ void CopyPlain(const uint8_t* data, const StoredMatrix& stored, const MatrixSlic
   }
 }
 
-MatrixSlice SliceOf(const MatrixPart& part, Split split, int rank, int world_size) {
-  MatrixSlice slice{0, part.stored.k, part.n_begin,
-                    part.n_begin + part.num_units * part.unit_columns};
-  if (split == Split::kColumns) {
-    const int64_t units = std::max<int64_t>(1, part.num_units / world_size);
-    slice.n_begin += rank * part.num_units / world_size * part.unit_columns;
-    slice.n_end = slice.n_begin + units * part.unit_columns;
-  } else if (split == Split::kRows) {
-    slice.k_begin = part.stored.k / world_size * rank;
-    slice.k_end = slice.k_begin + part.stored.k / world_size;
-  }
-  return slice;
-}
-
 // A tensor of a matrix; there by the caller's contract.
 struct Tensor {
   std::string name;
