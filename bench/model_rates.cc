@@ -12,6 +12,10 @@
 // Prefill: prompts of --prompt-tokens random ids, one alone and several in one plan; time to
 // the sampled ids. Each is the median of --repeats runs after one that warms up. device_ms is what
 // the step itself took on the device, from its events.
+//
+// A mixture of experts reads as many experts as its tokens went to, so that is printed for the last
+// step of a batch: the fewest distinct experts of a layer and their mean over the layers. With
+// --load-format dummy any config will do as a model (models/shapes).
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
@@ -21,6 +25,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -55,12 +60,21 @@ struct Rate {
   double device_ms = 0;  // of a step, the mean
 };
 
+// Distinct experts that a layer's tokens went to, over the layers that have any.
+struct DistinctExperts {
+  int layers = 0;
+  int fewest = 0;
+  double mean = 0;
+  int of = 0;
+};
+
 struct DecodeRate {
   Rate rate;
   int64_t idle_us_p50 = 0;
   int64_t idle_us_p99 = 0;
   double host_us_p50 = 0;
   double graph_ms = 0;  // 0: without graphs
+  DistinctExperts experts;
 };
 
 template <typename T>
@@ -68,6 +82,25 @@ T Quantile(std::vector<T> values, double q) {
   if (values.empty()) return 0;
   std::sort(values.begin(), values.end());
   return values[static_cast<size_t>(q * static_cast<double>(values.size() - 1))];
+}
+
+// Of the last pass, which had num_tokens.
+absl::StatusOr<DistinctExperts> CountExperts(const Model& model, int num_tokens) {
+  DistinctExperts counted;
+  for (int layer = 0; layer < model.num_layers(); ++layer) {
+    const RoutedExperts routed = model.routed_experts(layer);
+    if (routed.ids == nullptr) continue;
+    std::vector<int32_t> ids(static_cast<size_t>(num_tokens) * routed.top_k);
+    RETURN_IF_ERROR(model.backend()->CopyToHost(
+        ids.data(), routed.ids, static_cast<int64_t>(ids.size() * sizeof(int32_t))));
+    const auto distinct = static_cast<int>(std::set<int32_t>(ids.begin(), ids.end()).size());
+    counted.fewest = counted.layers == 0 ? distinct : std::min(counted.fewest, distinct);
+    counted.mean += distinct;
+    counted.of = routed.num_experts;
+    ++counted.layers;
+  }
+  if (counted.layers > 0) counted.mean /= counted.layers;
+  return counted;
 }
 
 double Seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
@@ -210,7 +243,8 @@ absl::StatusOr<DecodeRate> MeasureDecode(const RateOptions& options, Model* mode
   std::vector<DecodeRate> rates;
   for (int run = 0; run <= options.repeats; ++run) {
     RETURN_IF_ERROR(sequences->Prefill(options.context_tokens).status());
-    ASSIGN_OR_RETURN(const DecodeRate rate, sequences->Decode(options.steps));
+    ASSIGN_OR_RETURN(DecodeRate rate, sequences->Decode(options.steps));
+    ASSIGN_OR_RETURN(rate.experts, CountExperts(*model, batch));
     RETURN_IF_ERROR(sequences->Release());
     if (run > 0) rates.push_back(rate);
   }
@@ -240,6 +274,7 @@ absl::Status Run(const RateOptions& options) {
                  {"host", DeviceDescription()},
                  {"date", Today()},
                  {"model", options.serve.model},
+                 {"load_format", options.serve.load_format},
                  {"load_seconds", load_seconds},
                  {"max_num_batched_tokens", options.serve.max_num_batched_tokens},
                  {"context_tokens", options.context_tokens},
@@ -269,6 +304,12 @@ absl::Status Run(const RateOptions& options) {
                                   {"idle_us_p99", decode.idle_us_p99},
                                   {"host_us_p50", decode.host_us_p50},
                                   {"graph_ms", decode.graph_ms}});
+      const DistinctExperts& experts = decode.experts;
+      if (experts.layers == 0) continue;
+      fmt::print("  experts a layer: {} in the layer with fewest, {:.1f} on average, of {}\n",
+                 experts.fewest, experts.mean, experts.of);
+      report["decode"].back()["fewest_experts"] = experts.fewest;
+      report["decode"].back()["mean_experts"] = experts.mean;
     }
   }
   for (const int prompts : options.prompts) {
@@ -292,9 +333,18 @@ int Main(int argc, char** argv) {
   RateOptions options;
   options.serve.model = "models/poet";
   options.serve.max_num_batched_tokens = 2048;
+  std::string log_level = "warning";
   CLI::App app("Decode and prefill rates of a model through the step runner");
   const auto positive = CLI::Range(1, 1 << 20);
   app.add_option("--model", options.serve.model);
+  app.add_option("--load-format", options.serve.load_format)
+      ->check(CLI::IsMember({"auto", "dummy"}));
+  app.add_option("--dummy-router-skew", options.serve.dummy_router_skew)
+      ->check(CLI::Range(0.0, 1000.0));
+  app.add_option("--kv-cache-dtype", options.serve.kv_cache_dtype)
+      ->check(CLI::IsMember({"auto", "bfloat16", "int8"}));
+  app.add_option("--log-level", log_level)
+      ->check(CLI::IsMember({"debug", "info", "warning", "error"}));
   app.add_option("--device", options.serve.device)->check(CLI::IsMember({"cpu", "cuda"}));
   app.add_option("--cpu-threads", options.serve.cpu_threads);
   app.add_option("--max-num-batched-tokens", options.serve.max_num_batched_tokens)->check(positive);
@@ -310,7 +360,7 @@ int Main(int argc, char** argv) {
     const int largest = counts->empty() ? 1 : *std::max_element(counts->begin(), counts->end());
     options.serve.max_num_seqs = std::max(options.serve.max_num_seqs, largest);
   }
-  InitLog("model_rates", "warning");
+  InitLog("model_rates", log_level);
   const absl::Status status = Run(options);
   if (status.ok()) return 0;
   fmt::print(stderr, "model_rates: {}\n", std::string(status.message()));

@@ -13,6 +13,25 @@ namespace {
 
 constexpr uint64_t kMaxPoolBytes = uint64_t{4} << 30;
 
+constexpr uint64_t kMaxNumBlocks = std::numeric_limits<int32_t>::max();
+
+absl::StatusOr<uint32_t> BlocksOfGpus(const PoolSizing& sizing, uint64_t blocks_per_sequence) {
+  uint64_t num_blocks = kMaxNumBlocks;
+  for (size_t rank = 0; rank < sizing.block_bytes_by_rank.size(); ++rank) {
+    num_blocks = std::min(num_blocks,
+                          sizing.available_bytes_by_rank[rank] / sizing.block_bytes_by_rank[rank]);
+  }
+  if (num_blocks < blocks_per_sequence) {
+    const uint64_t least = *std::min_element(sizing.available_bytes_by_rank.begin(),
+                                             sizing.available_bytes_by_rank.end());
+    return absl::InvalidArgumentError(fmt::format(
+        "{} MiB of a GPU's memory are left for the KV pool: {} blocks, a sequence of "
+        "--max-model-len {} needs {}: raise --gpu-memory-utilization or lower --max-model-len",
+        least >> 20, num_blocks, sizing.max_model_len, blocks_per_sequence));
+  }
+  return static_cast<uint32_t>(num_blocks);
+}
+
 }  // namespace
 
 absl::StatusOr<uint32_t> DecideNumBlocks(const PoolSizing& sizing) {
@@ -31,12 +50,12 @@ absl::StatusOr<uint32_t> DecideNumBlocks(const PoolSizing& sizing) {
     return static_cast<uint32_t>(num_blocks);
   }
   CHECK(!sizing.available_bytes_by_rank.empty());
+  if (!sizing.ranks_share_memory) return BlocksOfGpus(sizing, blocks_per_sequence);
   const uint64_t available_bytes = *std::min_element(sizing.available_bytes_by_rank.begin(),
                                                      sizing.available_bytes_by_rank.end());
   const uint64_t pool_bytes = std::min(available_bytes / 4, kMaxPoolBytes);
-  const uint64_t num_blocks =
-      std::min({blocks_per_sequence * sizing.max_num_seqs, pool_bytes / block_bytes,
-                uint64_t{std::numeric_limits<int32_t>::max()}});
+  const uint64_t num_blocks = std::min(
+      {blocks_per_sequence * sizing.max_num_seqs, pool_bytes / block_bytes, kMaxNumBlocks});
   if (num_blocks < blocks_per_sequence) {
     return absl::InvalidArgumentError(fmt::format(
         "the KV pool of {} MiB (a quarter of the memory that is available, at most 4096 MiB) holds "

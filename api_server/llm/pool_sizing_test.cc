@@ -41,6 +41,22 @@ TEST(PoolSizing, CountsTheLeastMemoryThatARankHasFound) {
   EXPECT_EQ(*DecideNumBlocks(sizing), 128u);
 }
 
+TEST(PoolSizing, GpusGiveAllThatIsLeftOnTheFullest) {
+  PoolSizing sizing = Sizing();
+  sizing.ranks_share_memory = false;
+  sizing.block_bytes_by_rank = {1 << 20, 2 << 20};
+  EXPECT_EQ(*DecideNumBlocks(sizing), 32u * 1024);
+  sizing.available_bytes_by_rank = {5 * kGiB + 1, 64 * kGiB};
+  EXPECT_EQ(*DecideNumBlocks(sizing), 5u * 1024);
+  sizing.available_bytes_by_rank = {64 * kGiB, 65 << 20};
+  EXPECT_EQ(DecideNumBlocks(sizing).status().message(),
+            "65 MiB of a GPU's memory are left for the KV pool: 32 blocks, a sequence of "
+            "--max-model-len 2100 needs 33: raise --gpu-memory-utilization or lower "
+            "--max-model-len");
+  sizing.num_blocks_override = 33;
+  EXPECT_EQ(*DecideNumBlocks(sizing), 33u);
+}
+
 TEST(PoolSizing, TheOverrideReplacesAllThree) {
   PoolSizing sizing = Sizing();
   sizing.num_blocks_override = 100'000;

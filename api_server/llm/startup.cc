@@ -98,6 +98,7 @@ absl::StatusOr<PoolSpec> GroupStartup::pool_spec() const {
                    DecideNumBlocks({.max_num_seqs = config_.max_num_seqs,
                                     .max_model_len = max_model_len_,
                                     .block_size_tokens = config_.block_size_tokens,
+                                    .ranks_share_memory = hellos_[0]->backend == "cpu",
                                     .block_bytes_by_rank = spec.block_bytes_by_rank,
                                     .available_bytes_by_rank = available_bytes_by_rank,
                                     .num_blocks_override = config_.num_blocks_override}));

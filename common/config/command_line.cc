@@ -315,6 +315,10 @@ std::optional<BrokenRule> CheckDevice(const ServeOptions& options) {
                       fmt::format("must be 1 on --device cuda in this version (got {})",
                                   options.tensor_parallel_size)};
   }
+  if (options.dummy_router_skew > 0 && options.load_format != "dummy") {
+    return BrokenRule{"dummy-router-skew", fmt::format("needs --load-format dummy (got {:g})",
+                                                       options.dummy_router_skew)};
+  }
   if (options.device == "cpu" && options.kv_cache_dtype != "auto") {
     return BrokenRule{"kv-cache-dtype",
                       fmt::format("must be auto, which is float32, on --device cpu (got {})",
@@ -376,6 +380,9 @@ void AddNotes(const std::function<const char*(const char*)>& get_env, Draft* dra
   if (options.use_cudagraph && options.device == "cpu") {
     draft->Note("use-cudagraph", "there are no CUDA graphs on --device cpu; ignored");
     options.use_cudagraph = false;
+  }
+  if (draft->given.contains("gpu-memory-utilization") && options.device == "cpu") {
+    draft->Note("gpu-memory-utilization", "there is no GPU on --device cpu; ignored");
   }
   if (get_env("FD_LOG_DIR") != nullptr) {
     draft->command->notes.push_back("FD_LOG_DIR: logs go to stderr; ignored");

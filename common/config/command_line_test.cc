@@ -199,6 +199,19 @@ TEST(CommandLine, CudaGraphsAreOnOnAGpuUnlessTheyAreSwitchedOff) {
   EXPECT_THAT(Serve({}).notes, IsEmpty());
 }
 
+TEST(CommandLine, DummyWeightsAndTheShareOfAGpusMemory) {
+  EXPECT_EQ(Serve({}).options.load_format, "auto");
+  const CommandLine dummy = Serve({"--load-format=dummy", "--dummy-router-skew", "1.5"});
+  EXPECT_EQ(dummy.options.load_format, "dummy");
+  EXPECT_EQ(dummy.options.dummy_router_skew, 1.5);
+  EXPECT_EQ(Serve({"--device=cuda"}).options.gpu_memory_utilization, 0.92);
+  const CommandLine gpu = Serve({"--device=cuda", "--gpu-memory-utilization=0.85"});
+  EXPECT_EQ(gpu.options.gpu_memory_utilization, 0.85);
+  EXPECT_THAT(gpu.notes, IsEmpty());
+  EXPECT_THAT(Serve({"--gpu-memory-utilization=0.85"}).notes,
+              ElementsAre("--gpu-memory-utilization: there is no GPU on --device cpu; ignored"));
+}
+
 TEST(CommandLine, TheQueueBoundHasTwoNames) {
   EXPECT_EQ(Serve({"--max-queue-requests=7"}).options.max_queue_requests, 7);
   EXPECT_EQ(Serve({"--scheduler-max-size=7"}).options.max_queue_requests, 7);
@@ -288,6 +301,10 @@ TEST(CommandLine, OneLineSaysWhatIsWrong) {
       {{"--device", "tpu"}, "error: --device: must be one of cpu, cuda (got tpu)"},
       {{"--device=cuda", "-tp", "2"},
        "error: --tensor-parallel-size: must be 1 on --device cuda in this version (got 2)"},
+      {{"--load-format", "dumy"}, "error: --load-format: must be one of auto, dummy (got dumy)"},
+      {{"--dummy-router-skew=2"}, "error: --dummy-router-skew: needs --load-format dummy (got 2)"},
+      {{"--load-format=dummy", "--dummy-router-skew=-1"},
+       "error: --dummy-router-skew: must be 0..1000 (got -1)"},
       {{"--kv-cache-dtype", "fp8"},
        "error: --kv-cache-dtype: must be one of auto, bfloat16, int8 (got fp8)"},
       {{"--kv-cache-dtype", "int8"},

@@ -83,8 +83,6 @@ void AddUnbuiltFlags(std::vector<Flag>* flags) {
               "--request-timeout bounds the time of a request", -1),
       Unbuilt("timeout", Type::kInteger, "0", "there are no HTTP worker processes to time out", 0),
       Unbuilt("revision", Type::kText, "master", "downloading from a hub is not in this version"),
-      Unbuilt("gpu-memory-utilization", Type::kNumber, "0.9", "there is no GPU on --device cpu", 0,
-              1),
       Unbuilt("kv-cache-ratio", Type::kNumber, "0.75", "prefill and decode share all KV blocks", 0,
               1),
       Unbuilt("static-decode-blocks", Type::kInteger, "2", "KV blocks are allocated when needed",

@@ -91,6 +91,15 @@ void AddModelFlags(std::vector<Flag>* flags) {
   flags->push_back(Text("k-order", kModel, &ServeOptions::k_order,
                         "Row order of the 2-bit tensors: auto, mma64 or natural",
                         {"auto", "mma64", "natural"}));
+  flags->push_back(
+      Text("load-format", kModel, &ServeOptions::load_format,
+           "auto: the checkpoint's files; dummy: weights made from the config alone, to "
+           "measure speed and memory",
+           {"auto", "dummy"}));
+  flags->push_back(
+      Number("dummy-router-skew", kModel, 0, 1000, &ServeOptions::dummy_router_skew,
+             "Of dummy weights: 0 spreads tokens over all experts, above 10 nearly all take "
+             "the same few"));
   flags->push_back(Custom("quantization", kModel, Type::kText, "",
                           "wint2: the only one served, whatever the checkpoint holds",
                           ApplyQuantization));
@@ -245,6 +254,9 @@ void AddFeatureFlags(std::vector<Flag>* flags) {
   flags->push_back(Text("kv-cache-dtype", kFeatures, &ServeOptions::kv_cache_dtype,
                         "Keys and values on a GPU: bfloat16 (auto), or int8 with a scale a token",
                         {"auto", "bfloat16", "int8"}));
+  flags->push_back(
+      Number("gpu-memory-utilization", kFeatures, 0, 1, &ServeOptions::gpu_memory_utilization,
+             "Share of a GPU's memory that weights, activations and KV blocks may take"));
   flags->push_back(Bounded(1, 1 << 24,
                            Custom("num-gpu-blocks-override", kFeatures, Type::kInteger, "",
                                   "KV blocks of the pool; default: sized from the memory",

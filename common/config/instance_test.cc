@@ -25,6 +25,8 @@ Instance UnusualInstance() {
   options.served_model_name = {"name", "alias"};
   options.strict_model_name = true;
   options.k_order = "natural";
+  options.load_format = "dummy";
+  options.dummy_router_skew = 1.5;
   options.host = "127.0.0.1";
   options.port = 1;
   options.metrics_port = 2;
@@ -55,6 +57,7 @@ Instance UnusualInstance() {
   options.client_stall_timeout_ms = 18;
   options.use_cudagraph = true;
   options.block_size = 10;
+  options.gpu_memory_utilization = 0.75;
   options.num_gpu_blocks_override = 11;
   options.swap_space_gib = 0.1;
   options.log_level = "debug";
@@ -143,7 +146,7 @@ TEST(Instance, RefusesWhatItDidNotWrite) {
       {"option of another type", changed([](auto& j) { j["options"]["port"] = "x"; }), kAllSeals,
        "options.port: wrong type"},
       {"option of a newer version", changed([](auto& j) { j["options"]["new"] = 1; }), kAllSeals,
-       "40 fields, expected 39"},
+       "43 fields, expected 42"},
       {"list of the wrong thing", changed([](auto& j) { j["options"]["api_keys"] = {1}; }),
        kAllSeals, "options.api_keys: wrong type"},
       {"an array", "[]", kAllSeals, "array"},

@@ -15,7 +15,9 @@ struct ServeOptions {
   std::string tokenizer;                       // directory; empty: the model's
   std::vector<std::string> served_model_name;  // first is the public name, the rest aliases
   bool strict_model_name = false;
-  std::string k_order = "auto";  // auto | mma64 | natural: row order of WINT2 tensors
+  std::string k_order = "auto";      // auto | mma64 | natural: row order of WINT2 tensors
+  std::string load_format = "auto";  // auto: the checkpoint's files | dummy: weights without files
+  double dummy_router_skew = 0;      // of dummy weights; 0: tokens spread over all experts
 
   // Listening
   std::string host = "0.0.0.0";
@@ -53,7 +55,8 @@ struct ServeOptions {
   int64_t client_stall_timeout_ms = 30'000;  // a stream whose client reads nothing for so long ends
   bool use_cudagraph = false;
   int block_size = 64;
-  std::string kv_cache_dtype = "auto";  // auto | bfloat16 | int8; on a CPU it is float32
+  std::string kv_cache_dtype = "auto";   // auto | bfloat16 | int8; on a CPU it is float32
+  double gpu_memory_utilization = 0.92;  // of a GPU's memory, for everything
   std::optional<int> num_gpu_blocks_override;
   double swap_space_gib = 0;
 

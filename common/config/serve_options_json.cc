@@ -18,6 +18,8 @@ void VisitFields(Options& options, Visit&& visit) {
   visit("served_model_name", options.served_model_name);
   visit("strict_model_name", options.strict_model_name);
   visit("k_order", options.k_order);
+  visit("load_format", options.load_format);
+  visit("dummy_router_skew", options.dummy_router_skew);
   visit("host", options.host);
   visit("port", options.port);
   visit("metrics_port", options.metrics_port);
@@ -48,6 +50,7 @@ void VisitFields(Options& options, Visit&& visit) {
   visit("use_cudagraph", options.use_cudagraph);
   visit("block_size", options.block_size);
   visit("kv_cache_dtype", options.kv_cache_dtype);
+  visit("gpu_memory_utilization", options.gpu_memory_utilization);
   visit("num_gpu_blocks_override", options.num_gpu_blocks_override);
   visit("swap_space_gib", options.swap_space_gib);
   visit("log_level", options.log_level);

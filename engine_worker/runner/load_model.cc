@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -15,8 +16,11 @@
 #include "engine_worker/collectives/single_rank_collective.h"
 #include "engine_worker/config/model_config.h"
 #include "engine_worker/model/ernie45.h"
+#include "engine_worker/runner/memory_profile.h"
 #include "engine_worker/runner/step_runner.h"
 #include "engine_worker/weights/checkpoint.h"
+#include "engine_worker/weights/dummy_source.h"
+#include "engine_worker/weights/weight_source.h"
 #include "kernels/cpu/cpu_backend.h"
 #ifdef WINTSERVE_HAS_CUDA
 #include "kernels/cuda/cuda_backend.h"
@@ -113,15 +117,103 @@ absl::StatusOr<int64_t> MeasureGraphs(const ServeOptions& options, Model* model)
   return runner->graphs().size_bytes();
 }
 
-absl::StatusOr<int64_t> KvBytesAvailable(const kernels::Backend& backend) {
-  if (backend.uses_host_memory()) return AvailableMemoryBytes();
+// Of the device that the model is on.
+struct DeviceMemory {
+  int64_t free = 0;
+  int64_t total = 0;
+};
+
+absl::StatusOr<DeviceMemory> QueryMemory([[maybe_unused]] const kernels::Backend& backend) {
 #ifdef WINTSERVE_HAS_CUDA
   ASSIGN_OR_RETURN(const kernels::cuda::DeviceMemoryBytes memory,
                    kernels::cuda::QueryDeviceMemory());
-  return memory.free;
+  return DeviceMemory{.free = memory.free, .total = memory.total};
 #else
   CHECK(false, "{} has memory of its own", backend.name());
 #endif
+}
+
+// Weights on a backend, from files or without.
+struct OpenedWeights {
+  std::unique_ptr<Checkpoint> checkpoint;  // null for dummy weights; outlives the source
+  std::unique_ptr<WeightSource> source;
+  std::string origin;  // for the log
+};
+
+absl::StatusOr<OpenedWeights> OpenWeights(const ServeOptions& options, const ModelConfig& config,
+                                          kernels::Backend* backend, const Collective& group) {
+  OpenedWeights opened;
+  if (options.load_format == "dummy") {
+    opened.source = MakeDummySource(config, {.router_skew = options.dummy_router_skew}, backend,
+                                    group.rank(), group.world_size());
+    opened.origin = "dummy weights";
+    return opened;
+  }
+  ASSIGN_OR_RETURN(opened.checkpoint,
+                   Checkpoint::Open(options.model, config, KOrderOf(options.k_order)));
+  opened.source = MakeCheckpointSource(config, *opened.checkpoint, backend, group.rank(),
+                                       group.world_size(), CpuThreads(options));
+  opened.origin = fmt::format("{} MiB on disk", opened.checkpoint->total_bytes() >> 20);
+  return opened;
+}
+
+absl::StatusOr<std::unique_ptr<Model>> LoadWeights(const ServeOptions& options,
+                                                   const ModelConfig& config,
+                                                   kernels::Backend* backend, Collective* group) {
+  const auto begin = std::chrono::steady_clock::now();
+  ASSIGN_OR_RETURN(const OpenedWeights opened, OpenWeights(options, config, backend, *group));
+  ASSIGN_OR_RETURN(
+      std::unique_ptr<Model> model,
+      LoadErnie45(config, opened.source.get(), backend, group->world_size() == 1 ? nullptr : group,
+                  ModelOptionsOf(options)));
+  RETURN_IF_ERROR(backend->Record()->Wait());  // dummy weights are made behind the host's back
+  LOG_INFO("loaded {} in {:.1f} s: {} layers, {}, {}", options.model,
+           std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(),
+           config.num_layers, opened.origin, backend->name());
+  return model;
+}
+
+KvDemand DemandOf(const ServeOptions& options, const Model& model) {
+  KvDemand demand;
+  demand.block_bytes = model.kv_block_bytes();
+  demand.max_model_len = std::min(options.max_model_len, model.max_position());
+  demand.block_size_tokens = options.block_size;
+  demand.has_8_bit_cache = options.kv_cache_dtype == "int8";
+  if (options.num_gpu_blocks_override.has_value()) {
+    demand.num_blocks_override = *options.num_gpu_blocks_override;
+  }
+  return demand;
+}
+
+// Loads the model and says what is left for KV blocks.
+absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig& config,
+                                  Collective* group, LoadedModel* loaded) {
+  kernels::Backend* backend = loaded->backend.get();
+  ASSIGN_OR_RETURN(const DeviceMemory at_start, QueryMemory(*backend));
+  MemoryProfile profile = {.total = at_start.total,
+                           .utilization = options.gpu_memory_utilization,
+                           .other = at_start.total - at_start.free};
+  profile.weights = CudaWeightBytes(config, group->rank(), group->world_size());
+  RETURN_IF_ERROR(CheckWeightsFit(profile));
+
+  ASSIGN_OR_RETURN(loaded->model, LoadWeights(options, config, backend, group));
+  ASSIGN_OR_RETURN(const DeviceMemory with_model, QueryMemory(*backend));
+  profile.weights = loaded->model->weight_bytes();
+  profile.workspace = at_start.free - with_model.free - profile.weights;
+
+  // Ranks of a group cannot run anything before they have joined it.
+  if (group->world_size() == 1) RETURN_IF_ERROR(RunLargestBatch(loaded->model.get()));
+  ASSIGN_OR_RETURN(const DeviceMemory warm, QueryMemory(*backend));
+  profile.scratch = with_model.free - warm.free;
+
+  if (group->world_size() == 1 && options.use_cudagraph) {
+    ASSIGN_OR_RETURN(profile.graphs, MeasureGraphs(options, loaded->model.get()));
+  }
+
+  const KvDemand demand = DemandOf(options, *loaded->model);
+  for (const std::string& line : DescribeMemory(profile, demand)) LOG_INFO("{}", line);
+  RETURN_IF_ERROR(CheckKvFits(profile, demand));
+  return KvBytes(profile, demand);
 }
 
 }  // namespace
@@ -133,31 +225,20 @@ int CpuThreads(const ServeOptions& options) {
 }
 
 absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, Collective* group) {
-  const auto begin = std::chrono::steady_clock::now();
   LoadedModel loaded;
   ASSIGN_OR_RETURN(loaded.backend, CreateBackend(options, group->rank()));
   ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(options.model));
   RETURN_IF_ERROR(CheckTensorParallel(config, group->world_size()));
-  ASSIGN_OR_RETURN(const std::unique_ptr<Checkpoint> checkpoint,
-                   Checkpoint::Open(options.model, config, KOrderOf(options.k_order)));
-  ASSIGN_OR_RETURN(loaded.model, LoadErnie45(config, *checkpoint, loaded.backend.get(),
-                                             group->world_size() == 1 ? nullptr : group,
-                                             ModelOptionsOf(options)));
-  // Ranks of a group cannot run anything before they have joined it.
-  int64_t graph_bytes = 0;
-  if (!loaded.backend->uses_host_memory() && group->world_size() == 1) {
-    RETURN_IF_ERROR(RunLargestBatch(loaded.model.get()));
-    if (options.use_cudagraph) {
-      ASSIGN_OR_RETURN(graph_bytes, MeasureGraphs(options, loaded.model.get()));
-    }
+  if (!loaded.backend->uses_host_memory()) {
+    ASSIGN_OR_RETURN(loaded.kv_bytes_available, LoadOnGpu(options, config, group, &loaded));
+  } else {
+    ASSIGN_OR_RETURN(loaded.model, LoadWeights(options, config, loaded.backend.get(), group));
   }
   // What unpacking the weights took. Once: a step must not wait for the heap of a large model.
   ReturnFreeMemory();
-  ASSIGN_OR_RETURN(const int64_t free_bytes, KvBytesAvailable(*loaded.backend));
-  loaded.kv_bytes_available = std::max<int64_t>(0, free_bytes - graph_bytes);
-  LOG_INFO("loaded {} in {:.1f} s: {} layers, {} MiB on disk, {}", options.model,
-           std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(),
-           config.num_layers, checkpoint->total_bytes() >> 20, loaded.backend->name());
+  if (loaded.backend->uses_host_memory()) {
+    ASSIGN_OR_RETURN(loaded.kv_bytes_available, AvailableMemoryBytes());
+  }
   return loaded;
 }
 

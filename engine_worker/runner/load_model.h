@@ -1,4 +1,4 @@
-// From a checkpoint directory to a model that runs.
+// From a model's directory to a model that runs.
 #pragma once
 
 #include <memory>
@@ -14,7 +14,9 @@ namespace wintserve {
 struct LoadedModel {
   std::unique_ptr<kernels::Backend> backend;  // outlives the model
   std::unique_ptr<Model> model;
-  // What is left for KV blocks: memory of the device, or of the host where the device has none.
+  // What is left for KV blocks: of the share of the device's memory that --gpu-memory-utilization
+  // allows, or of all of it where --num-gpu-blocks-override replaces that rule; on a CPU the memory
+  // of the host, which its ranks share.
   int64_t kv_bytes_available = 0;
 };
 
@@ -23,7 +25,8 @@ int CpuThreads(const ServeOptions& options);
 
 // Loads the slice of group->rank(), on the device of that number among those that the process sees.
 // The group is used by forward passes only, and outlives the model. UNAVAILABLE: this build or this
-// machine has no such device. RESOURCE_EXHAUSTED: the model does not fit its memory. Any other
+// machine has no such device. RESOURCE_EXHAUSTED: the model and the KV cache of one sequence do not
+// fit its memory; if the config alone tells, before anything is loaded. Any other
 // error: the checkpoint; it names the file and the tensor or key.
 absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, Collective* group);
 
