@@ -13,6 +13,10 @@
 // the sampled ids. Each is the median of --repeats runs after one that warms up. device_ms is what
 // the step itself took on the device, from its events.
 //
+// --profile-step marks the last decoding step of each batch for a profiler, such as
+//   ncu --profile-from-start off --clock-control none --metrics gpu__time_duration.sum model_rates
+//   …
+//
 // A mixture of experts reads as many experts as its tokens went to, so that is printed for the last
 // step of a batch: the fewest distinct experts of a layer and their mean over the layers. With
 // --load-format dummy any config will do as a model (models/shapes).
@@ -37,6 +41,9 @@
 #include "engine_worker/collectives/single_rank_collective.h"
 #include "engine_worker/runner/load_model.h"
 #include "engine_worker/runner/step_runner.h"
+#ifdef WINTSERVE_HAS_CUDA
+#include <cuda_profiler_api.h>
+#endif
 
 namespace wintserve::bench {
 namespace {
@@ -52,8 +59,16 @@ struct RateOptions {
   int prompt_tokens = 1024;
   int steps = 256;
   int repeats = 5;
+  bool profile_step = false;
   std::string json_path;
 };
+
+// What a profiler records, from the first call to the second.
+void MarkForProfiler([[maybe_unused]] bool begins) {
+#ifdef WINTSERVE_HAS_CUDA
+  static_cast<void>(begins ? cudaProfilerStart() : cudaProfilerStop());
+#endif
+}
 
 struct Rate {
   double tokens_per_second = 0;
@@ -239,12 +254,17 @@ absl::StatusOr<DecodeRate> MeasureDecode(const RateOptions& options, Model* mode
                                          Collective* collective, int batch, bool use_graphs) {
   ASSIGN_OR_RETURN(const auto sequences,
                    Sequences::Create(model, collective, batch,
-                                     options.context_tokens + options.steps, use_graphs));
+                                     options.context_tokens + options.steps + 1, use_graphs));
   std::vector<DecodeRate> rates;
   for (int run = 0; run <= options.repeats; ++run) {
     RETURN_IF_ERROR(sequences->Prefill(options.context_tokens).status());
     ASSIGN_OR_RETURN(DecodeRate rate, sequences->Decode(options.steps));
     ASSIGN_OR_RETURN(rate.experts, CountExperts(*model, batch));
+    if (run == options.repeats && options.profile_step) {
+      MarkForProfiler(true);
+      RETURN_IF_ERROR(sequences->Decode(1).status());
+      MarkForProfiler(false);
+    }
     RETURN_IF_ERROR(sequences->Release());
     if (run > 0) rates.push_back(rate);
   }
@@ -354,6 +374,7 @@ int Main(int argc, char** argv) {
   app.add_option("--prompt-tokens", options.prompt_tokens)->check(positive);
   app.add_option("--steps", options.steps)->check(positive);
   app.add_option("--repeats", options.repeats)->check(positive);
+  app.add_flag("--profile-step", options.profile_step);
   app.add_option("--json", options.json_path);
   CLI11_PARSE(app, argc, argv);
   for (const std::vector<int>* counts : {&options.batches, &options.prompts}) {

@@ -54,7 +54,6 @@ struct Weights {
   std::vector<Layer> layers;
   std::unique_ptr<Buffer> final_norm;
   Matrix head;
-  int64_t size_bytes = 0;  // of the matrices
 };
 
 const float* Floats(const std::unique_ptr<Buffer>& buffer) {
@@ -80,7 +79,6 @@ class Loader {
     }
     ASSIGN_OR_RETURN(w.final_norm, LoadVector(VectorRole::kFinalNorm, 0));
     ASSIGN_OR_RETURN(w.head, LoadMatrix({MatrixRole::kHead}, "head"));
-    w.size_bytes = matrix_bytes_;
     return w;
   }
 
@@ -88,7 +86,6 @@ class Loader {
   absl::StatusOr<Matrix> LoadMatrix(const MatrixRef& ref, std::string_view place) {
     absl::StatusOr<Matrix> matrix = source_->NextMatrix(ref);
     if (!matrix.ok()) return InFrontOf(matrix.status(), place);
-    matrix_bytes_ += (*matrix)->size_bytes();
     return matrix;
   }
 
@@ -141,7 +138,6 @@ class Loader {
   const ModelConfig& config_;
   WeightSource* const source_;
   Backend* const backend_;
-  int64_t matrix_bytes_ = 0;
 };
 
 // Rows in device memory.
@@ -160,6 +156,7 @@ class Activations {
     return Allocate(backend, rows, columns, kernels::PaddedStride(columns));
   }
   Rows rows() const { return {static_cast<float*>(buffer_->data()), stride_}; }
+  int64_t size_bytes() const { return buffer_ == nullptr ? 0 : buffer_->size_bytes(); }
 
  private:
   int64_t stride_ = 0;
@@ -187,6 +184,15 @@ struct Workspace {
   Activations rank_logits;      // [logit rows, this rank's vocabulary]
   Activations gathered_logits;  // [ranks, logit rows, a rank's vocabulary]; of several ranks
   Activations logits;           // [logit rows, vocabulary]; rank 0 of several
+
+  int64_t size_bytes() const {
+    int64_t bytes = expert_ids->size_bytes() + expert_weights->size_bytes();
+    for (const Activations* part : {&residual, &normed, &delta, &qkv, &attended, &cos_sin,
+                                    &rank_logits, &gathered_logits, &logits}) {
+      bytes += part->size_bytes();
+    }
+    return bytes;
+  }
 };
 
 absl::StatusOr<Workspace> AllocateWorkspace(Backend* backend, const ModelConfig& config,
@@ -248,7 +254,7 @@ class Ernie45 final : public Model {
   int max_batch_tokens() const override { return options_.max_batch_tokens; }
   int max_logit_rows() const override { return options_.max_logit_rows; }
   uint64_t weights_digest() const override { return weights_digest_; }
-  int64_t weight_bytes() const override { return weights_.size_bytes; }
+  int64_t workspace_bytes() const override { return workspace_.size_bytes(); }
   RoutedExperts routed_experts(int layer) const override {
     if (!weights_.layers[layer].is_moe()) return {};
     return {ExpertIds(layer), config_.num_experts, config_.num_experts_per_token};

@@ -35,8 +35,8 @@ class Model {
   virtual uint64_t kv_layout_digest() const = 0;
   // Of where the weights come from and of the decoding options, not of the rank.
   virtual uint64_t weights_digest() const = 0;
-  // Of the rank's weight matrices in device memory.
-  virtual int64_t weight_bytes() const { return 0; }
+  // Of what lies between operators, in device memory: for max_batch_tokens() and max_logit_rows().
+  virtual int64_t workspace_bytes() const { return 0; }
   // Of the last Forward; without ids for a layer that routes nothing.
   virtual RoutedExperts routed_experts(int /*layer*/) const { return {}; }
 

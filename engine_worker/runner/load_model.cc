@@ -198,8 +198,8 @@ absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig
 
   ASSIGN_OR_RETURN(loaded->model, LoadWeights(options, config, backend, group));
   ASSIGN_OR_RETURN(const DeviceMemory with_model, QueryMemory(*backend));
-  profile.weights = loaded->model->weight_bytes();
-  profile.workspace = at_start.free - with_model.free - profile.weights;
+  profile.workspace = loaded->model->workspace_bytes();
+  profile.weights = at_start.free - with_model.free - profile.workspace;
 
   // Ranks of a group cannot run anything before they have joined it.
   if (group->world_size() == 1) RETURN_IF_ERROR(RunLargestBatch(loaded->model.get()));

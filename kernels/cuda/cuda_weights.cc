@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <memory>
 #include <string_view>
 #include <utility>
@@ -115,19 +116,29 @@ absl::StatusOr<std::unique_ptr<CudaMatrix>> CudaMatrix::MakeDummy(
   return made;
 }
 
+absl::StatusOr<WeightArena::Part> WeightArena::AllocateOwn(int64_t size_bytes) {
+  ASSIGN_OR_RETURN(DeviceBuffer buffer, DeviceBuffer::Allocate(size_bytes));
+  auto* data = buffer.data<uint8_t>();
+  return Part{std::make_shared<const DeviceBuffer>(std::move(buffer)), data, size_bytes};
+}
+
 absl::StatusOr<WeightArena::Part> WeightArena::Allocate(int64_t size_bytes) {
-  if (size_bytes >= kSlabBytes) {
-    ASSIGN_OR_RETURN(DeviceBuffer own, DeviceBuffer::Allocate(size_bytes));
-    auto* data = own.data<uint8_t>();
-    return Part{std::make_shared<const DeviceBuffer>(std::move(own)), data, size_bytes};
+  if (size_bytes > kMaxSlabBytes) return AllocateOwn(size_bytes);
+  const auto has_room = [&](const Slab& slab) {
+    return slab.used_bytes + size_bytes <= slab.memory->size_bytes();
+  };
+  auto slab = std::find_if(open_slabs_.begin(), open_slabs_.end(), has_room);
+  if (slab == open_slabs_.end()) {
+    const int64_t slab_bytes =
+        std::max(size_bytes, std::clamp(total_bytes_ / 16, kMinSlabBytes, kMaxSlabBytes));
+    ASSIGN_OR_RETURN(DeviceBuffer memory, DeviceBuffer::Allocate(slab_bytes));
+    if (open_slabs_.size() == kMaxOpenSlabs) open_slabs_.erase(open_slabs_.begin());
+    open_slabs_.push_back({std::make_shared<const DeviceBuffer>(std::move(memory))});
+    total_bytes_ += slab_bytes;
+    slab = open_slabs_.end() - 1;
   }
-  if (slab_ == nullptr || used_bytes_ + size_bytes > kSlabBytes) {
-    ASSIGN_OR_RETURN(DeviceBuffer slab, DeviceBuffer::Allocate(kSlabBytes));
-    slab_ = std::make_shared<const DeviceBuffer>(std::move(slab));
-    used_bytes_ = 0;
-  }
-  const Part part = {slab_, slab_->data<uint8_t>() + used_bytes_, size_bytes};
-  used_bytes_ += (size_bytes + kAlignment - 1) / kAlignment * kAlignment;
+  const Part part = {slab->memory, slab->memory->data<uint8_t>() + slab->used_bytes, size_bytes};
+  slab->used_bytes += (size_bytes + kAlignment - 1) / kAlignment * kAlignment;
   return part;
 }
 

@@ -52,11 +52,21 @@ class WeightArena {
   absl::StatusOr<Part> Allocate(int64_t size_bytes);
 
  private:
+  struct Slab {
+    std::shared_ptr<const DeviceBuffer> memory;
+    int64_t used_bytes = 0;
+  };
   static constexpr int64_t kAlignment = 1024;
-  static constexpr int64_t kSlabBytes = int64_t{256} << 20;  // what is larger gets its own
+  // A slab is a sixteenth of all before it, within these bounds, so that the last one's unused part
+  // is little. What is larger than the largest gets its own.
+  static constexpr int64_t kMinSlabBytes = int64_t{32} << 20;
+  static constexpr int64_t kMaxSlabBytes = int64_t{1} << 30;
+  static constexpr size_t kMaxOpenSlabs = 8;
 
-  std::shared_ptr<const DeviceBuffer> slab_;
-  int64_t used_bytes_ = 0;  // of slab_
+  absl::StatusOr<Part> AllocateOwn(int64_t size_bytes);
+
+  std::vector<Slab> open_slabs_;  // that may have room for another matrix, the oldest first
+  int64_t total_bytes_ = 0;       // of all slabs
 };
 
 class CudaMatrix final : public WeightMatrix {
