@@ -6,7 +6,7 @@ BUILD := build/$(PRESET)
 .DEFAULT_GOAL := help
 .PHONY: help serve setup python-env build test test-long test-asan test-tsan test-gpu \
         test-gpu-accuracy test-gpu-e2e test-gpu-transformers test-poet-bf16 cuda-check bundle format \
-        format-check tidy bench bench-gpu bench-scheduling build-cuda clean
+        format-check tidy bench bench-gpu bench-gpu-shapes bench-scheduling build-cuda clean
 
 help:  ## Print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -121,6 +121,12 @@ bench-gpu: build-cuda  ## The demo model's rates and the time of every operator 
 	@build/cuda/bench/matmul_cuda_bench
 	@build/cuda/bench/attention_cuda_bench
 	@build/cuda/bench/operators_cuda_bench
+
+bench-gpu-shapes: CUDA_TARGETS := model_rates
+bench-gpu-shapes: build-cuda  ## Rates of the published models' shapes with dummy weights; needs 110 GB of a GPU's memory
+	@for shape in 300b-a47b-wint2 21b-a3b-wint2; do \
+	  build/cuda/bench/model_rates --device cuda --model models/shapes/ernie-4.5-$$shape --load-format dummy \
+	    --max-num-batched-tokens 8192 --batches 1,8,64 --steps 64 --repeats 3 || exit 1; done
 
 bench-scheduling: build  ## Batching and prefix cache through HTTP: JSON and plot in build/cpu
 	@tools/setup/python_env.sh build/bench-venv bench/requirements.txt

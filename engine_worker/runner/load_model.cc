@@ -30,6 +30,8 @@
 namespace wintserve {
 namespace {
 
+constexpr int64_t kLeastScratchBytes = int64_t{256} << 20;
+
 KOrderChoice KOrderOf(const std::string& name) {
   if (name == "mma64") return KOrderChoice::kMma64;
   if (name == "natural") return KOrderChoice::kNatural;
@@ -76,8 +78,11 @@ absl::Status RunLargestBatch(Model* model) {
   const int num_rows = model->max_logit_rows();
   const int row_tokens = max_tokens / num_rows;
   const int row_blocks = (row_tokens + kernels::kKvBlockTokens - 1) / kernels::kKvBlockTokens;
+  // One sequence's blocks for all: nobody looks at the results, and a pool may not fit yet.
   ASSIGN_OR_RETURN(const std::unique_ptr<kernels::Buffer> pool,
-                   backend.Allocate(int64_t{num_rows} * row_blocks * model->kv_block_bytes()));
+                   backend.Allocate(row_blocks * model->kv_block_bytes()));
+  std::vector<int32_t> blocks;
+  for (int i = 0; i < row_blocks; ++i) blocks.push_back(i);
   ASSIGN_OR_RETURN(const std::unique_ptr<kernels::DeviceBatch> device_batch,
                    backend.CreateBatch({.max_tokens = max_tokens,
                                         .max_rows = num_rows,
@@ -85,12 +90,10 @@ absl::Status RunLargestBatch(Model* model) {
                                         .num_slots = num_rows}));
   kernels::Batch batch;
   batch.tokens.resize(int64_t{num_rows} * row_tokens);
-  std::vector<std::vector<int32_t>> tables(num_rows);
   for (int row = 0; row < num_rows; ++row) {
-    for (int i = 0; i < row_blocks; ++i) tables[row].push_back(row * row_blocks + i);
     batch.rows.push_back({.position = 0,
                           .length = row_tokens,
-                          .block_table = tables[row],
+                          .block_table = blocks,
                           .want_logits = true,
                           .slot = row});
   }
@@ -201,6 +204,10 @@ absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig
   profile.workspace = loaded->model->workspace_bytes();
   profile.weights = at_start.free - with_model.free - profile.workspace;
 
+  const KvDemand demand = DemandOf(options, *loaded->model);
+  // Operators cannot say that there is no memory, so what they are sure to take must be there.
+  profile.scratch = profile.workspace / 2 + kLeastScratchBytes;
+  if (with_model.free < profile.scratch) return CheckKvFits(profile, demand);
   // Ranks of a group cannot run anything before they have joined it.
   if (group->world_size() == 1) RETURN_IF_ERROR(RunLargestBatch(loaded->model.get()));
   ASSIGN_OR_RETURN(const DeviceMemory warm, QueryMemory(*backend));
@@ -210,7 +217,6 @@ absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig
     ASSIGN_OR_RETURN(profile.graphs, MeasureGraphs(options, loaded->model.get()));
   }
 
-  const KvDemand demand = DemandOf(options, *loaded->model);
   for (const std::string& line : DescribeMemory(profile, demand)) LOG_INFO("{}", line);
   RETURN_IF_ERROR(CheckKvFits(profile, demand));
   return KvBytes(profile, demand);
