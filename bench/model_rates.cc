@@ -38,6 +38,7 @@
 #include "common/config/serve_options.h"
 #include "common/log.h"
 #include "common/status_macros.h"
+#include "engine_worker/collectives/rank_group.h"
 #include "engine_worker/collectives/single_rank_collective.h"
 #include "engine_worker/runner/load_model.h"
 #include "engine_worker/runner/step_runner.h"
@@ -286,9 +287,10 @@ absl::StatusOr<Rate> MeasurePrefill(const RateOptions& options, Model* model,
 }
 
 absl::Status Run(const RateOptions& options) {
-  const std::unique_ptr<Collective> collective = MakeSingleRankCollective();
+  RankGroup group(/*rank=*/0, /*world_size=*/1);
   const auto begin = Clock::now();
-  ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(options.serve, collective.get()));
+  ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(options.serve, &group));
+  group.Bind(MakeSingleRankCollective());
   const double load_seconds = Seconds(Clock::now() - begin);
   json report = {{"device", loaded.backend->name()},
                  {"host", DeviceDescription()},
@@ -307,7 +309,7 @@ absl::Status Run(const RateOptions& options) {
     for (const bool use_graphs : {false, true}) {
       if (use_graphs && loaded.backend->uses_host_memory()) continue;
       ASSIGN_OR_RETURN(const DecodeRate decode, MeasureDecode(options, loaded.model.get(),
-                                                              collective.get(), batch, use_graphs));
+                                                              &group, batch, use_graphs));
       const double step_ms = 1e3 * batch / decode.rate.tokens_per_second;
       fmt::print(
           "decode, batch {:3}{}: {:10.0f} tokens/s  step {:.3f} ms, device {:.3f} ms, idle {} us "
@@ -334,7 +336,7 @@ absl::Status Run(const RateOptions& options) {
   }
   for (const int prompts : options.prompts) {
     ASSIGN_OR_RETURN(const Rate rate,
-                     MeasurePrefill(options, loaded.model.get(), collective.get(), prompts));
+                     MeasurePrefill(options, loaded.model.get(), &group, prompts));
     fmt::print("prefill, {:2} prompts of {:5}:   {:10.0f} tokens/s  device {:.3f} ms\n", prompts,
                options.prompt_tokens, rate.tokens_per_second, rate.device_ms);
     report["prefill"].push_back({{"prompts", prompts},

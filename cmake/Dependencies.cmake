@@ -59,4 +59,13 @@ if(ENABLE_CUDA)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   set(CMAKE_CUDA_EXTENSIONS OFF)
   find_package(CUDAToolkit 13.0 REQUIRED)
+  # Programs load NCCL only when they need it; a full bundle carries the library.
+  find_path(NCCL_INCLUDE_DIR nccl.h HINTS ${CUDAToolkit_INCLUDE_DIRS} REQUIRED
+            DOC "Where nccl.h of NCCL 2 is (libnccl-dev)")
+  find_file(NCCL_LIBRARY libnccl.so.2
+            HINTS ${CUDAToolkit_LIBRARY_DIR} ${NCCL_INCLUDE_DIR}/../lib
+            PATHS /usr/lib/${CMAKE_LIBRARY_ARCHITECTURE} /usr/local/lib /usr/lib64
+            DOC "libnccl.so.2 for a full bundle")
+  add_library(nccl_header INTERFACE)
+  target_include_directories(nccl_header SYSTEM INTERFACE ${NCCL_INCLUDE_DIR})
 endif()

@@ -18,9 +18,7 @@
 #include "common/log.h"
 #include "common/status_macros.h"
 #include "engine_worker/collectives/rank_group.h"
-#include "engine_worker/collectives/shm/group_memory.h"
-#include "engine_worker/collectives/shm/shm_collective.h"
-#include "engine_worker/collectives/single_rank_collective.h"
+#include "engine_worker/runner/join_group.h"
 #include "engine_worker/runner/load_model.h"
 #include "engine_worker/runner/stop_signal.h"
 #include "engine_worker/runner/worker.h"
@@ -33,10 +31,6 @@ constexpr int64_t kMemoryTimeoutMs = 30'000;
 constexpr int64_t kStopPatienceMs = 2'000;
 // An API server that is stopped with its workers may go before their signals come.
 constexpr std::chrono::milliseconds kStopSkew(1'000);
-
-// Longer messages take several rounds. Two buffers of four ranks are 4 MiB, which a second-level
-// cache does not hold; smaller slots would pay for more rounds than they save.
-constexpr int64_t kCollectiveSlotBytes = 512 << 10;
 
 // What goes wrong is reported by us, in one line; gRPC's own account is for debugging.
 void LogGrpcMessage(gpr_log_func_args* args) { LOG_DEBUG("grpc: {}", args->message); }
@@ -63,29 +57,21 @@ WorkerHello MakeHello(const Instance& instance, const LoadedModel& loaded) {
   return hello;
 }
 
-absl::StatusOr<std::unique_ptr<Collective>> JoinGroup(const Instance& instance,
-                                                      const ConfigureWorker& configure) {
-  const auto world_size = static_cast<int>(configure.world_size);
-  if (world_size == 1) return MakeSingleRankCollective();
-  ASSIGN_OR_RETURN(
-      MappedMemory memory,
-      FetchGroupMemory(instance.supervisor_socket(), instance.token, configure.group_epoch,
-                       ShmGroupMemoryBytes(world_size, kCollectiveSlotBytes), kMemoryTimeoutMs));
-  return ShmCollective::Create(std::make_shared<MappedMemory>(std::move(memory)),
-                               {.group_epoch = configure.group_epoch,
-                                .rank = instance.rank,
-                                .world_size = world_size,
-                                .slot_bytes = kCollectiveSlotBytes});
-}
-
-WorkerLinks LinksOf(const Instance& instance) {
+WorkerLinks LinksOf(const Instance& instance, const LoadedModel& loaded) {
   const auto fetch = [&instance](const AttachPool& attach, PoolTier tier) {
     return FetchPoolMemory(attach.memory_socket, instance.token, attach.pool_epoch, instance.rank,
                            tier, kMemoryTimeoutMs);
   };
   return {
       .join_group =
-          [&instance](const ConfigureWorker& configure) { return JoinGroup(instance, configure); },
+          [&](const ConfigureWorker& configure) {
+            return JoinGroup({.supervisor_socket = instance.supervisor_socket(),
+                              .token = instance.token,
+                              .group_epoch = configure.group_epoch,
+                              .rank = instance.rank,
+                              .world_size = static_cast<int>(configure.world_size)},
+                             *loaded.backend);
+          },
       .fetch_pool = [fetch](const AttachPool& attach) { return fetch(attach, PoolTier::kDevice); },
       .fetch_host_tier =
           [fetch](const AttachPool& attach) { return fetch(attach, PoolTier::kHost); }};
@@ -114,7 +100,7 @@ int RunEngineWorker(const Instance& instance, StopSignal& stop) {
     return Fail(queue.status(), kExitInternal);
   }
 
-  Worker worker(loaded->model.get(), &group, queue->get(), LinksOf(instance),
+  Worker worker(loaded->model.get(), &group, queue->get(), LinksOf(instance, *loaded),
                 instance.options.use_cudagraph);
   stop.SetHandler([&worker] {
     if (worker.RequestStop(kStopPatienceMs)) return;
@@ -132,6 +118,9 @@ int RunEngineWorker(const Instance& instance, StopSignal& stop) {
 }  // namespace wintserve
 
 int main(int argc, char** argv) {
+  // NCCL would have NVLink's switches add up where it may, in an order of their own. Here, because
+  // other threads may read the environment later.
+  ::setenv("NCCL_NVLS_ENABLE", "0", /*overwrite=*/0);
   wintserve::StopSignal stop;
   const absl::StatusOr<wintserve::Instance> instance = wintserve::InstanceFromArgv(argc, argv);
   if (!instance.ok()) {

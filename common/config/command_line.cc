@@ -310,11 +310,6 @@ std::optional<BrokenRule> CheckChunking(const ServeOptions& options, const Sourc
 }
 
 std::optional<BrokenRule> CheckDevice(const ServeOptions& options) {
-  if (options.device == "cuda" && options.tensor_parallel_size > 1) {
-    return BrokenRule{"tensor-parallel-size",
-                      fmt::format("must be 1 on --device cuda in this version (got {})",
-                                  options.tensor_parallel_size)};
-  }
   if (options.dummy_router_skew > 0 && options.load_format != "dummy") {
     return BrokenRule{"dummy-router-skew", fmt::format("needs --load-format dummy (got {:g})",
                                                        options.dummy_router_skew)};

@@ -299,8 +299,6 @@ TEST(CommandLine, OneLineSaysWhatIsWrong) {
       {{"--client-stall-timeout=0"}, "error: --client-stall-timeout: must be 0.1..86400 (got 0)"},
       {{"--tensor-parallel-size", "3"}, "error: --tensor-parallel-size: must be 1, 2 or 4 (got 3)"},
       {{"--device", "tpu"}, "error: --device: must be one of cpu, cuda (got tpu)"},
-      {{"--device=cuda", "-tp", "2"},
-       "error: --tensor-parallel-size: must be 1 on --device cuda in this version (got 2)"},
       {{"--load-format", "dumy"}, "error: --load-format: must be one of auto, dummy (got dumy)"},
       {{"--dummy-router-skew=2"}, "error: --dummy-router-skew: needs --load-format dummy (got 2)"},
       {{"--load-format=dummy", "--dummy-router-skew=-1"},

@@ -12,7 +12,7 @@ namespace wintserve {
 // backend's operators: those called before it have written its input, those called after it read
 // its result.
 //
-// Threading: one thread per rank; Abort() from any thread.
+// Threading: one thread per rank; Abort() and DeviceStatus() from any thread.
 // Errors:    UNAVAILABLE when a peer is gone or the group was aborted; the group is then unusable.
 class Collective {
  public:
@@ -29,8 +29,14 @@ class Collective {
   // data [size_bytes] of rank 0 on every rank.
   virtual absl::Status Broadcast(void* data, int64_t size_bytes) = 0;
 
-  // Ends the group on every rank, also for those that wait inside an operation. Idempotent. Without
-  // peers there is nothing to end.
+  // Of operations that returned OK and that the device has since done, as an event that was
+  // recorded after them says: UNAVAILABLE when an abort may have cut them short, so that their
+  // results do not count. Any thread.
+  virtual absl::Status DeviceStatus() { return absl::OkStatus(); }
+
+  // Ends the group on every rank, also for those that wait inside an operation or whose device
+  // does. Returns at once; the waiting ends within a second. Idempotent. Without peers there is
+  // nothing to end.
   virtual void Abort() {}
 };
 

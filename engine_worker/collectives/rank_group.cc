@@ -20,6 +20,12 @@ void RankGroup::Bind(std::unique_ptr<Collective> group) {
   group_ = std::move(group);
 }
 
+void RankGroup::Unbind() {
+  std::unique_ptr<Collective> group;  // may take its time to go: not under the lock
+  MutexLock lock(&mutex_);
+  group = std::move(group_);
+}
+
 absl::Status RankGroup::AllReduceSum(float* data, int64_t count) {
   return group_ == nullptr ? NotBound() : group_->AllReduceSum(data, count);
 }
@@ -30,6 +36,11 @@ absl::Status RankGroup::AllGather(const float* in, int64_t count, float* out) {
 
 absl::Status RankGroup::Broadcast(void* data, int64_t size_bytes) {
   return group_ == nullptr ? NotBound() : group_->Broadcast(data, size_bytes);
+}
+
+absl::Status RankGroup::DeviceStatus() {
+  MutexLock lock(&mutex_);
+  return group_ == nullptr ? absl::OkStatus() : group_->DeviceStatus();
 }
 
 void RankGroup::Abort() {

@@ -12,7 +12,7 @@ namespace wintserve {
 // known only once all ranks have reported what they loaded. This stands for the incarnation to
 // come.
 //
-// Threading: as Collective; Bind() from the thread of the operations.
+// Threading: as Collective; Bind() and Unbind() from the thread of the operations.
 // Errors:    those of the bound collective; FAILED_PRECONDITION before there is one.
 class RankGroup : public Collective {
  public:
@@ -20,18 +20,21 @@ class RankGroup : public Collective {
 
   // REQUIRES: the same rank and world size.
   void Bind(std::unique_ptr<Collective> group) EXCLUDES(mutex_);
+  // Leaves the incarnation. What its operations used may go after this.
+  void Unbind() EXCLUDES(mutex_);
 
   int rank() const override { return rank_; }
   int world_size() const override { return world_size_; }
   absl::Status AllReduceSum(float* data, int64_t count) override;
   absl::Status AllGather(const float* in, int64_t count, float* out) override;
   absl::Status Broadcast(void* data, int64_t size_bytes) override;
+  absl::Status DeviceStatus() override EXCLUDES(mutex_);
   void Abort() override EXCLUDES(mutex_);
 
  private:
   const int rank_;
   const int world_size_;
-  Mutex mutex_;  // between Bind() and Abort(); operations are on Bind()'s thread
+  Mutex mutex_;  // between Bind() and other threads; operations are on Bind()'s
   std::unique_ptr<Collective> group_;
 };
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <string>
 #include <thread>
 #include <vector>
@@ -23,6 +24,7 @@
 #include "engine_worker/weights/weight_source.h"
 #include "kernels/cpu/cpu_backend.h"
 #ifdef WINTSERVE_HAS_CUDA
+#include "engine_worker/collectives/nccl/nccl_collective.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/device.h"
 #endif
@@ -51,6 +53,23 @@ Ernie45Options ModelOptionsOf(const ServeOptions& options) {
           .num_load_threads = CpuThreads(options)};
 }
 
+#ifdef WINTSERVE_HAS_CUDA
+// Every rank has a device of its own, and what ranks need to compute together.
+absl::Status CheckRankDevice(int rank, int world_size) {
+  if (world_size == 1) return absl::OkStatus();
+  const int num_devices = kernels::cuda::NumVisibleDevices();
+  if (rank >= num_devices) {
+    const char* const visible = std::getenv("CUDA_VISIBLE_DEVICES");
+    return absl::UnavailableError(fmt::format(
+        "--tensor-parallel-size {} needs {} GPUs, this machine shows {} (CUDA_VISIBLE_DEVICES is "
+        "{})",
+        world_size, world_size, num_devices,
+        visible == nullptr ? "not set" : fmt::format("'{}'", visible)));
+  }
+  return CheckNccl();
+}
+#endif
+
 absl::StatusOr<std::unique_ptr<kernels::Backend>> CreateBackend(const ServeOptions& options,
                                                                 [[maybe_unused]] int rank) {
   if (options.device == "cpu") {
@@ -59,6 +78,7 @@ absl::StatusOr<std::unique_ptr<kernels::Backend>> CreateBackend(const ServeOptio
   }
 #ifdef WINTSERVE_HAS_CUDA
   if (options.device == "cuda") {
+    RETURN_IF_ERROR(CheckRankDevice(rank, options.tensor_parallel_size));
     return kernels::cuda::CreateCudaBackend(
         {.device = rank,
          .kv_cache = options.kv_cache_dtype == "int8" ? kernels::plan::KvCacheKind::kInt8
@@ -69,6 +89,27 @@ absl::StatusOr<std::unique_ptr<kernels::Backend>> CreateBackend(const ServeOptio
   return absl::UnavailableError(
       fmt::format("--device {}: this build has no backend for it", options.device));
 }
+
+// Stands for a group that the ranks have not joined yet, in a pass whose results nobody looks at.
+class AbsentGroup final : public Collective {
+ public:
+  AbsentGroup(int rank, int world_size) : rank_(rank), world_size_(world_size) {}
+  int rank() const override { return rank_; }
+  int world_size() const override { return world_size_; }
+  absl::Status AllReduceSum(float* /*data*/, int64_t /*count*/) override {
+    return absl::OkStatus();
+  }
+  absl::Status AllGather(const float* /*in*/, int64_t /*count*/, float* /*out*/) override {
+    return absl::OkStatus();
+  }
+  absl::Status Broadcast(void* /*data*/, int64_t /*size_bytes*/) override {
+    return absl::OkStatus();
+  }
+
+ private:
+  const int rank_;
+  const int world_size_;
+};
 
 // A pass as large as any that will come, so that what the device takes for itself is taken before
 // the rest is given to the KV pool.
@@ -188,9 +229,16 @@ KvDemand DemandOf(const ServeOptions& options, const Model& model) {
   return demand;
 }
 
+int64_t GroupMemoryBytes([[maybe_unused]] int world_size) {
+#ifdef WINTSERVE_HAS_CUDA
+  if (world_size > 1) return NcclGroupMemoryBytes(world_size);
+#endif
+  return 0;
+}
+
 // Loads the model and says what is left for KV blocks.
 absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig& config,
-                                  Collective* group, LoadedModel* loaded) {
+                                  RankGroup* group, LoadedModel* loaded) {
   kernels::Backend* backend = loaded->backend.get();
   ASSIGN_OR_RETURN(const DeviceMemory at_start, QueryMemory(*backend));
   MemoryProfile profile = {.total = at_start.total,
@@ -208,15 +256,18 @@ absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig
   // Operators cannot say that there is no memory, so what they are sure to take must be there.
   profile.scratch = profile.workspace / 2 + kLeastScratchBytes;
   if (with_model.free < profile.scratch) return CheckKvFits(profile, demand);
-  // Ranks of a group cannot run anything before they have joined it.
-  if (group->world_size() == 1) RETURN_IF_ERROR(RunLargestBatch(loaded->model.get()));
+  // Ranks join their group when all of them have loaded.
+  group->Bind(std::make_unique<AbsentGroup>(group->rank(), group->world_size()));
+  const absl::Cleanup unbind = [group] { group->Unbind(); };
+  RETURN_IF_ERROR(RunLargestBatch(loaded->model.get()));
   ASSIGN_OR_RETURN(const DeviceMemory warm, QueryMemory(*backend));
   profile.scratch = with_model.free - warm.free;
 
-  if (group->world_size() == 1 && options.use_cudagraph) {
+  if (options.use_cudagraph) {
     ASSIGN_OR_RETURN(profile.graphs, MeasureGraphs(options, loaded->model.get()));
   }
 
+  profile.group = GroupMemoryBytes(group->world_size());
   for (const std::string& line : DescribeMemory(profile, demand)) LOG_INFO("{}", line);
   RETURN_IF_ERROR(CheckKvFits(profile, demand));
   return KvBytes(profile, demand);
@@ -230,7 +281,7 @@ int CpuThreads(const ServeOptions& options) {
   return std::max(1, num_cores / options.tensor_parallel_size);
 }
 
-absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, Collective* group) {
+absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, RankGroup* group) {
   LoadedModel loaded;
   ASSIGN_OR_RETURN(loaded.backend, CreateBackend(options, group->rank()));
   ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(options.model));

@@ -5,7 +5,7 @@
 
 #include "absl/status/statusor.h"
 #include "common/config/serve_options.h"
-#include "engine_worker/collectives/collective.h"
+#include "engine_worker/collectives/rank_group.h"
 #include "engine_worker/model/model.h"
 #include "kernels/backend.h"
 
@@ -24,10 +24,11 @@ struct LoadedModel {
 int CpuThreads(const ServeOptions& options);
 
 // Loads the slice of group->rank(), on the device of that number among those that the process sees.
-// The group is used by forward passes only, and outlives the model. UNAVAILABLE: this build or this
-// machine has no such device. RESOURCE_EXHAUSTED: the model and the KV cache of one sequence do not
-// fit its memory; if the config alone tells, before anything is loaded. Any other
-// error: the checkpoint; it names the file and the tensor or key.
-absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, Collective* group);
+// The group is used by forward passes only, outlives the model and is bound to nothing.
+// UNAVAILABLE: this build or this machine has no such device, or not what several of them need.
+// RESOURCE_EXHAUSTED: the model and the KV cache of one sequence do not fit its memory; if the
+// config alone tells, before anything is loaded. Any other error: the checkpoint; it names the file
+// and the tensor or key.
+absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, RankGroup* group);
 
 }  // namespace wintserve

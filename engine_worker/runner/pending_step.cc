@@ -45,6 +45,7 @@ absl::StatusOr<StepDone> PendingStep::Wait() {
   RETURN_IF_ERROR(work_.end->Wait());
   // Whoever hears that the step is done takes its copies for done, too.
   if (work_.copies != nullptr) RETURN_IF_ERROR(work_.copies->Wait());
+  if (work_.collective != nullptr) RETURN_IF_ERROR(work_.collective->DeviceStatus());
   const std::span<const int32_t> ids(work_.layout.ids(work_.results->data()), work_.sampled.size());
   StepDone done = std::move(work_.done);
   done.execute_us = static_cast<uint32_t>(work_.end->MicrosecondsSince(*work_.begin));

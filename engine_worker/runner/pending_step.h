@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "api_server/scheduler/plan.h"
 #include "common/mutex.h"
+#include "engine_worker/collectives/collective.h"
 #include "kernels/backend.h"
 
 namespace wintserve {
@@ -72,6 +73,7 @@ class PendingStep {
     std::unique_ptr<kernels::Event> copies = nullptr;  // beside the rest; null: none
     StepResultLayout layout{0};
     std::unique_ptr<kernels::Buffer> results = nullptr;  // of `layout`, complete after `end`
+    Collective* collective = nullptr;                    // null: the step needs none
   };
 
   PendingStep(Work work, std::shared_ptr<ResultBuffers> result_buffers);
@@ -85,7 +87,8 @@ class PendingStep {
   int64_t MicrosecondsAfter(const PendingStep& previous) const {
     return work_.begin->MicrosecondsSince(*previous.work_.end);
   }
-  // INTERNAL: the device failed, the logits of a row were not finite, or an id is none.
+  // UNAVAILABLE: the group was aborted meanwhile. INTERNAL: the device failed, the logits of a row
+  // were not finite, or an id is none.
   absl::StatusOr<StepDone> Wait();
 
  private:

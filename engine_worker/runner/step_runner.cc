@@ -106,7 +106,8 @@ absl::Status StepRunner::WarmUp() {
   graphs_.Clear();
   RETURN_IF_ERROR(WarmUpRows(1));
   if (config_.use_graphs) RETURN_IF_ERROR(CaptureGraphs());
-  return backend_->Record()->Wait();
+  RETURN_IF_ERROR(backend_->Record()->Wait());
+  return collective_->DeviceStatus();
 }
 
 absl::Status StepRunner::WarmUpRows(int64_t num_rows) {
@@ -149,7 +150,8 @@ absl::StatusOr<std::unique_ptr<PendingStep>> StepRunner::Begin(const StepPlan& p
       .done = {.group_epoch = plan.group_epoch, .step = plan.step, .plan_hash = plan_hash},
       .reports_ids = samples(),
       .sampled_vocab_size = static_cast<int32_t>(config_.sampled_vocab_size),
-      .layout = result_layout_};
+      .layout = result_layout_,
+      .collective = collective_};
   ASSIGN_OR_RETURN(work.results, result_buffers_->Take());
   work.begin = backend_->Record();
   work.copies = copier_->Begin(plan.copies);

@@ -65,6 +65,9 @@ Worker::Worker(Model* model, RankGroup* group, WorkQueueClient* queue, WorkerLin
 absl::Status Worker::Run() {
   std::thread heartbeat([this] { BeatUntilEnd(); });
   absl::Status status = Serve();
+  finisher_.Drain();
+  runner_.reset();
+  group_->Unbind();  // before the device that the model's owner takes away
   {
     MutexLock lock(&mutex_);
     ended_ = true;
@@ -251,6 +254,7 @@ absl::StatusOr<bool> Worker::AllMapped(bool mapped) {
   backend.CopyFromHost(sum->data(), &num_mapped, sizeof(float));
   RETURN_IF_ERROR(group_->AllReduceSum(static_cast<float*>(sum->data()), 1));
   RETURN_IF_ERROR(backend.CopyToHost(&num_mapped, sum->data(), sizeof(float)));
+  RETURN_IF_ERROR(group_->DeviceStatus());
   return num_mapped == static_cast<float>(group_->world_size());
 }
 
@@ -286,6 +290,11 @@ absl::Status Worker::Execute(const ReceivedPlan& received) {
 
 void Worker::Report(const absl::StatusOr<StepDone>& done) {
   if (!done.ok()) {
+    // A group that ends because its ranks are stopped is no fault.
+    if (absl::IsUnavailable(done.status()) && WaitForStop(kStopSkewMs)) {
+      queue_->Close();
+      return;
+    }
     {
       MutexLock lock(&mutex_);
       step_error_ = absl::InternalError(done.status().message());

@@ -10,6 +10,13 @@
 
 namespace wintserve::kernels::cuda {
 
+int NumVisibleDevices() {
+  int num_devices = 0;
+  if (cudaGetDeviceCount(&num_devices) == cudaSuccess) return num_devices;
+  cudaGetLastError();
+  return 0;
+}
+
 absl::StatusOr<DeviceProperties> QueryDevice(int ordinal) {
   int num_devices = 0;
   const cudaError_t counted = cudaGetDeviceCount(&num_devices);

@@ -23,6 +23,9 @@ struct DeviceProperties {
   }
 };
 
+// 0 without a driver.
+int NumVisibleDevices();
+
 // UNAVAILABLE: no driver, or no device of this ordinal; the message says how many there are.
 absl::StatusOr<DeviceProperties> QueryDevice(int ordinal);
 

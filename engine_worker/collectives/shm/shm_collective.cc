@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <utility>
 
@@ -47,6 +48,22 @@ void Add(const float* a, const float* __restrict b, int64_t count, float* sum) {
   for (int64_t i = 0; i < count; ++i) sum[i] = a[i] + b[i];
 }
 
+// Sleeps until condition(*word), at most timeout_ms. Returns condition(*word).
+template <typename Condition>
+bool WaitUntil(std::atomic<uint32_t>* word, int64_t timeout_ms, const Condition& condition) {
+  using std::chrono::steady_clock;
+  const auto deadline = steady_clock::now() + std::chrono::milliseconds(timeout_ms);
+  while (true) {
+    const uint32_t value = word->load(std::memory_order_acquire);
+    if (condition(value)) return true;
+    const int64_t left_us =
+        std::chrono::duration_cast<std::chrono::microseconds>(deadline - steady_clock::now())
+            .count();
+    if (left_us <= 0) return false;
+    FutexWait(word, value, left_us);
+  }
+}
+
 }  // namespace
 
 enum class ShmCollective::Operation : uint64_t { kAllReduceSum = 1, kAllGather, kBroadcast };
@@ -55,6 +72,7 @@ enum class ShmCollective::Operation : uint64_t { kAllReduceSum = 1, kAllGather, 
 struct ShmCollective::Header {
   std::atomic<uint64_t> group_epoch;     // set by the first rank, compared by the others
   std::atomic<uint64_t> attached_ranks;  // bit set
+  std::atomic<uint32_t> num_left;        // futex: of Leave()
   alignas(kCacheLineBytes) std::atomic<uint32_t> arrived;  // over all rounds; wraps around
   std::atomic<uint32_t> sleepers;  // saves the wake-up call when nobody sleeps
   alignas(kCacheLineBytes) std::atomic<uint32_t> progress;  // futex: 2 * rounds finished | kAborted
@@ -111,6 +129,23 @@ void ShmCollective::Abort() {
   if ((before & kAborted) == 0) FutexWakeAll(&header()->progress);
 }
 
+bool ShmCollective::is_aborted() const {
+  return (header()->progress.load(std::memory_order_acquire) & kAborted) != 0;
+}
+
+bool ShmCollective::WaitForAbort(int64_t timeout_ms) {
+  return WaitUntil(&header()->progress, timeout_ms,
+                   [](uint32_t progress) { return (progress & kAborted) != 0; });
+}
+
+bool ShmCollective::Leave(int64_t timeout_ms) {
+  std::atomic<uint32_t>& num_left = header()->num_left;
+  num_left.fetch_add(1);
+  FutexWakeAll(&num_left);
+  const auto all = static_cast<uint32_t>(group_.world_size);
+  return WaitUntil(&num_left, timeout_ms, [all](uint32_t left) { return left >= all; });
+}
+
 ShmCollective::Header* ShmCollective::header() const {
   return static_cast<Header*>(memory_->data());
 }
@@ -128,7 +163,7 @@ T* ShmCollective::payload(int rank) const {
 
 absl::Status ShmCollective::Exchange(Operation operation, int64_t total_bytes, const void* data,
                                      int64_t size_bytes) {
-  if ((header()->progress.load(std::memory_order_relaxed) & kAborted) != 0) return Aborted();
+  if (is_aborted()) return Aborted();
   *slot(rank()) = {.operation = operation, .total_bytes = total_bytes};
   if (data != nullptr) std::memcpy(payload<void>(rank()), data, size_bytes);
   RETURN_IF_ERROR(WaitForRound());

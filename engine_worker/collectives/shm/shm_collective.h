@@ -45,6 +45,14 @@ class ShmCollective : public Collective {
   absl::Status Broadcast(void* data, int64_t size_bytes) override;
   void Abort() override;
 
+  // For groups whose data goes another way, to which this is what ends them. Any thread.
+  bool is_aborted() const;
+  // Returns once the group is aborted, at the latest after timeout_ms; whether it is.
+  bool WaitForAbort(int64_t timeout_ms);
+  // This rank has let go of what the others lent it. Returns once all have, at the latest after
+  // timeout_ms; whether they have.
+  bool Leave(int64_t timeout_ms);
+
  private:
   struct Header;
   struct SlotHeader;

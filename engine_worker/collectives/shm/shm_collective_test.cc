@@ -7,15 +7,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <bit>
-#include <cmath>
 #include <functional>
-#include <random>
 #include <thread>
 #include <vector>
 
 #include "common/check.h"
+#include "engine_worker/collectives/collective_suite_test_util.h"
 #include "engine_worker/collectives/single_rank_collective.h"
 
 namespace wintserve {
@@ -50,66 +47,44 @@ void OnThreads(int world_size, const std::function<void(ShmCollective&)>& body) 
   for (std::thread& thread : threads) thread.join();
 }
 
-// Values whose sum depends on the order of the additions.
-std::vector<float> RankData(int rank, int64_t count, uint32_t seed) {
-  std::mt19937 random(seed * 31 + rank);
-  std::uniform_real_distribution<float> mantissa(-1, 1);
-  std::vector<float> data(count);
-  for (float& value : data) value = std::ldexp(mantissa(random), static_cast<int>(random() % 24));
-  return data;
-}
-
-std::vector<float> RankOrderSum(int world_size, int64_t count, uint32_t seed) {
-  std::vector<float> sum = RankData(0, count, seed);
-  for (int rank = 1; rank < world_size; ++rank) {
-    const std::vector<float> part = RankData(rank, count, seed);
-    for (int64_t i = 0; i < count; ++i) sum[i] += part[i];
+// Operations of host memory are done when they return.
+class HostRank final : public TestRank {
+ public:
+  explicit HostRank(std::unique_ptr<ShmCollective> collective)
+      : collective_(std::move(collective)) {}
+  Collective& collective() override { return *collective_; }
+  absl::Status AllReduceSum(std::vector<float>* data) override {
+    return collective_->AllReduceSum(data->data(), std::ssize(*data));
   }
-  return sum;
-}
-
-bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
-  const auto same = [](float x, float y) {
-    return std::bit_cast<uint32_t>(x) == std::bit_cast<uint32_t>(y);
-  };
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(), same);
-}
-
-// A mix of all operations with sizes from nothing to several slots. Returns the first difference.
-std::string RunMix(ShmCollective& collective, int num_operations) {
-  const int world_size = collective.world_size();
-  std::mt19937 sizes(world_size);
-  for (int i = 0; i < num_operations; ++i) {
-    const int64_t count = sizes() % 1000;
-    const uint32_t seed = sizes();
-    std::vector<float> data = RankData(collective.rank(), count, seed);
-
-    std::vector<float> gathered(count * world_size);
-    if (!collective.AllGather(data.data(), count, gathered.data()).ok()) return "AllGather";
-    for (int rank = 0; rank < world_size; ++rank) {
-      const std::vector<float> part(gathered.begin() + rank * count,
-                                    gathered.begin() + (rank + 1) * count);
-      if (!SameBits(part, RankData(rank, count, seed))) return fmt::format("AllGather {}", i);
-    }
-    std::string text(count, static_cast<char>('a' + collective.rank()));
-    if (!collective.Broadcast(text.data(), count).ok()) return "Broadcast";
-    if (text != std::string(count, 'a')) return fmt::format("Broadcast {}", i);
-
-    if (!collective.AllReduceSum(data.data(), count).ok()) return "AllReduceSum";
-    if (!SameBits(data, RankOrderSum(world_size, count, seed))) {
-      return fmt::format("AllReduceSum {}: not the rank-order sum of {} floats", i, count);
-    }
+  absl::Status AllGather(const std::vector<float>& in, std::vector<float>* out) override {
+    return collective_->AllGather(in.data(), std::ssize(in), out->data());
   }
-  return "";
+  absl::Status Broadcast(std::string* data) override {
+    return collective_->Broadcast(data->data(), std::ssize(*data));
+  }
+
+ private:
+  const std::unique_ptr<ShmCollective> collective_;
+};
+
+std::unique_ptr<TestRank> JoinAsRank(const std::shared_ptr<MappedMemory>& memory, int rank,
+                                     int world_size) {
+  return std::make_unique<HostRank>(Join(memory, rank, world_size));
 }
+
+CollectiveKind Ranks(int world_size) {
+  return {.name = fmt::format("ShmOf{}", world_size),
+          .world_size = world_size,
+          .slot_bytes = kSlotBytes,
+          .join = JoinAsRank};
+}
+
+INSTANTIATE_TEST_SUITE_P(Shm, CollectiveSuite, testing::Values(Ranks(2), Ranks(3), Ranks(4)),
+                         [](const auto& info) { return info.param.name; });
 
 class ShmCollectiveWorld : public testing::TestWithParam<int> {};
 INSTANTIATE_TEST_SUITE_P(Ranks, ShmCollectiveWorld, testing::Values(2, 3, 4),
                          [](const auto& info) { return fmt::format("{}", info.param); });
-
-TEST_P(ShmCollectiveWorld, ThreadsGetTheBitsOfTheRankOrderSum) {
-  OnThreads(GetParam(), [](ShmCollective& collective) { EXPECT_EQ(RunMix(collective, 100), ""); });
-}
 
 // Starts one process a rank; rank_main's result is its exit code.
 std::vector<pid_t> Fork(int world_size, const std::function<int(int rank)>& rank_main) {
@@ -133,48 +108,9 @@ TEST_P(ShmCollectiveWorld, ProcessesGetTheBitsOfTheRankOrderSum) {
   const int world_size = GetParam();
   const auto memory = NewMemory(world_size);
   for (const pid_t child : Fork(world_size, [&](int rank) {
-         return RunMix(*Join(memory, rank, world_size), 100).empty() ? 0 : 1;
+         return RunMix(*JoinAsRank(memory, rank, world_size), 100, {}).empty() ? 0 : 1;
        })) {
     EXPECT_EQ(ExitStatus(child), 0);
-  }
-}
-
-TEST_P(ShmCollectiveWorld, AbortWakesEveryRankThatWaits) {
-  const int world_size = GetParam();
-  const auto memory = NewMemory(world_size);
-  const auto absent = Join(memory, 0, world_size);
-  std::vector<std::thread> waiting;
-  for (int rank = 1; rank < world_size; ++rank) {
-    waiting.emplace_back([&, rank] {
-      float value = 1;
-      const absl::Status status = Join(memory, rank, world_size)->AllReduceSum(&value, 1);
-      EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
-    });
-  }
-  absent->Abort();
-  for (std::thread& thread : waiting) thread.join();
-  float value = 1;
-  EXPECT_EQ(absent->AllReduceSum(&value, 1).code(), absl::StatusCode::kUnavailable);
-}
-
-TEST(ShmCollective, ARankThatLeavesEndsTheWaitOfTheOthers) {
-  const auto memory = NewMemory(2);
-  auto leaving = Join(memory, 0, 2);
-  std::thread waiting([&] {
-    float value = 1;
-    EXPECT_EQ(Join(memory, 1, 2)->AllReduceSum(&value, 1).code(), absl::StatusCode::kUnavailable);
-  });
-  leaving.reset();
-  waiting.join();
-}
-
-TEST(ShmCollective, APeerThatLeavesAfterTheLastRoundDoesNotSpoilIt) {
-  for (int i = 0; i < 200; ++i) {
-    OnThreads(4, [](ShmCollective& collective) {
-      std::vector<float> data(4, 1.0f);
-      EXPECT_TRUE(collective.AllReduceSum(data.data(), 4).ok());
-      EXPECT_THAT(data, testing::Each(4.0f));
-    });
   }
 }
 
@@ -250,6 +186,26 @@ TEST(ShmCollective, RefusesMemoryThatThisRankUsedBefore) {
       memory, {.group_epoch = 7, .rank = 1, .world_size = 2, .slot_bytes = kSlotBytes});
   EXPECT_EQ(again.status().code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_THAT(again.status().message(), HasSubstr("already had a rank 1"));
+}
+
+TEST(ShmCollective, AnAbortIsSeenByRanksThatOnlyWaitForIt) {
+  const auto memory = NewMemory(2);
+  const auto first = Join(memory, 0, 2);
+  const auto second = Join(memory, 1, 2);
+  EXPECT_FALSE(second->WaitForAbort(/*timeout_ms=*/1));
+  EXPECT_FALSE(second->is_aborted());
+  std::thread aborting([&] { first->Abort(); });
+  EXPECT_TRUE(second->WaitForAbort(/*timeout_ms=*/60'000));
+  EXPECT_TRUE(second->is_aborted());
+  aborting.join();
+}
+
+TEST(ShmCollective, ARankThatLeftWaitsForTheOthersToLeave) {
+  const auto memory = NewMemory(2);
+  const auto first = Join(memory, 0, 2);
+  const auto second = Join(memory, 1, 2);
+  EXPECT_FALSE(first->Leave(/*timeout_ms=*/1));
+  EXPECT_TRUE(second->Leave(/*timeout_ms=*/0));
 }
 
 TEST(SingleRankCollective, LeavesDataAsItIs) {

@@ -1,0 +1,372 @@
+#include "engine_worker/collectives/nccl/nccl_collective.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstring>
+#include <mutex>
+#include <shared_mutex>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "common/check.h"
+#include "common/log.h"
+#include "common/status_macros.h"
+#include "kernels/cuda/collective/peer_memory.h"
+#include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/handles.h"
+
+namespace wintserve {
+namespace {
+
+using kernels::cuda::DeviceBuffer;
+using kernels::cuda::kMaxPeerRanks;
+using kernels::cuda::kPeerSlotBytes;
+using kernels::cuda::PeerHandle;
+using kernels::cuda::PeerMemory;
+using kernels::cuda::ToStatus;
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+// Up to here one exchange through the peers' memory is faster:
+// bench/results/all-reduce-h200-x2.txt.
+constexpr int64_t kMaxPeerBytesOfTwo = 1 << 20;
+constexpr int64_t kMaxPeerBytesOfMore = 256 << 10;
+static_assert(kMaxPeerBytesOfTwo <= kPeerSlotBytes);
+
+// What a rank of two took on an H200 with NCCL 2.28, and as much again.
+constexpr int64_t kNcclMemoryBytes = int64_t{1} << 30;
+
+// A peer that leaves right after its last operation does not spoil those that this device is about
+// to finish.
+constexpr milliseconds kFinishPatience(100);
+// For a thread that is inside one of NCCL's calls; if it is stuck there, the abort frees it.
+constexpr milliseconds kCallPatience(200);
+// NCCL's abort waits for graphs that captured it.
+constexpr milliseconds kEndPatience(5'000);
+constexpr int64_t kLeavePatienceMs = 1'000;
+
+absl::Status Aborted() {
+  return absl::UnavailableError("the rank group was aborted, or a rank has left it");
+}
+
+// What a rank says of itself when it comes.
+struct Introduction {
+  int32_t is_well = 1;  // else no group comes about
+  int32_t lends_memory = 0;
+  PeerHandle memory;
+  ncclUniqueId id = {};  // of rank 0
+};
+
+// The values of all ranks.
+template <typename T>
+absl::StatusOr<std::vector<T>> Exchange(ShmCollective* control, const T& own) {
+  static_assert(std::is_trivially_copyable_v<T>);
+  constexpr size_t kWords = (sizeof(T) + sizeof(float) - 1) / sizeof(float);
+  std::vector<float> mine(kWords);
+  std::memcpy(mine.data(), &own, sizeof(T));
+  std::vector<float> gathered(kWords * control->world_size());
+  RETURN_IF_ERROR(control->AllGather(mine.data(), kWords, gathered.data()));
+  std::vector<T> all(control->world_size());
+  for (size_t r = 0; r < all.size(); ++r) {
+    std::memcpy(static_cast<void*>(&all[r]), gathered.data() + r * kWords, sizeof(T));
+  }
+  return all;
+}
+
+// Whether every rank says yes.
+absl::StatusOr<bool> AllAgree(ShmCollective* control, bool yes) {
+  ASSIGN_OR_RETURN(const std::vector<int32_t> all, Exchange<int32_t>(control, yes ? 1 : 0));
+  return std::find(all.begin(), all.end(), 0) == all.end();
+}
+
+absl::Status NcclStatus(const NcclLibrary& nccl, ncclResult_t result, ncclComm_t comm,
+                        const char* what) {
+  if (result == ncclSuccess) return absl::OkStatus();
+  const char* const detail = nccl.GetLastError(comm);
+  const std::string text =
+      fmt::format("{}: NCCL: {}{}{}", what, nccl.GetErrorString(result),
+                  detail == nullptr || *detail == 0 ? "" : ": ", detail == nullptr ? "" : detail);
+  return result == ncclSystemError || result == ncclRemoteError || result == ncclInProgress
+             ? absl::UnavailableError(text)
+             : absl::InternalError(text);
+}
+
+int64_t MaxPeerBytes(const NcclGroup& group, int world_size) {
+  if (group.max_peer_bytes == NcclGroup::kMeasured) {
+    return world_size == 2 ? kMaxPeerBytesOfTwo : kMaxPeerBytesOfMore;
+  }
+  return std::min(group.max_peer_bytes, kPeerSlotBytes);
+}
+
+}  // namespace
+
+absl::Status CheckNccl() { return LoadNccl().status(); }
+
+int64_t NcclGroupMemoryBytes(int world_size) {
+  return kernels::cuda::PeerMemoryBytes(world_size) + kNcclMemoryBytes;
+}
+
+struct NcclCollective::State {
+  const NcclLibrary* nccl = nullptr;
+  std::unique_ptr<ShmCollective> control;
+  cudaStream_t stream = nullptr;
+  int device = 0;
+  int64_t max_peer_bytes = 0;
+  std::unique_ptr<PeerMemory> peers;  // null: all through NCCL
+
+  // Shared by whoever calls NCCL, alone for the end of the communicator.
+  std::shared_timed_mutex calls;
+  ncclComm_t comm = nullptr;  // null once it has ended
+
+  std::atomic<bool> is_cut_short = false;  // from before the device is made to leave anything
+
+  std::mutex mutex;
+  std::condition_variable changed;
+  bool has_ended = false;  // under mutex
+
+  // Brings up peers, if every rank can.
+  absl::Status Meet();
+  absl::Status OpenPeers(std::unique_ptr<PeerMemory> own, const std::vector<Introduction>& ranks);
+  void EndOnAbort();
+  bool WaitForEnd(milliseconds timeout);
+};
+
+absl::Status NcclCollective::State::Meet() {
+  const int rank = control->rank();
+  Introduction own;
+  absl::Status failure;
+  if (rank == 0) {
+    failure = NcclStatus(*nccl, nccl->GetUniqueId(&own.id), nullptr, "making a group");
+  }
+  std::unique_ptr<PeerMemory> memory;
+  if (failure.ok() && max_peer_bytes > 0) {
+    absl::StatusOr<std::unique_ptr<PeerMemory>> created =
+        PeerMemory::Create(rank, control->world_size());
+    if (created.ok()) {
+      memory = *std::move(created);
+      own.memory = memory->handle();
+      own.lends_memory = 1;
+    } else if (absl::IsResourceExhausted(created.status())) {
+      failure = created.status();
+    } else {
+      LOG_WARNING("small collectives go through NCCL: {}", std::string(created.status().message()));
+    }
+  }
+  own.is_well = failure.ok() ? 1 : 0;
+  ASSIGN_OR_RETURN(const std::vector<Introduction> ranks, Exchange(control.get(), own));
+  RETURN_IF_ERROR(failure);
+  for (size_t r = 0; r < ranks.size(); ++r) {
+    if (ranks[r].is_well == 1) continue;
+    return absl::UnavailableError(fmt::format("rank {} could not join the group", r));
+  }
+  RETURN_IF_ERROR(OpenPeers(std::move(memory), ranks));
+  ncclComm_t made = nullptr;
+  const ncclResult_t result = nccl->CommInitRank(&made, control->world_size(), ranks[0].id, rank);
+  const absl::Status status = NcclStatus(*nccl, result, nullptr, "joining the group");
+  ASSIGN_OR_RETURN(const bool all_joined, AllAgree(control.get(), status.ok()));
+  comm = made;
+  RETURN_IF_ERROR(status);
+  return all_joined ? absl::OkStatus()
+                    : absl::UnavailableError("another rank could not join the group");
+}
+
+absl::Status NcclCollective::State::OpenPeers(std::unique_ptr<PeerMemory> own,
+                                              const std::vector<Introduction>& ranks) {
+  bool is_open = own != nullptr;
+  std::vector<PeerHandle> handles;
+  for (const Introduction& introduction : ranks) {
+    is_open = is_open && introduction.lends_memory == 1;
+    handles.push_back(introduction.memory);
+  }
+  if (is_open) {
+    const absl::Status opened = own->Open(handles);
+    if (!opened.ok()) {
+      LOG_WARNING("small collectives go through NCCL: {}", std::string(opened.message()));
+    }
+    is_open = opened.ok();
+  }
+  ASSIGN_OR_RETURN(const bool all_open, AllAgree(control.get(), is_open));
+  if (all_open) peers = std::move(own);
+  if (!all_open && max_peer_bytes > 0 && control->rank() == 0) {
+    LOG_WARNING(
+        "the GPUs do not all reach each other's memory: all-reduces go through NCCL alone{}",
+        control->world_size() == 2 ? "" : ", and how they round depends on a batch's size");
+  }
+  return absl::OkStatus();
+}
+
+void NcclCollective::State::EndOnAbort() {
+  cudaSetDevice(device);
+  while (!control->WaitForAbort(/*timeout_ms=*/3'600'000)) {
+  }
+  const auto deadline = steady_clock::now() + kFinishPatience;
+  while (cudaStreamQuery(stream) == cudaErrorNotReady && steady_clock::now() < deadline) {
+    std::this_thread::sleep_for(milliseconds(1));
+  }
+  is_cut_short.store(true);
+  if (peers != nullptr) peers->Abort();
+  {
+    std::unique_lock<std::shared_timed_mutex> lock(calls, std::defer_lock);
+    if (!lock.try_lock_for(kCallPatience)) LOG_WARNING("ending a group in a call of NCCL");
+    if (comm != nullptr) nccl->CommAbort(std::exchange(comm, nullptr));
+  }
+  std::lock_guard<std::mutex> lock(mutex);
+  has_ended = true;
+  changed.notify_all();
+}
+
+bool NcclCollective::State::WaitForEnd(milliseconds timeout) {
+  std::unique_lock<std::mutex> lock(mutex);
+  return changed.wait_for(lock, timeout, [this] { return has_ended; });
+}
+
+absl::StatusOr<std::unique_ptr<NcclCollective>> NcclCollective::Create(
+    std::unique_ptr<ShmCollective> control, const NcclGroup& group) {
+  CHECK(control->world_size() <= kMaxPeerRanks, "world_size={}", control->world_size());
+  auto state = std::make_shared<State>();
+  state->control = std::move(control);
+  ASSIGN_OR_RETURN(state->nccl, LoadNccl());
+  state->stream = group.stream;
+  state->max_peer_bytes = MaxPeerBytes(group, state->control->world_size());
+  RETURN_IF_ERROR(ToStatus(cudaGetDevice(&state->device), "joining a group"));
+  const absl::Status met = state->Meet();
+  std::unique_ptr<NcclCollective> collective(new NcclCollective(std::move(state)));
+  RETURN_IF_ERROR(met);
+  RETURN_IF_ERROR(collective->WarmUp());
+  return collective;
+}
+
+NcclCollective::NcclCollective(std::shared_ptr<State> state)
+    : state_(std::move(state)), watcher_([state = state_] { state->EndOnAbort(); }) {}
+
+NcclCollective::~NcclCollective() {
+  Abort();
+  if (!state_->WaitForEnd(kEndPatience)) {
+    LOG_WARNING("a rank group that a graph holds is left to the end of the process");
+    watcher_.detach();
+    return;
+  }
+  watcher_.join();
+  // Nothing waits any more, but what was launched may still write to the others.
+  const absl::Status drained = ToStatus(cudaStreamSynchronize(state_->stream), "leaving a group");
+  if (!drained.ok()) LOG_WARNING("{}", std::string(drained.message()));
+  if (state_->peers != nullptr) state_->control->Leave(kLeavePatienceMs);
+}
+
+// NCCL connects at the first operation of each kind. By then nobody should have to wait for it, and
+// its memory should be taken.
+absl::Status NcclCollective::WarmUp() {
+  constexpr int64_t kBytes = int64_t{4} << 20;
+  constexpr int64_t kFloats = kBytes / static_cast<int64_t>(sizeof(float));
+  ASSIGN_OR_RETURN(const DeviceBuffer in, DeviceBuffer::Allocate(kBytes));
+  ASSIGN_OR_RETURN(const DeviceBuffer out, DeviceBuffer::Allocate(kBytes * world_size()));
+  float* const data = in.data<float>();
+  RETURN_IF_ERROR(ToStatus(cudaMemsetAsync(data, 0, kBytes, state_->stream), "joining a group"));
+  const NcclLibrary& nccl = *state_->nccl;
+  const cudaStream_t stream = state_->stream;
+  for (const int64_t count : {int64_t{64}, kFloats}) {
+    RETURN_IF_ERROR(CallNccl("an all-reduce", [&](ncclComm_t comm) {
+      return nccl.AllReduce(data, data, count, ncclFloat, ncclSum, comm, stream);
+    }));
+    RETURN_IF_ERROR(CallNccl("an all-gather", [&](ncclComm_t comm) {
+      return nccl.AllGather(data, out.data(), count, ncclFloat, comm, stream);
+    }));
+    RETURN_IF_ERROR(CallNccl("a broadcast", [&](ncclComm_t comm) {
+      return nccl.Broadcast(data, data, count, ncclFloat, 0, comm, stream);
+    }));
+  }
+  RETURN_IF_ERROR(AllReduceSum(data, 64));
+  RETURN_IF_ERROR(ToStatus(cudaStreamSynchronize(stream), "joining a group"));
+  return DeviceStatus();
+}
+
+int NcclCollective::rank() const { return state_->control->rank(); }
+int NcclCollective::world_size() const { return state_->control->world_size(); }
+bool NcclCollective::uses_peer_memory() const { return state_->peers != nullptr; }
+void NcclCollective::Abort() { state_->control->Abort(); }
+
+template <typename Call>
+absl::Status NcclCollective::CallNccl(const char* what, const Call& call) {
+  std::shared_lock<std::shared_timed_mutex> lock(state_->calls);
+  if (state_->comm == nullptr || state_->control->is_aborted()) return Aborted();
+  const ncclResult_t result = call(state_->comm);
+  if (result == ncclSuccess) return absl::OkStatus();
+  if (state_->control->is_aborted()) return Aborted();
+  const absl::Status status = NcclStatus(*state_->nccl, result, state_->comm, what);
+  Abort();
+  return status;
+}
+
+absl::Status NcclCollective::AllReduceSum(float* data, int64_t count) {
+  if (state_->control->is_aborted()) return Aborted();
+  if (count == 0) return absl::OkStatus();
+  const PeerMemory* const peers = state_->peers.get();
+  const int64_t max_count = state_->max_peer_bytes / static_cast<int64_t>(sizeof(float));
+  if (peers != nullptr && count <= max_count) {
+    kernels::cuda::LaunchPeerAllReduce(peers->group(), data, count, state_->stream);
+    return absl::OkStatus();
+  }
+  if (peers != nullptr && world_size() > 2) {
+    constexpr int64_t kSlotFloats = kPeerSlotBytes / static_cast<int64_t>(sizeof(float));
+    const int64_t part = world_size() * kSlotFloats;
+    for (int64_t begin = 0; begin < count; begin += part) {
+      kernels::cuda::LaunchPeerTwoShotAllReduce(peers->group(), data + begin,
+                                                std::min(part, count - begin), state_->stream);
+    }
+    return absl::OkStatus();
+  }
+  return CallNccl("an all-reduce", [&](ncclComm_t comm) {
+    return state_->nccl->AllReduce(data, data, count, ncclFloat, ncclSum, comm, state_->stream);
+  });
+}
+
+absl::Status NcclCollective::AllGather(const float* in, int64_t count, float* out) {
+  if (state_->control->is_aborted()) return Aborted();
+  if (count == 0) return absl::OkStatus();
+  if (state_->peers != nullptr &&
+      count * static_cast<int64_t>(sizeof(float)) <= state_->max_peer_bytes) {
+    kernels::cuda::LaunchPeerAllGather(state_->peers->group(), in, count, out, state_->stream);
+    return absl::OkStatus();
+  }
+  return CallNccl("an all-gather", [&](ncclComm_t comm) {
+    return state_->nccl->AllGather(in, out, count, ncclFloat, comm, state_->stream);
+  });
+}
+
+absl::Status NcclCollective::Broadcast(void* data, int64_t size_bytes) {
+  constexpr int64_t kWordBytes = sizeof(float);
+  if (state_->control->is_aborted()) return Aborted();
+  if (size_bytes == 0) return absl::OkStatus();
+  const bool is_words =
+      size_bytes % kWordBytes == 0 && reinterpret_cast<uintptr_t>(data) % kWordBytes == 0;
+  if (state_->peers != nullptr && is_words && size_bytes <= state_->max_peer_bytes) {
+    kernels::cuda::LaunchPeerBroadcast(state_->peers->group(), static_cast<float*>(data),
+                                       size_bytes / kWordBytes, state_->stream);
+    return absl::OkStatus();
+  }
+  return CallNccl("a broadcast", [&](ncclComm_t comm) {
+    return state_->nccl->Broadcast(data, data, size_bytes, ncclChar, 0, comm, state_->stream);
+  });
+}
+
+absl::Status NcclCollective::DeviceStatus() {
+  if (state_->is_cut_short.load()) return Aborted();
+  std::shared_lock<std::shared_timed_mutex> lock(state_->calls);
+  if (state_->comm == nullptr) return Aborted();
+  ncclResult_t error = ncclSuccess;
+  const ncclResult_t asked = state_->nccl->CommGetAsyncError(state_->comm, &error);
+  const ncclResult_t result = asked == ncclSuccess ? error : asked;
+  if (result == ncclSuccess) return absl::OkStatus();
+  const absl::Status status = NcclStatus(*state_->nccl, result, state_->comm, "the rank group");
+  Abort();
+  return status;
+}
+
+}  // namespace wintserve
