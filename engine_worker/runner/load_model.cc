@@ -236,6 +236,18 @@ int64_t GroupMemoryBytes([[maybe_unused]] int world_size) {
   return 0;
 }
 
+// What steps take beside the model.
+absl::Status ProfileSteps(const ServeOptions& options, Model* model, MemoryProfile* profile) {
+  ASSIGN_OR_RETURN(const DeviceMemory with_model, QueryMemory(*model->backend()));
+  RETURN_IF_ERROR(RunLargestBatch(model));
+  ASSIGN_OR_RETURN(const DeviceMemory warm, QueryMemory(*model->backend()));
+  profile->scratch = with_model.free - warm.free;
+  if (options.use_cudagraph) {
+    ASSIGN_OR_RETURN(profile->graphs, MeasureGraphs(options, model));
+  }
+  return absl::OkStatus();
+}
+
 // Loads the model and says what is left for KV blocks.
 absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig& config,
                                   RankGroup* group, LoadedModel* loaded) {
@@ -258,15 +270,9 @@ absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig
   if (with_model.free < profile.scratch) return CheckKvFits(profile, demand);
   // Ranks join their group when all of them have loaded.
   group->Bind(std::make_unique<AbsentGroup>(group->rank(), group->world_size()));
-  const absl::Cleanup unbind = [group] { group->Unbind(); };
-  RETURN_IF_ERROR(RunLargestBatch(loaded->model.get()));
-  ASSIGN_OR_RETURN(const DeviceMemory warm, QueryMemory(*backend));
-  profile.scratch = with_model.free - warm.free;
-
-  if (options.use_cudagraph) {
-    ASSIGN_OR_RETURN(profile.graphs, MeasureGraphs(options, loaded->model.get()));
-  }
-
+  const absl::Status profiled = ProfileSteps(options, loaded->model.get(), &profile);
+  group->Unbind();
+  RETURN_IF_ERROR(profiled);
   profile.group = GroupMemoryBytes(group->world_size());
   for (const std::string& line : DescribeMemory(profile, demand)) LOG_INFO("{}", line);
   RETURN_IF_ERROR(CheckKvFits(profile, demand));

@@ -109,6 +109,13 @@ int64_t MaxPeerBytes(const NcclGroup& group, int world_size) {
 
 absl::Status CheckNccl() { return LoadNccl().status(); }
 
+std::string NcclVersion() {
+  const absl::StatusOr<const NcclLibrary*> nccl = LoadNccl();
+  int version = 0;
+  CHECK(nccl.ok() && (*nccl)->GetVersion(&version) == ncclSuccess, "NCCL");
+  return fmt::format("{}.{}.{}", version / 10000, version / 100 % 100, version % 100);
+}
+
 int64_t NcclGroupMemoryBytes(int world_size) {
   return kernels::cuda::PeerMemoryBytes(world_size) + kNcclMemoryBytes;
 }

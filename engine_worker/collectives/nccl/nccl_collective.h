@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <thread>
 
 #include "absl/status/statusor.h"
@@ -21,6 +22,9 @@ inline constexpr int64_t kNcclControlSlotBytes = 4096;
 // UNAVAILABLE: NCCL is not on this machine; the message says what is missing. For before a model is
 // loaded.
 absl::Status CheckNccl();
+
+// "2.28.9"; of the library. REQUIRES: CheckNccl().ok().
+std::string NcclVersion();
 
 // Device memory that a rank of a group takes when it is created, rounded up.
 int64_t NcclGroupMemoryBytes(int world_size);
