@@ -115,12 +115,14 @@ bench: build  ## Every micro-benchmark, then the rates of a running server (benc
 	  $(BUILD)/bench/$$program || exit 1; done
 	@bench/serving $(BUILD)
 
-bench-gpu: CUDA_TARGETS := model_rates matmul_cuda_bench attention_cuda_bench operators_cuda_bench
+bench-gpu: CUDA_TARGETS := model_rates matmul_cuda_bench attention_cuda_bench operators_cuda_bench \
+                          all_reduce_cuda_bench
 bench-gpu: build-cuda  ## The demo model's rates and the time of every operator on this machine's GPU
 	@build/cuda/bench/model_rates --device cuda
 	@build/cuda/bench/matmul_cuda_bench
 	@build/cuda/bench/attention_cuda_bench
 	@build/cuda/bench/operators_cuda_bench
+	@if [ "$$(nvidia-smi -L | wc -l)" -ge 2 ]; then build/cuda/bench/all_reduce_cuda_bench; fi
 
 bench-gpu-shapes: CUDA_TARGETS := model_rates
 bench-gpu-shapes: build-cuda  ## Rates of the published models' shapes with dummy weights; needs 110 GB of a GPU's memory

@@ -1,7 +1,7 @@
 // Writes down what a model computes for given token ids, on one device:
 //
 //   model_outputs --model DIR --device cpu|cuda [--rounding unrounded|fastdeploy]
-//                 --input FILE.jsonl --output DIR
+//                 [--tensor-parallel-size 1|2|4] --input FILE.jsonl --output DIR
 //
 // A line of the input is {"ids": [...]}: logits of every position, or {"ids": [...], "generate":
 // N}: a greedy continuation of up to N ids. The output directory gets
@@ -14,11 +14,13 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "common/log.h"
@@ -108,6 +110,16 @@ struct Options {
   int32_t stop_id = 2;
 };
 
+// What the other ranks do while rank 0 writes down the results.
+absl::Status Follow(const Options& options) {
+  ASSIGN_OR_RETURN(const Input input, ReadInput(options.input));
+  ASSIGN_OR_RETURN(const std::unique_ptr<ModelUnderTest> model,
+                   ModelUnderTest::Load(options.model));
+  const auto no_logits = [](size_t, size_t, std::span<const float>) {};
+  RETURN_IF_ERROR(model->TeacherForce(input.sequences, no_logits).status());
+  return model->Greedy(input.requests, options.stop_id).status();
+}
+
 absl::Status Run(const Options& options) {
   ASSIGN_OR_RETURN(const Input input, ReadInput(options.input));
   std::error_code error;
@@ -152,8 +164,32 @@ absl::Status Run(const Options& options) {
               : absl::UnknownError(fmt::format("cannot write {}/outputs.json", options.output));
 }
 
+void ExitUnlessOk(const absl::Status& status) {
+  if (status.ok()) return;
+  fmt::print(stderr, "model_outputs: {}\n", std::string(status.message()));
+  std::_Exit(1);  // other ranks may be waiting for this one
+}
+
+void RunRanks(Options options, int world_size) {
+  if (world_size == 1) {
+    ExitUnlessOk(Run(options));
+    return;
+  }
+  options.model.meeting_place = std::make_shared<MeetingPlace>(world_size);
+  std::vector<std::thread> others;
+  for (int rank = 1; rank < world_size; ++rank) {
+    others.emplace_back([rank, options]() mutable {
+      options.model.rank = rank;
+      ExitUnlessOk(Follow(options));
+    });
+  }
+  ExitUnlessOk(Run(options));
+  for (std::thread& other : others) other.join();
+}
+
 int Main(int argc, char** argv) {
   Options options;
+  int world_size = 1;
   options.model.num_threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   std::string rounding = "unrounded";
   CLI::App app("Logits of every position and greedy continuations of given token ids");
@@ -162,6 +198,7 @@ int Main(int argc, char** argv) {
   app.add_option("--rounding", rounding, "Of the CPU's decoded weights")
       ->check(CLI::IsMember({"unrounded", "fastdeploy"}));
   app.add_option("--threads", options.model.num_threads, "Of the CPU")->check(CLI::Range(1, 1024));
+  app.add_option("--tensor-parallel-size", world_size)->check(CLI::IsMember({1, 2, 4}));
   app.add_option("--stop-id", options.stop_id, "Ends a greedy continuation");
   app.add_option("--input", options.input)->required();
   app.add_option("--output", options.output)->required();
@@ -169,10 +206,8 @@ int Main(int argc, char** argv) {
   options.model.rounding = rounding == "fastdeploy" ? kernels::WeightRounding::kFastDeploy
                                                     : kernels::WeightRounding::kUnrounded;
   InitLog("model_outputs", "warning");
-  const absl::Status status = Run(options);
-  if (status.ok()) return 0;
-  fmt::print(stderr, "model_outputs: {}\n", std::string(status.message()));
-  return 1;
+  RunRanks(std::move(options), world_size);
+  return 0;
 }
 
 }  // namespace

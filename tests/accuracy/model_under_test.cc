@@ -15,6 +15,7 @@
 #include "engine_worker/weights/checkpoint.h"
 #include "kernels/cpu/cpu_backend.h"
 #ifdef WINTSERVE_HAS_CUDA
+#include "engine_worker/collectives/nccl/nccl_collective.h"
 #include "kernels/cuda/cuda_backend.h"
 #endif
 
@@ -53,24 +54,73 @@ absl::StatusOr<std::unique_ptr<kernels::Backend>> CreateBackend(
         {.num_threads = options.num_threads, .rounding = options.rounding});
   }
 #ifdef WINTSERVE_HAS_CUDA
-  if (options.device == "cuda") return kernels::cuda::CreateCudaBackend({});
+  if (options.device == "cuda") return kernels::cuda::CreateCudaBackend({.device = options.rank});
 #endif
   return absl::UnavailableError(
       fmt::format("--device {}: this build has no backend for it", options.device));
 }
 
+constexpr int64_t kHostSlotBytes = 4096;
+constexpr int64_t kCpuSlotBytes = 64 << 10;
+
+std::shared_ptr<MappedMemory> NewMemory(int world_size, int64_t slot_bytes) {
+  auto memory = MappedMemory::Create("accuracy", ShmGroupMemoryBytes(world_size, slot_bytes));
+  CHECK(memory.ok(), "{}", memory.status().ToString());
+  return std::make_shared<MappedMemory>(*std::move(memory));
+}
+
 }  // namespace
+
+MeetingPlace::MeetingPlace(int world_size)
+    : world_size_(world_size), host_memory_(NewMemory(world_size, kHostSlotBytes)) {}
+
+std::shared_ptr<MappedMemory> MeetingPlace::group_memory(int64_t slot_bytes) {
+  MutexLock lock(&mutex_);
+  if (group_memory_ == nullptr) group_memory_ = NewMemory(world_size_, slot_bytes);
+  return group_memory_;
+}
+
+absl::Status ModelUnderTest::Join(MeetingPlace* meeting_place) {
+  if (meeting_place == nullptr) {
+    group_.Bind(MakeSingleRankCollective());
+    return absl::OkStatus();
+  }
+  const auto join = [&](std::shared_ptr<MappedMemory> memory, int64_t slot_bytes) {
+    return ShmCollective::Create(std::move(memory), {.group_epoch = 1,
+                                                     .rank = group_.rank(),
+                                                     .world_size = group_.world_size(),
+                                                     .slot_bytes = slot_bytes});
+  };
+  ASSIGN_OR_RETURN(host_group_, join(meeting_place->host_memory(), kHostSlotBytes));
+#ifdef WINTSERVE_HAS_CUDA
+  if (!backend_->uses_host_memory()) {
+    ASSIGN_OR_RETURN(auto control, join(meeting_place->group_memory(kNcclControlSlotBytes),
+                                        kNcclControlSlotBytes));
+    ASSIGN_OR_RETURN(
+        auto group,
+        NcclCollective::Create(std::move(control), {.stream = kernels::cuda::StreamOf(*backend_)}));
+    group_.Bind(std::move(group));
+    return absl::OkStatus();
+  }
+#endif
+  ASSIGN_OR_RETURN(auto group, join(meeting_place->group_memory(kCpuSlotBytes), kCpuSlotBytes));
+  group_.Bind(std::move(group));
+  return absl::OkStatus();
+}
 
 absl::StatusOr<std::unique_ptr<ModelUnderTest>> ModelUnderTest::Load(
     const ModelUnderTestOptions& options) {
-  std::unique_ptr<ModelUnderTest> loaded(new ModelUnderTest());
+  const int world_size = options.meeting_place == nullptr ? 1 : options.meeting_place->world_size();
+  std::unique_ptr<ModelUnderTest> loaded(new ModelUnderTest(options.rank, world_size));
   ASSIGN_OR_RETURN(loaded->backend_, CreateBackend(options));
   ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(options.model_dir));
   ASSIGN_OR_RETURN(const std::unique_ptr<Checkpoint> checkpoint,
                    Checkpoint::Open(options.model_dir, config, KOrderChoice::kAuto));
   ASSIGN_OR_RETURN(loaded->model_,
-                   LoadErnie45(config, *checkpoint, loaded->backend_.get(), /*collective=*/nullptr,
+                   LoadErnie45(config, *checkpoint, loaded->backend_.get(),
+                               world_size == 1 ? nullptr : &loaded->group_,
                                {.max_batch_tokens = kMaxBatchTokens, .max_logit_rows = kMaxRows}));
+  RETURN_IF_ERROR(loaded->Join(options.meeting_place.get()));
   return loaded;
 }
 
@@ -86,17 +136,19 @@ absl::StatusOr<std::unique_ptr<Buffer>> ModelUnderTest::MakePool(int64_t num_blo
   return pool;
 }
 
-// Logits [rows that want them, vocab_size].
+// Logits [rows that want them, vocab_size]; none on other ranks than 0.
 absl::StatusOr<std::vector<float>> ModelUnderTest::Forward(const Batch& batch,
                                                            DeviceBatch* device_batch, void* pool) {
   backend_->SetBatch(batch, device_batch);
   ASSIGN_OR_RETURN(const kernels::ConstRows logits, model_->Forward(*device_batch, pool));
   const int64_t num_rows = device_batch->num_logit_rows();
+  if (group_.rank() != 0) return std::vector<float>();
   std::vector<float> host(num_rows * vocab_size());
   if (num_rows == 0) return host;
   CHECK(logits.stride == vocab_size(), "stride={}", logits.stride);
   RETURN_IF_ERROR(backend_->CopyToHost(host.data(), logits.data,
                                        std::ssize(host) * static_cast<int64_t>(sizeof(float))));
+  RETURN_IF_ERROR(group_.DeviceStatus());
   return host;
 }
 
@@ -134,6 +186,7 @@ absl::StatusOr<int> ModelUnderTest::TeacherForce(const std::vector<TokenIds>& se
         if (of_row.empty()) break;
         ASSIGN_OR_RETURN(const std::vector<float> logits,
                          Forward(batch, device_batch.get(), pool->data()));
+        if (logits.empty()) continue;
         for (size_t row = 0; row < of_row.size(); ++row) {
           const size_t s = of_row[row];
           const std::span<const float> of_position = std::span(logits).subspan(row * vocab, vocab);
@@ -176,7 +229,6 @@ absl::StatusOr<std::vector<TokenIds>> ModelUnderTest::Greedy(
   int64_t num_blocks = 0;
   const auto tables = BlockTables(lengths, &num_blocks);
   ASSIGN_OR_RETURN(const std::unique_ptr<Buffer> pool, MakePool(num_blocks));
-  const std::unique_ptr<Collective> collective = MakeSingleRankCollective();
   const size_t longest = *std::max_element(lengths.begin(), lengths.end());
   ASSIGN_OR_RETURN(const std::unique_ptr<StepRunner> runner,
                    StepRunner::Create({.num_blocks = static_cast<uint32_t>(num_blocks),
@@ -184,7 +236,7 @@ absl::StatusOr<std::vector<TokenIds>> ModelUnderTest::Greedy(
                                        .max_tokens = static_cast<uint32_t>(prompt_tokens),
                                        .max_sequence_tokens = static_cast<uint32_t>(longest),
                                        .sampled_vocab_size = static_cast<uint32_t>(vocab_size())},
-                                      model_.get(), collective.get(), pool->data(), nullptr));
+                                      model_.get(), &group_, pool->data(), nullptr));
   std::vector<TokenIds> continuations(requests.size());
   StepPlan plan;
   for (uint32_t slot = 0; slot < requests.size(); ++slot) {
@@ -197,14 +249,21 @@ absl::StatusOr<std::vector<TokenIds>> ModelUnderTest::Greedy(
   while (!plan.rows.empty()) {
     ++plan.step;
     ASSIGN_OR_RETURN(const StepDone done, runner->Apply(plan, /*plan_hash=*/0));
+    TokenIds sampled(plan.rows.size());
+    for (size_t row = 0; row < done.sampled.size(); ++row) sampled[row] = done.sampled[row].token;
+    if (host_group_ != nullptr) {
+      RETURN_IF_ERROR(host_group_->Broadcast(
+          sampled.data(), std::ssize(sampled) * static_cast<int64_t>(sizeof(int32_t))));
+    }
     StepPlan next = {.step = plan.step};
-    for (const SampledToken& sampled : done.sampled) {
-      TokenIds& ids = continuations[sampled.slot];
-      ids.push_back(sampled.token);
-      const GreedyRequest& request = requests[sampled.slot];
-      if (sampled.token == stop_id || std::ssize(ids) == request.max_tokens) continue;
+    for (size_t row = 0; row < plan.rows.size(); ++row) {
+      const uint32_t slot = plan.rows[row].slot;
+      TokenIds& ids = continuations[slot];
+      ids.push_back(sampled[row]);
+      const GreedyRequest& request = requests[slot];
+      if (sampled[row] == stop_id || std::ssize(ids) == request.max_tokens) continue;
       const size_t position = request.prompt.size() + ids.size() - 1;
-      next.rows.push_back({sampled.slot, static_cast<uint32_t>(position), 1, true, {}});
+      next.rows.push_back({slot, static_cast<uint32_t>(position), 1, true, {}});
     }
     plan = std::move(next);
   }

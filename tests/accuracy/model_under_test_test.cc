@@ -3,9 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <thread>
 
 #include "common/check.h"
 
@@ -41,6 +43,37 @@ TEST(ModelUnderTest, GreedyTextIsThatOfTheGoldensThoughAllPromptsRunTogether) {
   const auto greedy = Poet()->Greedy(requests, kStopId);
   ASSERT_TRUE(greedy.ok()) << greedy.status();
   EXPECT_EQ(*greedy, expected);
+}
+
+TEST(ModelUnderTest, TwoRanksGiveTheTextOfOne) {
+  std::vector<GreedyRequest> requests;
+  std::vector<TokenIds> expected;
+  for (const auto& golden : Golden()["cases"]) {
+    requests.push_back({golden["ids"], 8});
+    const TokenIds ids = golden["greedy"]["ids"];
+    expected.emplace_back(ids.begin(), ids.begin() + std::min<int64_t>(8, std::ssize(ids)));
+  }
+  const auto meeting_place = std::make_shared<MeetingPlace>(2);
+  const auto run = [&](int rank) {
+    auto model = ModelUnderTest::Load({.model_dir = "models/poet",
+                                       .device = "cpu",
+                                       .rounding = kernels::WeightRounding::kFastDeploy,
+                                       .rank = rank,
+                                       .meeting_place = meeting_place});
+    CHECK(model.ok(), "{}", model.status().ToString());
+    int num_logits = 0;
+    const auto forced = (*model)->TeacherForce(
+        {requests[0].prompt}, [&](size_t, size_t, std::span<const float>) { ++num_logits; });
+    ASSERT_TRUE(forced.ok()) << forced.status();
+    EXPECT_EQ(*forced, rank == 0 ? 1 : 0);
+    EXPECT_EQ(num_logits, rank == 0 ? std::ssize(requests[0].prompt) : 0);
+    const auto greedy = (*model)->Greedy(requests, kStopId);
+    ASSERT_TRUE(greedy.ok()) << greedy.status();
+    EXPECT_EQ(*greedy, expected) << "rank " << rank;
+  };
+  std::thread other([&] { run(1); });
+  run(0);
+  other.join();
 }
 
 TEST(ModelUnderTest, EveryPositionIsForcedOnceAndLastOnesAreThoseOfTheGoldens) {
