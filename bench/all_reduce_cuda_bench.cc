@@ -1,6 +1,6 @@
 // All-reduces between GPUs, one thread a rank: one exchange through the peers' memory, the same in
-// two exchanges, and NCCL. Each time is that of a replayed graph of 50 of them, over 50: as they
-// follow each other in a decoding step.
+// two exchanges, NCCL, and what the engine worker chooses. Each time is that of a replayed graph of
+// 50 of them, over 50: as they follow each other in a decoding step.
 //   build/cuda/bench/all_reduce_cuda_bench [RANKS]
 #include <fmt/format.h>
 
@@ -43,7 +43,8 @@ struct Bench {
   const int world_size;
   std::barrier<> barrier;
   std::vector<kernels::cuda::PeerHandle> handles;
-  std::shared_ptr<MappedMemory> memory;
+  std::shared_ptr<MappedMemory> memory;         // of the group that has NCCL alone
+  std::shared_ptr<MappedMemory> chosen_memory;  // of the other
 };
 
 // Median time of one operation, the slowest rank's not known to the others: they wait for it.
@@ -90,10 +91,19 @@ void RunRank(Bench& bench, int rank) {
                                                            .slot_bytes = kNcclControlSlotBytes}));
   const auto nccl = Must(
       NcclCollective::Create(std::move(control), {.stream = stream.get(), .max_peer_bytes = 0}));
+  // As the engine worker does it, which chooses by size.
+  auto chosen_control =
+      Must(ShmCollective::Create(bench.chosen_memory, {.group_epoch = 2,
+                                                       .rank = rank,
+                                                       .world_size = bench.world_size,
+                                                       .slot_bytes = kNcclControlSlotBytes}));
+  const auto chosen =
+      Must(NcclCollective::Create(std::move(chosen_control), {.stream = stream.get()}));
   if (rank == 0) {
     fmt::print("{} x {}; NCCL {}; us an all-reduce of float32\n", bench.world_size, device.name,
                NcclVersion());
-    fmt::print("{:>10} {:>10} {:>10} {:>10}\n", "bytes", "one-shot", "two-shot", "NCCL");
+    fmt::print("{:>10} {:>10} {:>10} {:>10} {:>10}\n", "bytes", "one-shot", "two-shot", "NCCL",
+               "chosen");
   }
   float* const floats = data.data<float>();
   for (int64_t bytes = 4 << 10; bytes <= kMaxBytes; bytes *= 2) {
@@ -112,10 +122,12 @@ void RunRank(Bench& bench, int rank) {
     }
     const double by_nccl =
         MicrosecondsOf(bench, stream.get(), [&] { CHECK(nccl->AllReduceSum(floats, count).ok()); });
+    const double by_size = MicrosecondsOf(bench, stream.get(),
+                                          [&] { CHECK(chosen->AllReduceSum(floats, count).ok()); });
     if (rank != 0) continue;
     const auto column = [](double us) { return us == 0 ? "-" : fmt::format("{:.2f}", us); };
-    fmt::print("{:>10} {:>10} {:>10} {:>10}\n", bytes, column(one_shot), column(two_shot),
-               column(by_nccl));
+    fmt::print("{:>10} {:>10} {:>10} {:>10} {:>10}\n", bytes, column(one_shot), column(two_shot),
+               column(by_nccl), column(by_size));
   }
   bench.barrier.arrive_and_wait();
 }
@@ -134,8 +146,10 @@ int main(int argc, char** argv) {
     return 64;
   }
   Bench bench(world_size);
-  bench.memory = std::make_shared<MappedMemory>(Must(MappedMemory::Create(
-      "all_reduce_cuda_bench", ShmGroupMemoryBytes(world_size, kNcclControlSlotBytes))));
+  for (auto* memory : {&bench.memory, &bench.chosen_memory}) {
+    *memory = std::make_shared<MappedMemory>(Must(MappedMemory::Create(
+        "all_reduce_cuda_bench", ShmGroupMemoryBytes(world_size, kNcclControlSlotBytes))));
+  }
   std::vector<std::thread> ranks;
   for (int rank = 0; rank < world_size; ++rank) {
     ranks.emplace_back([&, rank] { RunRank(bench, rank); });

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
+#include <limits>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
@@ -34,13 +35,14 @@ using kernels::cuda::ToStatus;
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
-// Up to here one exchange through the peers' memory is faster:
-// bench/results/all-reduce-h200-x2.txt.
-constexpr int64_t kMaxPeerBytesOfTwo = 1 << 20;
-constexpr int64_t kMaxPeerBytesOfMore = 256 << 10;
-static_assert(kMaxPeerBytesOfTwo <= kPeerSlotBytes);
+// bench/results/all-reduce-h200-x2.txt: of two ranks, one exchange through the peers' memory is
+// faster than NCCL as far as a slot reaches, and parts of it are for some way more.
+constexpr int64_t kMaxPeerBytesOfTwo = int64_t{8} << 20;
+// All that one rank sends of a sum goes to each of the others in one exchange, to one of them in
+// two: with more than two ranks the second is less from some size on. Not measured.
+constexpr int64_t kMaxOneShotBytesOfMore = 256 << 10;
 
-// What a rank of two took on an H200 with NCCL 2.28, and as much again.
+// A rank of two took 500 MiB on an H200 with NCCL 2.28; as much again for other versions.
 constexpr int64_t kNcclMemoryBytes = int64_t{1} << 30;
 
 // A peer that leaves right after its last operation does not spoil those that this device is about
@@ -99,10 +101,8 @@ absl::Status NcclStatus(const NcclLibrary& nccl, ncclResult_t result, ncclComm_t
 }
 
 int64_t MaxPeerBytes(const NcclGroup& group, int world_size) {
-  if (group.max_peer_bytes == NcclGroup::kMeasured) {
-    return world_size == 2 ? kMaxPeerBytesOfTwo : kMaxPeerBytesOfMore;
-  }
-  return std::min(group.max_peer_bytes, kPeerSlotBytes);
+  if (group.max_peer_bytes != NcclGroup::kMeasured) return group.max_peer_bytes;
+  return world_size == 2 ? kMaxPeerBytesOfTwo : std::numeric_limits<int64_t>::max();
 }
 
 }  // namespace
@@ -138,6 +138,10 @@ struct NcclCollective::State {
   std::condition_variable changed;
   bool has_ended = false;  // under mutex
 
+  // Whether one exchange through the peers' memory takes it.
+  bool FitsPeers(int64_t size_bytes) const {
+    return peers != nullptr && size_bytes <= std::min(max_peer_bytes, kPeerSlotBytes);
+  }
   // Brings up peers, if every rank can.
   absl::Status Meet();
   absl::Status OpenPeers(std::unique_ptr<PeerMemory> own, const std::vector<Introduction>& ranks);
@@ -314,19 +318,9 @@ absl::Status NcclCollective::CallNccl(const char* what, const Call& call) {
 absl::Status NcclCollective::AllReduceSum(float* data, int64_t count) {
   if (state_->control->is_aborted()) return Aborted();
   if (count == 0) return absl::OkStatus();
-  const PeerMemory* const peers = state_->peers.get();
-  const int64_t max_count = state_->max_peer_bytes / static_cast<int64_t>(sizeof(float));
-  if (peers != nullptr && count <= max_count) {
-    kernels::cuda::LaunchPeerAllReduce(peers->group(), data, count, state_->stream);
-    return absl::OkStatus();
-  }
-  if (peers != nullptr && world_size() > 2) {
-    constexpr int64_t kSlotFloats = kPeerSlotBytes / static_cast<int64_t>(sizeof(float));
-    const int64_t part = world_size() * kSlotFloats;
-    for (int64_t begin = 0; begin < count; begin += part) {
-      kernels::cuda::LaunchPeerTwoShotAllReduce(peers->group(), data + begin,
-                                                std::min(part, count - begin), state_->stream);
-    }
+  const int64_t size_bytes = count * static_cast<int64_t>(sizeof(float));
+  if (state_->peers != nullptr && size_bytes <= state_->max_peer_bytes) {
+    SumThroughPeers(data, count);
     return absl::OkStatus();
   }
   return CallNccl("an all-reduce", [&](ncclComm_t comm) {
@@ -334,11 +328,26 @@ absl::Status NcclCollective::AllReduceSum(float* data, int64_t count) {
   });
 }
 
+void NcclCollective::SumThroughPeers(float* data, int64_t count) {
+  constexpr int64_t kFloatBytes = sizeof(float);
+  const kernels::cuda::PeerGroup& group = state_->peers->group();
+  const int64_t max_one_shot =
+      (world_size() == 2 ? kPeerSlotBytes : kMaxOneShotBytesOfMore) / kFloatBytes;
+  if (count <= max_one_shot) {
+    kernels::cuda::LaunchPeerAllReduce(group, data, count, state_->stream);
+    return;
+  }
+  const int64_t part = world_size() * kPeerSlotBytes / kFloatBytes;
+  for (int64_t begin = 0; begin < count; begin += part) {
+    kernels::cuda::LaunchPeerTwoShotAllReduce(group, data + begin, std::min(part, count - begin),
+                                              state_->stream);
+  }
+}
+
 absl::Status NcclCollective::AllGather(const float* in, int64_t count, float* out) {
   if (state_->control->is_aborted()) return Aborted();
   if (count == 0) return absl::OkStatus();
-  if (state_->peers != nullptr &&
-      count * static_cast<int64_t>(sizeof(float)) <= state_->max_peer_bytes) {
+  if (state_->FitsPeers(count * static_cast<int64_t>(sizeof(float)))) {
     kernels::cuda::LaunchPeerAllGather(state_->peers->group(), in, count, out, state_->stream);
     return absl::OkStatus();
   }
@@ -353,7 +362,7 @@ absl::Status NcclCollective::Broadcast(void* data, int64_t size_bytes) {
   if (size_bytes == 0) return absl::OkStatus();
   const bool is_words =
       size_bytes % kWordBytes == 0 && reinterpret_cast<uintptr_t>(data) % kWordBytes == 0;
-  if (state_->peers != nullptr && is_words && size_bytes <= state_->max_peer_bytes) {
+  if (is_words && state_->FitsPeers(size_bytes)) {
     kernels::cuda::LaunchPeerBroadcast(state_->peers->group(), static_cast<float*>(data),
                                        size_bytes / kWordBytes, state_->stream);
     return absl::OkStatus();

@@ -31,8 +31,8 @@ int64_t NcclGroupMemoryBytes(int world_size);
 
 struct NcclGroup {
   cudaStream_t stream = nullptr;  // of the operators between which operations stand
-  // Up to so many bytes a rank an operation goes through the peers' memory. kMeasured: as long as
-  // that is faster. 0: never.
+  // Up to so many bytes of a rank an operation goes through the peers' memory. kMeasured: as long
+  // as that is faster. 0: never.
   static constexpr int64_t kMeasured = -1;
   int64_t max_peer_bytes = kMeasured;
 };
@@ -40,8 +40,8 @@ struct NcclGroup {
 // Operations are put on the stream and return; what they report is what can be known then. They may
 // be captured in a graph, which is destroyed before the collective is.
 //
-// Order of additions: rank order, in float32, in every message: of two ranks any order is that, and
-// with more what is too large for one exchange through the peers' memory goes in several. Where
+// Order of additions: rank order, in float32, in every message. Of two ranks any order is that, so
+// large sums go through NCCL; with more they go through the peers' memory in parts. Where
 // GPUs cannot reach each other's memory, more than two ranks add up in the order that NCCL chooses
 // for the size; a warning says so.
 //
@@ -77,6 +77,7 @@ class NcclCollective : public Collective {
 
   explicit NcclCollective(std::shared_ptr<State> state);
   absl::Status WarmUp();
+  void SumThroughPeers(float* data, int64_t count);
   // Calls NCCL unless the group was aborted.
   template <typename Call>
   absl::Status CallNccl(const char* what, const Call& call);

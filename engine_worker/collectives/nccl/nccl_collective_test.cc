@@ -121,8 +121,9 @@ CollectiveKind Gpus(const std::string& name, int world_size, int64_t max_peer_by
   return {.name = fmt::format("{}Of{}", name, world_size),
           .world_size = world_size,
           .slot_bytes = kNcclControlSlotBytes,
-          .counts = {0, 1, 2, 3, 63, 1000, 4096, 8191, 65536, 262144, 262145, 1000003, 10 << 20},
-          .num_operations = 60,
+          .counts = {0, 1, 2, 3, 63, 1000, 4096, 8191, 65536, 262144, 524288, 524289, 1000003,
+                     2 << 20, (2 << 20) + 4, 10 << 20},
+          .num_operations = 40,
           .num_groups = 2,
           .join =
               [max_peer_bytes](const std::shared_ptr<MappedMemory>& memory, int rank, int ranks) {
