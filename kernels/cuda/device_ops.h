@@ -82,6 +82,17 @@ WINTSERVE_DEVICE void LetNextKernelBegin() {
 #endif
 }
 
+// Of a kernel that reads nothing before.
+WINTSERVE_DEVICE void BeginAfterPreviousKernel() {
+  WaitForPreviousKernel();
+  LetNextKernelBegin();
+}
+
+// Brings the line of constant data that `address` lies in to the second-level cache.
+WINTSERVE_DEVICE void PrefetchToL2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // The blocks of a cluster, which not every device has: where a launch asks for none, and compiled
 // for such a device, every block is one of its own.
 WINTSERVE_DEVICE void SyncCluster() {
@@ -314,6 +325,7 @@ WINTSERVE_DEVICE T LoadConstant(const T* from) {
 
 // Past the first-level cache, which does not see what other multiprocessors write.
 WINTSERVE_DEVICE float4 LoadFromL2(const float4* from) { return __ldcg(from); }
+WINTSERVE_DEVICE float LoadFromL2(const float* from) { return __ldcg(from); }
 WINTSERVE_DEVICE float2 LoadFromL2(const float2* from) { return __ldcg(from); }
 
 // Data that kernels wrote which this one may have overlapped with: no loads for constant data, and
@@ -327,6 +339,11 @@ WINTSERVE_DEVICE float LoadFresh(const float* from) {
   float value;
   asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(from));
   return value;
+}
+WINTSERVE_DEVICE uint2 LoadFresh(const uint2* from) {
+  uint2 words;
+  asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(from));
+  return words;
 }
 WINTSERVE_DEVICE uint4 LoadFresh(const uint4* from) {
   uint4 words;

@@ -3,9 +3,11 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <utility>
 
 #include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/kernel_overlap.h"
 
 namespace wintserve::kernels::cuda {
 
@@ -13,8 +15,19 @@ struct LaunchShape {
   dim3 grid = 1;
   dim3 block = 1;
   size_t shared_bytes = 0;  // dynamic shared memory; above 48 KiB see AllowSharedMemory
-  // Where the device can, begin before the kernel before it in the stream has ended. Every block of
-  // such a kernel waits for that one (griddepcontrol.wait).
+  unsigned cluster_blocks = 1;
+  // Where the device can, begin before the kernel before it in the stream has ended (programmatic
+  // dependent launch). The rule for such a kernel, which leaves no hazard between it and any kernel
+  // before or behind it:
+  //   1. Every thread that touches memory calls WaitForPreviousKernel, also in blocks without work:
+  //      a kernel has ended only after all those before it have.
+  //   2. Before that it writes nothing, and reads nothing that the kernel right before it writes.
+  //   3. LetNextKernelBegin, if at all, comes after it.
+  // By 3, when a kernel begins, the one before it has passed its own wait, so whatever is older has
+  // ended and may be read at once: weights, and what the last kernel but one left. By 1 and 2 a
+  // kernel writes when all others have ended, so it overwrites nothing that is still read. What was
+  // read before the wait must not be what is written during it: not through the first-level cache
+  // either if it may share a sector with that (LoadFresh for integers).
   bool overlaps_previous = false;
 };
 
@@ -46,21 +59,27 @@ void LaunchOrDie(const char* file, int line, const char* name, void (*kernel)(Pa
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  if (shape.overlaps_previous && DeviceOverlapsKernels()) {
-    config.attrs = &overlap;
-    config.numAttrs = 1;
+  std::array<cudaLaunchAttribute, 2> attributes = {};
+  config.attrs = attributes.data();
+  if (shape.overlaps_previous && kernels_may_overlap && DeviceOverlapsKernels()) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster_blocks > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {shape.cluster_blocks, 1, 1};
   }
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
   if (error != cudaSuccess) [[unlikely]] {
     const auto dims = [](dim3 d) { return fmt::format("{}x{}x{}", d.x, d.y, d.z); };
-    CudaCallFailed(file, line, name,
-                   fmt::format("grid {} block {} shared {} bytes stream {}: {}", dims(shape.grid),
-                               dims(shape.block), shape.shared_bytes,
-                               reinterpret_cast<const void*>(stream), ArgumentsText(args...)),
-                   error);
+    CudaCallFailed(
+        file, line, name,
+        fmt::format("grid {} block {} cluster {} shared {} bytes stream {}: {}", dims(shape.grid),
+                    dims(shape.block), shape.cluster_blocks, shape.shared_bytes,
+                    reinterpret_cast<const void*>(stream), ArgumentsText(args...)),
+        error);
   }
 }
 

@@ -3,8 +3,9 @@
 // bytes in the same run.
 //   build/cuda/bench/operators_cuda_bench
 //
-// A time is the median of replays of a captured graph over its launches. Weights rotate through
-// more memory than the second-level cache holds, activations stay in it, as they do in a model.
+// A time is the median of replays of a captured graph over its launches, "alone" where no kernel
+// may begin before the one before it has ended. Weights rotate through more memory than the
+// second-level cache holds, activations stay in it, as they do in a model.
 #include <cuda_runtime_api.h>
 #include <fmt/core.h>
 
@@ -23,6 +24,7 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/handles.h"
+#include "kernels/cuda/kernel_overlap.h"
 #include "kernels/formats/bf16.h"
 
 namespace wintserve::kernels::cuda {
@@ -77,14 +79,19 @@ class Bench {
   // One row of the table: fn(i) is one call of the operator, which has to read and write `bytes`.
   void Measure(const std::string& name, int64_t bytes, const std::function<void(int)>& fn) {
     const double us = Median(fn);
+    kernels_may_overlap = false;
+    const double alone_us = Median(fn);
+    kernels_may_overlap = true;
     const int64_t size = std::min(kReadBytes, (bytes + 15) / 16 * 16);
     const int64_t places = kReadBytes / size;
     const double read_us = Median([&](int i) {
       LaunchRead(static_cast<unsigned char*>(read_memory_->data()) + i % places * size, size,
                  static_cast<uint32_t*>(read_memory_->data()), num_multiprocessors_, stream());
     });
-    fmt::print("{:<44} {:>10.2f} us {:>8.1f} GB/s   read {:>8.2f} us   {:>5.2f} of read\n", name,
-               us, 1e-3 * static_cast<double>(bytes) / us, read_us, read_us / us);
+    fmt::print(
+        "{:<44} {:>8.2f} us, alone {:>8.2f} us {:>8.1f} GB/s   read {:>8.2f} us   {:>5.2f} of "
+        "read\n",
+        name, us, alone_us, 1e-3 * static_cast<double>(bytes) / us, read_us, read_us / us);
     std::fflush(stdout);
   }
 

@@ -79,6 +79,8 @@ T* OfBlock(int block_of_cluster, T* object) {
 // Launches run one after another.
 inline void WaitForPreviousKernel() {}
 inline void LetNextKernelBegin() {}
+inline void BeginAfterPreviousKernel() {}
+inline void PrefetchToL2(const void* /*address*/) {}
 
 void InitBarrier(uint32_t barrier, int arrivals);
 void ArriveAtBarrier(uint32_t barrier);
@@ -167,8 +169,10 @@ T LoadConstant(const T* from) {
 }
 inline int32_t LoadFresh(const int32_t* from) { return LoadAligned<int32_t>(from); }
 inline float LoadFresh(const float* from) { return LoadAligned<float>(from); }
+inline uint2 LoadFresh(const uint2* from) { return LoadAligned<uint2>(from); }
 inline uint4 LoadFresh(const uint4* from) { return LoadAligned<uint4>(from); }
 inline float4 LoadFromL2(const float4* from) { return *from; }
+inline float LoadFromL2(const float* from) { return *from; }
 inline float2 LoadFromL2(const float2* from) { return *from; }
 void FenceDevice();
 int32_t FetchAndAdd(int32_t* counter, int32_t value);

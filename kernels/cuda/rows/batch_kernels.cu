@@ -1,3 +1,4 @@
+#include "kernels/cuda/device_ops.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/rows/batch_kernels.h"
 
@@ -24,27 +25,32 @@ __device__ SamplingRow SamplingRowOf(const plan::PackedLogitRow& row) {
   return sampling;
 }
 
-// Blocks 0 … num_rows - 1 unpack a row each, one more all the logit rows and the padding.
+// Blocks 0 … num_rows - 1 unpack a row each, one more all the logit rows and the padding. Kernels
+// read a batch's arrays before they wait for the one before them, so none begins before this one
+// has ended.
 __global__ void __launch_bounds__(kUnpackThreads)
     UnpackBatchKernel(const int32_t* words, plan::PackedBatchShape shape, plan::BatchArrays arrays,
                       SamplingRow* sampling_rows) {
+  WaitForPreviousKernel();
   const auto thread = static_cast<int32_t>(threadIdx.x);
   const auto block = static_cast<int32_t>(blockIdx.x);
   if (block < shape.num_rows) {
     plan::UnpackRow(words, shape, arrays, block, thread, kUnpackThreads);
-    return;
+  } else {
+    for (int32_t i = thread; i < shape.num_logit_rows; i += kUnpackThreads) {
+      sampling_rows[i] = SamplingRowOf(plan::UnpackLogitRow(words, shape, arrays, i));
+    }
+    for (int32_t i = thread; i < shape.num_padding_rows; i += kUnpackThreads) {
+      sampling_rows[shape.num_logit_rows + i] =
+          SamplingRowOf(plan::UnpackPaddingRow(shape, arrays, i));
+    }
   }
-  for (int32_t i = thread; i < shape.num_logit_rows; i += kUnpackThreads) {
-    sampling_rows[i] = SamplingRowOf(plan::UnpackLogitRow(words, shape, arrays, i));
-  }
-  for (int32_t i = thread; i < shape.num_padding_rows; i += kUnpackThreads) {
-    sampling_rows[shape.num_logit_rows + i] =
-        SamplingRowOf(plan::UnpackPaddingRow(shape, arrays, i));
-  }
+  FenceDevice();
 }
 
 __global__ void __launch_bounds__(kUnpackThreads)
     KeepIdsKernel(const int32_t* ids, int32_t num_ids, plan::BatchArrays arrays) {
+  BeginAfterPreviousKernel();
   for (auto i = static_cast<int32_t>(threadIdx.x); i < num_ids; i += kUnpackThreads) {
     const int32_t slot = arrays.logit_slots[i];
     if (slot >= 0) arrays.slot_ids[slot] = max(ids[i], 0);
@@ -57,14 +63,15 @@ void LaunchUnpackBatch(const int32_t* words, const plan::PackedBatchShape& shape
                        const plan::BatchArrays& arrays, SamplingRow* sampling_rows,
                        cudaStream_t stream) {
   const LaunchShape launch = {.grid = static_cast<unsigned>(shape.num_rows + 1),
-                              .block = kUnpackThreads};
+                              .block = kUnpackThreads,
+                              .overlaps_previous = true};
   CUDA_LAUNCH(UnpackBatchKernel, launch, stream, words, shape, arrays, sampling_rows);
 }
 
 void LaunchKeepIds(const int32_t* ids, int64_t num_ids, const plan::BatchArrays& arrays,
                    cudaStream_t stream) {
   if (num_ids == 0) return;
-  const LaunchShape launch = {.block = kUnpackThreads};
+  const LaunchShape launch = {.block = kUnpackThreads, .overlaps_previous = true};
   CUDA_LAUNCH(KeepIdsKernel, launch, stream, ids, static_cast<int32_t>(num_ids), arrays);
 }
 

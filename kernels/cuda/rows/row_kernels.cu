@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "common/check.h"
+#include "kernels/cuda/device_ops.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/rows/row_kernels.h"
 
@@ -21,19 +22,61 @@ bool IsAligned(const void* pointer, int64_t stride) {
 
 constexpr int kEmbedThreads = 256;
 
-template <typename T>
+// kWidth numbers of the table and of x, aligned as a whole.
+template <typename T, int kWidth>
+struct TableNumbers;
+template <>
+struct TableNumbers<uint16_t, 1> {
+  static __device__ void Copy(const uint16_t* from, float* to) { *to = FromBfloat16(*from); }
+};
+template <>
+struct TableNumbers<uint16_t, 4> {
+  static __device__ void Copy(const uint16_t* from, float* to) {
+    const uint2 pairs = *reinterpret_cast<const uint2*>(from);
+    *reinterpret_cast<float4*>(to) = make_float4(LowBfloat16(pairs.x), HighBfloat16(pairs.x),
+                                                 LowBfloat16(pairs.y), HighBfloat16(pairs.y));
+  }
+};
+template <>
+struct TableNumbers<float, 1> {
+  static __device__ void Copy(const float* from, float* to) { *to = *from; }
+};
+template <>
+struct TableNumbers<float, 4> {
+  static __device__ void Copy(const float* from, float* to) {
+    *reinterpret_cast<float4*>(to) = *reinterpret_cast<const float4*>(from);
+  }
+};
+
+// Block: kWidth * kEmbedThreads columns of token blockIdx.x.
+template <typename T, int kWidth>
 __global__ void __launch_bounds__(kEmbedThreads)
     EmbedKernel(const T* table, int64_t vocab_size, int64_t columns, const int32_t* tokens,
                 Rows x) {
+  BeginAfterPreviousKernel();
+  const int64_t c = (int64_t{blockIdx.y} * kEmbedThreads + threadIdx.x) * kWidth;
+  if (c >= columns) return;
   const int64_t token = min(static_cast<int64_t>(max(tokens[blockIdx.x], 0)), vocab_size - 1);
-  const T* row = table + token * columns;
-  float* out = x.data + blockIdx.x * x.stride;
-  for (int64_t c = threadIdx.x; c < columns; c += kEmbedThreads) {
-    if constexpr (sizeof(T) == sizeof(uint16_t)) {
-      out[c] = FromBfloat16(row[c]);
-    } else {
-      out[c] = row[c];
-    }
+  TableNumbers<T, kWidth>::Copy(table + token * columns + c, x.data + blockIdx.x * x.stride + c);
+}
+
+template <typename T>
+void LaunchEmbedFrom(const T* table, const EmbedArgs& args, cudaStream_t stream) {
+  constexpr int kWidth = 4;
+  const bool is_aligned =
+      args.columns % kWidth == 0 && IsAligned(args.x.data, args.x.stride) && IsAligned(table, 0);
+  const int64_t block_columns = int64_t{kEmbedThreads} * (is_aligned ? kWidth : 1);
+  const LaunchShape shape = {
+      .grid = dim3(static_cast<unsigned>(args.num_tokens),
+                   static_cast<unsigned>((args.columns + block_columns - 1) / block_columns)),
+      .block = kEmbedThreads,
+      .overlaps_previous = true};
+  if (is_aligned) {
+    CUDA_LAUNCH((EmbedKernel<T, kWidth>), shape, stream, table, args.vocab_size, args.columns,
+                args.tokens, args.x);
+  } else {
+    CUDA_LAUNCH((EmbedKernel<T, 1>), shape, stream, table, args.vocab_size, args.columns,
+                args.tokens, args.x);
   }
 }
 
@@ -74,12 +117,19 @@ static_assert(kMaxNormColumns == kNormThreads * kNormVectors * sizeof(float4) / 
 template <typename Vector>
 __global__ void __launch_bounds__(kNormThreads) AddRmsNormKernel(AddRmsNormArgs args) {
   constexpr int kWidth = sizeof(Vector) / sizeof(float);
+  const auto* gain = reinterpret_cast<const Vector*>(args.gain);
+  const int num_vectors = static_cast<int>(args.columns / kWidth);
+  // Half of a line of the cache each: every line is asked for.
+  constexpr int kPrefetched = 64 / sizeof(Vector);
+  for (int v = static_cast<int>(threadIdx.x) * kPrefetched; v < num_vectors;
+       v += static_cast<int>(blockDim.x) * kPrefetched) {
+    PrefetchToL2(gain + v);
+  }
+  BeginAfterPreviousKernel();
   const int64_t row = args.row_ids == nullptr ? blockIdx.x : args.row_ids[blockIdx.x];
   auto* x = reinterpret_cast<Vector*>(args.x.data + row * args.x.stride);
   const auto* delta = reinterpret_cast<const Vector*>(args.delta.data + row * args.delta.stride);
-  const auto* gain = reinterpret_cast<const Vector*>(args.gain);
   auto* out = reinterpret_cast<Vector*>(args.out.data + blockIdx.x * args.out.stride);
-  const int num_vectors = static_cast<int>(args.columns / kWidth);
 
   Vector values[kNormVectors];
   float squares = 0;
@@ -114,7 +164,8 @@ void LaunchNorm(const AddRmsNormArgs& args, cudaStream_t stream) {
   const int64_t threads =
       std::clamp<int64_t>((num_vectors + 63) / 64 * kWarpThreads, kWarpThreads, kNormThreads);
   const LaunchShape shape = {.grid = static_cast<unsigned>(args.num_rows),
-                             .block = static_cast<unsigned>(threads)};
+                             .block = static_cast<unsigned>(threads),
+                             .overlaps_previous = true};
   CUDA_LAUNCH(AddRmsNormKernel<Vector>, shape, stream, args);
 }
 
@@ -129,6 +180,7 @@ __global__ void __launch_bounds__(kAngleThreads) RopeAnglesKernel(RopeAnglesArgs
   for (int j = thread; j < half; j += kAngleThreads) {
     frequencies[j] = static_cast<float>(pow(double{args.theta}, -2.0 * j / args.head_dim));
   }
+  BeginAfterPreviousKernel();
   __syncthreads();
   const int64_t first = int64_t{blockIdx.x} * kAngleTokens;
   const auto tokens = static_cast<int>(min(int64_t{kAngleTokens}, args.num_tokens - first));
@@ -150,6 +202,7 @@ constexpr int kSwiGluThreads = 256;
 
 __global__ void __launch_bounds__(kSwiGluThreads)
     SwiGluKernel(ConstRows gate_up, int64_t width, Rows out) {
+  BeginAfterPreviousKernel();
   const float* gate = gate_up.data + blockIdx.x * gate_up.stride;
   float* row = out.data + blockIdx.x * out.stride;
   for (int64_t c = threadIdx.x; c < width; c += kSwiGluThreads) {
@@ -161,15 +214,8 @@ __global__ void __launch_bounds__(kSwiGluThreads)
 
 void LaunchEmbed(const EmbedArgs& args, cudaStream_t stream) {
   if (args.num_tokens == 0) return;
-  const LaunchShape shape = {.grid = static_cast<unsigned>(args.num_tokens),
-                             .block = kEmbedThreads};
-  if (args.is_bfloat16) {
-    CUDA_LAUNCH(EmbedKernel<uint16_t>, shape, stream, static_cast<const uint16_t*>(args.table),
-                args.vocab_size, args.columns, args.tokens, args.x);
-  } else {
-    CUDA_LAUNCH(EmbedKernel<float>, shape, stream, static_cast<const float*>(args.table),
-                args.vocab_size, args.columns, args.tokens, args.x);
-  }
+  args.is_bfloat16 ? LaunchEmbedFrom(static_cast<const uint16_t*>(args.table), args, stream)
+                   : LaunchEmbedFrom(static_cast<const float*>(args.table), args, stream);
 }
 
 void LaunchAddRmsNorm(const AddRmsNormArgs& args, cudaStream_t stream) {
@@ -185,14 +231,16 @@ void LaunchRopeAngles(const RopeAnglesArgs& args, cudaStream_t stream) {
   CHECK(args.head_dim % 2 == 0 && args.head_dim / 2 <= kMaxHalfDim, "head_dim={}", args.head_dim);
   const LaunchShape shape = {
       .grid = static_cast<unsigned>((args.num_tokens + kAngleTokens - 1) / kAngleTokens),
-      .block = kAngleThreads};
+      .block = kAngleThreads,
+      .overlaps_previous = true};
   CUDA_LAUNCH(RopeAnglesKernel, shape, stream, args);
 }
 
 void LaunchSwiGlu(ConstRows gate_up, int64_t num_rows, int64_t width, Rows out,
                   cudaStream_t stream) {
   if (num_rows == 0) return;
-  const LaunchShape shape = {.grid = static_cast<unsigned>(num_rows), .block = kSwiGluThreads};
+  const LaunchShape shape = {
+      .grid = static_cast<unsigned>(num_rows), .block = kSwiGluThreads, .overlaps_previous = true};
   CUDA_LAUNCH(SwiGluKernel, shape, stream, gate_up, width, out);
 }
 

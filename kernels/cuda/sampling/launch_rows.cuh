@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/sampling/row_selection.cuh"
 #include "kernels/plan/sampling_plan.h"
 
@@ -39,26 +40,12 @@ void LaunchRows(void (*kernel)(Args, plan::SamplingPlan), const Args& args,
                 const plan::SamplingDevice& device, cudaStream_t stream) {
   const plan::SamplingPlan plan =
       plan::PlanSampling(args.num_rows, args.vocabulary, kSelectionBytes, device);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(args.num_rows * plan.blocks_per_row));
-  config.blockDim = dim3(plan::kSamplingThreads);
-  config.dynamicSmemBytes = plan.shared_bytes();
-  config.stream = stream;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(plan.blocks_per_row);
-  cluster.val.clusterDim.y = 1;
-  cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = plan.blocks_per_row > 1 ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args, plan);
-  if (error != cudaSuccess) {
-    CudaCallFailed(
-        __FILE__, __LINE__, "cudaLaunchKernelEx",
-        fmt::format("{} rows of {} ids, {} blocks a row, {} bytes of shared memory", args.num_rows,
-                    args.vocabulary, plan.blocks_per_row, plan.shared_bytes()),
-        error);
-  }
+  const LaunchShape shape = {.grid = static_cast<unsigned>(args.num_rows * plan.blocks_per_row),
+                             .block = plan::kSamplingThreads,
+                             .shared_bytes = static_cast<size_t>(plan.shared_bytes()),
+                             .cluster_blocks = static_cast<unsigned>(plan.blocks_per_row),
+                             .overlaps_previous = true};
+  CUDA_LAUNCH(kernel, shape, stream, args, plan);
 }
 
 }  // namespace wintserve::kernels::cuda

@@ -11,6 +11,7 @@ namespace {
 // Two blocks a multiprocessor.
 __global__ void __launch_bounds__(plan::kSamplingThreads, 2)
     LogprobKernel(const LogprobArgs args, const plan::SamplingPlan plan) {
+  BeginAfterPreviousKernel();
   LogprobsOfRow(args, plan);
 }
 
