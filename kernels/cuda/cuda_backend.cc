@@ -352,7 +352,8 @@ class CudaBackend final : public Backend {
       LaunchFloatProduct(
           plan, ProductOf({x.row(first), x.stride}, rows, matrix, {logits, n}, logits), stream());
       LaunchSelectExperts({.logits = logits,
-                           .num_slices = plan.split ? plan.num_slices : 1,
+                           .num_sums = plan.num_sums,
+                           .sums_per_section = plan.sums_per_section(),
                            .num_rows = rows,
                            .route_as = route_as,
                            .bias = bias,
@@ -512,9 +513,7 @@ class CudaBackend final : public Backend {
       const Rows y_rows = {y.row(first), y.stride};
       LaunchFloatProduct(plan, ProductOf({x.row(first), x.stride}, rows, w, y_rows, partials),
                          stream());
-      if (plan.split) {
-        LaunchAddPartials(partials, plan.num_slices, rows, w.n(), y_rows, stream());
-      }
+      if (plan.is_split()) LaunchAddPartials(plan, partials, rows, w.n(), y_rows, stream());
     }
   }
 

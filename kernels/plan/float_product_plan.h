@@ -2,8 +2,8 @@
 // a small matrix and the whole GPU must share it, and the rare unquantised layer.
 //
 // A row's result has the same bits in any batch: the k rows of the weights are cut into slices of
-// fixed length, a slice into kSubslices interleaved parts that one thread each adds up in order of
-// k, and parts and slices are added in their order, whoever adds them.
+// fixed length, a slice into parts that one thread each adds up in order of k, parts are added in
+// their order, the slices of a section in theirs, and then the sections, whoever adds them.
 #pragma once
 
 #include <algorithm>
@@ -13,20 +13,24 @@
 
 namespace wintserve::kernels::plan {
 
-inline constexpr int kFloatSliceRows = 256;  // k rows of one slice
-inline constexpr int kFloatColumns = 64;     // columns of one thread block
-inline constexpr int kSubslices = 4;
-inline constexpr int kFloatThreads = kFloatColumns * kSubslices;
+inline constexpr int kFloatSliceRows = 64;     // k rows of one slice
+inline constexpr int kFloatSectionSlices = 8;  // of the last section what is left
+inline constexpr int kFloatColumns = 64;       // columns of one thread block
+inline constexpr int kFloatThreads = 256;
 inline constexpr int kFewRows = 8;  // rows of a thread block: few, or many
 inline constexpr int kManyRows = 32;
 
 struct FloatProductPlan {
   int block_rows = kFewRows;
   int num_slices = 1;
-  bool split = false;  // every slice has blocks of its own, whose sums are added up afterwards
-  int grid_slices = 1;
+  int slices_per_block = 1;  // one, a section's or all
+  int num_sums = 1;          // of each product, one a block; several are added up afterwards
   int grid_row_blocks = 1;
   int grid_column_blocks = 1;
+
+  constexpr bool is_split() const { return num_sums > 1; }
+  // Of the sums: slices are added up to sections first.
+  constexpr int sums_per_section() const { return slices_per_block == 1 ? kFloatSectionSlices : 1; }
 };
 
 constexpr int NumFloatSlices(int64_t k) {
@@ -43,15 +47,21 @@ constexpr FloatProductPlan PlanFloatProduct(int64_t num_rows, int64_t k, int64_t
   const int64_t many = (num_rows + kManyRows - 1) / kManyRows * plan.grid_column_blocks;
   if (many * plan.num_slices >= num_multiprocessors) plan.block_rows = kManyRows;
   plan.grid_row_blocks = static_cast<int>((num_rows + plan.block_rows - 1) / plan.block_rows);
+  // The fewest sums whose blocks fill the machine.
   const int64_t blocks = int64_t{plan.grid_row_blocks} * plan.grid_column_blocks;
-  plan.split = plan.num_slices > 1 && blocks < 2 * num_multiprocessors;
-  plan.grid_slices = plan.split ? plan.num_slices : 1;
+  const int num_sections = (plan.num_slices + kFloatSectionSlices - 1) / kFloatSectionSlices;
+  if (blocks >= 2 * num_multiprocessors) {
+    plan.slices_per_block = plan.num_slices;
+  } else if (blocks * num_sections >= 2 * num_multiprocessors) {
+    plan.slices_per_block = kFloatSectionSlices;
+  }
+  plan.num_sums = (plan.num_slices + plan.slices_per_block - 1) / plan.slices_per_block;
   return plan;
 }
 
-// float32 sums of a split product, [slice][row][column].
+// float32 sums of a split product, [sum][row][column].
 constexpr int64_t FloatPartials(const FloatProductPlan& plan, int64_t num_rows, int64_t n) {
-  return plan.split ? plan.num_slices * num_rows * n : 0;
+  return plan.is_split() ? plan.num_sums * num_rows * n : 0;
 }
 
 }  // namespace wintserve::kernels::plan

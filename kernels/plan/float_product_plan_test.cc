@@ -14,7 +14,13 @@ TEST(FloatProductPlan, BlocksCoverEveryRowColumnAndSlice) {
         EXPECT_LT(int64_t{plan.grid_row_blocks - 1} * plan.block_rows, rows);
         EXPECT_GE(int64_t{plan.grid_column_blocks} * kFloatColumns, n);
         EXPECT_GE(int64_t{plan.num_slices} * kFloatSliceRows, k);
-        EXPECT_EQ(plan.grid_slices, plan.split ? plan.num_slices : 1);
+        EXPECT_LT(int64_t{plan.num_slices - 1} * kFloatSliceRows, k);
+        EXPECT_GE(plan.num_sums * plan.slices_per_block, plan.num_slices);
+        EXPECT_LT((plan.num_sums - 1) * plan.slices_per_block, plan.num_slices);
+        // A block has slices of one section, or whole ones.
+        EXPECT_TRUE(plan.slices_per_block == 1 || plan.slices_per_block == kFloatSectionSlices ||
+                    plan.num_sums == 1);
+        EXPECT_EQ(plan.sums_per_section(), plan.slices_per_block == 1 ? kFloatSectionSlices : 1);
       }
     }
   }
@@ -22,14 +28,21 @@ TEST(FloatProductPlan, BlocksCoverEveryRowColumnAndSlice) {
 
 TEST(FloatProductPlan, OneTokenOfALargeRouterGetsABlockForEverySlice) {
   const FloatProductPlan plan = PlanFloatProduct(1, 8192, 64, 132);
-  EXPECT_TRUE(plan.split);
-  EXPECT_EQ(plan.grid_slices, 32);
+  EXPECT_EQ(plan.num_sums, 128);
+  EXPECT_EQ(plan.slices_per_block, 1);
   EXPECT_EQ(plan.block_rows, kFewRows);
+}
+
+TEST(FloatProductPlan, APromptOfALargeRouterLeavesASumForEverySection) {
+  const FloatProductPlan plan = PlanFloatProduct(2048, 8192, 64, 132);
+  EXPECT_EQ(plan.num_sums, 16);
+  EXPECT_EQ(plan.slices_per_block, kFloatSectionSlices);
+  EXPECT_EQ(plan.block_rows, kManyRows);
 }
 
 TEST(FloatProductPlan, ManyTokensNeedNoPartialSums) {
   const FloatProductPlan plan = PlanFloatProduct(16384, 8192, 64, 132);
-  EXPECT_FALSE(plan.split);
+  EXPECT_FALSE(plan.is_split());
   EXPECT_EQ(plan.block_rows, kManyRows);
   EXPECT_EQ(FloatPartials(plan, 16384, 64), 0);
 }

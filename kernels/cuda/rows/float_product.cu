@@ -1,6 +1,7 @@
 #include <cstdint>
 
 #include "common/check.h"
+#include "kernels/cuda/device_ops.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/rows/float_product.h"
 
@@ -8,248 +9,358 @@ namespace wintserve::kernels::cuda {
 namespace {
 
 using plan::kFloatColumns;
+using plan::kFloatSectionSlices;
 using plan::kFloatSliceRows;
 using plan::kFloatThreads;
-using plan::kSubslices;
 
 constexpr int kWarpThreads = 32;
-constexpr int kStep = 4;  // k rows that a thread takes at once: one 16-byte read of the activations
-constexpr int kStride = kSubslices * kStep;
+constexpr int kWarps = kFloatThreads / kWarpThreads;
+constexpr int kWidth = 4;  // k rows, and columns, of one thread's part of a slice
+constexpr int kQuads = kFloatColumns / kWidth;
+static_assert(kFloatThreads == kQuads * (kFloatSliceRows / kWidth) && kWarpThreads == 2 * kQuads);
+constexpr int kRowsAtOnce = plan::kFewRows;
+// Of the kRowsAtOnce x kFloatColumns sums: row thread / kFloatColumns + kOwnedStride * i.
+constexpr int kOwned = kRowsAtOnce * kFloatColumns / kFloatThreads;
+constexpr int kOwnedStride = kFloatThreads / kFloatColumns;
 
-// Block (slice or 0, row block, column block). Thread `column`, `subslice` adds up its column for
-// all rows of the block over the k rows kStride * i + kStep * subslice + 0 … kStep - 1.
-template <int kRows>
+// What a thread knows of its part: weights [first_k + 0 … 3, column + 0 … 3] of each slice.
+// kVector: k and n are multiples of 4 and all rows aligned to 16 bytes.
+template <bool kVector>
+struct FloatPart {
+  const FloatProductArgs& args;
+  int64_t column;
+
+  __device__ void LoadWeights(int64_t first_k, float (&weights)[kWidth][kWidth]) const {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const int64_t k = first_k + i;
+      const float* w = args.w + k * args.n + column;
+      if constexpr (kVector) {
+        float4 four = {};
+        if (k < args.k && column < args.n) four = LoadConstant(reinterpret_cast<const float4*>(w));
+        weights[i][0] = four.x;
+        weights[i][1] = four.y;
+        weights[i][2] = four.z;
+        weights[i][3] = four.w;
+      } else {
+#pragma unroll
+        for (int c = 0; c < kWidth; ++c) {
+          weights[i][c] = k < args.k && column + c < args.n ? LoadConstant(w + c) : 0.0f;
+        }
+      }
+    }
+  }
+
+  __device__ void LoadRow(int64_t row, bool exists, int64_t first_k, float (&x)[kWidth]) const {
+    const float* from = args.x.data + row * args.x.stride + first_k;
+    if constexpr (kVector) {
+      float4 four = {};
+      if (exists && first_k < args.k) four = *reinterpret_cast<const float4*>(from);
+      x[0] = four.x;
+      x[1] = four.y;
+      x[2] = four.z;
+      x[3] = four.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) x[i] = exists && first_k + i < args.k ? from[i] : 0.0f;
+    }
+  }
+};
+
+// Block (its slices, row block, column block). The weights of a slice lie in the block's registers;
+// the threads' parts of eight rows at a time meet in shared memory.
+template <int kRows, bool kVector>
 __global__ void __launch_bounds__(kFloatThreads)
-    FloatProductKernel(FloatProductArgs args, int num_slices, bool split) {
-  // First the activations [kRows][kFloatSliceRows], then the sums
-  // [kSubslices][kRows][kFloatColumns].
-  constexpr int kTileFloats = kRows * kFloatSliceRows;
-  static_assert(kSubslices * kRows * kFloatColumns <= kTileFloats);
-  static_assert(kRows % kSubslices == 0);
-  __shared__ __align__(16) float tile[kTileFloats];
+    FloatProductKernel(FloatProductArgs args, plan::FloatProductPlan plan) {
+  // In two buffers in turn: the one that is written was read before the last barrier.
+  __shared__ float4 parts[2][kWarps][kRowsAtOnce][kQuads];
+  constexpr int kBatches = kRows / kRowsAtOnce;
 
   const auto thread = static_cast<int>(threadIdx.x);
-  const int lane_column = thread % kFloatColumns;
-  const int subslice = thread / kFloatColumns;
-  const int64_t column = int64_t{blockIdx.z} * kFloatColumns + lane_column;
+  const int quad = thread % kQuads;
+  const int warp = thread / kWarpThreads;
+  const bool is_upper = thread % kWarpThreads >= kQuads;  // the later k of the warp's two parts
+  const FloatPart<kVector> part = {args, int64_t{blockIdx.z} * kFloatColumns + quad * kWidth};
   const int64_t first_row = int64_t{blockIdx.y} * kRows;
   const auto rows = static_cast<int>(min(int64_t{kRows}, args.num_rows - first_row));
-  const int first_slice = split ? static_cast<int>(blockIdx.x) : 0;
-  const int end_slice = split ? first_slice + 1 : num_slices;
+  const int first_slice = static_cast<int>(blockIdx.x) * plan.slices_per_block;
+  const int end_slice = min(first_slice + plan.slices_per_block, plan.num_slices);
+  const int64_t first_k = int64_t{first_slice} * kFloatSliceRows + thread / kQuads * kWidth;
 
-  // Sums of the rows subslice, subslice + kSubslices, … over the slices so far.
-  float totals[kRows / kSubslices] = {};
+  float weights[kWidth][kWidth];
+  part.LoadWeights(first_k, weights);
+  BeginAfterPreviousKernel();
+
+  float sections[kBatches][kOwned] = {};
+  float totals[kBatches][kOwned] = {};
   for (int slice = first_slice; slice < end_slice; ++slice) {
-    const int64_t first_k = int64_t{slice} * kFloatSliceRows;
-    const auto num_k = static_cast<int>(min(int64_t{kFloatSliceRows}, args.k - first_k));
-    __syncthreads();  // the sums of the slice before have been read
-    for (int i = thread; i < kTileFloats; i += kFloatThreads) {
-      const int row = i / kFloatSliceRows;
-      const int k = i % kFloatSliceRows;
-      tile[i] = row < rows && k < num_k
-                    ? args.x.data[(first_row + row) * args.x.stride + first_k + k]
-                    : 0.0f;
-    }
-    __syncthreads();
-
-    float sums[kRows] = {};
-    const float* w = args.w + first_k * args.n + column;
-    for (int k = kStep * subslice; k < num_k; k += kStride) {
-      float weights[kStep];
+    const int64_t slice_k = first_k + int64_t{slice - first_slice} * kFloatSliceRows;
 #pragma unroll
-      for (int i = 0; i < kStep; ++i) {
-        weights[i] = column < args.n && k + i < num_k ? w[(k + i) * args.n] : 0.0f;
+    for (int batch = 0; batch < kBatches; ++batch) {
+      float sums[kRowsAtOnce][kWidth] = {};
+#pragma unroll
+      for (int r = 0; r < kRowsAtOnce; ++r) {
+        const int row = batch * kRowsAtOnce + r;
+        float x[kWidth];
+        part.LoadRow(first_row + row, row < rows, slice_k, x);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+#pragma unroll
+          for (int c = 0; c < kWidth; ++c) sums[r][c] = fmaf(x[i], weights[i][c], sums[r][c]);
+        }
       }
+      // The lower lanes add up the first rows of both parts, the upper ones the others.
+      const int buffer = (slice * kBatches + batch) % 2;
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        const float4 x = *reinterpret_cast<const float4*>(&tile[row * kFloatSliceRows + k]);
-        sums[row] = fmaf(x.x, weights[0], sums[row]);
-        sums[row] = fmaf(x.y, weights[1], sums[row]);
-        sums[row] = fmaf(x.z, weights[2], sums[row]);
-        sums[row] = fmaf(x.w, weights[3], sums[row]);
+      for (int r = 0; r < kRowsAtOnce / 2; ++r) {
+        float both[kWidth];
+#pragma unroll
+        for (int c = 0; c < kWidth; ++c) {
+          const float low = sums[r][c];
+          const float high = sums[r + kRowsAtOnce / 2][c];
+          both[c] = (is_upper ? high : low) + ShuffleXor(is_upper ? low : high, kQuads);
+        }
+        parts[buffer][warp][is_upper ? r + kRowsAtOnce / 2 : r][quad] =
+            make_float4(both[0], both[1], both[2], both[3]);
+      }
+      if (batch + 1 == kBatches && slice + 1 < end_slice) {
+        part.LoadWeights(slice_k + kFloatSliceRows, weights);
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kOwned; ++i) {
+        const int row = thread / kFloatColumns + kOwnedStride * i;
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          sum += reinterpret_cast<const float*>(parts[buffer][w][row])[thread % kFloatColumns];
+        }
+        sections[batch][i] += sum;
       }
     }
-    __syncthreads();  // the activations have been read
+    if ((slice + 1) % kFloatSectionSlices != 0 && slice + 1 != end_slice) continue;
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      tile[(subslice * kRows + row) * kFloatColumns + lane_column] = sums[row];
-    }
-    __syncthreads();
+    for (int batch = 0; batch < kBatches; ++batch) {
 #pragma unroll
-    for (int i = 0; i < kRows / kSubslices; ++i) {
-      const int row = subslice + i * kSubslices;
-      float sum = 0.0f;
-#pragma unroll
-      for (int s = 0; s < kSubslices; ++s) {
-        sum += tile[(s * kRows + row) * kFloatColumns + lane_column];
+      for (int i = 0; i < kOwned; ++i) {
+        totals[batch][i] += sections[batch][i];
+        sections[batch][i] = 0.0f;
       }
-      totals[i] += sum;
     }
   }
+  const int64_t column = int64_t{blockIdx.z} * kFloatColumns + thread % kFloatColumns;
   if (column >= args.n) return;
 #pragma unroll
-  for (int i = 0; i < kRows / kSubslices; ++i) {
-    const int row = subslice + i * kSubslices;
-    if (row >= rows) break;
-    if (split) {
-      args.partials[(int64_t{blockIdx.x} * args.num_rows + first_row + row) * args.n + column] =
-          totals[i];
-    } else {
-      args.y.data[(first_row + row) * args.y.stride + column] = totals[i];
+  for (int batch = 0; batch < kBatches; ++batch) {
+#pragma unroll
+    for (int i = 0; i < kOwned; ++i) {
+      const int row = batch * kRowsAtOnce + thread / kFloatColumns + kOwnedStride * i;
+      if (row >= rows) break;
+      if (plan.is_split()) {
+        args.partials[(int64_t{blockIdx.x} * args.num_rows + first_row + row) * args.n + column] =
+            totals[batch][i];
+      } else {
+        args.y.data[(first_row + row) * args.y.stride + column] = totals[batch][i];
+      }
     }
   }
+}
+
+// Of sums `stride` floats apart, those of one section; all are asked for at once.
+__device__ float SumOfSection(const float* sums, int64_t stride, int section, int sums_per_section,
+                              int num_sums) {
+  const int first = section * sums_per_section;
+  const int end = min(first + sums_per_section, num_sums);
+  float values[kFloatSectionSlices];
+#pragma unroll
+  for (int i = 0; i < kFloatSectionSlices; ++i) {
+    values[i] = first + i < end ? sums[(first + i) * stride] : 0.0f;
+  }
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kFloatSectionSlices; ++i) sum += values[i];
+  return sum;
+}
+
+__host__ __device__ constexpr int NumSections(int num_sums, int sums_per_section) {
+  return (num_sums + sums_per_section - 1) / sums_per_section;
 }
 
 constexpr int kRowThreads = 256;
 
 __global__ void __launch_bounds__(kRowThreads)
-    AddPartialsKernel(const float* partials, int num_slices, int64_t num_rows, int64_t n, Rows y) {
+    AddPartialsKernel(const float* partials, plan::FloatProductPlan plan, int64_t num_rows,
+                      int64_t n, Rows y) {
+  BeginAfterPreviousKernel();
   const int64_t row = blockIdx.x;
+  const int num_sections = NumSections(plan.num_sums, plan.sums_per_section());
   for (int64_t c = threadIdx.x; c < n; c += kRowThreads) {
     float sum = 0.0f;
-    for (int slice = 0; slice < num_slices; ++slice) {
-      sum += partials[(slice * num_rows + row) * n + c];
+    for (int section = 0; section < num_sections; ++section) {
+      sum += SumOfSection(partials + row * n + c, num_rows * n, section, plan.sums_per_section(),
+                          plan.num_sums);
     }
     y.data[row * y.stride + c] = sum;
   }
 }
 
-constexpr int kSelectWarps = 4;
+constexpr int kMaxSelectThreads = 1024;
 constexpr int kLaneExperts = kMaxRoutedExperts / kWarpThreads;
+constexpr int kSectionFloats = 4096;  // sums of sections that are in shared memory at a time
+static_assert(kSectionFloats >= kMaxRoutedExperts && kMaxSelectThreads >= kMaxRoutedExperts);
 
 __device__ float WarpMax(float value) {
   for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFFu, value, distance));
+    value = fmaxf(value, ShuffleXor(value, distance));
   }
   return value;
 }
 
 __device__ float WarpSum(float value) {
   for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+    value += ShuffleXor(value, distance);
   }
   return value;
 }
 
-// Orders candidates: the higher score, then the lower index.
-struct Candidate {
-  float score;
-  int expert;
-};
-__device__ bool IsBetter(const Candidate& a, const Candidate& b) {
-  return a.score > b.score || (a.score == b.score && a.expert < b.expert);
-}
-
-__device__ Candidate WarpBest(Candidate best) {
-  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-    const Candidate other = {__shfl_xor_sync(0xFFFFFFFFu, best.score, distance),
-                             __shfl_xor_sync(0xFFFFFFFFu, best.expert, distance)};
-    if (IsBetter(other, best)) best = other;
-  }
-  return best;
-}
-
-// A warp a row; lane l holds the experts l, l + 32, … .
-__global__ void __launch_bounds__(kSelectWarps* kWarpThreads)
-    SelectExpertsKernel(SelectExpertsArgs args) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
-  const int64_t row =
-      int64_t{blockIdx.x} * kSelectWarps + static_cast<int>(threadIdx.x) / kWarpThreads;
-  if (row >= args.num_rows) return;
+// A row's logit of expert `thread`. sections: shared memory [kSectionFloats]
+__device__ float AddUpLogit(const SelectExpertsArgs& args, int64_t row, float* sections) {
   const int num_experts = args.shape.num_experts;
-  const int64_t logit_row = args.route_as == nullptr ? row : args.route_as[row];
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int num_sections = NumSections(args.num_sums, args.sums_per_section);
+  const int at_once = kSectionFloats / num_experts;
+  float logit = 0.0f;
+  for (int first = 0; first < num_sections; first += at_once) {
+    const int count = min(at_once, num_sections - first);
+    if (first > 0) __syncthreads();  // the sections before have been read
+    for (int i = thread; i < count * num_experts; i += static_cast<int>(blockDim.x)) {
+      const int section = i / num_experts;
+      const int expert = i - section * num_experts;
+      sections[i] =
+          SumOfSection(args.logits + row * num_experts + expert, args.num_rows * num_experts,
+                       first + section, args.sums_per_section, args.num_sums);
+    }
+    __syncthreads();
+    if (thread >= num_experts) continue;
+#pragma unroll 16
+    for (int section = 0; section < count; ++section) {
+      logit += sections[section * num_experts + thread];
+    }
+  }
+  return logit;
+}
 
-  float probabilities[kLaneExperts];
+// The softmax of the row's logits [num_experts] at `expert`. For all lanes of a warp.
+__device__ float ProbabilityOf(const float* logits, int num_experts, float logit) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
   float maximum = -INFINITY;
 #pragma unroll
   for (int i = 0; i < kLaneExperts; ++i) {
-    const int expert = lane + i * kWarpThreads;
-    if (expert >= num_experts) break;
-    float logit = 0.0f;
-    for (int slice = 0; slice < args.num_slices; ++slice) {
-      logit += args.logits[(slice * args.num_rows + logit_row) * num_experts + expert];
-    }
-    probabilities[i] = logit;
-    maximum = fmaxf(maximum, logit);
+    const int other = lane + i * kWarpThreads;
+    if (other < num_experts) maximum = fmaxf(maximum, logits[other]);
   }
   maximum = WarpMax(maximum);
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kLaneExperts; ++i) {
-    if (lane + i * kWarpThreads >= num_experts) break;
-    probabilities[i] = expf(probabilities[i] - maximum);
-    sum += probabilities[i];
+    const int other = lane + i * kWarpThreads;
+    if (other < num_experts) sum += expf(logits[other] - maximum);
   }
-  sum = WarpSum(sum);
+  return expf(logit - maximum) / WarpSum(sum);
+}
 
-  // Scores of experts that are not chosen yet; a NaN is worst, so that ids stay distinct.
-  float scores[kLaneExperts];
-#pragma unroll
-  for (int i = 0; i < kLaneExperts; ++i) {
-    const int expert = lane + i * kWarpThreads;
-    if (expert >= num_experts) break;
-    probabilities[i] /= sum;
+// How many experts are better: have a higher score or, of the same, a lower index. scores
+// [num_experts rounded up to 4], what is too much minus infinity.
+__device__ int RankOf(const float* scores, int num_experts, int expert, float score) {
+  int rank = 0;
+#pragma unroll 8
+  for (int other = 0; other < num_experts; other += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(scores + other);
+    rank += four.x > score || (four.x == score && other < expert) ? 1 : 0;
+    rank += four.y > score || (four.y == score && other + 1 < expert) ? 1 : 0;
+    rank += four.z > score || (four.z == score && other + 2 < expert) ? 1 : 0;
+    rank += four.w > score || (four.w == score && other + 3 < expert) ? 1 : 0;
+  }
+  return rank;
+}
+
+// A block a row, with a thread for each expert and, where there are so many sums, more to add up.
+__global__ void __launch_bounds__(kMaxSelectThreads) SelectExpertsKernel(SelectExpertsArgs args) {
+  __shared__ float sections[kSectionFloats];
+  __shared__ float logits[kMaxRoutedExperts];
+  __shared__ __align__(16) float scores[kMaxRoutedExperts];
+  __shared__ float chosen[kMaxChosenExperts];
+  const int64_t row = blockIdx.x;
+  const auto expert = static_cast<int>(threadIdx.x);
+  const int num_experts = args.shape.num_experts;
+  const int top_k = args.shape.top_k;
+  const float bias =
+      args.bias != nullptr && expert < num_experts ? LoadConstant(args.bias + expert) : 0.0f;
+  const int64_t logit_row = args.route_as == nullptr ? row : args.route_as[row];
+  BeginAfterPreviousKernel();
+
+  const float logit = AddUpLogit(args, logit_row, sections);
+  if (expert < num_experts) logits[expert] = logit;
+  __syncthreads();
+  const bool is_busy = expert / kWarpThreads * kWarpThreads < num_experts;  // its whole warp
+  float probability = 0.0f;
+  float score = -INFINITY;
+  if (is_busy) {
+    probability = ProbabilityOf(logits, num_experts, logit);
     // A plain addition: a bias near 40 has a spacing of 4e-6, and near-ties depend on it.
-    const float score =
-        args.bias == nullptr ? probabilities[i] : __fadd_rn(probabilities[i], args.bias[expert]);
-    scores[i] = isnan(score) ? -INFINITY : score;
+    const float sum = args.bias == nullptr ? probability : __fadd_rn(probability, bias);
+    // A NaN is worst, so that ids stay distinct.
+    if (expert < num_experts && !isnan(sum)) score = sum;
+    scores[expert] = score;  // is_busy ends at a multiple of 32
   }
-  uint32_t chosen = 0;              // bit i: probabilities[i] was chosen
-  float chosen_probability = 0.0f;  // of the slot that is this lane's
-  float chosen_sum = 0.0f;
-  for (int slot = 0; slot < args.shape.top_k; ++slot) {
-    Candidate best = {-INFINITY, kMaxRoutedExperts};
-#pragma unroll
-    for (int i = 0; i < kLaneExperts; ++i) {
-      const int expert = lane + i * kWarpThreads;
-      if (expert >= num_experts) break;
-      const Candidate candidate = {scores[i], expert};
-      if ((chosen >> i & 1) == 0 && IsBetter(candidate, best)) best = candidate;
-    }
-    best = WarpBest(best);
-    float probability = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kLaneExperts; ++i) {
-      if (lane + i * kWarpThreads != best.expert) continue;
-      chosen |= 1u << i;
-      probability = probabilities[i];
-    }
-    probability = __shfl_sync(0xFFFFFFFFu, probability, best.expert % kWarpThreads);
-    chosen_sum += probability;
-    if (lane == slot) {
-      chosen_probability = probability;
-      args.expert_ids[row * args.shape.top_k + slot] = best.expert;
+  __syncthreads();
+  if (expert < num_experts) {
+    const int rank = RankOf(scores, num_experts, expert, score);
+    if (rank < top_k) {
+      chosen[rank] = probability;
+      args.expert_ids[row * top_k + rank] = expert;
     }
   }
-  if (lane < args.shape.top_k) {
-    args.expert_weights[row * args.shape.top_k + lane] =
-        chosen_probability / fmaxf(chosen_sum, args.shape.norm_min);
+  __syncthreads();
+  if (expert >= top_k) return;
+  float sum = 0.0f;
+  for (int i = 0; i < top_k; ++i) sum += chosen[i];
+  args.expert_weights[row * top_k + expert] = chosen[expert] / fmaxf(sum, args.shape.norm_min);
+}
+
+template <bool kVector>
+void LaunchProduct(const plan::FloatProductPlan& plan, const FloatProductArgs& args,
+                   cudaStream_t stream) {
+  const LaunchShape shape = {
+      .grid = dim3(plan.num_sums, plan.grid_row_blocks, plan.grid_column_blocks),
+      .block = kFloatThreads,
+      .overlaps_previous = true};
+  if (plan.block_rows == plan::kManyRows) {
+    CUDA_LAUNCH((FloatProductKernel<plan::kManyRows, kVector>), shape, stream, args, plan);
+  } else {
+    CHECK(plan.block_rows == plan::kFewRows, "block_rows={}", plan.block_rows);
+    CUDA_LAUNCH((FloatProductKernel<plan::kFewRows, kVector>), shape, stream, args, plan);
   }
 }
+
+bool IsAligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace
 
 void LaunchFloatProduct(const plan::FloatProductPlan& plan, const FloatProductArgs& args,
                         cudaStream_t stream) {
   if (args.num_rows == 0) return;
-  const LaunchShape shape = {
-      .grid = dim3(plan.grid_slices, plan.grid_row_blocks, plan.grid_column_blocks),
-      .block = kFloatThreads};
-  if (plan.block_rows == plan::kManyRows) {
-    CUDA_LAUNCH(FloatProductKernel<plan::kManyRows>, shape, stream, args, plan.num_slices,
-                plan.split);
-  } else {
-    CHECK(plan.block_rows == plan::kFewRows, "block_rows={}", plan.block_rows);
-    CUDA_LAUNCH(FloatProductKernel<plan::kFewRows>, shape, stream, args, plan.num_slices,
-                plan.split);
-  }
+  const bool is_aligned = args.k % 4 == 0 && args.n % 4 == 0 && args.x.stride % 4 == 0 &&
+                          IsAligned(args.x.data) && IsAligned(args.w);
+  is_aligned ? LaunchProduct<true>(plan, args, stream) : LaunchProduct<false>(plan, args, stream);
 }
 
-void LaunchAddPartials(const float* partials, int num_slices, int64_t num_rows, int64_t n, Rows y,
-                       cudaStream_t stream) {
+void LaunchAddPartials(const plan::FloatProductPlan& plan, const float* partials, int64_t num_rows,
+                       int64_t n, Rows y, cudaStream_t stream) {
   if (num_rows == 0) return;
-  const LaunchShape shape = {.grid = static_cast<unsigned>(num_rows), .block = kRowThreads};
-  CUDA_LAUNCH(AddPartialsKernel, shape, stream, partials, num_slices, num_rows, n, y);
+  const LaunchShape shape = {
+      .grid = static_cast<unsigned>(num_rows), .block = kRowThreads, .overlaps_previous = true};
+  CUDA_LAUNCH(AddPartialsKernel, shape, stream, partials, plan, num_rows, n, y);
 }
 
 void LaunchSelectExperts(const SelectExpertsArgs& args, cudaStream_t stream) {
@@ -258,9 +369,16 @@ void LaunchSelectExperts(const SelectExpertsArgs& args, cudaStream_t stream) {
             router.top_k >= 1 && router.top_k <= router.num_experts,
         "num_experts={} top_k={}", router.num_experts, router.top_k);
   if (args.num_rows == 0) return;
+  // A thread for each sum of a section, unless rows fill the machine.
+  constexpr int64_t kManyRows = 128;
+  const int64_t sums =
+      int64_t{NumSections(args.num_sums, args.sums_per_section)} * router.num_experts;
+  const int64_t wanted = args.num_rows > kManyRows ? router.num_experts : sums;
+  const int64_t threads = (wanted + kWarpThreads - 1) / kWarpThreads * kWarpThreads;
   const LaunchShape shape = {
-      .grid = static_cast<unsigned>((args.num_rows + kSelectWarps - 1) / kSelectWarps),
-      .block = kSelectWarps * kWarpThreads};
+      .grid = static_cast<unsigned>(args.num_rows),
+      .block = static_cast<unsigned>(threads < kMaxSelectThreads ? threads : kMaxSelectThreads),
+      .overlaps_previous = true};
   CUDA_LAUNCH(SelectExpertsKernel, shape, stream, args);
 }
 

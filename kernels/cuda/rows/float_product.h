@@ -19,22 +19,23 @@ struct FloatProductArgs {
   int64_t k = 0;
   int64_t n = 0;
   Rows y;                     // [num_rows, n]; unused by a split plan
-  float* partials = nullptr;  // [num_slices, num_rows, n], plan::FloatPartials; of a split plan
+  float* partials = nullptr;  // [num_sums, num_rows, n], plan::FloatPartials; of a split plan
 };
-// y = x * w. A split plan leaves the slices' sums in `partials` instead.
+// y = x * w. A split plan leaves the sums of its blocks in `partials` instead.
 void LaunchFloatProduct(const plan::FloatProductPlan& plan, const FloatProductArgs& args,
                         cudaStream_t stream);
 
-// y[r, c] = sum over slices, in their order, of partials[slice, r, c]
-void LaunchAddPartials(const float* partials, int num_slices, int64_t num_rows, int64_t n, Rows y,
-                       cudaStream_t stream);
+// y [num_rows, n] becomes what a split plan left in `partials`, added up.
+void LaunchAddPartials(const plan::FloatProductPlan& plan, const float* partials, int64_t num_rows,
+                       int64_t n, Rows y, cudaStream_t stream);
 
 inline constexpr int kMaxRoutedExperts = 256;
 inline constexpr int kMaxChosenExperts = 32;
 
 struct SelectExpertsArgs {
-  const float* logits = nullptr;  // [num_slices, num_rows, num_experts], to be added up
-  int num_slices = 1;
+  const float* logits = nullptr;  // [num_sums, num_rows, num_experts], to be added up
+  int num_sums = 1;               // as the plan of the product says
+  int sums_per_section = 1;
   int64_t num_rows = 0;
   const int32_t* route_as = nullptr;  // [num_rows] the row whose logits a row takes; null: its own
   const float* bias = nullptr;        // [num_experts] or null
