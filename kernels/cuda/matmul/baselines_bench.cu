@@ -243,7 +243,7 @@ void LaunchFastDeployWint2(const plan::ProductPlan& plan, const ProductParams& p
   shape.grid = plan.grid_blocks;
   shape.block = plan.block_threads();
   shape.shared_bytes = plan::SharedBytes(plan, formats::WeightFormat::kWint2, params.num_experts);
-  shape.overlaps_previous = resident;
+  shape.overlaps_previous = true;
   AllowSharedMemory(kernel, shape.shared_bytes);
   CUDA_LAUNCH(kernel, shape, stream, params);
 }

@@ -21,13 +21,21 @@ namespace wintserve::kernels::cuda {
 
 class EmulatedLauncher {
  public:
-  // cached_floats: as PrepareParams.
-  EmulatedLauncher(uint32_t seed, int cached_floats) : seed_(seed), cached_floats_(cached_floats) {}
+  // row_threads: of a block that prepares a row or sorts; 0: as many as a GPU takes.
+  EmulatedLauncher(uint32_t seed, int row_threads) : seed_(seed), row_threads_(row_threads) {}
 
   void Prepare(PrepareParams params, int64_t num_rows) {
-    params.cached_floats = cached_floats_;
-    Launch(static_cast<int>(num_rows), kRowThreads, kPrepareReductionBytes + cached_floats_ * 4,
-           [&] { PrepareRow(params, SharedMemory()); });
+    params.threads = RowThreads(params);
+    Launch(static_cast<int>(num_rows), params.threads, kPrepareSharedBytes,
+           [&] { PrepareRow(params, BlockIndex(), SharedMemory()); });
+  }
+
+  void SortAndPrepare(SortParams sort, PrepareParams prepare, int64_t num_rows) {
+    prepare.threads = RowThreads(prepare);
+    sort.threads = prepare.threads;
+    Launch(
+        static_cast<int>(num_rows) + sort.num_experts, prepare.threads, kSortAndPrepareSharedBytes,
+        [&] { cuda::SortAndPrepare(sort, prepare, static_cast<int>(num_rows), SharedMemory()); });
   }
 
   void Product(const plan::ProductPlan& plan, const ProductParams& params,
@@ -63,17 +71,16 @@ class EmulatedLauncher {
            [&] { cuda::AddSlices(params); });
   }
 
-  void Sort(const SortParams& params) {
-    Launch(params.num_experts, kRowThreads, kSortSharedBytes,
-           [&] { SortPairs(params, SharedMemory()); });
-  }
-
   void Combine(const CombineParams& params, int64_t num_rows) {
     Launch(static_cast<int>(num_rows) * plan::DivideUp(params.columns, kRowThreads), kRowThreads,
            kCombineSharedBytes, [&] { CombineExperts(params, SharedMemory()); });
   }
 
  private:
+  int RowThreads(const PrepareParams& params) const {
+    return row_threads_ == 0 ? PrepareThreads(params.chunks) : row_threads_;
+  }
+
   void Launch(int num_blocks, int num_threads, int shared_bytes,
               const std::function<void()>& body) {
     Emulate({.num_blocks = num_blocks,
@@ -140,7 +147,7 @@ class EmulatedLauncher {
   }
 
   uint32_t seed_;
-  const int cached_floats_;
+  const int row_threads_;
 };
 
 }  // namespace wintserve::kernels::cuda

@@ -12,7 +12,9 @@
 namespace wintserve::kernels::cuda {
 
 void LaunchPrepareRows(PrepareParams params, int64_t num_rows, cudaStream_t stream);
-void LaunchSortPairs(const SortParams& params, cudaStream_t stream);
+// Both in one launch: neither reads what the other writes.
+void LaunchSortAndPrepare(SortParams sort, PrepareParams prepare, int64_t num_rows,
+                          cudaStream_t stream);
 void LaunchCombineExperts(const CombineParams& params, int64_t num_rows, cudaStream_t stream);
 void LaunchAddSlices(const ProductParams& params, cudaStream_t stream);
 

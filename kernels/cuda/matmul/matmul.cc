@@ -29,7 +29,9 @@ class StreamLauncher {
     WgmmaLaunchesOf(format).product(plan, params, stream_);
   }
   void AddSlices(const ProductParams& params) { LaunchAddSlices(params, stream_); }
-  void Sort(const SortParams& params) { LaunchSortPairs(params, stream_); }
+  void SortAndPrepare(const SortParams& sort, const PrepareParams& prepare, int64_t num_rows) {
+    LaunchSortAndPrepare(sort, prepare, num_rows, stream_);
+  }
   void Combine(const CombineParams& params, int64_t num_rows) {
     LaunchCombineExperts(params, num_rows, stream_);
   }

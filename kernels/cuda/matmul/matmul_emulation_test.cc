@@ -149,7 +149,7 @@ class ProductTest : public testing::TestWithParam<Case> {
     const int64_t n = w.host.n;
     const int64_t stride = n + 3;
     std::vector<float> y(rows * stride, std::nanf(""));
-    EmulatedLauncher launcher(static_cast<uint32_t>(rng_()), rng_() % 2 == 0 ? 1024 : 0);
+    EmulatedLauncher launcher(static_cast<uint32_t>(rng_()), rng_() % 2 == 0 ? 64 : 0);
     MatmulSequence sequence(planner.planner, multiprocessors, &launcher, planner.wgmma_planner);
     const ConstRows x_rows = {x, w.host.k};
     const int64_t bytes = sequence.Linear(x_rows, rows, w.device, {y.data(), stride}, nullptr);
@@ -279,7 +279,7 @@ TEST_P(ProductTest, AnMlpAppliesSwiGluToTheMatchingColumns) {
   for (const NamedPlanner& planner : kPlanners) {
     SCOPED_TRACE(fmt::format("seed={} {}", seed_, planner.name));
     std::vector<float> y(kRows * (kHidden - 1), std::nanf(""));
-    EmulatedLauncher launcher(seed_, 1024);
+    EmulatedLauncher launcher(seed_, 64);
     MatmulSequence sequence(planner.planner, 2, &launcher, planner.wgmma_planner);
     const Rows y_rows = {y.data(), kHidden - 1};
     const int64_t bytes =
@@ -343,7 +343,7 @@ class MoeTest : public testing::TestWithParam<bool> {
     std::vector<const DeviceMlp*> experts;
     for (const Mlp& expert : experts_) experts.push_back(&expert.device);
     std::vector<float> y(rows * kHidden, std::nanf(""));
-    EmulatedLauncher launcher(static_cast<uint32_t>(rng_()), 1024);
+    EmulatedLauncher launcher(static_cast<uint32_t>(rng_()), 64);
     MatmulSequence sequence(planner.planner, 3, &launcher, planner.wgmma_planner);
     std::vector<uint8_t> workspace;
     for (const bool run : {false, true}) {

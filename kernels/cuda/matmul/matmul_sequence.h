@@ -4,7 +4,7 @@
 //
 // A Launcher has
 //   Prepare(params, num_rows)   Product(plan, params, format)   AddSlices(params)
-//   Sort(params)   Combine(params, num_rows)
+//   SortAndPrepare(sort params, params, num_rows)   Combine(params, num_rows)
 #pragma once
 
 #include <algorithm>
@@ -115,18 +115,19 @@ class MatmulSequence {
     sort.first_token = workspace.Take<int32_t>(num_experts + 1);
     sort.source_row = workspace.Take<int32_t>(num_pairs);
     sort.place_of_pair = workspace.Take<int32_t>(num_pairs);
-    if (base != nullptr) launcher_->Sort(sort);
 
     const DeviceMlp& first = *experts.front();
     const ProductChoice choice = Choose(first.gate_up.layout, num_experts, num_pairs, num_rows);
     const Preparation preparation = PreparationFor(first.gate_up.layout, choice);
-    PreparedRows prepared = Prepare(x, num_rows, preparation, &workspace);
+    const PrepareParams prepare = PrepareFor(x, num_rows, preparation, &workspace);
+    if (base != nullptr) launcher_->SortAndPrepare(sort, prepare, num_rows);
     ProductParams gate_up = ExpertParams(experts, &DeviceMlp::gate_up);
     gate_up.first_token = sort.first_token;
     gate_up.source_row = sort.source_row;
+    gate_up.is_schedule_new = true;
     gate_up.num_tokens = static_cast<int>(num_pairs);
     gate_up.epilogue = Epilogue::kSwiGlu;
-    gate_up.x = prepared;
+    gate_up.x = prepare.out;
     gate_up.y_stride = first.gate_up.layout.width();
     gate_up.y = workspace.Take<float>(num_pairs * gate_up.y_stride);
     Multiply(choice, gate_up, &workspace);
@@ -151,7 +152,8 @@ class MatmulSequence {
     combine.y_stride = y.stride;
     if (shared != nullptr) {
       const Preparation for_shared = PreparationForRows(shared->gate_up.layout, num_rows);
-      if (!(for_shared == preparation)) prepared = Prepare(x, num_rows, for_shared, &workspace);
+      const PreparedRows prepared =
+          for_shared == preparation ? prepare.out : Prepare(x, num_rows, for_shared, &workspace);
       auto* shared_out = workspace.Take<float>(num_rows * combine.columns);
       MultiplyMlp(prepared, num_rows, *shared, {shared_out, combine.columns}, &workspace);
       combine.shared_out = shared_out;
@@ -161,8 +163,8 @@ class MatmulSequence {
   }
 
  private:
-  PreparedRows Prepare(ConstRows x, int64_t num_rows, const Preparation& preparation,
-                       WorkspaceCursor* workspace) {
+  static PrepareParams PrepareFor(ConstRows x, int64_t num_rows, const Preparation& preparation,
+                                  WorkspaceCursor* workspace) {
     PrepareParams params;
     params.x = x.data;
     params.x_stride = x.stride;
@@ -172,6 +174,11 @@ class MatmulSequence {
     params.offsets = preparation.offsets;
     params.order = preparation.order;
     params.out = TakePreparedRows(num_rows, params.chunks, workspace);
+    return params;
+  }
+  PreparedRows Prepare(ConstRows x, int64_t num_rows, const Preparation& preparation,
+                       WorkspaceCursor* workspace) {
+    const PrepareParams params = PrepareFor(x, num_rows, preparation, workspace);
     if (params.out.values != nullptr) launcher_->Prepare(params, num_rows);
     return params.out;
   }

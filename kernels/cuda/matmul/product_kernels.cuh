@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(plan::kProductThreads,
                                                                 Codec::kFormat))
     TileKernel(const __grid_constant__ ProductParams params) {
   extern __shared__ __align__(16) uint8_t product_shared[];
+  BeginAfterPreviousKernel();
   TileProduct<Codec, kBlocks>(params, product_shared);
 }
 
@@ -117,7 +118,7 @@ class ProductKernels {
     LaunchShape shape;
     shape.grid = plan.grid_blocks;
     shape.block = plan.block_threads();
-    shape.overlaps_previous = plan.kernel == plan::ProductKernel::kResident;
+    shape.overlaps_previous = true;
     shape.shared_bytes = plan::SharedBytes(plan, Codec::kFormat, params.num_experts);
     CUDA_LAUNCH(kernel, shape, stream, params);
   }

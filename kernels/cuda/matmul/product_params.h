@@ -40,7 +40,7 @@ struct PrepareParams {
   formats::KOrder k_order = formats::KOrder::kMma64;
   plan::Offsets offsets;
   plan::OperandOrder order = plan::OperandOrder::kMma;
-  int cached_floats = 0;  // shared memory for that many values of the row; 0: read x twice
+  int threads = 0;  // of a block; PrepareThreads is best
   PreparedRows out;
 };
 
@@ -69,6 +69,9 @@ struct ProductParams {
   const int32_t* source_row = nullptr;   // [tokens]; null: row i
   const int32_t* first_token = nullptr;  // [num_experts + 1]; null: one expert has all tokens
   int num_tokens = 0;
+  // The kernel right before this one writes first_token and source_row: they are not to be read
+  // before it has ended.
+  bool is_schedule_new = false;
 
   Epilogue epilogue = Epilogue::kStore;
   float* y = nullptr;  // [num_tokens][columns]
@@ -85,6 +88,7 @@ struct SortParams {
   int num_pairs = 0;
   int num_experts = 0;
   int top_k = 0;
+  int threads = 0;                   // of a block
   int32_t* first_token = nullptr;    // [num_experts + 1]
   int32_t* source_row = nullptr;     // [num_pairs] by place
   int32_t* place_of_pair = nullptr;  // [num_pairs]
@@ -103,7 +107,8 @@ struct CombineParams {
   int64_t y_stride = 0;
 };
 
-inline constexpr int kRowThreads = 256;  // threads of a block of the kernels over rows
+inline constexpr int kRowThreads = 256;  // threads of a block of the kernels over columns of rows
+inline constexpr int kMaxRowWarps = 32;  // warps of a block of the kernels over whole rows
 inline constexpr int kMaxTopK = 32;
 
 }  // namespace wintserve::kernels::cuda

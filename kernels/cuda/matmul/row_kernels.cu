@@ -7,75 +7,64 @@
 namespace wintserve::kernels::cuda {
 namespace {
 
-// Shared memory that a kernel has without asking; a longer row is read from memory twice.
-constexpr int kMaxCachedBytes = 48 * 1024 - kPrepareReductionBytes;
-
-// What they read has just been written.
-__device__ __forceinline__ void BeginAfterPrevious() {
-  WaitForPreviousKernel();
-  LetNextKernelBegin();
-}
-
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(32 * kMaxRowWarps)
     PrepareRowsKernel(const __grid_constant__ PrepareParams params) {
-  extern __shared__ __align__(16) uint8_t row_shared[];
-  BeginAfterPrevious();
-  PrepareRow(params, row_shared);
+  __shared__ __align__(16) uint8_t row_shared[kPrepareSharedBytes];
+  BeginAfterPreviousKernel();
+  PrepareRow(params, static_cast<int>(blockIdx.x), row_shared);
 }
 
-__global__ void __launch_bounds__(kRowThreads)
-    SortPairsKernel(const __grid_constant__ SortParams params) {
-  extern __shared__ __align__(16) uint8_t row_shared[];
-  BeginAfterPrevious();
-  SortPairs(params, row_shared);
+__global__ void __launch_bounds__(32 * kMaxRowWarps)
+    SortAndPrepareKernel(const __grid_constant__ SortParams sort,
+                         const __grid_constant__ PrepareParams prepare, int num_rows) {
+  __shared__ __align__(16) uint8_t row_shared[kSortAndPrepareSharedBytes];
+  BeginAfterPreviousKernel();
+  SortAndPrepare(sort, prepare, num_rows, row_shared);
 }
 
 __global__ void __launch_bounds__(kRowThreads)
     CombineExpertsKernel(const __grid_constant__ CombineParams params) {
-  extern __shared__ __align__(16) uint8_t row_shared[];
-  BeginAfterPrevious();
+  __shared__ __align__(16) uint8_t row_shared[kCombineSharedBytes];
   CombineExperts(params, row_shared);
 }
 
 __global__ void __launch_bounds__(kRowThreads)
     AddSlicesKernel(const __grid_constant__ ProductParams params) {
-  BeginAfterPrevious();
+  BeginAfterPreviousKernel();
   AddSlices(params);
 }
 
-LaunchShape RowShape(int64_t blocks, int shared_bytes) {
+LaunchShape RowShape(int64_t blocks, int threads) {
   CHECK(blocks > 0 && blocks <= INT32_MAX, "blocks={}", blocks);
-  LaunchShape shape;
-  shape.grid = static_cast<unsigned>(blocks);
-  shape.block = kRowThreads;
-  shape.shared_bytes = shared_bytes;
-  shape.overlaps_previous = true;
-  return shape;
+  return {.grid = static_cast<unsigned>(blocks),
+          .block = static_cast<unsigned>(threads),
+          .overlaps_previous = true};
 }
 
 }  // namespace
 
 void LaunchPrepareRows(PrepareParams params, int64_t num_rows, cudaStream_t stream) {
-  const int floats = params.chunks * plan::kChunkRows;
-  params.cached_floats = floats * 4 <= kMaxCachedBytes ? floats : 0;
-  CUDA_LAUNCH(PrepareRowsKernel,
-              RowShape(num_rows, kPrepareReductionBytes + params.cached_floats * 4), stream,
-              params);
+  params.threads = PrepareThreads(params.chunks);
+  CUDA_LAUNCH(PrepareRowsKernel, RowShape(num_rows, params.threads), stream, params);
 }
 
-void LaunchSortPairs(const SortParams& params, cudaStream_t stream) {
-  CUDA_LAUNCH(SortPairsKernel, RowShape(params.num_experts, kSortSharedBytes), stream, params);
+void LaunchSortAndPrepare(SortParams sort, PrepareParams prepare, int64_t num_rows,
+                          cudaStream_t stream) {
+  prepare.threads = PrepareThreads(prepare.chunks);
+  sort.threads = prepare.threads;
+  CUDA_LAUNCH(SortAndPrepareKernel, RowShape(num_rows + sort.num_experts, prepare.threads), stream,
+              sort, prepare, static_cast<int>(num_rows));
 }
 
 void LaunchCombineExperts(const CombineParams& params, int64_t num_rows, cudaStream_t stream) {
   CHECK(params.top_k > 0 && params.top_k <= kMaxTopK, "top_k={}", params.top_k);
   const int64_t blocks = num_rows * plan::DivideUp(params.columns, kRowThreads);
-  CUDA_LAUNCH(CombineExpertsKernel, RowShape(blocks, kCombineSharedBytes), stream, params);
+  CUDA_LAUNCH(CombineExpertsKernel, RowShape(blocks, kRowThreads), stream, params);
 }
 
 void LaunchAddSlices(const ProductParams& params, cudaStream_t stream) {
   const int64_t blocks = int64_t{params.num_tokens} * plan::DivideUp(params.columns, kRowThreads);
-  CUDA_LAUNCH(AddSlicesKernel, RowShape(blocks, 0), stream, params);
+  CUDA_LAUNCH(AddSlicesKernel, RowShape(blocks, kRowThreads), stream, params);
 }
 
 }  // namespace wintserve::kernels::cuda

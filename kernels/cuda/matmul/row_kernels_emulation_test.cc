@@ -18,7 +18,43 @@ using formats::KOrder;
 
 constexpr double kEpsilon = 0x1p-24;
 
-TEST(SortPairs, PlacesPairsByExpertInAscendingOrderForAnyNumberOfPairs) {
+struct PreparedHost {
+  std::vector<uint16_t> values;
+  std::vector<float> inverse_scale;
+  std::vector<ChunkCorrections> corrections;
+};
+
+// Parameters that prepare rows of x [rows][k] into `out`.
+PrepareParams PrepareInto(const std::vector<float>& x, int64_t k, KOrder order,
+                          plan::Offsets offsets, plan::OperandOrder operand_order,
+                          PreparedHost* out) {
+  const auto rows = static_cast<int64_t>(x.size()) / k;
+  const int64_t chunks = plan::DivideUp<int64_t>(k, plan::kChunkRows);
+  out->values.assign(rows * chunks * plan::kChunkRows, 0xFFFF);
+  out->inverse_scale.assign(rows, std::nanf(""));
+  out->corrections.resize(rows * chunks);
+  PrepareParams params;
+  params.x = x.data();
+  params.x_stride = k;
+  params.k = static_cast<int>(k);
+  params.chunks = static_cast<int>(chunks);
+  params.k_order = order;
+  params.offsets = offsets;
+  params.order = operand_order;
+  params.out = {out->values.data(), out->inverse_scale.data(), out->corrections.data()};
+  return params;
+}
+
+PreparedHost PrepareOnEmulation(const std::vector<float>& x, int64_t k, KOrder order,
+                                plan::Offsets offsets, int threads,
+                                plan::OperandOrder operand_order = plan::OperandOrder::kMma) {
+  PreparedHost out;
+  const PrepareParams params = PrepareInto(x, k, order, offsets, operand_order, &out);
+  EmulatedLauncher(5, threads).Prepare(params, static_cast<int64_t>(x.size()) / k);
+  return out;
+}
+
+TEST(SortAndPrepare, PlacesPairsByExpertInAscendingOrderForAnyNumberOfPairs) {
   std::mt19937 rng(3);
   for (const int num_pairs : {1, 8, 255, 256, 257, 1000}) {
     constexpr int kExperts = 37;
@@ -34,7 +70,14 @@ TEST(SortPairs, PlacesPairsByExpertInAscendingOrderForAnyNumberOfPairs) {
     params.first_token = first.data();
     params.source_row = source.data();
     params.place_of_pair = place.data();
-    EmulatedLauncher(rng(), 0).Sort(params);
+    PreparedHost prepared;
+    const std::vector<float> x = RandomRows(3 * 200, &rng);
+    const PrepareParams prepare =
+        PrepareInto(x, 200, KOrder::kMma64, {544, 96}, plan::OperandOrder::kMma, &prepared);
+    EmulatedLauncher(rng(), num_pairs % 2 == 0 ? 0 : 96).SortAndPrepare(params, prepare, 3);
+    const PreparedHost expected = PrepareOnEmulation(x, 200, KOrder::kMma64, {544, 96}, 0);
+    ASSERT_EQ(prepared.values, expected.values);
+    ASSERT_EQ(prepared.inverse_scale, expected.inverse_scale);
     int next = 0;
     for (int e = 0; e < kExperts; ++e) {
       ASSERT_EQ(first[e], next);
@@ -49,42 +92,14 @@ TEST(SortPairs, PlacesPairsByExpertInAscendingOrderForAnyNumberOfPairs) {
   }
 }
 
-struct PreparedHost {
-  std::vector<uint16_t> values;
-  std::vector<float> inverse_scale;
-  std::vector<ChunkCorrections> corrections;
-};
-
-PreparedHost PrepareOnEmulation(const std::vector<float>& x, int64_t k, KOrder order,
-                                plan::Offsets offsets, int cached_floats,
-                                plan::OperandOrder operand_order = plan::OperandOrder::kMma) {
-  const auto rows = static_cast<int64_t>(x.size()) / k;
-  const int64_t chunks = plan::DivideUp<int64_t>(k, plan::kChunkRows);
-  PreparedHost out;
-  out.values.assign(rows * chunks * plan::kChunkRows, 0xFFFF);
-  out.inverse_scale.assign(rows, std::nanf(""));
-  out.corrections.resize(rows * chunks);
-  PrepareParams params;
-  params.x = x.data();
-  params.x_stride = k;
-  params.k = static_cast<int>(k);
-  params.chunks = static_cast<int>(chunks);
-  params.k_order = order;
-  params.offsets = offsets;
-  params.order = operand_order;
-  params.out = {out.values.data(), out.inverse_scale.data(), out.corrections.data()};
-  EmulatedLauncher(5, cached_floats).Prepare(params, rows);
-  return out;
-}
-
 TEST(PrepareRow, RoundsOnceAndPermutesAndSumsWhatTheProductsSubtract) {
   std::mt19937 rng(4);
   const plan::Offsets offsets = {544, 96};
-  for (const int64_t k : {1, 64, 100, 384, 2560}) {
+  for (const int64_t k : {1, 64, 99, 100, 384, 2560}) {
     for (const KOrder order : {KOrder::kNatural, KOrder::kMma64}) {
-      for (const int cached_floats : {0, 4096}) {
+      for (const int threads : {0, 32, 64}) {  // with few, not all of a long row is kept
         const std::vector<float> x = RandomRows(2 * k, &rng);
-        const PreparedHost out = PrepareOnEmulation(x, k, order, offsets, cached_floats);
+        const PreparedHost out = PrepareOnEmulation(x, k, order, offsets, threads);
         const int64_t padded = plan::DivideUp<int64_t>(k, plan::kChunkRows) * plan::kChunkRows;
         for (int64_t r = 0; r < 2; ++r) {
           const std::vector<double> row = RoundRow(&x[r * k], k);

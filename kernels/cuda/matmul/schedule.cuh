@@ -31,11 +31,13 @@ struct Schedule {
   }
 };
 
-// Called by all threads of a block; a barrier lies between the parts.
+// Called by all threads of a block; a barrier lies between the parts. Waits for the kernel before
+// this one if the schedule is its work.
 WINTSERVE_DEVICE Schedule BuildSchedule(const ProductParams& p, int token_tile, uint8_t* shared) {
   auto* first_token = reinterpret_cast<int32_t*>(shared);
   int32_t* first_tile = first_token + p.num_experts + 1;
   const int thread = ThreadIndex();
+  if (p.is_schedule_new) WaitForPreviousKernel();
   if (p.first_token == nullptr) {
     if (thread == 0) {
       first_token[0] = 0;

@@ -8,6 +8,8 @@
 // at k = 8192 the 8 tokens fill 128 KiB of it.
 //
 // Items lie in order of expert, token tile, block of columns, and a block takes consecutive ones.
+//
+// The kernel may begin while the one before it runs, and fills its rings in that time.
 #pragma once
 
 #include <cstdint>
@@ -162,8 +164,7 @@ WINTSERVE_DEVICE StreamTokens LocateTokens(const ProductParams& p, const Schedul
 WINTSERVE_DEVICE void LoadOperandB(const uint8_t* values, int group, uint32_t (&b)[4][2]) {
   WINTSERVE_UNROLL
   for (int pair = 0; pair < 2; ++pair) {
-    const uint4 words =
-        LoadConstant(reinterpret_cast<const uint4*>(values + (2 * group + pair) * 64));
+    const uint4 words = LoadFresh(reinterpret_cast<const uint4*>(values + (2 * group + pair) * 64));
     b[2 * pair][0] = words.x;
     b[2 * pair][1] = words.y;
     b[2 * pair + 1][0] = words.z;
@@ -259,7 +260,10 @@ WINTSERVE_DEVICE void StreamProduct(const ProductParams& p, uint8_t* shared) {
       static_cast<int>(plan::FirstItemOfBlock(num_items, NumBlocks(), BlockIndex()));
   const auto item_end =
       static_cast<int>(plan::FirstItemOfBlock(num_items, NumBlocks(), BlockIndex() + 1));
-  if (item_begin == item_end) return;
+  if (item_begin == item_end) {
+    WaitForPreviousKernel();
+    return;
+  }
 
   uint8_t* rings = shared + plan::ScheduleBytes(p.num_experts);
   auto* sums =
@@ -293,6 +297,8 @@ WINTSERVE_DEVICE void StreamProduct(const ProductParams& p, uint8_t* shared) {
   const auto constants = Codec::MakeConstants(static_cast<uint32_t>(schedule.first_tile[0]));
   LaneColumns columns[kTiles];
   load_columns(item, columns);
+  // Up to here weights and the schedule.
+  BeginAfterPreviousKernel();
   StreamTokens tokens = LocateTokens(p, schedule, item, thread);
 
   for (int index = item_begin; index < item_end; ++index) {
@@ -311,8 +317,7 @@ WINTSERVE_DEVICE void StreamProduct(const ProductParams& p, uint8_t* shared) {
     const auto load_first = [&](int chunk) {
       LoadOperandB(tokens.values + int64_t{chunk} * (plan::kChunkRows * 2), 0, b_first);
       if constexpr (Codec::kHasCorrections) {
-        const uint2 words =
-            LoadConstant(reinterpret_cast<const uint2*>(tokens.corrections + chunk));
+        const uint2 words = LoadFresh(reinterpret_cast<const uint2*>(tokens.corrections + chunk));
         halves[0] = words.x;
         halves[1] = words.y;
       }
