@@ -87,6 +87,9 @@ struct AttentionWork {
   // A sequence of at most this many rows is cut at its segments, whose sums pass through memory:
   // more rows are work enough for a GPU without.
   int32_t max_split_rows = 0;
+  // Of a tile that is cut, segments that a block takes at a time: the more, the less often it
+  // begins anew.
+  int32_t item_segments = 1;
   int32_t max_partials = 0;  // sums of one tile over one segment that the memory holds
 };
 
@@ -99,14 +102,29 @@ struct AttentionLaunch {
   AttentionWork work;  // but for max_partials
 };
 
+// Segments of an item for decodes. Items of kFullItemSegments from as many sequences as fill the
+// machine's slots (blocks that run at a time) waste little; fewer sequences are cut finer, so that
+// there are still about as many items as slots where the segments suffice.
+inline constexpr int32_t kFullItemSegments = 8;
+constexpr int32_t PickItemSegments(int64_t num_tiles, int num_slots) {
+  int32_t segments = kFullItemSegments;
+  // A sixteenth of the slots may stay empty.
+  while (segments > 1 && 17 * kFullItemSegments * num_tiles < int64_t{16} * segments * num_slots) {
+    segments /= 2;
+  }
+  return segments;
+}
+
 // The launches for a batch of at most num_tokens tokens in sequences of at most max_length: one for
 // those whose rows one warp has place for, and one for the others where there may be any.
 struct AttentionLaunches {
   std::array<AttentionLaunch, 2> launches;
   int count = 0;
 };
-constexpr AttentionLaunches PlanAttention(int32_t num_tokens, int32_t max_length, int num_heads,
-                                          int num_kv_heads, int num_multiprocessors) {
+// decode_slots: blocks of one warp that run at a time.
+constexpr AttentionLaunches PlanAttention(int32_t num_sequences, int32_t num_tokens,
+                                          int32_t max_length, int num_heads, int num_kv_heads,
+                                          int num_multiprocessors, int decode_slots) {
   AttentionLaunches plan;
   const int32_t group = num_heads / num_kv_heads;
   plan.launches[0] = {.num_warps = 1,
@@ -115,7 +133,9 @@ constexpr AttentionLaunches PlanAttention(int32_t num_tokens, int32_t max_length
                                .tile_rows = kAttentionWarpRows,
                                .min_rows = 1,
                                .max_rows = kAttentionWarpRows,
-                               .max_split_rows = kAttentionWarpRows}};
+                               .max_split_rows = kAttentionWarpRows,
+                               .item_segments = PickItemSegments(
+                                   int64_t{num_sequences} * num_kv_heads, decode_slots)}};
   plan.count = 1;
   const int32_t max_rows = max_length * group;
   if (max_rows <= kAttentionWarpRows) return plan;
@@ -135,6 +155,7 @@ constexpr AttentionLaunches PlanAttention(int32_t num_tokens, int32_t max_length
 struct SequenceWork {
   int32_t tiles = 0;  // 0: nothing
   int32_t segments = 0;
+  int32_t tile_items = 1;       // of a tile that is cut
   int32_t wanted_partials = 0;  // 0: not to be cut
 };
 
@@ -145,7 +166,8 @@ WINTSERVE_HOST_DEVICE constexpr SequenceWork WorkOf(const AttentionWork& work, i
   if (length <= 0 || rows < work.min_rows || rows > work.max_rows) return sequence;
   sequence.tiles = static_cast<int32_t>((rows + work.tile_rows - 1) / work.tile_rows);
   sequence.segments = NumSegments(position + length);
-  if (rows <= work.max_split_rows && sequence.segments > 1) {
+  if (rows <= work.max_split_rows && sequence.segments > work.item_segments) {
+    sequence.tile_items = (sequence.segments + work.item_segments - 1) / work.item_segments;
     sequence.wanted_partials = work.num_kv_heads * sequence.tiles * sequence.segments;
   }
   return sequence;
@@ -160,7 +182,7 @@ WINTSERVE_HOST_DEVICE constexpr bool IsSplit(const AttentionWork& work,
 
 WINTSERVE_HOST_DEVICE constexpr int32_t NumItems(const AttentionWork& work,
                                                  const SequenceWork& sequence, bool is_split) {
-  return is_split ? sequence.wanted_partials : work.num_kv_heads * sequence.tiles;
+  return work.num_kv_heads * sequence.tiles * (is_split ? sequence.tile_items : 1);
 }
 
 // What one thread block does at a time: a tile's rows of one KV head over some segments.
@@ -180,12 +202,13 @@ WINTSERVE_HOST_DEVICE constexpr AttentionItem ItemOf(const AttentionWork& work,
                                                      const SequenceWork& sequence, bool is_split,
                                                      int32_t first_partial, int32_t index) {
   AttentionItem item;
-  const int32_t tile_index = is_split ? index / sequence.segments : index;
+  const int32_t tile_index = is_split ? index / sequence.tile_items : index;
   item.kv_head = tile_index % work.num_kv_heads;
   item.tile = sequence.tiles - 1 - tile_index / work.num_kv_heads;
   if (is_split) {
-    item.segment_begin = index % sequence.segments;
-    item.segment_end = item.segment_begin + 1;
+    item.segment_begin = index % sequence.tile_items * work.item_segments;
+    const int32_t end = item.segment_begin + work.item_segments;
+    item.segment_end = end < sequence.segments ? end : sequence.segments;
     item.first_partial = first_partial + tile_index * sequence.segments;
   } else {
     item.segment_end = sequence.segments;

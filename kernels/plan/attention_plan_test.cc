@@ -71,10 +71,12 @@ void CheckItems(const AttentionWork& work, const std::vector<Sequence>& sequence
       ASSERT_TRUE(segments.insert(s).second) << "sequence " << sequence << " segment " << s;
     }
     if (item.first_partial < 0) continue;
-    ASSERT_EQ(item.segment_end, item.segment_begin + 1);
-    const int32_t partial = item.first_partial + item.segment_begin;
-    ASSERT_TRUE(partials.insert(partial).second) << partial;
-    ASSERT_LT(partial, work.max_partials);
+    ASSERT_LE(item.segment_end, item.segment_begin + work.item_segments);
+    for (int32_t s = item.segment_begin; s < item.segment_end; ++s) {
+      const int32_t partial = item.first_partial + s;
+      ASSERT_TRUE(partials.insert(partial).second) << partial;
+      ASSERT_LT(partial, work.max_partials);
+    }
   }
   for (size_t s = 0; s < sequences.size(); ++s) {
     const auto [position, length] = sequences[s];
@@ -112,6 +114,7 @@ TEST(AttentionItems, CoverEveryBatchOnce) {
                           .min_rows = 1,
                           .max_rows = 16,
                           .max_split_rows = 16,
+                          .item_segments = 1 << draw(0, 3),
                           .max_partials = draw(0, 3000)};
     CheckItems(work, sequences);
     work.tile_rows = draw(0, 1) == 0 ? 64 : 128;
@@ -158,7 +161,7 @@ TEST(AttentionItems, TurnsTakeEveryItemOnceAndEachBlocksGrow) {
 
 TEST(AttentionItems, EverySequenceOfABatchIsInOneLaunch) {
   for (const int num_heads : {4, 20, 64}) {
-    const AttentionLaunches plan = PlanAttention(5000, 1000, num_heads, 4, 132);
+    const AttentionLaunches plan = PlanAttention(70, 5000, 1000, num_heads, 4, 132, 528);
     ASSERT_EQ(plan.count, 2);
     for (int32_t length = 1; length <= 1000; ++length) {
       int launches = 0;
@@ -171,11 +174,21 @@ TEST(AttentionItems, EverySequenceOfABatchIsInOneLaunch) {
 }
 
 TEST(AttentionItems, DecodesAreOneLaunchUnlessAWarpHasNoPlaceForTheirHeads) {
-  EXPECT_EQ(PlanAttention(64, 1, 64, 8, 132).count, 1);
-  EXPECT_EQ(PlanAttention(64, 1, 16, 1, 132).count, 1);
-  EXPECT_EQ(PlanAttention(64, 1, 17, 1, 132).count, 2);
-  EXPECT_EQ(PlanAttention(64, 2, 64, 8, 132).count, 1);
-  EXPECT_EQ(PlanAttention(64, 3, 64, 8, 132).count, 2);
+  EXPECT_EQ(PlanAttention(64, 64, 1, 64, 8, 132, 528).count, 1);
+  EXPECT_EQ(PlanAttention(64, 64, 1, 16, 1, 132, 528).count, 1);
+  EXPECT_EQ(PlanAttention(64, 64, 1, 17, 1, 132, 528).count, 2);
+  EXPECT_EQ(PlanAttention(64, 64, 2, 64, 8, 132, 528).count, 1);
+  EXPECT_EQ(PlanAttention(64, 64, 3, 64, 8, 132, 528).count, 2);
+}
+
+TEST(AttentionItems, FewSequencesAreCutFinerThanMany) {
+  // 64 sequences of 8 KV heads nearly fill 132 multiprocessors that run 4 blocks each.
+  EXPECT_EQ(PickItemSegments(1000 * 8, 528), 8);
+  EXPECT_EQ(PickItemSegments(64 * 8, 528), 8);
+  EXPECT_EQ(PickItemSegments(32 * 8, 528), 4);
+  EXPECT_EQ(PickItemSegments(16 * 8, 528), 2);
+  EXPECT_EQ(PickItemSegments(8 * 8, 528), 1);
+  EXPECT_EQ(PickItemSegments(8, 528), 1);
 }
 
 TEST(AttentionItems, QueriesAreScaledByLog2EOverTheRootOfHeadDim) {

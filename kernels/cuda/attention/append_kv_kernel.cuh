@@ -111,6 +111,7 @@ class HeadOfToken {
 template <plan::KvCacheKind kKind, int kHeadDim>
 WINTSERVE_KERNEL(kAppendWarps * 32)
 RopeAndAppendKvKernel(WINTSERVE_PARAMS AppendKvParams p) {
+  BeginAfterPreviousKernel();
   const int lane = ThreadIndex() % 32;
   const int64_t index = int64_t{BlockIndex()} * kAppendWarps + ThreadIndex() / 32;
   const int num_heads = p.num_heads + 2 * p.num_kv_heads;

@@ -28,6 +28,11 @@ int SizeOf(int num_warps) {
                           kAttentionWarps.begin());
 }
 
+// As many as run at a time.
+int GridBlocks(const AttentionSetup& setup, int num_warps) {
+  return setup.num_multiprocessors * setup.blocks_per_multiprocessor[SizeOf(num_warps)];
+}
+
 void LaunchPlanned(const AttentionSetup& setup, const AttentionArgs& args,
                    const plan::AttentionLaunch& launch, cudaStream_t stream) {
   const AttentionKernelEntry entry = FindEntry(setup.kind, setup.head_dim, launch.num_warps);
@@ -46,11 +51,10 @@ void LaunchPlanned(const AttentionSetup& setup, const AttentionArgs& args,
       static_cast<int32_t>(std::min<int64_t>(partials, args.scratch.num_arrivals));
   params.partials = args.scratch.partials;
   params.arrivals = args.scratch.arrivals;
-  const LaunchShape shape = {
-      .grid = static_cast<unsigned>(setup.num_multiprocessors *
-                                    setup.blocks_per_multiprocessor[SizeOf(launch.num_warps)]),
-      .block = static_cast<unsigned>(launch.num_warps * kWarpThreads),
-      .shared_bytes = static_cast<size_t>(entry.shared_bytes)};
+  const LaunchShape shape = {.grid = static_cast<unsigned>(GridBlocks(setup, launch.num_warps)),
+                             .block = static_cast<unsigned>(launch.num_warps * kWarpThreads),
+                             .shared_bytes = static_cast<size_t>(entry.shared_bytes),
+                             .overlaps_previous = true};
   CUDA_LAUNCH(entry.kernel, shape, stream, params);
 }
 
@@ -68,7 +72,8 @@ void LaunchAppend(const AppendKvArgs& args, cudaStream_t stream) {
       int64_t{args.sequences.num_tokens} * (args.num_heads + 2 * args.num_kv_heads);
   const LaunchShape shape = {
       .grid = static_cast<unsigned>((num_warps + kAppendWarps - 1) / kAppendWarps),
-      .block = kAppendWarps * kWarpThreads};
+      .block = kAppendWarps * kWarpThreads,
+      .overlaps_previous = true};
   CUDA_LAUNCH((RopeAndAppendKvKernel<kKind, kHeadDim>), shape, stream, params);
 }
 
@@ -110,9 +115,9 @@ void LaunchAttention(const AttentionSetup& setup, const AttentionArgs& args, cud
   if (args.sequences.num_sequences == 0 || args.max_length == 0) return;
   CHECK(int64_t{args.max_length} * args.num_heads <= std::numeric_limits<int32_t>::max(),
         "max_length={}", args.max_length);
-  const plan::AttentionLaunches planned =
-      plan::PlanAttention(args.sequences.num_tokens, args.max_length, args.num_heads,
-                          args.num_kv_heads, setup.num_multiprocessors);
+  const plan::AttentionLaunches planned = plan::PlanAttention(
+      args.sequences.num_sequences, args.sequences.num_tokens, args.max_length, args.num_heads,
+      args.num_kv_heads, setup.num_multiprocessors, GridBlocks(setup, /*num_warps=*/1));
   for (int i = 0; i < planned.count; ++i) LaunchPlanned(setup, args, planned.launches[i], stream);
 }
 

@@ -58,7 +58,9 @@ struct AttentionArgs {
 };
 
 // out[token, head] = softmax(q K / sqrt(head_dim)) V over the token's sequence up to itself.
-// REQUIRES: pointers aligned to 16 bytes, strides multiples of 4.
+// REQUIRES: pointers aligned to 16 bytes, strides multiples of 4. The kernel launched right before
+// in the stream writes neither the sequences' arrays nor cached tokens before a sequence's
+// `position`, or lets no kernel begin before it has ended.
 void LaunchAttention(const AttentionSetup& setup, const AttentionArgs& args, cudaStream_t stream);
 
 struct AppendKvArgs {

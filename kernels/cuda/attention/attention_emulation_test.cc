@@ -17,6 +17,7 @@ struct EmulationOptions {
   int32_t max_partials = 256;
   int tile_warps = 4;
   bool all_in_tiles = false;  // decodes, too
+  int32_t item_segments = 1;
   uint32_t seed = 1;
   CopyTiming copy_timing = CopyTiming::kLate;
 };
@@ -43,8 +44,10 @@ void RunKernelOfSize(int num_warps, const AttentionParams& params,
 AlignedBytes RunAttention(const AttentionProblem& problem, const EmulationOptions& options) {
   const TestShape& shape = problem.shape();
   AlignedBytes out = problem.PoisonedOut();
-  plan::AttentionLaunches planned = plan::PlanAttention(problem.num_tokens(), problem.max_length(),
-                                                        shape.num_heads, shape.num_kv_heads, 132);
+  plan::AttentionLaunches planned = plan::PlanAttention(
+      static_cast<int32_t>(problem.sequences().size()), problem.num_tokens(), problem.max_length(),
+      shape.num_heads, shape.num_kv_heads, /*num_multiprocessors=*/132, /*decode_slots=*/528);
+  planned.launches[0].work.item_segments = options.item_segments;
   if (planned.count > 1) {
     planned.launches[1].num_warps = options.tile_warps;
     planned.launches[1].work.tile_rows = 16 * options.tile_warps;
@@ -163,8 +166,10 @@ TEST(EmulatedAttentionOfLongSequences, MergesSegmentsOfEveryLength) {
   ExpectExact(With({.max_partials = 512}), problem, 3);
   const AlignedBytes split = RunAttention(problem, {.max_partials = 512});
   const AlignedBytes whole = RunAttention(problem, {.max_partials = 0});
+  const AlignedBytes some = RunAttention(problem, {.max_partials = 512, .item_segments = 8});
   for (int sequence = 0; sequence < 4; ++sequence) {
     ExpectSameRows(problem, split, whole, sequence, "not cut");
+    ExpectSameRows(problem, some, whole, sequence, "cut into several segments each");
   }
 }
 

@@ -7,6 +7,9 @@
 //
 // Blocks are persistent: the grid is as large as the GPU, and the work is found from the device
 // arrays, so a captured launch fits any batch.
+//
+// The kernel may begin while the one before it runs, which appends the chunks' own keys and rotates
+// the queries: until WaitForPreviousKernel it finds its work and asks for older keys and values.
 #pragma once
 
 #include <cstdint>
@@ -64,10 +67,10 @@ class ItemFinder {
     Load();
   }
 
-  // False when there are not so many items. Fills `item`, the index of its sequence and the number
-  // of segments. `index` must not be below that of an earlier call.
+  // False when there are not so many items. Fills `item`, the index of its sequence and what that
+  // amounts to. `index` must not be below that of an earlier call.
   WINTSERVE_DEVICE bool Find(int64_t index, AttentionItem& item, int32_t& sequence,
-                             int32_t& num_segments) {
+                             SequenceWork& found) {
     while (true) {
       const int32_t num_items = Shuffle(items_end_, kLanes - 1);
       if (index < first_item_ + num_items) break;
@@ -80,9 +83,9 @@ class ItemFinder {
     const auto local = static_cast<int32_t>(index - first_item_);
     const uint32_t ends_after = Ballot(items_end_ > local);
     const int source = LowestBit(ends_after);
-    SequenceWork found;
     found.tiles = Shuffle(sequence_work_.tiles, source);
     found.segments = Shuffle(sequence_work_.segments, source);
+    found.tile_items = Shuffle(sequence_work_.tile_items, source);
     found.wanted_partials = Shuffle(sequence_work_.wanted_partials, source);
     const bool is_split = Shuffle(is_split_ ? 1 : 0, source) != 0;
     const int32_t items_end = Shuffle(items_end_, source);
@@ -90,7 +93,6 @@ class ItemFinder {
     const int32_t first_item = items_end - plan::NumItems(work_, found, is_split);
     item = plan::ItemOf(work_, found, is_split, first_partial, local - first_item);
     sequence = base_ + source;
-    num_segments = found.segments;
     return true;
   }
 
@@ -116,8 +118,8 @@ class ItemFinder {
     const int32_t sequence = base_ + lane_;
     sequence_work_ = SequenceWork{};
     if (sequence < sequences_.num_sequences) {
-      sequence_work_ =
-          plan::WorkOf(work_, sequences_.position[sequence], sequences_.length[sequence]);
+      sequence_work_ = plan::WorkOf(work_, LoadFresh(sequences_.position + sequence),
+                                    LoadFresh(sequences_.length + sequence));
     }
     partials_end_ = first_partial_ + SumUpTo(sequence_work_.wanted_partials);
     is_split_ =
@@ -155,30 +157,39 @@ class AttentionBlock {
     ItemFinder finder(p_.sequences, p_.work, lane_);
     AttentionItem item;
     int32_t sequence;
-    int32_t num_segments;
+    SequenceWork work;
     WINTSERVE_NO_UNROLL
-    for (int32_t round = 0; finder.Find(plan::ItemOfTurn(round, BlockIndex(), NumBlocks()), item,
-                                        sequence, num_segments);
+    for (int32_t round = 0;
+         finder.Find(plan::ItemOfTurn(round, BlockIndex(), NumBlocks()), item, sequence, work);
          ++round) {
       Place(item, sequence);
       SyncBlock();  // nobody reads shared memory for the last item any more
       StartCopies();
       LoadQueries();
       ComputeSegments(item);
-      if (item.first_partial >= 0 && IsLastToArrive(item.first_partial, num_segments)) {
-        MergePartials(item.first_partial, num_segments);
+      if (item.first_partial >= 0 && IsLastToArrive(item.first_partial, work.tile_items)) {
+        MergePartials(item.first_partial, work.segments);
       }
     }
+    Begin();
   }
 
  private:
+  // Once; afterwards everything may be read and written.
+  WINTSERVE_DEVICE void Begin() {
+    if (has_begun_) return;
+    has_begun_ = true;
+    BeginAfterPreviousKernel();
+  }
+
   // Where the item lies: its rows, its keys, and this warp's share of the rows.
   WINTSERVE_DEVICE void Place(const AttentionItem& item, int32_t sequence) {
-    const int32_t position = p_.sequences.position[sequence];
-    const int32_t length = p_.sequences.length[sequence];
+    const int32_t position = LoadFresh(p_.sequences.position + sequence);
+    const int32_t length = LoadFresh(p_.sequences.length + sequence);
     const int32_t group = p_.work.group;
     const int32_t num_rows = length * group;
-    first_token_ = p_.sequences.first_token[sequence];
+    first_token_ = LoadFresh(p_.sequences.first_token + sequence);
+    old_blocks_ = position / kKvTileTokens;
     block_table_ = p_.sequences.block_tables + sequence * p_.sequences.block_table_stride;
     first_head_ = item.kv_head * group;
     key_tile_ =
@@ -211,7 +222,11 @@ class AttentionBlock {
   WINTSERVE_DEVICE void StartCopies() {
     block_ids_begin_ = block_begin_ - kLanes;  // none are known
     WINTSERVE_UNROLL
-    for (int tile = 0; tile < Config::kStages - 1; ++tile) CopyTile(tile);
+    for (int tile = 0; tile < Config::kStages - 1; ++tile) {
+      if (block_begin_ + tile / 2 >= old_blocks_) Begin();
+      CopyTile(tile);
+    }
+    Begin();
   }
 
   // Every thread takes part in every group of copies, an empty one behind the last tile.
@@ -220,7 +235,7 @@ class AttentionBlock {
       const int32_t block = block_begin_ + tile / 2;
       if (block >= block_ids_begin_ + kLanes) {
         block_ids_begin_ = block;
-        block_id_ = block + lane_ < block_end_ ? block_table_[block + lane_] : 0;
+        block_id_ = block + lane_ < block_end_ ? LoadFresh(block_table_ + block + lane_) : 0;
       }
       const int64_t block_id = Shuffle(block_id_, block - block_ids_begin_);
       const unsigned char* from = key_tile_ + block_id * p_.kv.block_stride_bytes;
@@ -392,7 +407,7 @@ class AttentionBlock {
     return RingSlot(tile) + plan::KvScaleOffset(kHeadDim, 0);
   }
 
-  // Whole rows are merged here; of a row that is cut, the item's one segment goes to memory.
+  // Whole rows are merged here; of a row that is cut, the item's segments go to memory.
   WINTSERVE_DEVICE void ComputeSegments(const AttentionItem& item) {
     Rows total;
     total.Clear();
@@ -405,16 +420,17 @@ class AttentionBlock {
       ComputeSegment(begin, end, rows);
       if (item.first_partial >= 0) {
         StorePartial(item.first_partial + segment, rows);
-        return;
-      }
-      WINTSERVE_UNROLL
-      for (int plane = 0; plane < 2; ++plane) {
-        MergeRow(rows.values[plane], rows.maximum[plane], rows.sum[plane], total.values[plane],
-                 total.maximum[plane], total.sum[plane]);
+      } else {
+        WINTSERVE_UNROLL
+        for (int plane = 0; plane < 2; ++plane) {
+          MergeRow(rows.values[plane], rows.maximum[plane], rows.sum[plane], total.values[plane],
+                   total.maximum[plane], total.sum[plane]);
+        }
       }
       begin = end;
       ++segment;
-    } while (begin < block_end_);
+    } while (item.first_partial >= 0 ? segment < item.segment_end : begin < block_end_);
+    if (item.first_partial >= 0) return;
     WINTSERVE_UNROLL
     for (int plane = 0; plane < 2; ++plane) {
       WriteRow(plane, total.values[plane], total.sum[plane]);
@@ -445,12 +461,12 @@ class AttentionBlock {
   }
 
   // Counts this block among the tile's; true in the one that came last, which sees what all wrote.
-  WINTSERVE_DEVICE bool IsLastToArrive(int32_t first_partial, int32_t num_segments) {
+  WINTSERVE_DEVICE bool IsLastToArrive(int32_t first_partial, int32_t tile_items) {
     FenceDevice();
     SyncBlock();
     if (thread_ == 0) {
       int32_t* arrivals = p_.arrivals + first_partial;
-      const bool is_last = FetchAndAdd(arrivals, 1) == num_segments - 1;
+      const bool is_last = FetchAndAdd(arrivals, 1) == tile_items - 1;
       if (is_last) *arrivals = 0;  // for the next launch
       StoreShared(shared_ + Config::kFlagOffset, is_last ? 1u : 0u);
     }
@@ -535,12 +551,15 @@ class AttentionBlock {
   const int warp_;
   const uint32_t shared_;
 
+  bool has_begun_ = false;  // WaitForPreviousKernel was called
+
   // Of the item.
   int64_t first_token_ = 0;
   int32_t first_head_ = 0;
   const int32_t* block_table_ = nullptr;
   const unsigned char* key_tile_ = nullptr;  // of block 0 of the pool
   int32_t key_end_ = 0;                      // keys that its last row sees
+  int32_t old_blocks_ = 0;                   // so many blocks are as the launch before left them
   int32_t block_begin_ = 0;
   int32_t block_end_ = 0;
   int32_t num_tiles_ = 0;
