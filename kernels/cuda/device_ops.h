@@ -88,11 +88,6 @@ WINTSERVE_DEVICE void BeginAfterPreviousKernel() {
   LetNextKernelBegin();
 }
 
-// Brings the line of constant data that `address` lies in to the second-level cache.
-WINTSERVE_DEVICE void PrefetchToL2(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-
 // The blocks of a cluster, which not every device has: where a launch asks for none, and compiled
 // for such a device, every block is one of its own.
 WINTSERVE_DEVICE void SyncCluster() {
@@ -323,6 +318,22 @@ WINTSERVE_DEVICE T LoadConstant(const T* from) {
   return __ldg(from);
 }
 
+// The same, asked for where it stands in the program: compilers move loads that they know to be of
+// constants down to where they are needed, also behind WaitForPreviousKernel.
+WINTSERVE_DEVICE float LoadConstantEarly(const float* from) {
+  float value;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
+  return value;
+}
+WINTSERVE_DEVICE float4 LoadConstantEarly(const float4* from) {
+  float4 value;
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "l"(from)
+               : "memory");
+  return value;
+}
+
 // Past the first-level cache, which does not see what other multiprocessors write.
 WINTSERVE_DEVICE float4 LoadFromL2(const float4* from) { return __ldcg(from); }
 WINTSERVE_DEVICE float LoadFromL2(const float* from) { return __ldcg(from); }
@@ -338,6 +349,13 @@ WINTSERVE_DEVICE int LoadFresh(const int* from) {
 WINTSERVE_DEVICE float LoadFresh(const float* from) {
   float value;
   asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(from));
+  return value;
+}
+WINTSERVE_DEVICE float4 LoadFresh(const float4* from) {
+  float4 value;
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "l"(from));
   return value;
 }
 WINTSERVE_DEVICE uint2 LoadFresh(const uint2* from) {

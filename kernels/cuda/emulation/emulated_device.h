@@ -80,7 +80,6 @@ T* OfBlock(int block_of_cluster, T* object) {
 inline void WaitForPreviousKernel() {}
 inline void LetNextKernelBegin() {}
 inline void BeginAfterPreviousKernel() {}
-inline void PrefetchToL2(const void* /*address*/) {}
 
 void InitBarrier(uint32_t barrier, int arrivals);
 void ArriveAtBarrier(uint32_t barrier);
@@ -169,6 +168,7 @@ T LoadConstant(const T* from) {
 }
 inline int32_t LoadFresh(const int32_t* from) { return LoadAligned<int32_t>(from); }
 inline float LoadFresh(const float* from) { return LoadAligned<float>(from); }
+inline float4 LoadFresh(const float4* from) { return LoadAligned<float4>(from); }
 inline uint2 LoadFresh(const uint2* from) { return LoadAligned<uint2>(from); }
 inline uint4 LoadFresh(const uint4* from) { return LoadAligned<uint4>(from); }
 inline float4 LoadFromL2(const float4* from) { return *from; }

@@ -64,8 +64,9 @@ WINTSERVE_DEVICE void TransposeQuad(uint32_t (&words)[4]) {
 
 // The values of one unit of a row, 0 behind its end: two neighbours of the row at a time, which in
 // both orders are an element b = 1 and the b = 0 behind it.
-// in_pairs: x and p.k are even in floats, so that such two are one load.
-WINTSERVE_DEVICE void LoadUnit(const PrepareParams& p, const float* x, int unit, bool in_pairs,
+// kInPairs: x and p.k are even in floats, so that such two are one load.
+template <bool kInPairs>
+WINTSERVE_DEVICE void LoadUnit(const PrepareParams& p, const float* x, int unit,
                                float (&values)[kUnitValues]) {
   const int group_begin = unit / 8 * plan::kGroupRows;
   WINTSERVE_UNROLL
@@ -74,7 +75,7 @@ WINTSERVE_DEVICE void LoadUnit(const PrepareParams& p, const float* x, int unit,
     if (position.b == 0) continue;
     const int earlier = i - plan::Position{.b = 1}.index();  // its b = 0
     const int k = group_begin + plan::GroupRowOfPosition(position, p.k_order);
-    if (in_pairs) {
+    if constexpr (kInPairs) {
       float2 two = {0.0f, 0.0f};
       if (k < p.k) two = LoadAligned<float2>(x + k);
       values[i] = two.x;
@@ -121,18 +122,16 @@ WINTSERVE_DEVICE void StoreUnit(const PrepareParams& p, int row, int unit, int n
   }
 }
 
-// One row, by a block of p.threads. shared: kPrepareSharedBytes.
-// A NaN stays in its row: it is not seen by the maximum and becomes a binary16 NaN.
-WINTSERVE_DEVICE void PrepareRow(const PrepareParams& p, int row, uint8_t* shared) {
+template <bool kInPairs>
+WINTSERVE_DEVICE void PrepareRowBy(const PrepareParams& p, int row, const float* x,
+                                   uint8_t* shared) {
   const int thread = ThreadIndex();
   const int lane = thread % 32;
   const int num_warps = p.threads / 32;
   const int num_units = p.chunks * plan::kChunkRows / kUnitValues;
-  const float* x = p.x + row * p.x_stride;
-  const bool in_pairs = p.k % 2 == 0 && reinterpret_cast<uintptr_t>(x) % sizeof(float2) == 0;
   auto* reduction = reinterpret_cast<float*>(shared);
 
-  float kept[kThreadUnits][kUnitValues];
+  float kept[kThreadUnits][kUnitValues] = {};
   float largest = 0;
   const auto add = [&](const float(&values)[kUnitValues]) {
     WINTSERVE_UNROLL
@@ -140,16 +139,16 @@ WINTSERVE_DEVICE void PrepareRow(const PrepareParams& p, int row, uint8_t* share
   };
   WINTSERVE_UNROLL
   for (int i = 0; i < kThreadUnits; ++i) {
-    const int unit = thread + i * p.threads;
-    WINTSERVE_UNROLL
-    for (int j = 0; j < kUnitValues; ++j) kept[i][j] = 0;
-    if (unit < num_units) LoadUnit(p, x, unit, in_pairs, kept[i]);
+    if (i * p.threads >= num_units) break;
+    if (thread + i * p.threads < num_units) {
+      LoadUnit<kInPairs>(p, x, thread + i * p.threads, kept[i]);
+    }
   }
   WINTSERVE_UNROLL
   for (int i = 0; i < kThreadUnits; ++i) add(kept[i]);
   for (int unit = thread + kThreadUnits * p.threads; unit < num_units; unit += p.threads) {
     float values[kUnitValues];
-    LoadUnit(p, x, unit, in_pairs, values);
+    LoadUnit<kInPairs>(p, x, unit, values);
     add(values);
   }
   WINTSERVE_UNROLL
@@ -177,8 +176,19 @@ WINTSERVE_DEVICE void PrepareRow(const PrepareParams& p, int row, uint8_t* share
   }
   for (int base = kThreadUnits * p.threads; base < num_units; base += p.threads) {
     float values[kUnitValues] = {};
-    if (base + thread < num_units) LoadUnit(p, x, base + thread, in_pairs, values);
+    if (base + thread < num_units) LoadUnit<kInPairs>(p, x, base + thread, values);
     StoreUnit(p, row, base + thread, num_units, scale, values);
+  }
+}
+
+// One row, by a block of p.threads. shared: kPrepareSharedBytes.
+// A NaN stays in its row: it is not seen by the maximum and becomes a binary16 NaN.
+WINTSERVE_DEVICE void PrepareRow(const PrepareParams& p, int row, uint8_t* shared) {
+  const float* x = p.x + row * p.x_stride;
+  if (p.k % 2 == 0 && reinterpret_cast<uintptr_t>(x) % sizeof(float2) == 0) {
+    PrepareRowBy<true>(p, row, x, shared);
+  } else {
+    PrepareRowBy<false>(p, row, x, shared);
   }
 }
 

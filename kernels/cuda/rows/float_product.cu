@@ -37,7 +37,9 @@ struct FloatPart {
       const float* w = args.w + k * args.n + column;
       if constexpr (kVector) {
         float4 four = {};
-        if (k < args.k && column < args.n) four = LoadConstant(reinterpret_cast<const float4*>(w));
+        if (k < args.k && column < args.n) {
+          four = LoadConstantEarly(reinterpret_cast<const float4*>(w));
+        }
         weights[i][0] = four.x;
         weights[i][1] = four.y;
         weights[i][2] = four.z;
@@ -51,33 +53,41 @@ struct FloatPart {
     }
   }
 
-  __device__ void LoadRow(int64_t row, bool exists, int64_t first_k, float (&x)[kWidth]) const {
-    const float* from = args.x.data + row * args.x.stride + first_k;
-    if constexpr (kVector) {
-      float4 four = {};
-      if (exists && first_k < args.k) four = *reinterpret_cast<const float4*>(from);
-      x[0] = four.x;
-      x[1] = four.y;
-      x[2] = four.z;
-      x[3] = four.w;
-    } else {
+  // Starts copies of a slice of rows first_row … to shared memory [kRows][kFloatSliceRows]; behind
+  // the last row it again, behind the last k zeros.
+  template <int kRows>
+  __device__ void CopyRows(int64_t first_row, int64_t slice_k, float4 (*tile)[kQuads]) const {
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) x[i] = exists && first_k + i < args.k ? from[i] : 0.0f;
+    for (int begin = 0; begin < kRows * kQuads; begin += kFloatThreads) {
+      const int i = begin + static_cast<int>(threadIdx.x);
+      if (i >= kRows * kQuads) break;
+      const int64_t row = min(first_row + i / kQuads, args.num_rows - 1);
+      const int64_t k = slice_k + i % kQuads * kWidth;
+      const float* from = args.x.data + row * args.x.stride + k;
+      if constexpr (kVector) {
+        CopyToShared(SharedAddressOf(&tile[i / kQuads][i % kQuads]), from, k < args.k ? 16 : 0);
+      } else {
+        const auto at = [&](int c) { return k + c < args.k ? from[c] : 0.0f; };
+        tile[i / kQuads][i % kQuads] = make_float4(at(0), at(1), at(2), at(3));
+      }
     }
+    CommitCopies();
   }
 };
 
 // Block (its slices, row block, column block). The weights of a slice lie in the block's registers;
 // the threads' parts of eight rows at a time meet in shared memory.
 template <int kRows, bool kVector>
-__global__ void __launch_bounds__(kFloatThreads)
+__global__ void __launch_bounds__(kFloatThreads, 2)
     FloatProductKernel(FloatProductArgs args, plan::FloatProductPlan plan) {
   // In two buffers in turn: the one that is written was read before the last barrier.
   __shared__ float4 parts[2][kWarps][kRowsAtOnce][kQuads];
+  __shared__ float4 tiles[2][kRows][kQuads];  // rows of a slice
   constexpr int kBatches = kRows / kRowsAtOnce;
 
   const auto thread = static_cast<int>(threadIdx.x);
   const int quad = thread % kQuads;
+  const int group = thread / kQuads;  // of k
   const int warp = thread / kWarpThreads;
   const bool is_upper = thread % kWarpThreads >= kQuads;  // the later k of the warp's two parts
   const FloatPart<kVector> part = {args, int64_t{blockIdx.z} * kFloatColumns + quad * kWidth};
@@ -85,24 +95,32 @@ __global__ void __launch_bounds__(kFloatThreads)
   const auto rows = static_cast<int>(min(int64_t{kRows}, args.num_rows - first_row));
   const int first_slice = static_cast<int>(blockIdx.x) * plan.slices_per_block;
   const int end_slice = min(first_slice + plan.slices_per_block, plan.num_slices);
-  const int64_t first_k = int64_t{first_slice} * kFloatSliceRows + thread / kQuads * kWidth;
+  const int64_t first_k = int64_t{first_slice} * kFloatSliceRows + group * kWidth;
 
   float weights[kWidth][kWidth];
   part.LoadWeights(first_k, weights);
   BeginAfterPreviousKernel();
 
+  part.template CopyRows<kRows>(first_row, int64_t{first_slice} * kFloatSliceRows, tiles[0]);
   float sections[kBatches][kOwned] = {};
   float totals[kBatches][kOwned] = {};
   for (int slice = first_slice; slice < end_slice; ++slice) {
-    const int64_t slice_k = first_k + int64_t{slice - first_slice} * kFloatSliceRows;
+    const float4(*tile)[kQuads] = tiles[(slice - first_slice) % 2];
+    if (slice + 1 < end_slice) {
+      part.template CopyRows<kRows>(first_row, int64_t{slice + 1} * kFloatSliceRows,
+                                    tiles[(slice + 1 - first_slice) % 2]);
+      WaitForCopies<1>();
+    } else {
+      WaitForCopies<0>();
+    }
+    __syncthreads();
 #pragma unroll
     for (int batch = 0; batch < kBatches; ++batch) {
       float sums[kRowsAtOnce][kWidth] = {};
 #pragma unroll
       for (int r = 0; r < kRowsAtOnce; ++r) {
-        const int row = batch * kRowsAtOnce + r;
-        float x[kWidth];
-        part.LoadRow(first_row + row, row < rows, slice_k, x);
+        const float4 four = tile[batch * kRowsAtOnce + r][group];
+        const float x[kWidth] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
 #pragma unroll
@@ -124,7 +142,7 @@ __global__ void __launch_bounds__(kFloatThreads)
             make_float4(both[0], both[1], both[2], both[3]);
       }
       if (batch + 1 == kBatches && slice + 1 < end_slice) {
-        part.LoadWeights(slice_k + kFloatSliceRows, weights);
+        part.LoadWeights(first_k + int64_t{slice + 1 - first_slice} * kFloatSliceRows, weights);
       }
       __syncthreads();
 #pragma unroll
@@ -174,11 +192,12 @@ __device__ float SumOfSection(const float* sums, int64_t stride, int section, in
   float values[kFloatSectionSlices];
 #pragma unroll
   for (int i = 0; i < kFloatSectionSlices; ++i) {
-    values[i] = first + i < end ? sums[(first + i) * stride] : 0.0f;
+    // Behind the last one the first again, which costs nothing.
+    values[i] = LoadFresh(sums + (first + i < end ? first + i : first) * stride);
   }
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kFloatSectionSlices; ++i) sum += values[i];
+  for (int i = 0; i < kFloatSectionSlices; ++i) sum += first + i < end ? values[i] : 0.0f;
   return sum;
 }
 
@@ -285,7 +304,8 @@ __device__ int RankOf(const float* scores, int num_experts, int expert, float sc
 }
 
 // A block a row, with a thread for each expert and, where there are so many sums, more to add up.
-__global__ void __launch_bounds__(kMaxSelectThreads) SelectExpertsKernel(SelectExpertsArgs args) {
+__global__ void __launch_bounds__(kMaxSelectThreads, 1)
+    SelectExpertsKernel(SelectExpertsArgs args) {
   __shared__ float sections[kSectionFloats];
   __shared__ float logits[kMaxRoutedExperts];
   __shared__ __align__(16) float scores[kMaxRoutedExperts];
@@ -295,7 +315,7 @@ __global__ void __launch_bounds__(kMaxSelectThreads) SelectExpertsKernel(SelectE
   const int num_experts = args.shape.num_experts;
   const int top_k = args.shape.top_k;
   const float bias =
-      args.bias != nullptr && expert < num_experts ? LoadConstant(args.bias + expert) : 0.0f;
+      args.bias != nullptr && expert < num_experts ? LoadConstantEarly(args.bias + expert) : 0.0f;
   const int64_t logit_row = args.route_as == nullptr ? row : args.route_as[row];
   BeginAfterPreviousKernel();
 

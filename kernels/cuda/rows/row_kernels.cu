@@ -112,18 +112,23 @@ __device__ float4 Scale(float4 a, float factor, float4 gain) {
 
 constexpr int kNormThreads = 1024;
 constexpr int kNormVectors = 8;  // of one thread, kept in registers between the two passes
+// Of which so many are loaded before the first is stored; for most rows that is all of them.
+constexpr int kNormAtOnce = 2;
 static_assert(kMaxNormColumns == kNormThreads * kNormVectors * sizeof(float4) / sizeof(float));
+
+__device__ float Zero(float /*like*/) { return 0.0f; }
+__device__ float4 Zero(float4 /*like*/) { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); }
 
 template <typename Vector>
 __global__ void __launch_bounds__(kNormThreads) AddRmsNormKernel(AddRmsNormArgs args) {
   constexpr int kWidth = sizeof(Vector) / sizeof(float);
   const auto* gain = reinterpret_cast<const Vector*>(args.gain);
   const int num_vectors = static_cast<int>(args.columns / kWidth);
-  // Half of a line of the cache each: every line is asked for.
-  constexpr int kPrefetched = 64 / sizeof(Vector);
-  for (int v = static_cast<int>(threadIdx.x) * kPrefetched; v < num_vectors;
-       v += static_cast<int>(blockDim.x) * kPrefetched) {
-    PrefetchToL2(gain + v);
+  const auto place = [](int i) { return static_cast<int>(threadIdx.x + i * blockDim.x); };
+  Vector first_gains[kNormAtOnce];
+#pragma unroll
+  for (int i = 0; i < kNormAtOnce; ++i) {
+    if (place(i) < num_vectors) first_gains[i] = LoadConstantEarly(gain + place(i));
   }
   BeginAfterPreviousKernel();
   const int64_t row = args.row_ids == nullptr ? blockIdx.x : args.row_ids[blockIdx.x];
@@ -134,23 +139,33 @@ __global__ void __launch_bounds__(kNormThreads) AddRmsNormKernel(AddRmsNormArgs 
   Vector values[kNormVectors];
   float squares = 0;
 #pragma unroll
-  for (int i = 0; i < kNormVectors; ++i) {
-    const int v = static_cast<int>(threadIdx.x + i * blockDim.x);
-    if (v >= num_vectors) break;
-    values[i] = x[v];
-    if (args.delta.data != nullptr) {
-      values[i] = Add(values[i], delta[v]);
-      x[v] = values[i];
+  for (int first = 0; first < kNormVectors; first += kNormAtOnce) {
+    if (place(first) >= num_vectors) break;
+    Vector deltas[kNormAtOnce];
+#pragma unroll
+    for (int i = 0; i < kNormAtOnce; ++i) {
+      const bool exists = place(first + i) < num_vectors;
+      values[first + i] = exists ? LoadFresh(x + place(first + i)) : Zero(Vector());
+      if (args.delta.data != nullptr) {
+        deltas[i] = exists ? LoadFresh(delta + place(first + i)) : Zero(Vector());
+      }
     }
-    squares += SumOfSquares(values[i]);
+#pragma unroll
+    for (int i = 0; i < kNormAtOnce; ++i) {
+      Vector& value = values[first + i];
+      if (args.delta.data != nullptr) {
+        value = Add(value, deltas[i]);
+        if (place(first + i) < num_vectors) x[place(first + i)] = value;
+      }
+      squares += SumOfSquares(value);
+    }
   }
   const float sum = BlockSum(squares);
   const float factor = 1.0f / sqrtf(sum / static_cast<float>(args.columns) + args.epsilon);
 #pragma unroll
   for (int i = 0; i < kNormVectors; ++i) {
-    const int v = static_cast<int>(threadIdx.x + i * blockDim.x);
-    if (v >= num_vectors) break;
-    out[v] = Scale(values[i], factor, gain[v]);
+    if (place(i) >= num_vectors) break;
+    out[place(i)] = Scale(values[i], factor, i < kNormAtOnce ? first_gains[i] : gain[place(i)]);
   }
 }
 

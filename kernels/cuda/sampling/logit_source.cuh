@@ -63,12 +63,11 @@ struct LogitSource {
   WINTSERVE_DEVICE FourLogits ReadRaw(int id) const {
     FourLogits x;
     if (is_aligned && id + 4 <= end) {
-      const float4 four = LoadConstant(reinterpret_cast<const float4*>(logits + id));
+      const float4 four = LoadFresh(reinterpret_cast<const float4*>(logits + id));
       x = {four.x, four.y, four.z, four.w};
     } else {
       for (int i = 0; i < 4; ++i) {
-        x.value[i] =
-            id + i < end ? LoadConstant(logits + id + i) : sampling::LogitOfKey(0xff800000u);
+        x.value[i] = id + i < end ? LoadFresh(logits + id + i) : sampling::LogitOfKey(0xff800000u);
       }
     }
     return x;
