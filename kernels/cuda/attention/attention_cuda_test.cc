@@ -240,6 +240,20 @@ TEST_P(CudaAttentionOfModels, ARowHasTheSameBitsInAnyBatch) {
   }
 }
 
+// So many that a block takes several segments at a time, and so long that they are cut all the
+// same.
+TEST_P(CudaAttentionOfModels, ManyLongSequencesHaveTheBitsOfEachAlone) {
+  std::mt19937 rng(std::random_device{}());
+  std::vector<TestSequence> sequences(200 / GetParam().num_kv_heads);
+  for (TestSequence& s : sequences) s = {static_cast<int32_t>(1000 + rng() % 600), 1};
+  const AttentionProblem problem(GetParam(), sequences, &rng);
+  const AlignedBytes expected = RunAttention(problem);
+  for (const size_t s : {size_t{0}, sequences.size() / 2, sequences.size() - 1}) {
+    const AttentionProblem part = problem.Part(static_cast<int>(s), 0, 1);
+    ExpectSameBits(problem, expected, static_cast<int>(s), 0, part, RunAttention(part));
+  }
+}
+
 TEST_P(CudaAttentionOfModels, TheMemoryForPartialsChangesNoBits) {
   std::mt19937 rng(std::random_device{}());
   const std::vector<TestSequence> sequences = {{1000, 1}, {3000, 20}, {5000, 1}, {900, 2}};
