@@ -90,7 +90,7 @@ struct DecodeRate {
   int64_t idle_us_p99 = 0;
   double host_us_p50 = 0;
   double graph_ms = 0;  // 0: without graphs
-  DistinctExperts experts;
+  DistinctExperts experts = {};
 };
 
 template <typename T>
