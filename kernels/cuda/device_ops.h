@@ -339,6 +339,11 @@ WINTSERVE_DEVICE float4 LoadFromL2(const float4* from) { return __ldcg(from); }
 WINTSERVE_DEVICE float LoadFromL2(const float* from) { return __ldcg(from); }
 WINTSERVE_DEVICE float2 LoadFromL2(const float2* from) { return __ldcg(from); }
 
+// Brings a line of memory that is read soon into the second-level cache.
+WINTSERVE_DEVICE void PrefetchToL2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 // Data that kernels wrote which this one may have overlapped with: no loads for constant data, and
 // past the first-level cache for integers, which are read before WaitForPreviousKernel too.
 WINTSERVE_DEVICE int LoadFresh(const int* from) {

@@ -3,10 +3,12 @@
 //
 // A product computes, for the tokens of each expert (a linear layer is one expert),
 //     y [tokens, columns] = x [tokens, k] * W_expert [k, columns].
-// Three kernels do this:
+// Four kernels do this:
 //   resident  up to 8 tokens at a time, WINT2; the warps of a block take slices of k of the same
 //             columns and keep their activations in registers
-//   stream    up to 8 tokens at a time; the same with slices too long for registers
+//   cached    up to 8 tokens at a time, WINT2; the same with slices too long for registers, so that
+//             the activations of all of k lie in shared memory
+//   stream    up to 8 tokens at a time; the same with activations in memory
 //   tile      8 to 64 tokens at a time; the warps of a block take different columns and share the
 //             tokens' activations
 // Every output is the sum, in slice order, of the sums of its slices, each in the order of k, in
@@ -29,8 +31,9 @@ inline constexpr int kTileKernelTiles = 2 * kProductWarps;  // tiles of a block 
 inline constexpr int kMaxExperts = 128;
 // Rows that one pass of a larger batch takes, so that workspaces stay bounded.
 inline constexpr int64_t kMaxPassRows = 2048;
-// What a block may use on every architecture from sm_80 on.
+// What a block may use on every architecture from sm_80 on, and on Hopper.
 inline constexpr int64_t kMaxSharedBytes = 163 * 1024;
+inline constexpr int64_t kMaxHopperSharedBytes = 227 * 1024;
 
 template <typename T>
 WINTSERVE_HOST_DEVICE constexpr T DivideUp(T a, T b) {
@@ -43,8 +46,7 @@ inline constexpr int kResidentChunks = 4;
 inline constexpr int kResidentWarps = 16;
 
 // Where it serves small batches: a short k makes many small items, which its launches overlap and
-// its rounds even out. It can do more, but on an H200 the stream kernel is as fast from k = 3584
-// on.
+// its rounds even out. It can do more, but on an H200 the cached kernel is faster from k = 3584 on.
 constexpr bool IsResident(formats::WeightFormat format, int64_t chunks) {
   return format == formats::WeightFormat::kWint2 && chunks <= 20;
 }
@@ -125,20 +127,28 @@ struct ProductShape {
   int64_t max_per_expert = 0;  // tokens that one expert can get
 };
 
-enum class ProductKernel { kResident, kStream, kTile };
+enum class ProductKernel { kResident, kCached, kStream, kTile };
 
 struct ProductPlan {
   ProductKernel kernel = ProductKernel::kStream;
-  int token_blocks = 1;       // of 8 tokens: 1 (resident, stream), 2, 4 or 8 (tile)
-  int tiles_per_warp = 1;     // resident: 1; stream: 1 or 2; tile: 2
+  int token_blocks = 1;       // of 8 tokens: 2, 4 or 8 (tile), else 1
+  int tiles_per_warp = 1;     // resident: 1; cached, tile: 2; stream: 1 or 2
   int slices = 1;             // NumSlices
   int slice_chunks = 1;       // of the longest slice
   bool split_slices = false;  // tile: a block computes one slice, and another kernel adds them up
   int grid_blocks = 0;
 
+  // Of the cached kernel:
+  int groups = 1;                  // of a block, of one warp a slice
+  int chunks = 0;                  // of all slices
+  int stage_chunks = 1;            // of a stage of a warp's ring: 1 or 2
+  int token_slots = kBlockTokens;  // whose activations shared memory has room for
+
   constexpr int token_tile() const { return token_blocks * kBlockTokens; }
   constexpr int block_threads() const {
-    return kernel == ProductKernel::kResident ? 32 * slices : kProductThreads;
+    return kernel == ProductKernel::kResident ? 32 * slices
+           : kernel == ProductKernel::kCached ? 32 * slices * groups
+                                              : kProductThreads;
   }
 };
 
@@ -193,6 +203,19 @@ WINTSERVE_HOST_DEVICE constexpr int ResidentCorrectionBytes(int slice_chunks) {
   return slice_chunks * kGroupsPerChunk * 4 * 16;
 }
 
+// The cached kernel's behind the schedule: a run's tokens (rows and scales), the groups' barriers,
+// activations and corrections as operands of an mma, the warps' rings, and their sums of two steps.
+inline constexpr int kCachedWarps = 16;  // of 128 registers a thread: all of a multiprocessor
+inline constexpr int kCachedTiles = 2;   // a warp's at once
+inline constexpr int kCachedStages = 3;
+inline constexpr int kCachedTokensBytes = kBlockTokens * 8;
+inline constexpr int kCachedBarrierBytes = 2 * 2 * 8;
+// 64 bytes more than a multiple of 128, so that 8 lanes of two tokens read from all banks.
+WINTSERVE_HOST_DEVICE constexpr int CachedTokenBytes(int chunks) {
+  return chunks * kChunkRows * 2 + 64;
+}
+inline constexpr int kCachedCorrectionBytes = kGroupsPerChunk * 4 * 16;  // of a chunk
+
 // One stage of the tile kernel: weights, then activations, then corrections as the accumulators of
 // an mma want them: four floats for every two tokens, each twice.
 WINTSERVE_HOST_DEVICE constexpr int TileStageActivations(int token_blocks) {
@@ -217,6 +240,13 @@ constexpr int64_t SharedBytes(const ProductPlan& plan, formats::WeightFormat for
                         2 * kResidentRoundTiles * kTileSumFloats * 4;
     return ScheduleBytes(num_experts) + kResidentBarrierBytes + 2 * kResidentRoundBytes +
            plan.slices * of_warp;
+  }
+  if (plan.kernel == ProductKernel::kCached) {
+    const int of_warp = kCachedTiles * (kCachedStages * plan.stage_chunks * ChunkBytes(format) +
+                                        2 * kTileSumFloats * 4);
+    return ScheduleBytes(num_experts) + kCachedTokensBytes + plan.groups * kCachedBarrierBytes +
+           plan.token_slots * CachedTokenBytes(plan.chunks) + plan.chunks * kCachedCorrectionBytes +
+           plan.groups * plan.slices * of_warp;
   }
   if (plan.kernel == ProductKernel::kTile) {
     return ScheduleBytes(num_experts) +
@@ -260,6 +290,36 @@ constexpr ProductPlan ResidentPlan(const ProductShape& shape, int num_multiproce
   return plan;
 }
 
+constexpr ProductPlan CachedPlan(const ProductShape& shape, int num_multiprocessors,
+                                 int stage_chunks) {
+  ProductPlan plan;
+  plan.kernel = ProductKernel::kCached;
+  plan.tiles_per_warp = kCachedTiles;
+  plan.slices = NumSlices(shape.format, shape.chunks);
+  plan.slice_chunks = static_cast<int>(DivideUp(shape.chunks, int64_t{plan.slices}));
+  plan.groups = kCachedWarps / plan.slices;
+  plan.chunks = static_cast<int>(shape.chunks);
+  plan.stage_chunks = stage_chunks;
+  plan.token_slots = static_cast<int>(std::min<int64_t>(shape.max_per_expert, kBlockTokens));
+  plan.grid_blocks = static_cast<int>(
+      std::min<int64_t>(MaxTokenTiles(shape, kBlockTokens) * shape.tiles, num_multiprocessors));
+  return plan;
+}
+
+// The cached plan with the longest stages that fit max_shared_bytes; `otherwise` if none does, or
+// where the resident kernel serves.
+constexpr ProductPlan CachedPlanOr(const ProductShape& shape, int num_multiprocessors,
+                                   int64_t max_shared_bytes, const ProductPlan& otherwise) {
+  if (shape.format != formats::WeightFormat::kWint2 || IsResident(shape.format, shape.chunks)) {
+    return otherwise;
+  }
+  for (const int stage_chunks : {2, 1}) {
+    const ProductPlan plan = CachedPlan(shape, num_multiprocessors, stage_chunks);
+    if (SharedBytes(plan, shape.format, shape.num_experts) <= max_shared_bytes) return plan;
+  }
+  return otherwise;
+}
+
 // Fills slices and grid of a plan whose other fields are chosen. Where IsResident, a stream plan
 // becomes a resident one.
 constexpr ProductPlan FinishPlan(const ProductShape& shape, int num_multiprocessors,
@@ -278,8 +338,9 @@ constexpr ProductPlan FinishPlan(const ProductShape& shape, int num_multiprocess
   return plan;
 }
 
-// REQUIRES: num_tokens > 0.
-constexpr ProductPlan PlanProduct(const ProductShape& shape, int num_multiprocessors) {
+// The plan for a device whose blocks may use max_shared_bytes. REQUIRES: num_tokens > 0.
+constexpr ProductPlan PlanProductWithin(int64_t max_shared_bytes, const ProductShape& shape,
+                                        int num_multiprocessors) {
   ProductPlan plan;
   const int64_t mean = DivideUp(shape.num_tokens, int64_t{shape.num_experts});
   // Beyond a mean of 4, too many experts would get a second tile of 8 tokens and be decoded twice.
@@ -293,7 +354,8 @@ constexpr ProductPlan PlanProduct(const ProductShape& shape, int num_multiproces
     if (StreamsTwoTiles(shape.format) && items >= 3 * num_multiprocessors) {
       plan.tiles_per_warp = 2;
     }
-    return FinishPlan(shape, num_multiprocessors, plan);
+    return CachedPlanOr(shape, num_multiprocessors, max_shared_bytes,
+                        FinishPlan(shape, num_multiprocessors, plan));
   }
   plan.kernel = ProductKernel::kTile;
   plan.tiles_per_warp = 2;
@@ -306,6 +368,14 @@ constexpr ProductPlan PlanProduct(const ProductShape& shape, int num_multiproces
   plan.split_slices = shape.num_experts == 1 && NumSlices(shape.format, shape.chunks) > 1 &&
                       3 * items <= 2 * num_multiprocessors;
   return FinishPlan(shape, num_multiprocessors, plan);
+}
+
+// On every architecture, and with what Hopper has besides.
+constexpr ProductPlan PlanProduct(const ProductShape& shape, int num_multiprocessors) {
+  return PlanProductWithin(kMaxSharedBytes, shape, num_multiprocessors);
+}
+constexpr ProductPlan PlanHopperProduct(const ProductShape& shape, int num_multiprocessors) {
+  return PlanProductWithin(kMaxHopperSharedBytes, shape, num_multiprocessors);
 }
 
 // float32 values of the slices' sums that a split product leaves in its workspace.

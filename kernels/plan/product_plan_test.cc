@@ -123,16 +123,34 @@ TEST(SharedMemory, FitsABlockOfEveryArchitectureForEveryPlan) {
   }
 }
 
+TEST(SharedMemory, IsEnoughForEverySmallPlanOfAnArchitecture) {
+  for (const int64_t chunks : {1, 20, 21, 28, 40, 64, 65, 100, 224}) {
+    for (const int64_t rows : {1, 2, 5, 8, 32}) {
+      const ProductShape shape = {WeightFormat::kWint2, chunks, 512, 64, rows * 8, rows};
+      const auto bytes = [&](const ProductPlan& plan) {
+        return SharedBytes(plan, WeightFormat::kWint2, shape.num_experts);
+      };
+      EXPECT_LE(bytes(PlanProduct(shape, kMultiprocessors)), kMaxSharedBytes);
+      EXPECT_LE(bytes(PlanHopperProduct(shape, kMultiprocessors)), kMaxHopperSharedBytes);
+    }
+  }
+}
+
 ProductShape MoeShape(int64_t k, int64_t columns, int64_t rows, int experts, int top_k) {
   return {
       WeightFormat::kWint2, k / kChunkRows, columns / kTileColumns, experts, rows * top_k, rows};
 }
 
-TEST(PlanProduct, StreamsSmallBatchesAndTilesLargeOnes) {
+TEST(PlanProduct, CachesTheActivationsOfSmallBatchesAndTilesLargeOnes) {
   for (const int64_t rows : {1, 2, 4, 8, 16, 32}) {
-    const ProductPlan plan = PlanProduct(MoeShape(8192, 7168, rows, 64, 8), kMultiprocessors);
-    EXPECT_EQ(plan.kernel, ProductKernel::kStream) << rows;
-    EXPECT_EQ(plan.grid_blocks, 2 * kMultiprocessors) << rows;
+    const ProductShape gate_up = MoeShape(8192, 7168, rows, 64, 8);
+    const ProductPlan hopper = PlanHopperProduct(gate_up, kMultiprocessors);
+    EXPECT_EQ(hopper.kernel, ProductKernel::kCached) << rows;
+    EXPECT_EQ(hopper.block_threads(), 2 * 8 * 32) << rows;
+    EXPECT_EQ(hopper.grid_blocks, kMultiprocessors) << rows;
+    EXPECT_EQ(hopper.stage_chunks, rows <= 4 ? 2 : 1) << rows;
+    const ProductPlan portable = PlanProduct(gate_up, kMultiprocessors);
+    EXPECT_EQ(portable.kernel, rows <= 4 ? ProductKernel::kCached : ProductKernel::kStream) << rows;
   }
   for (const int64_t rows : {1, 2, 4, 8, 16, 32}) {
     const ProductPlan plan = PlanProduct(MoeShape(2560, 3072, rows, 64, 6), kMultiprocessors);
@@ -147,7 +165,9 @@ TEST(PlanProduct, StreamsSmallBatchesAndTilesLargeOnes) {
 
 TEST(PlanProduct, StreamsTwoTilesAWarpUnlessBlocksWouldStandIdle) {
   const auto tiles_per_warp = [](int64_t columns, int64_t rows) {
-    return PlanProduct(MoeShape(8192, columns, rows, 64, 8), kMultiprocessors).tiles_per_warp;
+    const ProductPlan plan = PlanProduct(MoeShape(28672, columns, rows, 64, 8), kMultiprocessors);
+    EXPECT_EQ(plan.kernel, ProductKernel::kStream);
+    return plan.tiles_per_warp;
   };
   EXPECT_EQ(tiles_per_warp(7168, 1), 2);
   EXPECT_EQ(tiles_per_warp(3584, 1), 2);  // on two ranks

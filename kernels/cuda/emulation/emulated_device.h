@@ -166,6 +166,7 @@ template <typename T>
 T LoadConstant(const T* from) {
   return LoadAligned<T>(from);
 }
+inline void PrefetchToL2(const void*) {}
 inline int32_t LoadFresh(const int32_t* from) { return LoadAligned<int32_t>(from); }
 inline float LoadFresh(const float* from) { return LoadAligned<float>(from); }
 inline float4 LoadFresh(const float4* from) { return LoadAligned<float4>(from); }

@@ -197,10 +197,19 @@ __global__ void __launch_bounds__(32 * plan::kResidentWarps)
   ResidentProduct<FastDeployWint2Codec, kChunks>(params, product_shared);
 }
 
+template <int kStageChunks>
+__global__ void __launch_bounds__(32 * plan::kCachedWarps, 1)
+    FastDeployCachedKernel(const __grid_constant__ ProductParams params) {
+  extern __shared__ __align__(16) uint8_t product_shared[];
+  CachedProduct<FastDeployWint2Codec, kStageChunks>(params, product_shared);
+}
+
 using Kernel = void (*)(ProductParams);
 constexpr Kernel kStreamKernels[] = {FastDeployKernel<1>, FastDeployKernel<2>};
 constexpr Kernel kResidentKernels[] = {FastDeployResidentKernel<1>, FastDeployResidentKernel<2>,
                                        FastDeployResidentKernel<3>, FastDeployResidentKernel<4>};
+
+constexpr Kernel kCachedKernels[] = {FastDeployCachedKernel<1>, FastDeployCachedKernel<2>};
 
 }  // namespace
 
@@ -237,8 +246,10 @@ void LaunchBfloat16Rows(PreparedRows rows, int64_t count, cudaStream_t stream) {
 void LaunchFastDeployWint2(const plan::ProductPlan& plan, const ProductParams& params,
                            cudaStream_t stream) {
   const bool resident = plan.kernel == plan::ProductKernel::kResident;
-  const Kernel kernel =
-      resident ? kResidentKernels[plan.slice_chunks - 1] : kStreamKernels[plan.tiles_per_warp - 1];
+  const bool cached = plan.kernel == plan::ProductKernel::kCached;
+  const Kernel kernel = resident ? kResidentKernels[plan.slice_chunks - 1]
+                        : cached ? kCachedKernels[plan.stage_chunks - 1]
+                                 : kStreamKernels[plan.tiles_per_warp - 1];
   LaunchShape shape;
   shape.grid = plan.grid_blocks;
   shape.block = plan.block_threads();

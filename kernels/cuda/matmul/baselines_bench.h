@@ -25,7 +25,7 @@ void LaunchFillRows(float* rows, int64_t count, uint32_t seed, cudaStream_t stre
 // Prepared rows as bfloat16 patterns in place of binary16 ones.
 void LaunchBfloat16Rows(PreparedRows rows, int64_t count, cudaStream_t stream);
 
-// The stream kernel with a codec that decodes as FastDeploy does: byte -> float -> fused
+// The plan's kernel with a codec that decodes as FastDeploy does: byte -> float -> fused
 // multiply-add -> integer, three shifts, and each weight multiplied by its bfloat16 scale.
 void LaunchFastDeployWint2(const plan::ProductPlan& plan, const ProductParams& params,
                            cudaStream_t stream);

@@ -7,6 +7,7 @@
 
 #include "common/check.h"
 #include "kernels/cuda/emulation/emulated_device.h"
+#include "kernels/cuda/matmul/cached_product.cuh"
 #include "kernels/cuda/matmul/codecs.cuh"
 #include "kernels/cuda/matmul/product_params.h"
 #include "kernels/cuda/matmul/resident_product.cuh"
@@ -115,6 +116,15 @@ class EmulatedLauncher {
         }
       }
       CHECK(false, "slice_chunks={}", plan.slice_chunks);
+    }
+    if (plan.kernel == plan::ProductKernel::kCached) {
+      if constexpr (Codec::kFormat == formats::WeightFormat::kWint2) {
+        if (plan.stage_chunks == 2) {
+          return run([&] { CachedProduct<Codec, 2>(params, SharedMemory()); });
+        }
+        return run([&] { CachedProduct<Codec, 1>(params, SharedMemory()); });
+      }
+      CHECK(false, "a cached product of another format");
     }
     if (plan.kernel == plan::ProductKernel::kStream && plan.tiles_per_warp == 1) {
       run([&] { StreamProduct<Codec, 1>(params, SharedMemory()); });

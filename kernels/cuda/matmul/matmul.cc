@@ -94,7 +94,10 @@ const WgmmaLaunches& WgmmaLaunchesOf(formats::WeightFormat format) {
 MatmulOptions MatmulOptionsFor(int num_multiprocessors, int compute_capability) {
   MatmulOptions options;
   options.num_multiprocessors = num_multiprocessors;
-  if (compute_capability == kWgmmaCapability) options.wgmma_planner = plan::PlanWgmmaProduct;
+  if (compute_capability == kWgmmaCapability) {
+    options.planner = plan::PlanHopperProduct;
+    options.wgmma_planner = plan::PlanWgmmaProduct;
+  }
   return options;
 }
 

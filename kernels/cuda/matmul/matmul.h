@@ -58,7 +58,8 @@ struct MoeMlpArgs {
 
 struct MatmulOptions {
   int num_multiprocessors = 0;
-  // Another choice than plan::PlanProduct, for tests and tuning. It never changes a result.
+  // Which kernel computes a product, and how; another choice never changes a result. REQUIRES for
+  // plan::PlanHopperProduct: compute capability 9.0.
   plan::ProductPlan (*planner)(const plan::ProductShape&, int) = plan::PlanProduct;
   // Where this gives a plan, the Hopper kernel computes the product; null: nowhere. It never
   // changes a result either. REQUIRES for a planner: compute capability 9.0.

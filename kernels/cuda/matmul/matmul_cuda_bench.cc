@@ -1,11 +1,11 @@
 // Times of the weight products on a GPU: median of graph replays by events, over weights that
-// rotate through more memory than the L2 cache holds. The resident kernel's launches overlap the
-// ones before them here as in a model, where those are of other kernels.
+// rotate through more memory than the L2 cache holds. The launches of the resident and the cached
+// kernel overlap the ones before them here as in a model, where those are of other kernels.
 //
 // GB/s counts the bytes of the packed weights that a product must read, once. read: a kernel that
 // only reads as many bytes, in the same run. fd: the WINT2 product with FastDeploy's arithmetic in
-// the skeletons of the resident and of the stream kernel; what is "x fastdeploy" is compared with
-// the fastest of them. Prints a table, and with --json=FILE writes the same as JSON;
+// the skeletons of the resident, the cached and the stream kernel; what is "x fastdeploy" is
+// compared with the fastest of them. Prints a table, and with --json=FILE writes the same as JSON;
 // --filter=TEXT runs the tables whose name contains it, --min-tokens=NUMBER and
 // --max-tokens=NUMBER only their rows of at least and at most as many tokens (of an expert).
 #include <cuda_runtime_api.h>
@@ -239,9 +239,11 @@ void BenchExperts(Bench* bench, const std::string& name, const plan::WeightLayou
     params.y = y.data();
     const ProductShape shape = {layout.format, layout.chunks(), layout.tiles(),
                                 kExperts,      num_tokens,      tokens};
-    const auto time = [&](int slices, const auto& launch) {
+    const auto time = [&](const Variant& variant, const auto& launch) {
       ProductParams own = params;
-      own.slices = slices;
+      own.slices = variant.slices();
+      own.token_slots = variant.plan.token_slots;
+      own.groups = variant.plan.groups;
       return MedianMicroseconds(*bench, launches, [&](int i) {
         own.first_token = first_token.data() + int64_t{i} * (kExperts + 1);
         launch(own);
@@ -256,7 +258,7 @@ void BenchExperts(Bench* bench, const std::string& name, const plan::WeightLayou
       LaunchBfloat16Rows(rounded.rows(), rounded.num_values(), bench->stream.get());
       params.x = rounded.rows();
       for (const Variant& variant : BaselinesFor(bench->gpu, shape)) {
-        const double us = time(variant.plan.slices, [&](const ProductParams& own) {
+        const double us = time(variant, [&](const ProductParams& own) {
           LaunchFastDeployWint2(variant.plan, own, bench->stream.get());
         });
         Report(bench, row, "fd " + variant.name, us, static_cast<double>(required), multiply_adds,
@@ -267,7 +269,7 @@ void BenchExperts(Bench* bench, const std::string& name, const plan::WeightLayou
     }
     for (const Variant& variant : VariantsFor(bench->gpu, shape, tokens)) {
       params.x = variant.wgmma.has_value() ? wgmma_input.rows() : input.rows();
-      const double us = time(variant.slices(), [&](const ProductParams& own) {
+      const double us = time(variant, [&](const ProductParams& own) {
         variant.Launch(layout.format, own, bench->stream.get());
       });
       Report(bench, row, variant.name, us, static_cast<double>(required), multiply_adds, read,
@@ -330,7 +332,7 @@ struct NamedPlanner {
   plan::WgmmaPlanner wgmma_planner = nullptr;
 };
 constexpr NamedPlanner kMoePlanners[] = {
-    {"chosen *", plan::PlanProduct, 1, INT64_MAX, plan::PlanWgmmaProduct},
+    {"chosen *", nullptr, 1, INT64_MAX, plan::PlanWgmmaProduct},
     {"portable", plan::PlanProduct, 32, INT64_MAX},
     {"resident", ForcedPlan<ProductKernel::kStream, 1>, 32, 128},
     {"tile 16", ForcedPlan<ProductKernel::kTile, 2>, 32, 256},
@@ -390,7 +392,7 @@ void BenchMoe(Bench* bench, const std::string& name, int64_t hidden, int64_t wid
       if (rows < named.least_rows || rows > named.most_rows) continue;
       MatmulOptions options =
           MatmulOptionsFor(bench->gpu.num_multiprocessors, bench->gpu.compute_capability());
-      options.planner = named.planner;
+      if (named.planner != nullptr) options.planner = named.planner;
       if (named.wgmma_planner == nullptr) options.wgmma_planner = nullptr;
       DeviceArray<uint8_t> workspace(
           MoeMlpWorkspaceBytes(options, mlps[0], kExperts, top_k, nullptr, rows));

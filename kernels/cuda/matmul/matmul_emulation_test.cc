@@ -52,6 +52,13 @@ std::optional<plan::WgmmaPlan> WgmmaPlanned(const ProductShape& shape, int multi
   return plan::FinishWgmmaPlan(shape, multiprocessors, plan);
 }
 
+// Where there is no cached kernel: what is chosen.
+template <int kStageChunks>
+ProductPlan CachedPlanned(const ProductShape& shape, int multiprocessors) {
+  if (shape.format != WeightFormat::kWint2) return plan::PlanProduct(shape, multiprocessors);
+  return plan::CachedPlan(shape, multiprocessors, kStageChunks);
+}
+
 struct NamedPlanner {
   const char* name;
   Planner planner;
@@ -62,6 +69,8 @@ const NamedPlanner kPlanners[] = {
                    int m) { return Planned(s, m, ProductKernel::kStream, 1, 1, false); }},
     {"stream2", [](const ProductShape& s,
                    int m) { return Planned(s, m, ProductKernel::kStream, 1, 2, false); }},
+    {"cached1", CachedPlanned<1>},
+    {"cached2", CachedPlanned<2>},
     {"tile2",
      [](const ProductShape& s, int m) { return Planned(s, m, ProductKernel::kTile, 2, 2, false); }},
     {"tile4",

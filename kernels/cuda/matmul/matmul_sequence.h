@@ -230,6 +230,8 @@ class MatmulSequence {
   void Multiply(const ProductChoice& choice, ProductParams params, WorkspaceCursor* workspace) {
     const auto run = [&](const auto& plan, const auto& launch) {
       params.slices = plan.slices;
+      params.token_slots = choice.plan.token_slots;
+      params.groups = choice.plan.groups;
       if (plan.split_slices) {
         params.split_sums = workspace->Take<float>(plan::SplitSumFloats(choice.shape, plan));
       }

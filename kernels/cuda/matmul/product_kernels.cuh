@@ -3,6 +3,7 @@
 
 #include "common/check.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/matmul/cached_product.cuh"
 #include "kernels/cuda/matmul/codecs.cuh"
 #include "kernels/cuda/matmul/launches.h"
 #include "kernels/cuda/matmul/resident_product.cuh"
@@ -23,6 +24,13 @@ __global__ void __launch_bounds__(32 * plan::kResidentWarps)
     ResidentKernel(const __grid_constant__ ProductParams params) {
   extern __shared__ __align__(16) uint8_t product_shared[];
   ResidentProduct<Codec, kChunks>(params, product_shared);
+}
+
+template <class Codec, int kStageChunks>
+__global__ void __launch_bounds__(32 * plan::kCachedWarps, 1)
+    CachedKernel(const __grid_constant__ ProductParams params) {
+  extern __shared__ __align__(16) uint8_t product_shared[];
+  CachedProduct<Codec, kStageChunks>(params, product_shared);
 }
 
 template <class Codec, int kBlocks>
@@ -50,6 +58,8 @@ class ProductKernels {
       for (plan.slice_chunks = 1; plan.slice_chunks <= plan::kResidentChunks; ++plan.slice_chunks) {
         Allow(ResidentKernelFor(plan.slice_chunks), plan);
       }
+      AllowSharedMemory(CachedKernel<Codec, 1>, MaxCachedBytes());
+      AllowSharedMemory(CachedKernel<Codec, 2>, MaxCachedBytes());
     }
     plan.kernel = plan::ProductKernel::kTile;
     plan.token_blocks = 2;
@@ -65,6 +75,10 @@ class ProductKernels {
     if constexpr (kIsResident) {
       if (plan.kernel == plan::ProductKernel::kResident) {
         return Launch(ResidentKernelFor(plan.slice_chunks), plan, params, stream);
+      }
+      if (plan.kernel == plan::ProductKernel::kCached) {
+        return Launch(plan.stage_chunks == 2 ? CachedKernel<Codec, 2> : CachedKernel<Codec, 1>,
+                      plan, params, stream);
       }
     }
     if constexpr (kTwoTiles) {
@@ -107,6 +121,15 @@ class ProductKernels {
       default:
         CHECK(false, "slice_chunks={}", slice_chunks);
     }
+  }
+
+  // What a cached plan may ask for on this device.
+  static int64_t MaxCachedBytes() {
+    int device = 0;
+    int bytes = 0;
+    CUDA_CALL(cudaGetDevice, &device);
+    CUDA_CALL(cudaDeviceGetAttribute, &bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes < plan::kMaxHopperSharedBytes ? bytes : plan::kMaxHopperSharedBytes;
   }
 
   static void Allow(Kernel kernel, const plan::ProductPlan& plan) {

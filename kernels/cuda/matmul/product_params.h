@@ -64,6 +64,9 @@ struct ProductParams {
   int chunks = 0;
   int columns = 0;  // plan::WeightLayout::width
   int slices = 1;
+  // Of the cached kernel: as in ProductPlan.
+  int groups = 1;
+  int token_slots = plan::kBlockTokens;
 
   PreparedRows x;
   const int32_t* source_row = nullptr;   // [tokens]; null: row i

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/matmul/launches.h"
+#include "kernels/cuda/matmul/matmul.h"
 #include "kernels/cuda/matmul/wgmma_launches.h"
 
 namespace wintserve::kernels::cuda {
@@ -27,6 +28,7 @@ ProductPlan Plan(const DeviceProperties& gpu, const ProductShape& shape, Product
 
 std::string NameOf(const ProductPlan& plan) {
   return plan.kernel == ProductKernel::kResident ? "resident"
+         : plan.kernel == ProductKernel::kCached ? fmt::format("cached {}", plan.stage_chunks)
          : plan.kernel == ProductKernel::kStream
              ? fmt::format("stream x{}", plan.tiles_per_warp)
              : fmt::format("tile {}{}", plan.token_tile(), plan.split_slices ? " split" : "");
@@ -34,6 +36,21 @@ std::string NameOf(const ProductPlan& plan) {
 
 std::string NameOf(const plan::WgmmaPlan& plan) {
   return fmt::format("wgmma {}{}", plan.tokens, plan.split_slices ? " split" : "");
+}
+
+// The WINT2 kernels that keep their activations, as far as they can.
+std::vector<ProductPlan> SmallWint2Plans(const DeviceProperties& gpu, const ProductShape& shape) {
+  std::vector<ProductPlan> plans;
+  if (plan::IsResident(shape.format, shape.chunks)) {
+    plans.push_back(plan::ResidentPlan(shape, gpu.num_multiprocessors));
+  }
+  for (const int stage_chunks : {1, 2}) {
+    const ProductPlan plan = plan::CachedPlan(shape, gpu.num_multiprocessors, stage_chunks);
+    if (plan::SharedBytes(plan, shape.format, shape.num_experts) <= plan::kMaxHopperSharedBytes) {
+      plans.push_back(plan);
+    }
+  }
+  return plans;
 }
 
 // The Hopper kernels that suit that many tokens an expert, and whether the first one is chosen.
@@ -83,7 +100,8 @@ std::vector<Variant> VariantsFor(const DeviceProperties& gpu, const ProductShape
   bool wgmma_chosen = false;
   std::vector<Variant> wgmma = WgmmaVariantsFor(gpu, shape, tokens, &wgmma_chosen);
   if (wgmma_chosen) wgmma.front().name += " *";
-  const ProductPlan chosen = plan::PlanProduct(shape, gpu.num_multiprocessors);
+  const ProductPlan chosen = MatmulOptionsFor(gpu.num_multiprocessors, gpu.compute_capability())
+                                 .planner(shape, gpu.num_multiprocessors);
   std::vector<ProductPlan> plans = {chosen};
   const auto add = [&](ProductKernel kernel, int token_blocks, int tiles_per_warp) {
     const ProductPlan plan = Plan(gpu, shape, kernel, token_blocks, tiles_per_warp);
@@ -92,8 +110,9 @@ std::vector<Variant> VariantsFor(const DeviceProperties& gpu, const ProductShape
   if (tokens <= 16) add(ProductKernel::kStream, 1, 1);
   if (tokens <= 16 && plan::StreamsTwoTiles(shape.format)) {
     add(ProductKernel::kStream, 1, 2);
-    const ProductPlan resident = plan::ResidentPlan(shape, gpu.num_multiprocessors);
-    if (chosen.kernel != ProductKernel::kResident) plans.push_back(resident);
+    for (const ProductPlan& plan : SmallWint2Plans(gpu, shape)) {
+      if (NameOf(plan) != NameOf(chosen)) plans.push_back(plan);
+    }
   }
   if (tokens > 4 && tokens <= 64) add(ProductKernel::kTile, 2, 2);
   if (tokens > 16 && tokens <= 64) add(ProductKernel::kTile, 4, 2);
@@ -108,7 +127,7 @@ std::vector<Variant> VariantsFor(const DeviceProperties& gpu, const ProductShape
 }
 
 std::vector<Variant> BaselinesFor(const DeviceProperties& gpu, const ProductShape& shape) {
-  std::vector<ProductPlan> plans = {plan::ResidentPlan(shape, gpu.num_multiprocessors)};
+  std::vector<ProductPlan> plans = SmallWint2Plans(gpu, shape);
   for (const int tiles_per_warp : {1, 2}) {
     ProductPlan plan;
     plan.tiles_per_warp = tiles_per_warp;
