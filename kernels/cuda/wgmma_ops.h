@@ -32,6 +32,18 @@ WINTSERVE_DEVICE void SpinAtBarrier(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// Whether the phase has ended: it may say no for a little longer than it has not.
+WINTSERVE_DEVICE bool IsPhaseOver(uint32_t barrier, uint32_t parity) {
+  uint32_t over;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p; }"
+      : "=r"(over)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return over != 0;
+}
+
 // From global memory; both addresses and `bytes` are multiples of 16.
 WINTSERVE_DEVICE void CopyBulk(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
   asm volatile(
@@ -85,7 +97,33 @@ WINTSERVE_DEVICE void HoldRegisters(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// d = a * b, or d += a * b with kAdd: 64 tokens.
+// d = a * b, or d += a * b with kAdd: 16 tokens.
+template <bool kAdd = true>
+WINTSERVE_DEVICE void WgmmaMultiply(float (&d)[8], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{ .reg .pred add; setp.ne.u32 add, %13, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
+      "{%8, %9, %10, %11}, %12, add, 1, 1, 0; }"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0));
+}
+
+// The same: 32 tokens.
+template <bool kAdd = true>
+WINTSERVE_DEVICE void WgmmaMultiply(float (&d)[16], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{ .reg .pred add; setp.ne.u32 add, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "{%16, %17, %18, %19}, %20, add, 1, 1, 0; }"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+        "+f"(d[14]), "+f"(d[15])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0));
+}
+
+// The same: 64 tokens.
 template <bool kAdd = true>
 WINTSERVE_DEVICE void WgmmaMultiply(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
@@ -102,7 +140,7 @@ WINTSERVE_DEVICE void WgmmaMultiply(float (&d)[32], const uint32_t (&a)[4], uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0));
 }
 
-// d = a * b, or d += a * b with kAdd: 128 tokens.
+// The same: 128 tokens.
 template <bool kAdd = true>
 WINTSERVE_DEVICE void WgmmaMultiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(

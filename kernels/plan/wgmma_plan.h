@@ -1,10 +1,9 @@
 // The Hopper kernel of a weight product: its tiles, its shared memory, and when it is chosen.
 //
-// A block has two warpgroups that multiply and one that copies. A warpgroup computes two subtiles
-// of 64 columns (rows of a wgmma's A operand, which comes from registers) by mma_tokens tokens:
-// either two blocks of columns for the same tokens, or two halves of the tokens for the same
-// columns. Every output is summed in the order of the other kernels (product_plan.h), so that it
-// has the same bits.
+// A block has two warpgroups that multiply and one that copies. A warpgroup computes one or two
+// blocks of 64 columns (rows of a wgmma's A operand, which comes from registers) for the tokens of
+// a tile. Every output is summed in the order of the other kernels (product_plan.h), so that it has
+// the same bits.
 #pragma once
 
 #include <algorithm>
@@ -25,13 +24,15 @@ inline constexpr int kWgmmaThreads = (kWgmmaConsumers + 1) * kWarpgroupThreads;
 // What a block may use on sm_90.
 inline constexpr int64_t kWgmmaSharedBytes = 227 * 1024;
 
+inline constexpr int kFewTokens = 16;
+inline constexpr int kSmallTokens = 32;
 inline constexpr int kNarrowTokens = 64;
 inline constexpr int kWideTokens = 128;
 
 struct WgmmaTile {
-  int tokens = 0;      // of a block
-  int mma_tokens = 0;  // of a subtile
-  int row_blocks = 0;  // blocks of 64 columns a warpgroup: 2, or 1 with two halves of the tokens
+  int tokens = 0;
+  int row_blocks = 0;  // of 64 columns, a warpgroup: 1 or 2
+  int blocks = 1;      // that a multiprocessor holds at once
 
   WINTSERVE_HOST_DEVICE constexpr int tiles() const {  // of 16 columns a block
     return kWgmmaConsumers * row_blocks * kWgmmaRows / kTileColumns;
@@ -41,14 +42,19 @@ struct WgmmaTile {
 // WINT2 keeps a second set of sums (those of a group, before their scale), so it has registers for
 // half as many columns.
 WINTSERVE_HOST_DEVICE constexpr WgmmaTile WgmmaTileOf(formats::WeightFormat format, int tokens) {
-  if (tokens == kNarrowTokens) return {tokens, 64, 2};
-  return format == formats::WeightFormat::kWint2 ? WgmmaTile{tokens, 64, 1}
-                                                 : WgmmaTile{tokens, 128, 2};
+  if (tokens <= kSmallTokens) return {tokens, 1, 2};
+  if (tokens == kNarrowTokens) return {tokens, 2, 1};
+  return format == formats::WeightFormat::kWint2 ? WgmmaTile{tokens, 1, 1}
+                                                 : WgmmaTile{tokens, 2, 1};
 }
 
 // The wide tile of BF16 leaves no shared memory for more than two stages.
 constexpr bool HasWideWgmma(formats::WeightFormat format) {
   return format != formats::WeightFormat::kBfloat16;
+}
+// Tiles of few tokens are for experts.
+constexpr bool HasSmallWgmma(formats::WeightFormat format) {
+  return format == formats::WeightFormat::kWint2;
 }
 
 // Groups of 64 k of a stage. A lane's word of WINT2 holds both groups of a chunk.
@@ -71,17 +77,14 @@ struct WgmmaShared {
   int correction_bytes = 0;  // of a stage, or of all if WgmmaBeginsGroups
   int corrections = 0;
   int weights = 0;
-  int sums = 0;      // of the slices before, [subtile][4 accumulators][thread]
-  int items = 0;     // of each warp that multiplies
-  int barriers = 0;  // full and empty of each stage
+  int sums = 0;      // of the slices before, [row block][4 accumulators][thread]
+  int barriers = 0;  // full and empty of each stage, then the warpgroups' turns
   int schedule = 0;
 
   WINTSERVE_HOST_DEVICE constexpr int64_t SizeBytes(int num_experts) const {
     return schedule + ScheduleBytes(num_experts);
   }
 };
-
-inline constexpr int kWgmmaItemBytes = 32;
 
 WINTSERVE_HOST_DEVICE constexpr WgmmaShared WgmmaSharedOf(formats::WeightFormat format,
                                                           int tokens) {
@@ -93,10 +96,10 @@ WINTSERVE_HOST_DEVICE constexpr WgmmaShared WgmmaSharedOf(formats::WeightFormat 
   shared.weight_bytes = ChunkBytes(format) * groups / kGroupsPerChunk;
   shared.correction_bytes = swizzled_corrections ? tokens * 128 : groups * tokens * 4;
   const int sum_bytes = tile.tiles() * kTileColumns * tokens * 4;
-  const int item_bytes = kWgmmaConsumers * kWarpgroupThreads / 32 * kWgmmaItemBytes;
-  const int barrier_bytes = 2 * kMostWgmmaStages * 8;
-  const int left = static_cast<int>(kWgmmaSharedBytes) - sum_bytes - item_bytes - barrier_bytes -
-                   ScheduleBytes(kMaxExperts) -
+  const int barrier_bytes = (2 * kMostWgmmaStages + kWgmmaConsumers) * 8;
+  // A block takes 1 KiB more than it asks for.
+  const int bytes = static_cast<int>((kWgmmaSharedBytes + 1024) / tile.blocks - 1024);
+  const int left = bytes - sum_bytes - barrier_bytes - ScheduleBytes(kMaxExperts) -
                    (swizzled_corrections ? shared.correction_bytes : 0);
   const int stage_bytes = shared.activation_bytes + tile.tiles() * shared.weight_bytes +
                           (swizzled_corrections ? 0 : shared.correction_bytes);
@@ -106,8 +109,7 @@ WINTSERVE_HOST_DEVICE constexpr WgmmaShared WgmmaSharedOf(formats::WeightFormat 
   shared.weights =
       shared.corrections + (swizzled_corrections ? 1 : shared.stages) * shared.correction_bytes;
   shared.sums = shared.weights + shared.stages * tile.tiles() * shared.weight_bytes;
-  shared.items = shared.sums + sum_bytes;
-  shared.barriers = shared.items + item_bytes;
+  shared.barriers = shared.sums + sum_bytes;
   shared.schedule = shared.barriers + barrier_bytes;
   return shared;
 }
@@ -159,7 +161,8 @@ constexpr WgmmaPlan FinishWgmmaPlan(const ProductShape& shape, int num_multiproc
       DivideUp(shape.tiles, int64_t{WgmmaTileOf(shape.format, plan.tokens).tiles()});
   const int64_t items =
       MaxTokenTiles(shape, plan.tokens) * row_blocks * (plan.split_slices ? plan.slices : 1);
-  plan.grid_blocks = static_cast<int>(std::min<int64_t>(items, num_multiprocessors));
+  plan.grid_blocks = static_cast<int>(std::min<int64_t>(
+      items, num_multiprocessors * WgmmaTileOf(shape.format, plan.tokens).blocks));
   return plan;
 }
 

@@ -61,6 +61,11 @@ void Finish(Thread* t, Wgmma* wgmma) {
 
 void ArriveAndExpect(uint32_t barrier, int bytes) { emulation::ArriveAt(barrier, bytes); }
 
+bool IsPhaseOver(uint32_t barrier, uint32_t parity) {
+  return emulation::BarrierAt(barrier).parity != parity &&
+         emulation::Draw(emulation::block().cluster, 2) == 0;
+}
+
 void CopyBulk(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
   CHECK(bytes % 16 == 0, "bytes={}", bytes);
   emulation::Barrier& at = emulation::BarrierAt(barrier);

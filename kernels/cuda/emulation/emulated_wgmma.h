@@ -13,6 +13,8 @@ namespace wintserve::kernels::cuda {
 inline void PublishBarriers() {}
 void ArriveAndExpect(uint32_t barrier, int bytes);
 inline void SpinAtBarrier(uint32_t barrier, uint32_t parity) { WaitAtBarrier(barrier, parity); }
+// By chance it says no though the phase is over.
+bool IsPhaseOver(uint32_t barrier, uint32_t parity);
 void CopyBulk(uint32_t shared, const void* global, int bytes, uint32_t barrier);
 void ArriveAfterCopies(uint32_t barrier);
 inline void FenceForWgmma() {}

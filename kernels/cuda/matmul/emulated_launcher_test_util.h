@@ -146,6 +146,16 @@ class EmulatedLauncher {
       Launch(plan.grid_blocks, plan::kWgmmaThreads,
              plan::WgmmaSharedOf(Codec::kFormat, plan.tokens).SizeBytes(params.num_experts), body);
     };
+    if constexpr (plan::HasSmallWgmma(Codec::kFormat)) {
+      if (plan.tokens == plan::kFewTokens) {
+        return run(
+            [&] { cuda::WgmmaProduct<Codec, plan::kFewTokens>(params, SharedMemory()).Run(); });
+      }
+      if (plan.tokens == plan::kSmallTokens) {
+        return run(
+            [&] { cuda::WgmmaProduct<Codec, plan::kSmallTokens>(params, SharedMemory()).Run(); });
+      }
+    }
     if constexpr (plan::HasWideWgmma(Codec::kFormat)) {
       if (plan.tokens == plan::kWideTokens) {
         return run(

@@ -331,6 +331,12 @@ struct NamedPlanner {
   int64_t most_rows;
   plan::WgmmaPlanner wgmma_planner = nullptr;
 };
+template <int kTokens>
+std::optional<plan::WgmmaPlan> ForcedWgmma(const ProductShape& shape, int num_multiprocessors) {
+  plan::WgmmaPlan plan;
+  plan.tokens = kTokens;
+  return plan::FinishWgmmaPlan(shape, num_multiprocessors, plan);
+}
 constexpr NamedPlanner kMoePlanners[] = {
     {"chosen *", nullptr, 1, INT64_MAX, plan::PlanWgmmaProduct},
     {"portable", plan::PlanProduct, 32, INT64_MAX},
@@ -338,6 +344,10 @@ constexpr NamedPlanner kMoePlanners[] = {
     {"tile 16", ForcedPlan<ProductKernel::kTile, 2>, 32, 256},
     {"tile 32", ForcedPlan<ProductKernel::kTile, 4>, 32, 512},
     {"tile 64", ForcedPlan<ProductKernel::kTile, 8>, 32, 512},
+    {"wgmma 16", plan::PlanProduct, 32, 128, ForcedWgmma<plan::kFewTokens>},
+    {"wgmma 32", plan::PlanProduct, 32, 512, ForcedWgmma<plan::kSmallTokens>},
+    {"wgmma 64", plan::PlanProduct, 64, INT64_MAX, ForcedWgmma<plan::kNarrowTokens>},
+    {"wgmma 128", plan::PlanProduct, 256, INT64_MAX, ForcedWgmma<plan::kWideTokens>},
 };
 
 // Whole MoE blocks: sort, preparations, both products, combination; experts by sampled routing.
@@ -393,7 +403,7 @@ void BenchMoe(Bench* bench, const std::string& name, int64_t hidden, int64_t wid
       MatmulOptions options =
           MatmulOptionsFor(bench->gpu.num_multiprocessors, bench->gpu.compute_capability());
       if (named.planner != nullptr) options.planner = named.planner;
-      if (named.wgmma_planner == nullptr) options.wgmma_planner = nullptr;
+      if (options.wgmma_planner != nullptr) options.wgmma_planner = named.wgmma_planner;
       DeviceArray<uint8_t> workspace(
           MoeMlpWorkspaceBytes(options, mlps[0], kExperts, top_k, nullptr, rows));
       const double us = MedianMicroseconds(*bench, kLaunches, [&](int i) {

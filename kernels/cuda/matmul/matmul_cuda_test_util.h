@@ -43,7 +43,9 @@ template <int kTokens, bool kSplit>
 std::optional<plan::WgmmaPlan> ForcedWgmma(const plan::ProductShape& shape,
                                            int num_multiprocessors) {
   plan::WgmmaPlan plan;
-  plan.tokens = plan::HasWideWgmma(shape.format) ? kTokens : plan::kNarrowTokens;
+  const bool exists = kTokens < plan::kNarrowTokens ? plan::HasSmallWgmma(shape.format)
+                                                    : plan::HasWideWgmma(shape.format);
+  plan.tokens = exists ? kTokens : plan::kNarrowTokens;
   plan.split_slices = kSplit && shape.num_experts == 1;
   return plan::FinishWgmmaPlan(shape, num_multiprocessors, plan);
 }
@@ -63,6 +65,8 @@ inline constexpr NamedPlanner kForcedPlanners[] = {
     {"tile of 16, split", ForcedPlan<plan::ProductKernel::kTile, 2, 2, true>},
     {"tile of 64, split", ForcedPlan<plan::ProductKernel::kTile, 8, 2, true>},
     {"portable", plan::PlanProduct},
+    {"wgmma of 16", plan::PlanProduct, ForcedWgmma<plan::kFewTokens, false>},
+    {"wgmma of 32", plan::PlanProduct, ForcedWgmma<plan::kSmallTokens, false>},
     {"wgmma of 64", plan::PlanProduct, ForcedWgmma<plan::kNarrowTokens, false>},
     {"wgmma of 64, split", plan::PlanProduct, ForcedWgmma<plan::kNarrowTokens, true>},
     {"wgmma of 128", plan::PlanProduct, ForcedWgmma<plan::kWideTokens, false>},

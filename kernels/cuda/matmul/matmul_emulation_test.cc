@@ -47,7 +47,9 @@ ProductPlan Planned(const ProductShape& shape, int multiprocessors, ProductKerne
 template <int kTokens, bool kSplit>
 std::optional<plan::WgmmaPlan> WgmmaPlanned(const ProductShape& shape, int multiprocessors) {
   plan::WgmmaPlan plan;
-  plan.tokens = plan::HasWideWgmma(shape.format) ? kTokens : plan::kNarrowTokens;
+  const bool exists = kTokens < plan::kNarrowTokens ? plan::HasSmallWgmma(shape.format)
+                                                    : plan::HasWideWgmma(shape.format);
+  plan.tokens = exists ? kTokens : plan::kNarrowTokens;
   plan.split_slices = kSplit && shape.num_experts == 1;
   return plan::FinishWgmmaPlan(shape, multiprocessors, plan);
 }
@@ -82,6 +84,8 @@ const NamedPlanner kPlanners[] = {
     {"tile8split",
      [](const ProductShape& s, int m) { return Planned(s, m, ProductKernel::kTile, 8, 2, true); }},
     {"chosen", plan::PlanProduct},
+    {"wgmma16", plan::PlanProduct, WgmmaPlanned<plan::kFewTokens, false>},
+    {"wgmma32", plan::PlanProduct, WgmmaPlanned<plan::kSmallTokens, false>},
     {"wgmma64", plan::PlanProduct, WgmmaPlanned<plan::kNarrowTokens, false>},
     {"wgmma128", plan::PlanProduct, WgmmaPlanned<plan::kWideTokens, false>},
     {"wgmma128split", plan::PlanProduct, WgmmaPlanned<plan::kWideTokens, true>},

@@ -9,7 +9,8 @@
 namespace wintserve::kernels::cuda {
 
 template <class Codec, int kTokens>
-__global__ void __launch_bounds__(plan::kWgmmaThreads, 1)
+__global__ void __launch_bounds__(plan::kWgmmaThreads,
+                                  plan::WgmmaTileOf(Codec::kFormat, kTokens).blocks)
     WgmmaKernel(const __grid_constant__ ProductParams params) {
   // Other architectures, for which the source is compiled too, have no wgmma: nobody launches this.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -23,6 +24,10 @@ class WgmmaKernels {
  public:
   static void AllowShared() {
     Allow(WgmmaKernel<Codec, plan::kNarrowTokens>, plan::kNarrowTokens);
+    if constexpr (kHasSmall) {
+      Allow(WgmmaKernel<Codec, plan::kFewTokens>, plan::kFewTokens);
+      Allow(WgmmaKernel<Codec, plan::kSmallTokens>, plan::kSmallTokens);
+    }
     if constexpr (kHasWide) Allow(WgmmaKernel<Codec, plan::kWideTokens>, plan::kWideTokens);
   }
 
@@ -36,6 +41,16 @@ class WgmmaKernels {
     shape.block = plan::kWgmmaThreads;
     shape.shared_bytes =
         plan::WgmmaSharedOf(Codec::kFormat, plan.tokens).SizeBytes(params.num_experts);
+    if constexpr (kHasSmall) {
+      if (plan.tokens == plan::kSmallTokens) {
+        CUDA_LAUNCH((WgmmaKernel<Codec, plan::kSmallTokens>), shape, stream, params);
+        return;
+      }
+      if (plan.tokens == plan::kFewTokens) {
+        CUDA_LAUNCH((WgmmaKernel<Codec, plan::kFewTokens>), shape, stream, params);
+        return;
+      }
+    }
     if constexpr (kHasWide) {
       if (plan.tokens == plan::kWideTokens) {
         CUDA_LAUNCH((WgmmaKernel<Codec, plan::kWideTokens>), shape, stream, params);
@@ -47,6 +62,7 @@ class WgmmaKernels {
   }
 
  private:
+  static constexpr bool kHasSmall = plan::HasSmallWgmma(Codec::kFormat);
   static constexpr bool kHasWide = plan::HasWideWgmma(Codec::kFormat);
 
   static void Allow(void (*kernel)(ProductParams), int tokens) {

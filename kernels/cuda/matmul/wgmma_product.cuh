@@ -3,8 +3,15 @@
 //
 // A block is persistent: one warpgroup copies the stages of its items through a ring, weights by
 // bulk copies and the gathered activations piece by piece into the swizzle; two warpgroups
-// multiply. A warpgroup has two subtiles and starts the products of one before it waits for those
-// of the other, so that decoding, corrections and scales run while the tensor cores work.
+// multiply. They start the products of a group of k in turns, so that the tensor cores work for one
+// while the other decodes, corrects and scales.
+//
+// Shared memory passes between them by barriers of two phases. A place of the ring is written when
+// all warps that multiply have arrived at its `empty` barrier, which each does when its wgmma and
+// loads from the place have ended; it is read when all copies into it have arrived at its `full`
+// barrier: the bulk copies by their bytes, each thread that copies when its own have landed and
+// been published to the proxy of wgmma. (compute-sanitizer's racecheck does not follow these
+// barriers and takes each second use of a place for a hazard.)
 //
 // Sums are formed as in the other kernels: group by group from the correction on (WINT2, then one
 // multiply-add with the local scale), or in one accumulator with the corrections added between
@@ -43,7 +50,6 @@ struct WgmmaItem {
   int last;
   int tile;  // the block's first
 };
-static_assert(sizeof(WgmmaItem) <= plan::kWgmmaItemBytes);
 
 template <class Codec, int kTokens>
 class WgmmaProduct {
@@ -54,8 +60,11 @@ class WgmmaProduct {
   WINTSERVE_DEVICE void Run() {
     if (static_cast<uint32_t>(ThreadIndex()) == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
-        InitBarrier(full(stage), 1 + plan::kWarpgroupThreads);
+        InitBarrier(full(stage), kBulkWarps + plan::kWarpgroupThreads);
         InitBarrier(empty(stage), kConsumerWarps);
+      }
+      for (int i = 0; i < plan::kWgmmaConsumers; ++i) {
+        InitBarrier(turn(i), plan::kWarpgroupThreads / 32);
       }
       PublishBarriers();
     }
@@ -69,7 +78,8 @@ class WgmmaProduct {
     }
     BuildSchedule(p_, kTokens, shared_ + kShared.schedule);
     SyncBlock();
-    // A multiprocessor has 504 registers for every three threads of different warpgroups.
+    // The block has kProducerRegisters + 2 * kConsumerRegisters for every three threads of
+    // different warpgroups.
     if (static_cast<uint32_t>(ThreadIndex()) >= kConsumerThreads) {
       GiveRegisters<kProducerRegisters>();
       Produce();
@@ -88,21 +98,25 @@ class WgmmaProduct {
   static constexpr int kGroups = plan::WgmmaStageGroups(Codec::kFormat);
   static constexpr int kStagesPerChunk = plan::kGroupsPerChunk / kGroups;
   static constexpr int kRowBlocks = kTile.row_blocks;
-  static constexpr bool kHalves = kRowBlocks == 1;         // the subtiles are halves of the tokens
-  static constexpr int kRegisters = kTile.mma_tokens / 2;  // accumulators of a subtile
   static constexpr bool kPromotes = plan::WgmmaBeginsGroups(Codec::kFormat);
   static_assert(kPromotes == Codec::kHasLocalScales);
   static constexpr bool kAddsCorrections = Codec::kHasCorrections && !kPromotes;
   static constexpr int kConsumerThreads = plan::kWgmmaConsumers * plan::kWarpgroupThreads;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
-  static constexpr int kProducerRegisters = 56;
-  static constexpr int kConsumerRegisters = 224;
-  static_assert(!kHalves || kGroups == 2);  // operand a[group] needs to know the group
+  static constexpr int kProducerRegisters = kTile.blocks == 2 ? 32 : 56;
+  static constexpr int kConsumerRegisters = kTile.blocks == 2 ? 104 : 224;
+  // The warpgroups start the products of a group in turns, so that the tensor cores work for one
+  // while the other decodes, corrects and scales.
+  static constexpr bool kTakesTurns = kPromotes && kTile.blocks == 1;
+  // A warpgroup with one row block decodes the next group while it multiplies.
+  static constexpr bool kDecodesAhead = kRowBlocks == 1;
+  static_assert(!kDecodesAhead || kGroups == 2);  // operand a[group] needs to know the group
 
   WINTSERVE_DEVICE uint32_t full(int stage) const {
     return address_ + kShared.barriers + stage * 16;
   }
   WINTSERVE_DEVICE uint32_t empty(int stage) const { return full(stage) + 8; }
+  WINTSERVE_DEVICE uint32_t turn(int warpgroup) const { return full(kStages) + warpgroup * 8; }
 
   // The schedule and all that follows from it is read again where it is needed: registers are
   // scarcer than time between items.
@@ -145,13 +159,22 @@ class WgmmaProduct {
 
   static constexpr int kPieceRows = plan::kWarpgroupThreads / 8;  // tokens that it copies at once
   static constexpr int kCopies = kTokens / kPieceRows;
+  // Bulk copies leave a warp one by one, so each warp starts some.
+  static constexpr int kBulkWarps = plan::kWarpgroupThreads / 32;
+  static constexpr int kWarpTiles = kTiles / kBulkWarps;
 
   // A thread's sources of an item.
   struct Sources {
     uint32_t rows[kCopies];  // bytes from the first of the activations
     const uint8_t* corrections;
     const uint8_t* record;
+    int num_tokens;
   };
+
+  // The tile of the item whose weights a thread copies, if it is one of the first of its warp.
+  WINTSERVE_DEVICE static int BulkTile(int thread) {
+    return thread / 32 * kWarpTiles + thread % 32 % kWarpTiles;
+  }
 
   WINTSERVE_DEVICE Sources SourcesOf(const WgmmaItem& item, int thread) const {
     Sources sources;
@@ -169,7 +192,8 @@ class WgmmaProduct {
       sources.corrections = kPromotes ? reinterpret_cast<const uint8_t*>(corrections->halves)
                                       : reinterpret_cast<const uint8_t*>(corrections->values);
     }
-    const int tile = item.tile + thread;
+    sources.num_tokens = item.last + 1 - item.first;
+    const int tile = item.tile + BulkTile(thread);
     sources.record = p_.experts.weights[item.expert] + p_.records_offset +
                      int64_t{tile < p_.tiles ? tile : p_.tiles - 1} * p_.chunks *
                          plan::ChunkBytes(Codec::kFormat);
@@ -177,14 +201,13 @@ class WgmmaProduct {
   }
 
   WINTSERVE_DEVICE void CopyStage(const Sources& sources, int stage, int place, int thread) const {
-    if (thread < 32) {
-      if (thread == 0) ArriveAndExpect(full(place), kTiles * kShared.weight_bytes);
-      SyncWarp();
-      if (thread < kTiles) {
-        CopyBulk(address_ + kShared.weights + (place * kTiles + thread) * kShared.weight_bytes,
-                 sources.record + int64_t{stage} * kShared.weight_bytes, kShared.weight_bytes,
-                 full(place));
-      }
+    if (thread % 32 == 0) ArriveAndExpect(full(place), kWarpTiles * kShared.weight_bytes);
+    SyncWarp();
+    if (thread % 32 < kWarpTiles) {
+      CopyBulk(
+          address_ + kShared.weights + (place * kTiles + BulkTile(thread)) * kShared.weight_bytes,
+          sources.record + int64_t{stage} * kShared.weight_bytes, kShared.weight_bytes,
+          full(place));
     }
     const auto* values = reinterpret_cast<const uint8_t*>(p_.x.values) +
                          int64_t{stage} * (kGroups * plan::kGroupRows * 2);
@@ -192,6 +215,8 @@ class WgmmaProduct {
         shared_ + place * kShared.activation_bytes + plan::SwizzledOffset(thread / 8, thread % 8);
     WINTSERVE_UNROLL
     for (int i = 0; i < kCopies; ++i) {
+      // Of tokens that are not there nobody reads the sums.
+      if (i > 0 && i * kPieceRows >= sources.num_tokens) break;
       const uint8_t* from = values + sources.rows[i];
       WINTSERVE_UNROLL
       for (int group = 0; group < kGroups; ++group) {
@@ -216,12 +241,21 @@ class WgmmaProduct {
         }
       }
     }
-    ArriveAfterCopies(full(place));
+    CommitCopies();
+  }
+
+  // Says that the copies into `landing` have landed, once all but the last kPending stages' have.
+  template <int kPending>
+  WINTSERVE_DEVICE void Announce(int landing) const {
+    WaitForCopies<kPending>();
+    FenceForWgmma();
+    ArriveAtBarrier(full(landing));
   }
 
   WINTSERVE_DEVICE void Produce() const {
     const int thread = ThreadIndex() - kConsumerThreads;
     WgmmaRing ring;
+    int landing = -1;  // place of the stage before, if it has not been announced
     int expert = 0;
     for (int index = BlockIndex(); index < NumItems(); index += NumBlocks()) {
       const WgmmaItem item = Locate(index, expert);
@@ -229,20 +263,29 @@ class WgmmaProduct {
       const Sources sources = SourcesOf(item, thread);
       const int end = SliceStage(item.end_slice);
       for (int stage = SliceStage(item.first_slice); stage < end; ++stage) {
-        SpinAtBarrier(empty(ring.stage), ring.parity ^ 1);
+        if (!IsPhaseOver(empty(ring.stage), ring.parity ^ 1)) {
+          if (landing >= 0) Announce<0>(landing);
+          landing = -1;
+          SpinAtBarrier(empty(ring.stage), ring.parity ^ 1);
+        }
         CopyStage(sources, stage, ring.stage, thread);
+        if (landing >= 0) Announce<1>(landing);
+        landing = ring.stage;
         ring.template Advance<kStages>();
       }
     }
+    if (landing >= 0) Announce<0>(landing);
   }
 
   // --- The warpgroups that multiply ---
 
+  // Accumulators of the row blocks, for kTokens / 2 * 4 outputs of a warp's lanes each.
+  template <int kN>
   struct Sums {
-    float group[2][kRegisters];  // accumulators of wgmma
-    float total[kPromotes ? 2 : 1][kPromotes ? kRegisters : 1];
+    float group[kRowBlocks][kN / 2];  // accumulators of wgmma
+    float total[kPromotes ? kRowBlocks : 1][kPromotes ? kN / 2 : 1];
   };
-  // Operands of a subtile or of a group (kHalves), and what they need.
+  // Operands of a row block or (kDecodesAhead) of a group, and what they need.
   struct Operands {
     uint32_t a[2][4][4];
     typename Codec::Packed packed[kRowBlocks];
@@ -270,14 +313,14 @@ class WgmmaProduct {
                   operands->scales[row_block][group], constants_, operands->a[to]);
   }
 
-  // Adds the corrections of a stage's group to the sums of both subtiles. Here and not subtile by
-  // subtile: the compiler takes no access to one's sums while those of the other are computed.
-  WINTSERVE_DEVICE void AddCorrections(int stage, Sums* sums) const {
-    static_assert(kGroups == 1 && !kHalves);
+  // Adds the corrections of a stage's group to the sums of both row blocks.
+  template <int kN>
+  WINTSERVE_DEVICE void AddCorrections(int stage, Sums<kN>* sums) const {
+    static_assert(kGroups == 1 && kRowBlocks == 2);
     const uint8_t* corrections =
         shared_ + kShared.corrections + stage * kShared.correction_bytes + lane_ % 4 * 2 * 4;
     WINTSERVE_UNROLL
-    for (int block = 0; block < kRegisters / 4; ++block) {
+    for (int block = 0; block < kN / 8; ++block) {
       const uint2 words = LoadAligned<uint2>(corrections + block * 32);
       WINTSERVE_UNROLL
       for (int i = 0; i < 8; ++i) {
@@ -287,10 +330,10 @@ class WgmmaProduct {
     }
   }
 
-  // Starts the products of a group for a subtile.
-  WINTSERVE_DEVICE void Start(int stage, int group, int subtile, const uint32_t (&a)[4][4],
+  // Starts the products of a group for a row block.
+  template <int kRegisters>
+  WINTSERVE_DEVICE void Start(int stage, int group, const uint32_t (&a)[4][4],
                               float (&sums)[kRegisters]) const {
-    const int first_token = kHalves ? subtile * kTile.mma_tokens : 0;
     HoldRegisters(sums);
     FenceWgmma();
     if constexpr (kPromotes) {
@@ -299,69 +342,46 @@ class WgmmaProduct {
       const uint32_t second = group == 0 ? 0 : factors;
       WgmmaMultiply<false>(
           sums, {first, first, second, second},
-          plan::WgmmaDescriptor(address_ + kShared.corrections + first_token * 128) +
-              stage * plan::kDescriptorStep);
+          plan::WgmmaDescriptor(address_ + kShared.corrections) + stage * plan::kDescriptorStep);
     }
-    const uint64_t b = plan::WgmmaDescriptor(address_ + stage * kShared.activation_bytes +
-                                             (group * kTokens + first_token) * 128);
+    const uint64_t b =
+        plan::WgmmaDescriptor(address_ + stage * kShared.activation_bytes + group * kTokens * 128);
     WINTSERVE_UNROLL
     for (int m = 0; m < 4; ++m) WgmmaMultiply<true>(sums, a[m], b + m * plan::kDescriptorStep);
     CommitWgmma();
   }
 
-  // After the wait for a subtile's products.
-  WINTSERVE_DEVICE void Finish(int subtile, const float (&scale)[2], Sums* sums) const {
-    HoldRegisters(sums->group[subtile]);
+  // After the wait for a row block's products.
+  template <int kN>
+  WINTSERVE_DEVICE void Finish(int row_block, const float (&scale)[2], Sums<kN>* sums) const {
+    HoldRegisters(sums->group[row_block]);
     if constexpr (kPromotes) {
       WINTSERVE_UNROLL
-      for (int i = 0; i < kRegisters; ++i) {
-        sums->total[subtile][i] =
-            MultiplyAdd(scale[i / 2 % 2], sums->group[subtile][i], sums->total[subtile][i]);
+      for (int i = 0; i < kN / 2; ++i) {
+        sums->total[row_block][i] =
+            MultiplyAdd(scale[i / 2 % 2], sums->group[row_block][i], sums->total[row_block][i]);
       }
     }
   }
 
-  WINTSERVE_DEVICE static void Clear(Sums* sums) {
+  template <int kN>
+  WINTSERVE_DEVICE static void Clear(Sums<kN>* sums) {
     WINTSERVE_UNROLL
-    for (int subtile = 0; subtile < 2; ++subtile) {
+    for (int row_block = 0; row_block < kRowBlocks; ++row_block) {
       WINTSERVE_UNROLL
-      for (int i = 0; i < kRegisters; ++i) {
-        sums->group[subtile][i] = 0;
-        if constexpr (kPromotes) sums->total[subtile][i] = 0;
+      for (int i = 0; i < kN / 2; ++i) {
+        sums->group[row_block][i] = 0;
+        if constexpr (kPromotes) sums->total[row_block][i] = 0;
       }
     }
   }
 
   WINTSERVE_DEVICE void WaitFull(const WgmmaRing& place) const {
     SpinAtBarrier(full(place.stage), place.parity);
-    FenceForWgmma();
   }
   WINTSERVE_DEVICE void Release(int stage) const {
     SyncWarp();
     if (lane_ == 0) ArriveAtBarrier(empty(stage));
-  }
-
-  // The item of the warp, kept in shared memory.
-  WINTSERVE_DEVICE volatile int32_t* ItemWords() const {
-    return reinterpret_cast<volatile int32_t*>(shared_ + kShared.items +
-                                               ThreadIndex() / 32 * plan::kWgmmaItemBytes);
-  }
-  WINTSERVE_DEVICE void SaveItem(const WgmmaItem& item) const {
-    volatile int32_t* words = ItemWords();
-    SyncWarp();
-    if (lane_ == 0) {
-      words[0] = item.expert;
-      words[1] = item.first_slice;
-      words[2] = item.end_slice;
-      words[3] = item.first;
-      words[4] = item.last;
-      words[5] = item.tile;
-    }
-    SyncWarp();
-  }
-  WINTSERVE_DEVICE WgmmaItem SavedItem() const {
-    const volatile int32_t* words = ItemWords();
-    return {words[0], words[1], words[2], words[3], words[4], words[5]};
   }
 
   // The warp's tile of a row block; beyond the last tile it computes that one again, for nobody.
@@ -379,85 +399,107 @@ class WgmmaProduct {
     warp_ = thread % plan::kWarpgroupThreads / 32;
     group_ = thread / plan::kWarpgroupThreads;
     WgmmaRing ring;
+    turn_parity_ = group_ == 0 ? 1 : 0;  // the first warpgroup begins
     int expert = 0;
     for (int index = BlockIndex(); index < NumItems(); index += NumBlocks()) {
       const WgmmaItem item = Locate(index, expert);
-      SaveItem(item);
       expert = item.expert;
-      ConsumeItem(item, &ring);
+      ConsumeItemOf(item, &ring);
     }
   }
 
-  WINTSERVE_DEVICE void ConsumeItem(const WgmmaItem& item, WgmmaRing* ring) {
+  // Products of no more tokens than the item's take less time.
+  WINTSERVE_DEVICE void ConsumeItemOf(const WgmmaItem& item, WgmmaRing* ring) {
+    [[maybe_unused]] const int tokens = item.last + 1 - item.first;
+    if constexpr (kTokens == plan::kWideTokens) {
+      if (tokens <= plan::kNarrowTokens / 2)
+        return ConsumeItem<plan::kNarrowTokens / 2>(item, ring);
+      if (tokens <= plan::kNarrowTokens) return ConsumeItem<plan::kNarrowTokens>(item, ring);
+    }
+    ConsumeItem<kTokens>(item, ring);
+  }
+
+  WINTSERVE_DEVICE void LoadColumns(const WgmmaItem& item) {
     WINTSERVE_UNROLL
     for (int i = 0; i < kRowBlocks; ++i) {
       columns_[i] = LoadLaneColumns(ColumnsOf(item, OwnTile(item, i)), lane_ / 4);
     }
-    Sums sums;
+  }
+
+  // The ends of slices of formats that scale the sums of groups are seen to when the products of
+  // the next group have been started.
+  template <int kN>
+  WINTSERVE_DEVICE void ConsumeItem(const WgmmaItem& item, WgmmaRing* ring) {
+    LoadColumns(item);
+    Sums<kN> sums;
     Operands operands;
     Clear(&sums);
     const int end = SliceStage(item.end_slice);
     WaitFull(*ring);
-    DecodeGroup(ring->stage, 0, 0, 0, &operands);
+    WINTSERVE_UNROLL
+    for (int i = 0; i < kRowBlocks; ++i) DecodeGroup(ring->stage, 0, i, i, &operands);
     int stage = SliceStage(item.first_slice);
     for (int slice = item.first_slice; stage < end; ++slice) {
       const int slice_end = SliceStage(slice + 1);
+      bool ended = kPromotes && slice > item.first_slice;
       do {
         const int here = ring->stage;
         ring->template Advance<kStages>();
-        AddStage(here, *ring, stage + 1 < end, &operands, &sums);
+        AddStage(here, *ring, stage + 1 < end, ended ? slice - 1 : -1, &operands, &sums);
         Release(here);
+        ended = false;
       } while (++stage < slice_end);
-      EndSlice(slice, &sums);
+      if (!kPromotes) EndSlice(slice, &sums);
     }
+    if (kPromotes) EndSlice(item.end_slice - 1, &sums);
+    StoreItem<kN>(item);
   }
 
-  // The products of a stage. The first operand has been decoded, and that of the next stage is
-  // before the last product ends.
-  WINTSERVE_DEVICE void AddStage(int stage, const WgmmaRing& next, bool has_next,
-                                 Operands* operands, Sums* sums) const {
+  // The products of a stage. Its first operands have been decoded, and at the end those of the next
+  // stage are. ended_slice: with the stage before, or -1.
+  template <int kN>
+  WINTSERVE_DEVICE void AddStage(int stage, const WgmmaRing& next, bool has_next, int ended_slice,
+                                 Operands* operands, Sums<kN>* sums) {
     if constexpr (kAddsCorrections) AddCorrections(stage, sums);
-    float last_scale[2] = {};  // the next stage's may be read before the last sums are scaled
     WINTSERVE_UNROLL
     for (int group = 0; group < kGroups; ++group) {
+      if constexpr (kTakesTurns) {
+        SpinAtBarrier(turn(group_), turn_parity_);
+        turn_parity_ ^= 1;
+      }
       WINTSERVE_UNROLL
-      for (int subtile = 0; subtile < 2; ++subtile) {
-        Start(stage, group, subtile, operands->a[kHalves ? group : subtile], sums->group[subtile]);
-        const auto& scale = operands->scales[kHalves ? 0 : subtile][group];
-        if (group == kGroups - 1 && (subtile == 1 || kHalves)) {
-          last_scale[0] = scale[0];
-          last_scale[1] = scale[1];
-        }
-        if (kHalves && subtile == 1) {
-          DecodeNext(stage, group, subtile, next, has_next, operands);
-        }
-        if (group > 0 || subtile > 0) {
-          WaitWgmma<1>();
-          if (subtile == 0) {
-            Finish(1, operands->scales[kRowBlocks - 1][group - 1], sums);
-          } else if (kHalves && group == kGroups - 1) {
-            Finish(0, last_scale, sums);
-          } else {
-            Finish(0, operands->scales[0][group], sums);
-          }
-        }
-        if (!kHalves) DecodeNext(stage, group, subtile, next, has_next, operands);
+      for (int i = 0; i < kRowBlocks; ++i) {
+        Start(stage, group, operands->a[kDecodesAhead ? group : i], sums->group[i]);
+      }
+      if constexpr (kTakesTurns) {
+        if (lane_ == 0) ArriveAtBarrier(turn(1 - group_));
+      }
+      if (kPromotes && group == 0 && ended_slice >= 0) EndSlice(ended_slice, sums);
+      if constexpr (kDecodesAhead) {
+        const float scale[2] = {operands->scales[0][group][0], operands->scales[0][group][1]};
+        DecodeNext(stage, group, 0, next, has_next, operands);
+        WaitWgmma<0>();
+        Finish(0, scale, sums);
+      } else {
+        WaitWgmma<1>();
+        Finish(0, operands->scales[0][group], sums);
+        DecodeNext(stage, group, 0, next, has_next, operands);
+        WaitWgmma<0>();
+        Finish(1, operands->scales[1][group], sums);
+        DecodeNext(stage, group, 1, next, has_next, operands);
       }
     }
-    WaitWgmma<0>();
-    Finish(1, last_scale, sums);
   }
 
-  // Decodes what the step after (group, subtile) multiplies.
-  WINTSERVE_DEVICE void DecodeNext(int stage, int group, int subtile, const WgmmaRing& next,
+  // Decodes what a row block multiplies in the group behind `group`.
+  WINTSERVE_DEVICE void DecodeNext(int stage, int group, int row_block, const WgmmaRing& next,
                                    bool has_next, Operands* operands) const {
-    const int next_group = subtile == 1 ? group + 1 : group;
-    const int row_block = kHalves ? 0 : 1 - subtile;
-    const int to = kHalves ? next_group % 2 : row_block;
-    if (next_group < kGroups) {
+    const int next_group = (group + 1) % kGroups;
+    const int to = kDecodesAhead ? next_group : row_block;
+    if (next_group > 0) {
       DecodeGroup(stage, next_group, row_block, to, operands);
     } else if (has_next) {
-      WaitFull(next);
+      if (row_block == 0) WaitFull(next);
       DecodeGroup(next.stage, 0, row_block, to, operands);
     }
   }
@@ -465,45 +507,46 @@ class WgmmaProduct {
   // --- Ends ---
 
   // A thread's sums of the slices before.
-  WINTSERVE_DEVICE float4* SumsBefore(int subtile) const {
+  WINTSERVE_DEVICE float4* SumsBefore(int row_block) const {
     return reinterpret_cast<float4*>(shared_ + kShared.sums) +
-           subtile * (kRegisters / 4) * kConsumerThreads + ThreadIndex();
+           row_block * (kTokens / 8) * kConsumerThreads + ThreadIndex();
   }
 
-  // A slice's sums join those before it in shared memory; with the last one they are stored.
-  WINTSERVE_DEVICE void EndSlice(int slice, Sums* sums) const {
-    const WgmmaItem item = SavedItem();
+  // A slice's sums join those before it in shared memory.
+  template <int kN>
+  WINTSERVE_DEVICE void EndSlice(int slice, Sums<kN>* sums) const {
+    const bool is_first = p_.split_sums != nullptr || slice == 0;
     WINTSERVE_UNROLL
-    for (int subtile = 0; subtile < 2; ++subtile) {
-      const float(&scale)[2] = columns_[kHalves ? 0 : subtile].scale;
-      const float* values = kPromotes ? sums->total[kPromotes ? subtile : 0] : sums->group[subtile];
-      float4* before = SumsBefore(subtile);
+    for (int row_block = 0; row_block < kRowBlocks; ++row_block) {
+      const float(&scale)[2] = columns_[row_block].scale;
+      float* values = kPromotes ? sums->total[kPromotes ? row_block : 0] : sums->group[row_block];
+      float4* before = SumsBefore(row_block);
       WINTSERVE_UNROLL
-      for (int block = 0; block < kRegisters / 4; ++block) {
+      for (int block = 0; block < kN / 8; ++block) {
         float4 sum = {values[4 * block] * scale[0], values[4 * block + 1] * scale[0],
                       values[4 * block + 2] * scale[1], values[4 * block + 3] * scale[1]};
-        if (slice > item.first_slice) {
+        if (!is_first) {
           const float4 old = before[block * kConsumerThreads];
           sum = {Add(old.x, sum.x), Add(old.y, sum.y), Add(old.z, sum.z), Add(old.w, sum.w)};
         }
         before[block * kConsumerThreads] = sum;
+        WINTSERVE_UNROLL
+        for (int i = 0; i < 4; ++i) values[4 * block + i] = 0;
       }
     }
-    Clear(sums);
-    if (slice + 1 == item.end_slice) StoreItem(item);
   }
 
+  template <int kN>
   WINTSERVE_DEVICE void StoreItem(const WgmmaItem& item) const {
     WINTSERVE_UNROLL
-    for (int subtile = 0; subtile < 2; ++subtile) {
-      const int tile = OwnTile(item, kHalves ? 0 : subtile);
+    for (int row_block = 0; row_block < kRowBlocks; ++row_block) {
+      const int tile = OwnTile(item, row_block);
       if (tile >= p_.tiles) return;
-      const float4* sums = SumsBefore(subtile);
-      const int first_token = kHalves ? subtile * kTile.mma_tokens : 0;
+      const float4* sums = SumsBefore(row_block);
       WINTSERVE_UNROLL_BY(4)
-      for (int block = 0; block < kRegisters / 4; ++block) {
+      for (int block = 0; block < kN / 8; ++block) {
         const float4 sum = sums[block * kConsumerThreads];
-        Store(item, tile, first_token + block * 8, {sum.x, sum.y, sum.z, sum.w});
+        Store(item, tile, block * 8, {sum.x, sum.y, sum.z, sum.w});
       }
     }
   }
@@ -546,6 +589,7 @@ class WgmmaProduct {
   int lane_ = 0;
   int warp_ = 0;   // of the warpgroup
   int group_ = 0;  // warpgroup
+  uint32_t turn_parity_ = 0;
   const typename Codec::Constants constants_ = Codec::MakeConstants(0);
   LaneColumns columns_[kRowBlocks];
 };
