@@ -97,19 +97,7 @@ WINTSERVE_DEVICE void HoldRegisters(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// d = a * b, or d += a * b with kAdd: 16 tokens.
-template <bool kAdd = true>
-WINTSERVE_DEVICE void WgmmaMultiply(float (&d)[8], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "{ .reg .pred add; setp.ne.u32 add, %13, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
-      "{%8, %9, %10, %11}, %12, add, 1, 1, 0; }"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-        "+f"(d[7])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0));
-}
-
-// The same: 32 tokens.
+// d = a * b, or d += a * b with kAdd: 32 tokens.
 template <bool kAdd = true>
 WINTSERVE_DEVICE void WgmmaMultiply(float (&d)[16], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(

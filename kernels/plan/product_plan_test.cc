@@ -159,7 +159,8 @@ TEST(PlanProduct, CachesTheActivationsOfSmallBatchesAndTilesLargeOnes) {
     EXPECT_EQ(plan.grid_blocks, 3 * kMultiprocessors) << rows;
   }
   EXPECT_EQ(PlanProduct(MoeShape(8192, 7168, 64, 64, 8), kMultiprocessors).token_blocks, 2);
-  EXPECT_EQ(PlanProduct(MoeShape(8192, 7168, 128, 64, 8), kMultiprocessors).token_blocks, 4);
+  EXPECT_EQ(PlanProduct(MoeShape(8192, 7168, 128, 64, 8), kMultiprocessors).token_blocks, 2);
+  EXPECT_EQ(PlanProduct(MoeShape(8192, 7168, 136, 64, 8), kMultiprocessors).token_blocks, 8);
   EXPECT_EQ(PlanProduct(MoeShape(8192, 7168, 2048, 64, 8), kMultiprocessors).token_blocks, 8);
 }
 

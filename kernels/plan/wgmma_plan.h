@@ -24,7 +24,6 @@ inline constexpr int kWgmmaThreads = (kWgmmaConsumers + 1) * kWarpgroupThreads;
 // What a block may use on sm_90.
 inline constexpr int64_t kWgmmaSharedBytes = 227 * 1024;
 
-inline constexpr int kFewTokens = 16;
 inline constexpr int kSmallTokens = 32;
 inline constexpr int kNarrowTokens = 64;
 inline constexpr int kWideTokens = 128;
@@ -170,19 +169,24 @@ constexpr WgmmaPlan FinishWgmmaPlan(const ProductShape& shape, int num_multiproc
 constexpr std::optional<WgmmaPlan> PlanWgmmaProduct(const ProductShape& shape,
                                                     int num_multiprocessors) {
   const int64_t mean = DivideUp(shape.num_tokens, int64_t{shape.num_experts});
-  // Measured on an H200: below these, tiles of 32 tokens on mma.sync are faster. Experts get more
-  // and fewer tokens than the mean.
+  // Measured on an H200: below these, tiles of 16 or 32 tokens on mma.sync are faster. Experts get
+  // more and fewer tokens than the mean.
   constexpr int64_t kLeastTokens = 33;
+  constexpr int64_t kLeastSmallMean = 14;
   constexpr int64_t kLeastMean = 25;
-  if (shape.max_per_expert < kLeastTokens || (shape.num_experts > 1 && mean < kLeastMean)) {
+  const bool has_small = HasSmallWgmma(shape.format) && !IsResident(shape.format, shape.chunks);
+  if (shape.max_per_expert < kLeastTokens ||
+      (shape.num_experts > 1 && mean < (has_small ? kLeastSmallMean : kLeastMean))) {
     return std::nullopt;
   }
-  // A wide tile takes about 1.6 times as long as a narrow one, whatever part of it is used.
-  constexpr int64_t kLeastWideMean = 73;
+  // The last tile of an expert is partly empty.
+  constexpr int64_t kLeastWideMean = 193;
   const bool wide =
       shape.num_experts > 1 ? mean >= kLeastWideMean : shape.num_tokens > kNarrowTokens;
   WgmmaPlan plan;
-  plan.tokens = wide && HasWideWgmma(shape.format) ? kWideTokens : kNarrowTokens;
+  plan.tokens = shape.num_experts > 1 && mean < kLeastMean ? kSmallTokens
+                : wide && HasWideWgmma(shape.format)       ? kWideTokens
+                                                           : kNarrowTokens;
   const int64_t items =
       MaxTokenTiles(shape, plan.tokens) *
       DivideUp(shape.tiles, int64_t{WgmmaTileOf(shape.format, plan.tokens).tiles()});

@@ -74,7 +74,7 @@ TEST(SwizzledOffset, IsABijectionAndSpreadsAPieceOverTheBanks) {
 
 TEST(WgmmaShared, FitsABlockAndAlignsItsParts) {
   for (const WeightFormat format : kFormats) {
-    for (const int tokens : {kFewTokens, kSmallTokens, kNarrowTokens, kWideTokens}) {
+    for (const int tokens : {kSmallTokens, kNarrowTokens, kWideTokens}) {
       if (tokens == kWideTokens && !HasWideWgmma(format)) continue;
       if (tokens <= kSmallTokens && !HasSmallWgmma(format)) continue;
       const WgmmaShared shared = WgmmaSharedOf(format, tokens);
@@ -104,6 +104,19 @@ TEST(PlanWgmmaProduct, LeavesFewTokensToTheOtherKernels) {
   }
 }
 
+TEST(PlanWgmmaProduct, ChoosesTheTileByTheTokensOfAnExpert) {
+  const auto tokens = [](WeightFormat format, int64_t chunks, int64_t rows) {
+    const auto plan = PlanWgmmaProduct({format, chunks, 448, 64, 8 * rows, rows}, kMultiprocessors);
+    return plan.has_value() ? plan->tokens : 0;
+  };
+  EXPECT_EQ(tokens(WeightFormat::kWint2, 64, 64), 0);
+  EXPECT_EQ(tokens(WeightFormat::kWint2, 64, 128), kSmallTokens);
+  EXPECT_EQ(tokens(WeightFormat::kWint2, 20, 128), 0);
+  EXPECT_EQ(tokens(WeightFormat::kWint4, 64, 128), 0);
+  EXPECT_EQ(tokens(WeightFormat::kWint2, 64, 1024), kNarrowTokens);
+  EXPECT_EQ(tokens(WeightFormat::kWint2, 64, 2048), kWideTokens);
+}
+
 TEST(PlanWgmmaProduct, LaunchesNoMoreBlocksThanItemsOrMultiprocessors) {
   for (const WeightFormat format : kFormats) {
     for (const int experts : {1, 16, 64}) {
@@ -113,8 +126,9 @@ TEST(PlanWgmmaProduct, LaunchesNoMoreBlocksThanItemsOrMultiprocessors) {
         if (!plan.has_value()) continue;
         EXPECT_EQ(plan->slices, NumSlices(format, 28));
         EXPECT_GE(plan->grid_blocks, 1);
-        EXPECT_LE(plan->grid_blocks, kMultiprocessors);
-        EXPECT_TRUE(plan->tokens == kNarrowTokens || HasWideWgmma(format));
+        EXPECT_LE(plan->grid_blocks, kMultiprocessors * WgmmaTileOf(format, plan->tokens).blocks);
+        EXPECT_TRUE(plan->tokens != kWideTokens || HasWideWgmma(format));
+        EXPECT_TRUE(plan->tokens != kSmallTokens || HasSmallWgmma(format));
         EXPECT_EQ(SplitSumFloats(shape, *plan) > 0, plan->split_slices);
       }
     }

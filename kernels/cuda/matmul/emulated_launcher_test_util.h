@@ -147,10 +147,6 @@ class EmulatedLauncher {
              plan::WgmmaSharedOf(Codec::kFormat, plan.tokens).SizeBytes(params.num_experts), body);
     };
     if constexpr (plan::HasSmallWgmma(Codec::kFormat)) {
-      if (plan.tokens == plan::kFewTokens) {
-        return run(
-            [&] { cuda::WgmmaProduct<Codec, plan::kFewTokens>(params, SharedMemory()).Run(); });
-      }
       if (plan.tokens == plan::kSmallTokens) {
         return run(
             [&] { cuda::WgmmaProduct<Codec, plan::kSmallTokens>(params, SharedMemory()).Run(); });

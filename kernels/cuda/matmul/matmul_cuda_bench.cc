@@ -344,7 +344,6 @@ constexpr NamedPlanner kMoePlanners[] = {
     {"tile 16", ForcedPlan<ProductKernel::kTile, 2>, 32, 256},
     {"tile 32", ForcedPlan<ProductKernel::kTile, 4>, 32, 512},
     {"tile 64", ForcedPlan<ProductKernel::kTile, 8>, 32, 512},
-    {"wgmma 16", plan::PlanProduct, 32, 128, ForcedWgmma<plan::kFewTokens>},
     {"wgmma 32", plan::PlanProduct, 32, 512, ForcedWgmma<plan::kSmallTokens>},
     {"wgmma 64", plan::PlanProduct, 64, INT64_MAX, ForcedWgmma<plan::kNarrowTokens>},
     {"wgmma 128", plan::PlanProduct, 256, INT64_MAX, ForcedWgmma<plan::kWideTokens>},
@@ -368,7 +367,7 @@ void BenchMoe(Bench* bench, const std::string& name, int64_t hidden, int64_t wid
   for (int e = 0; e < kExperts; ++e) mlps.push_back({{up, ups.data(e)}, {down, downs.data(e)}});
   for (const DeviceMlp& mlp : mlps) experts.push_back(&mlp);
   std::mt19937 rng(2);
-  for (const int64_t rows : {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048}) {
+  for (const int64_t rows : {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096}) {
     if (rows < bench->min_tokens || rows > bench->max_tokens) continue;
     constexpr int kLaunches = 8;
     std::vector<int32_t> ids;

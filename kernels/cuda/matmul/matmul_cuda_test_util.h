@@ -65,7 +65,6 @@ inline constexpr NamedPlanner kForcedPlanners[] = {
     {"tile of 16, split", ForcedPlan<plan::ProductKernel::kTile, 2, 2, true>},
     {"tile of 64, split", ForcedPlan<plan::ProductKernel::kTile, 8, 2, true>},
     {"portable", plan::PlanProduct},
-    {"wgmma of 16", plan::PlanProduct, ForcedWgmma<plan::kFewTokens, false>},
     {"wgmma of 32", plan::PlanProduct, ForcedWgmma<plan::kSmallTokens, false>},
     {"wgmma of 64", plan::PlanProduct, ForcedWgmma<plan::kNarrowTokens, false>},
     {"wgmma of 64, split", plan::PlanProduct, ForcedWgmma<plan::kNarrowTokens, true>},

@@ -84,7 +84,6 @@ const NamedPlanner kPlanners[] = {
     {"tile8split",
      [](const ProductShape& s, int m) { return Planned(s, m, ProductKernel::kTile, 8, 2, true); }},
     {"chosen", plan::PlanProduct},
-    {"wgmma16", plan::PlanProduct, WgmmaPlanned<plan::kFewTokens, false>},
     {"wgmma32", plan::PlanProduct, WgmmaPlanned<plan::kSmallTokens, false>},
     {"wgmma64", plan::PlanProduct, WgmmaPlanned<plan::kNarrowTokens, false>},
     {"wgmma128", plan::PlanProduct, WgmmaPlanned<plan::kWideTokens, false>},

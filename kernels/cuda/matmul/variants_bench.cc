@@ -64,8 +64,7 @@ std::vector<Variant> WgmmaVariantsFor(const DeviceProperties& gpu, const Product
     plans.push_back(*plan);
     *chosen = true;
   }
-  for (const int of_tile :
-       {plan::kFewTokens, plan::kSmallTokens, plan::kNarrowTokens, plan::kWideTokens}) {
+  for (const int of_tile : {plan::kSmallTokens, plan::kNarrowTokens, plan::kWideTokens}) {
     if (of_tile < plan::kNarrowTokens && (tokens > 64 || !plan::HasSmallWgmma(shape.format))) {
       continue;
     }

@@ -25,7 +25,6 @@ class WgmmaKernels {
   static void AllowShared() {
     Allow(WgmmaKernel<Codec, plan::kNarrowTokens>, plan::kNarrowTokens);
     if constexpr (kHasSmall) {
-      Allow(WgmmaKernel<Codec, plan::kFewTokens>, plan::kFewTokens);
       Allow(WgmmaKernel<Codec, plan::kSmallTokens>, plan::kSmallTokens);
     }
     if constexpr (kHasWide) Allow(WgmmaKernel<Codec, plan::kWideTokens>, plan::kWideTokens);
@@ -44,10 +43,6 @@ class WgmmaKernels {
     if constexpr (kHasSmall) {
       if (plan.tokens == plan::kSmallTokens) {
         CUDA_LAUNCH((WgmmaKernel<Codec, plan::kSmallTokens>), shape, stream, params);
-        return;
-      }
-      if (plan.tokens == plan::kFewTokens) {
-        CUDA_LAUNCH((WgmmaKernel<Codec, plan::kFewTokens>), shape, stream, params);
         return;
       }
     }
