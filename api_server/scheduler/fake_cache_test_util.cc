@@ -132,6 +132,7 @@ void FakeCache::DropIfUseless(uint64_t id) {
 
 std::vector<PoolBlock> FakeCache::Lease(uint32_t count) {
   EXPECT_GT(count, 0u);
+  EXPECT_LE(count, blocks_.size());
   std::vector<PoolBlock> leased;
   while (leased.size() < count) {
     const std::optional<int> block = TakeFree();

@@ -70,8 +70,12 @@ void Scheduler::Impl::RefillLease(std::vector<CacheCommand>* commands) {
   // Without a margin something would be asked for at every step.
   const int least = std::min(16, config_.num_blocks / 8);
   const int most = std::max(least, config_.num_blocks * 3 / 100);
-  const int margin = std::clamp(static_cast<int>(running_.size()), least, most);
-  ledger_.Refill(demand, running_.empty() && demand == 0 ? 0 : margin, &next_tag_, commands);
+  int margin = std::clamp(static_cast<int>(running_.size()), least, most);
+  if (running_.empty() && demand == 0) margin = 0;
+  // The cache manager refuses a request for more than the pool has, which nobody could be given.
+  demand = std::min(demand, config_.num_blocks);
+  margin = std::min(margin, config_.num_blocks - demand);
+  ledger_.Refill(demand, margin, &next_tag_, commands);
 }
 
 }  // namespace wintserve

@@ -131,6 +131,15 @@ void ExpectPatience(FakeWorld* world) {
   EXPECT_EQ(world->scheduler().stats().preemptions, 0u);
 }
 
+// The fake refuses it as the cache manager does.
+TEST(Memory, NoMoreBlocksAreAskedForThanThePoolHas) {
+  FakeWorld world({.max_num_seqs = 16, .block_size_tokens = 4, .num_blocks = 8, .async_depth = 1});
+  for (int i = 0; i < 16; ++i) world.SubmitPrompt(Prompt(9, 100 * i), 12);
+  world.RunToEnd();
+  world.ExpectAllTokens();
+  world.ExpectAllBlocksBack();
+}
+
 TEST(Memory, A5RowsSitOutWhileALeaseIsOutstanding) {
   FakeWorld world({.max_num_seqs = 2, .block_size_tokens = 4, .num_blocks = 16, .async_depth = 0});
   world.SubmitPrompt(Prompt(3), 20);
