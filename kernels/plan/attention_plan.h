@@ -155,9 +155,13 @@ constexpr AttentionLaunches PlanAttention(int32_t num_sequences, int32_t num_tok
 struct SequenceWork {
   int32_t tiles = 0;  // 0: nothing
   int32_t segments = 0;
-  int32_t tile_items = 1;       // of a tile that is cut
   int32_t wanted_partials = 0;  // 0: not to be cut
 };
+
+// Of a tile that is cut.
+WINTSERVE_HOST_DEVICE constexpr int32_t TileItems(const AttentionWork& work, int32_t segments) {
+  return (segments + work.item_segments - 1) / work.item_segments;
+}
 
 WINTSERVE_HOST_DEVICE constexpr SequenceWork WorkOf(const AttentionWork& work, int32_t position,
                                                     int32_t length) {
@@ -167,7 +171,6 @@ WINTSERVE_HOST_DEVICE constexpr SequenceWork WorkOf(const AttentionWork& work, i
   sequence.tiles = static_cast<int32_t>((rows + work.tile_rows - 1) / work.tile_rows);
   sequence.segments = NumSegments(position + length);
   if (rows <= work.max_split_rows && sequence.segments > work.item_segments) {
-    sequence.tile_items = (sequence.segments + work.item_segments - 1) / work.item_segments;
     sequence.wanted_partials = work.num_kv_heads * sequence.tiles * sequence.segments;
   }
   return sequence;
@@ -182,7 +185,7 @@ WINTSERVE_HOST_DEVICE constexpr bool IsSplit(const AttentionWork& work,
 
 WINTSERVE_HOST_DEVICE constexpr int32_t NumItems(const AttentionWork& work,
                                                  const SequenceWork& sequence, bool is_split) {
-  return work.num_kv_heads * sequence.tiles * (is_split ? sequence.tile_items : 1);
+  return work.num_kv_heads * sequence.tiles * (is_split ? TileItems(work, sequence.segments) : 1);
 }
 
 // What one thread block does at a time: a tile's rows of one KV head over some segments.
@@ -202,11 +205,12 @@ WINTSERVE_HOST_DEVICE constexpr AttentionItem ItemOf(const AttentionWork& work,
                                                      const SequenceWork& sequence, bool is_split,
                                                      int32_t first_partial, int32_t index) {
   AttentionItem item;
-  const int32_t tile_index = is_split ? index / sequence.tile_items : index;
+  const int32_t tile_items = is_split ? TileItems(work, sequence.segments) : 1;
+  const int32_t tile_index = index / tile_items;
   item.kv_head = tile_index % work.num_kv_heads;
   item.tile = sequence.tiles - 1 - tile_index / work.num_kv_heads;
   if (is_split) {
-    item.segment_begin = index % sequence.tile_items * work.item_segments;
+    item.segment_begin = index % tile_items * work.item_segments;
     const int32_t end = item.segment_begin + work.item_segments;
     item.segment_end = end < sequence.segments ? end : sequence.segments;
     item.first_partial = first_partial + tile_index * sequence.segments;

@@ -67,10 +67,10 @@ class ItemFinder {
     Load();
   }
 
-  // False when there are not so many items. Fills `item`, the index of its sequence and what that
-  // amounts to. `index` must not be below that of an earlier call.
+  // False when there are not so many items. Fills `item`, the index of its sequence and the number
+  // of segments. `index` must not be below that of an earlier call.
   WINTSERVE_DEVICE bool Find(int64_t index, AttentionItem& item, int32_t& sequence,
-                             SequenceWork& found) {
+                             int32_t& num_segments) {
     while (true) {
       const int32_t num_items = Shuffle(items_end_, kLanes - 1);
       if (index < first_item_ + num_items) break;
@@ -83,9 +83,9 @@ class ItemFinder {
     const auto local = static_cast<int32_t>(index - first_item_);
     const uint32_t ends_after = Ballot(items_end_ > local);
     const int source = LowestBit(ends_after);
+    SequenceWork found;
     found.tiles = Shuffle(sequence_work_.tiles, source);
     found.segments = Shuffle(sequence_work_.segments, source);
-    found.tile_items = Shuffle(sequence_work_.tile_items, source);
     found.wanted_partials = Shuffle(sequence_work_.wanted_partials, source);
     const bool is_split = Shuffle(is_split_ ? 1 : 0, source) != 0;
     const int32_t items_end = Shuffle(items_end_, source);
@@ -93,6 +93,7 @@ class ItemFinder {
     const int32_t first_item = items_end - plan::NumItems(work_, found, is_split);
     item = plan::ItemOf(work_, found, is_split, first_partial, local - first_item);
     sequence = base_ + source;
+    num_segments = found.segments;
     return true;
   }
 
@@ -157,39 +158,34 @@ class AttentionBlock {
     ItemFinder finder(p_.sequences, p_.work, lane_);
     AttentionItem item;
     int32_t sequence;
-    SequenceWork work;
+    int32_t num_segments;
+    int32_t round = 0;
     WINTSERVE_NO_UNROLL
-    for (int32_t round = 0;
-         finder.Find(plan::ItemOfTurn(round, BlockIndex(), NumBlocks()), item, sequence, work);
+    for (; finder.Find(plan::ItemOfTurn(round, BlockIndex(), NumBlocks()), item, sequence,
+                       num_segments);
          ++round) {
-      Place(item, sequence);
+      const int32_t old_blocks = Place(item, sequence);
       SyncBlock();  // nobody reads shared memory for the last item any more
-      StartCopies();
+      StartCopies(round == 0, old_blocks);
       LoadQueries();
       ComputeSegments(item);
-      if (item.first_partial >= 0 && IsLastToArrive(item.first_partial, work.tile_items)) {
-        MergePartials(item.first_partial, work.segments);
+      if (item.first_partial >= 0 &&
+          IsLastToArrive(item.first_partial, plan::TileItems(p_.work, num_segments))) {
+        MergePartials(item.first_partial, num_segments);
       }
     }
-    Begin();
+    if (round == 0) BeginAfterPreviousKernel();
   }
 
  private:
-  // Once; afterwards everything may be read and written.
-  WINTSERVE_DEVICE void Begin() {
-    if (has_begun_) return;
-    has_begun_ = true;
-    BeginAfterPreviousKernel();
-  }
-
-  // Where the item lies: its rows, its keys, and this warp's share of the rows.
-  WINTSERVE_DEVICE void Place(const AttentionItem& item, int32_t sequence) {
+  // Where the item lies: its rows, its keys, and this warp's share of the rows. Returns how many
+  // blocks of the sequence the kernel before this one has not written to.
+  WINTSERVE_DEVICE int32_t Place(const AttentionItem& item, int32_t sequence) {
     const int32_t position = LoadFresh(p_.sequences.position + sequence);
     const int32_t length = LoadFresh(p_.sequences.length + sequence);
     const int32_t group = p_.work.group;
     const int32_t num_rows = length * group;
     first_token_ = LoadFresh(p_.sequences.first_token + sequence);
-    old_blocks_ = position / kKvTileTokens;
     block_table_ = p_.sequences.block_tables + sequence * p_.sequences.block_table_stride;
     first_head_ = item.kv_head * group;
     key_tile_ =
@@ -211,6 +207,7 @@ class AttentionBlock {
     last_position_ = position_of(row_begin_ + kWarpRows - 1);
     row_position_[0] = position_of(row_begin_ + lane_ / 4);
     row_position_[1] = position_of(row_begin_ + lane_ / 4 + 8);
+    return position / kKvTileTokens;
   }
 
   // --- Tiles of keys and values: number 2b is K of the item's block b, 2b + 1 its V. ---
@@ -219,14 +216,19 @@ class AttentionBlock {
     return shared_ + Config::kRingOffset + (tile % Config::kStages) * Config::kTileBytes;
   }
 
-  WINTSERVE_DEVICE void StartCopies() {
+  // is_first: before the block's first item only old blocks may be read, and afterwards everything
+  // be read and written.
+  WINTSERVE_DEVICE void StartCopies(bool is_first, int32_t old_blocks) {
     block_ids_begin_ = block_begin_ - kLanes;  // none are known
     WINTSERVE_UNROLL
     for (int tile = 0; tile < Config::kStages - 1; ++tile) {
-      if (block_begin_ + tile / 2 >= old_blocks_) Begin();
+      if (is_first && block_begin_ + tile / 2 >= old_blocks) {
+        BeginAfterPreviousKernel();
+        is_first = false;
+      }
       CopyTile(tile);
     }
-    Begin();
+    if (is_first) BeginAfterPreviousKernel();
   }
 
   // Every thread takes part in every group of copies, an empty one behind the last tile.
@@ -429,7 +431,9 @@ class AttentionBlock {
       }
       begin = end;
       ++segment;
-    } while (item.first_partial >= 0 ? segment < item.segment_end : begin < block_end_);
+      // Of items that are cut only those of one segment, or with all rows of a sequence, exist: the
+      // last of those rows sees every segment.
+    } while (begin < block_end_);
     if (item.first_partial >= 0) return;
     WINTSERVE_UNROLL
     for (int plane = 0; plane < 2; ++plane) {
@@ -550,8 +554,6 @@ class AttentionBlock {
   const int lane_;
   const int warp_;
   const uint32_t shared_;
-
-  bool has_begun_ = false;  // WaitForPreviousKernel was called
 
   // Of the item.
   int64_t first_token_ = 0;
