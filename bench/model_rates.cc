@@ -308,8 +308,8 @@ absl::Status Run(const RateOptions& options) {
   for (const int batch : options.batches) {
     for (const bool use_graphs : {false, true}) {
       if (use_graphs && loaded.backend->uses_host_memory()) continue;
-      ASSIGN_OR_RETURN(const DecodeRate decode, MeasureDecode(options, loaded.model.get(),
-                                                              &group, batch, use_graphs));
+      ASSIGN_OR_RETURN(const DecodeRate decode,
+                       MeasureDecode(options, loaded.model.get(), &group, batch, use_graphs));
       const double step_ms = 1e3 * batch / decode.rate.tokens_per_second;
       fmt::print(
           "decode, batch {:3}{}: {:10.0f} tokens/s  step {:.3f} ms, device {:.3f} ms, idle {} us "
@@ -335,8 +335,7 @@ absl::Status Run(const RateOptions& options) {
     }
   }
   for (const int prompts : options.prompts) {
-    ASSIGN_OR_RETURN(const Rate rate,
-                     MeasurePrefill(options, loaded.model.get(), &group, prompts));
+    ASSIGN_OR_RETURN(const Rate rate, MeasurePrefill(options, loaded.model.get(), &group, prompts));
     fmt::print("prefill, {:2} prompts of {:5}:   {:10.0f} tokens/s  device {:.3f} ms\n", prompts,
                options.prompt_tokens, rate.tokens_per_second, rate.device_ms);
     report["prefill"].push_back({{"prompts", prompts},

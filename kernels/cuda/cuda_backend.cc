@@ -7,8 +7,8 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
-#include <memory>
 #include <limits>
+#include <memory>
 #include <string>
 #include <utility>
 
