@@ -39,9 +39,9 @@ absl::Status DoesNotFit(const PoolSize& size, int rank, const GpuTraits& traits,
       static_cast<double>(size.num_blocks) * static_cast<double>(size.block_bytes_by_rank[rank]);
   return absl::ResourceExhaustedError(fmt::format(
       "KV pool of {:.2f} GiB does not fit into {}: {:.2f} GiB of its {:.2f} GiB are free ({}); "
-      "lower {}",
+      "lower --gpu-memory-utilization or --num-gpu-blocks-override",
       rank_bytes / kGib, GpuName(rank, traits), free_bytes / kGib,
-      static_cast<double>(traits.total_bytes) / kGib, DescribeBlocks(size), kPoolFlags));
+      static_cast<double>(traits.total_bytes) / kGib, DescribeBlocks(size)));
 }
 
 absl::StatusOr<SharedMemory> AllocateRank(const PoolSize& size, int rank, GpuDriver* driver) {

@@ -116,8 +116,8 @@ TEST(GpuPoolMemory, ThatDoesNotFitIsRefusedWithWhatIsAskedForAndWhatIsFree) {
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(status.message(),
             "KV pool of 8.00 GiB does not fit into GPU 0 (Fake 1): 3.50 GiB of its 16.00 GiB are "
-            "free (8192 blocks of 1048576 bytes on 1 rank); lower --num-gpu-blocks-override, "
-            "--max-num-seqs or --max-model-len");
+            "free (8192 blocks of 1048576 bytes on 1 rank); lower --gpu-memory-utilization "
+            "or --num-gpu-blocks-override");
 }
 
 TEST(GpuPoolMemory, TheRankThatHasNoMemoryIsNamed) {
