@@ -14,7 +14,6 @@
 #include "common/heap.h"
 #include "common/log.h"
 #include "common/status_macros.h"
-#include "engine_worker/collectives/single_rank_collective.h"
 #include "engine_worker/config/model_config.h"
 #include "engine_worker/model/ernie45.h"
 #include "engine_worker/runner/memory_profile.h"
@@ -145,8 +144,8 @@ absl::Status RunLargestBatch(Model* model) {
 
 // What the graphs of decode steps will take, which a worker captures once it has the KV pool:
 // measured with those of a runner on a pool of its own.
-absl::StatusOr<int64_t> MeasureGraphs(const ServeOptions& options, Model* model) {
-  const std::unique_ptr<Collective> alone = MakeSingleRankCollective();
+absl::StatusOr<int64_t> MeasureGraphs(const ServeOptions& options, Collective* group,
+                                      Model* model) {
   ASSIGN_OR_RETURN(const std::unique_ptr<kernels::Buffer> pool,
                    model->backend()->Allocate(model->kv_block_bytes()));
   const StepRunnerConfig config = {.num_blocks = 1,
@@ -156,7 +155,7 @@ absl::StatusOr<int64_t> MeasureGraphs(const ServeOptions& options, Model* model)
                                    .sampled_vocab_size = static_cast<uint32_t>(model->vocab_size()),
                                    .use_graphs = true};
   ASSIGN_OR_RETURN(const std::unique_ptr<StepRunner> runner,
-                   StepRunner::Create(config, model, alone.get(), pool->data(), nullptr));
+                   StepRunner::Create(config, model, group, pool->data(), nullptr));
   RETURN_IF_ERROR(runner->WarmUp());
   return runner->graphs().size_bytes();
 }
@@ -237,13 +236,14 @@ int64_t GroupMemoryBytes([[maybe_unused]] int world_size) {
 }
 
 // What steps take beside the model.
-absl::Status ProfileSteps(const ServeOptions& options, Model* model, MemoryProfile* profile) {
+absl::Status ProfileSteps(const ServeOptions& options, Collective* group, Model* model,
+                          MemoryProfile* profile) {
   ASSIGN_OR_RETURN(const DeviceMemory with_model, QueryMemory(*model->backend()));
   RETURN_IF_ERROR(RunLargestBatch(model));
   ASSIGN_OR_RETURN(const DeviceMemory warm, QueryMemory(*model->backend()));
   profile->scratch = with_model.free - warm.free;
   if (options.use_cudagraph) {
-    ASSIGN_OR_RETURN(profile->graphs, MeasureGraphs(options, model));
+    ASSIGN_OR_RETURN(profile->graphs, MeasureGraphs(options, group, model));
   }
   return absl::OkStatus();
 }
@@ -270,7 +270,7 @@ absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig
   if (with_model.free < profile.scratch) return CheckKvFits(profile, demand);
   // Ranks join their group when all of them have loaded.
   group->Bind(std::make_unique<AbsentGroup>(group->rank(), group->world_size()));
-  const absl::Status profiled = ProfileSteps(options, loaded->model.get(), &profile);
+  const absl::Status profiled = ProfileSteps(options, group, loaded->model.get(), &profile);
   group->Unbind();
   RETURN_IF_ERROR(profiled);
   profile.group = GroupMemoryBytes(group->world_size());

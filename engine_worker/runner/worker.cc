@@ -217,8 +217,8 @@ absl::Status Worker::MapPool(const AttachPool& attach) {
   RETURN_IF_ERROR(runner_->WarmUp());
   if (use_graphs_) {
     const StepGraphs& graphs = runner_->graphs();
-    LOG_INFO("decode steps run as {} graphs, captured in {:.2f} s; they take {} MiB", graphs.size(),
-             graphs.capture_seconds(), graphs.size_bytes() >> 20);
+    LOG_INFO("decode steps run as {} graphs, captured in {:.2f} s", graphs.size(),
+             graphs.capture_seconds());
   }
   LOG_INFO("ready: {} slots, {} blocks and {} host slots of {} bytes", config.max_slots,
            config.num_blocks, config.num_host_slots, model_->kv_block_bytes());
