@@ -30,7 +30,7 @@ inline constexpr int kBlockTokens = 8;                      // columns of an mma
 inline constexpr int kTileKernelTiles = 2 * kProductWarps;  // tiles of a block of the tile kernel
 inline constexpr int kMaxExperts = 128;
 // Rows that one pass of a larger batch takes, so that workspaces stay bounded.
-inline constexpr int64_t kMaxPassRows = 2048;
+inline constexpr int64_t kMaxPassRows = 4096;
 // What a block may use on every architecture from sm_80 on, and on Hopper.
 inline constexpr int64_t kMaxSharedBytes = 163 * 1024;
 inline constexpr int64_t kMaxHopperSharedBytes = 227 * 1024;
@@ -343,6 +343,11 @@ constexpr ProductPlan PlanProductWithin(int64_t max_shared_bytes, const ProductS
                                         int num_multiprocessors) {
   ProductPlan plan;
   const int64_t mean = DivideUp(shape.num_tokens, int64_t{shape.num_experts});
+  // The cached kernel decodes faster than tiles even where it has to do so twice.
+  if (shape.num_experts > 1 && mean <= kBlockTokens) {
+    const ProductPlan cached = CachedPlanOr(shape, num_multiprocessors, max_shared_bytes, plan);
+    if (cached.kernel == ProductKernel::kCached) return cached;
+  }
   // Beyond a mean of 4, too many experts would get a second tile of 8 tokens and be decoded twice.
   if (shape.max_per_expert <= kBlockTokens || (shape.num_experts > 1 && mean <= 4)) {
     // In a small product two tiles a warp would leave blocks idle at the end.
