@@ -343,11 +343,6 @@ constexpr ProductPlan PlanProductWithin(int64_t max_shared_bytes, const ProductS
                                         int num_multiprocessors) {
   ProductPlan plan;
   const int64_t mean = DivideUp(shape.num_tokens, int64_t{shape.num_experts});
-  // The cached kernel decodes faster than tiles even where it has to do so twice.
-  if (shape.num_experts > 1 && mean <= kBlockTokens) {
-    const ProductPlan cached = CachedPlanOr(shape, num_multiprocessors, max_shared_bytes, plan);
-    if (cached.kernel == ProductKernel::kCached) return cached;
-  }
   // Beyond a mean of 4, too many experts would get a second tile of 8 tokens and be decoded twice.
   if (shape.max_per_expert <= kBlockTokens || (shape.num_experts > 1 && mean <= 4)) {
     // In a small product two tiles a warp would leave blocks idle at the end.
