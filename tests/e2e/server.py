@@ -1,6 +1,8 @@
 """Starts the real processes the way a user does, and looks at what they leave behind."""
+import errno
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -24,10 +26,54 @@ compares_with_goldens = pytest.mark.skipif(DEVICE != "cpu", reason="the goldens 
 PROCESS_NAMES = ("wintserve-api-server", "wintserve-engine-worker", "wintserve-cache-manager")
 
 
-def free_port():
+def is_free(port):
+    """Whether a server that comes now could listen there, on every address as it does."""
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("", port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            return False
+        return True
+
+
+class Ports:
+    """Ports that nobody else takes between the choice and the server's own bind.
+
+    Not those that the kernel gives to who names none: the end of any connection, also one that lingers
+    on another address of the machine (NCCL's), would take one. Each is given once, and marked for as
+    long as this process lives by an abstract socket of its name, for other runs beside this one."""
+
+    FIRST = 10000
+
+    def __init__(self):
+        first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        end = first_ephemeral if first_ephemeral > self.FIRST + 1000 else 1 << 16
+        candidates = list(range(self.FIRST, end))
+        begin = random.randrange(len(candidates))
+        self._left = iter(candidates[begin:] + candidates[:begin])
+        self._marks = []
+
+    def take(self):
+        for port in self._left:
+            if self._mark(port) and is_free(port):
+                return port
+        raise AssertionError("no free port is left")
+
+    def _mark(self, port):
+        mark = socket.socket(socket.AF_UNIX)
+        try:
+            mark.bind(f"\0wintserve-e2e-port-{port}")
+        except OSError:
+            mark.close()
+            return False
+        self._marks.append(mark)
+        return True
+
+
+PORTS = Ports()
 
 
 def golden_cases(name="poet-wint2"):
@@ -48,7 +94,7 @@ class Server:
         self.id = uuid.uuid4().hex
         self.runtime = tmp_path / f"run-{self.id[:8]}"
         self.runtime.mkdir(mode=0o700)
-        self.port, self.metrics_port, self.queue_port, self.cache_port = (free_port() for _ in range(4))
+        self.port, self.metrics_port, self.queue_port, self.cache_port = self.ports = [PORTS.take() for _ in range(4)]
         self.log_path = tmp_path / f"log-{self.id[:8]}.txt"
         self.log_file = self.log_path.open("w")
         command = [BIN / "wintserve", "serve", "--model", model, "--device", DEVICE, "--port", self.port,
@@ -117,11 +163,15 @@ class Server:
         return code
 
     def assert_nothing_left(self, timeout_s=5):
-        wait_for(lambda: not self.processes(), timeout_s, f"all processes gone, left: {self.processes()}")
-        for port in (self.port, self.metrics_port, self.queue_port, self.cache_port):
-            with socket.socket() as s:
-                s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                s.bind(("127.0.0.1", port))
+        # A killed process has no environment, by which it is known, before its files are closed; with a
+        # GPU's memory to give back that takes it a moment.
+        def left():
+            return [*self.processes().items(), *(port for port in self.ports if not is_free(port))]
+
+        deadline = time.monotonic() + timeout_s
+        while found := left():
+            assert time.monotonic() < deadline, f"left after {timeout_s} s: {found}"
+            time.sleep(0.02)
 
     def assert_runtime_dir_empty(self):
         assert not list(self.runtime.rglob("*")), list(self.runtime.rglob("*"))
