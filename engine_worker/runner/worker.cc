@@ -193,6 +193,7 @@ absl::Status Worker::MapPool(const AttachPool& attach) {
   // UNAVAILABLE would be a peer of the group, or the API server.
   if (absl::IsUnavailable(mapped)) return absl::DeadlineExceededError(mapped.message());
   if (!mapped.ok() && !absl::IsNotFound(mapped)) return mapped;
+  if (mapped.ok()) LOG_DEBUG("pool epoch {:x} is mapped", attach.pool_epoch);
   ASSIGN_OR_RETURN(const bool all_mapped, AllMapped(mapped.ok()));
   if (!all_mapped) {
     LOG_WARNING("pool epoch {:x} is lost with its cache manager: {}", attach.pool_epoch,

@@ -220,14 +220,14 @@ def test_streams_survive_a_cache_manager_that_dies_again_and_again(start):
 
 
 def test_a_cache_manager_that_dies_before_the_last_rank_has_mapped_the_first_pool(start):
-    server = start("--tensor-parallel-size", 2)
+    server = start("--tensor-parallel-size", 2, "--log-level", "debug")
     wait_for(lambda: len(server.pids_of("wintserve-engine-worker")) == 2, 10, "workers exist")
     early, late = server.pids_of("wintserve-engine-worker")
     os.kill(early, signal.SIGSTOP)
     wait_for(lambda: "of 2 is attached" in server.log(), 30, "a worker is attached")
     os.kill(late, signal.SIGSTOP)  # for less than the 3 s after which it counts as gone
     os.kill(early, signal.SIGCONT)
-    wait_for(lambda: ": created, " in server.log(), 30, "the first pool")
+    wait_for(lambda: " is mapped" in server.log(), 30, "a rank has mapped the first pool")
     os.kill(server.pids_of("wintserve-cache-manager")[0], signal.SIGKILL)
     os.kill(late, signal.SIGCONT)
     server.wait_ready()
