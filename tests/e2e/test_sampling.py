@@ -138,12 +138,21 @@ def test_completion_logprobs_have_offsets_in_characters(client):
 
 
 def test_choices_of_one_request_count_their_own_tokens(client):
-    request = dict(temperature=1.0, seed=8, frequency_penalty=1.5, repetition_penalty=1.2, logprobs=0)
-    together = complete(client, n=3, **request)
-    assert len({choice.text for choice in together.choices}) == 3
+    request = dict(frequency_penalty=1.5, repetition_penalty=1.2, logprobs=0, max_tokens=80)
+    # Greedy choices are all that of a request alone: what one of them counted for another would change it.
+    plain = complete(client, logprobs=0, max_tokens=80).choices[0]
     alone = complete(client, **request).choices[0]
-    assert alone.text == together.choices[0].text
-    assert alone.logprobs.token_logprobs == together.choices[0].logprobs.token_logprobs
+    assert alone.text != plain.text, "the penalties change nothing: a test of nothing"
+    for choice in complete(client, n=3, **request).choices:
+        assert choice.text == alone.text
+        assert choice.logprobs.token_logprobs == alone.logprobs.token_logprobs
+    # The first one drawn is that of its seed alone; eight do not draw the same 80 tokens.
+    request.update(temperature=2.0, seed=8)
+    together = complete(client, n=8, **request).choices
+    alone = complete(client, **request).choices[0]
+    assert alone.text == together[0].text
+    assert alone.logprobs.token_logprobs == together[0].logprobs.token_logprobs
+    assert len({choice.text for choice in together}) > 1
 
 
 def test_echo_puts_the_prompt_before_the_text(client):
