@@ -1,5 +1,3 @@
-#include "common/config/command_line.h"
-
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -8,30 +6,22 @@
 #include <fstream>
 #include <map>
 
+#include "common/config/command_line_test_util.h"
 #include "common/config/flag.h"
 #include "common/exit_code.h"
 
 namespace wintserve {
 namespace {
 
+using testing::Args;
 using ::testing::ElementsAre;
+using testing::Environment;
+using testing::ExpectOneLineError;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using testing::Parse;
+using testing::Serve;
 using ::testing::SizeIs;
-using Args = std::vector<std::string>;
-using Environment = std::map<std::string, std::string>;
-
-CommandLine Parse(const Args& args, const Environment& environment = {}) {
-  return ParseCommandLine(args, [&environment](const char* name) -> const char* {
-    const auto found = environment.find(name);
-    return found == environment.end() ? nullptr : found->second.c_str();
-  });
-}
-
-CommandLine Serve(Args args, const Environment& environment = {}) {
-  args.insert(args.begin(), "serve");
-  return Parse(args, environment);
-}
 
 // A file that lives as long as the object.
 class TempFile {
@@ -86,18 +76,6 @@ TEST(CommandLine, WithoutFlagsTheDefaultsOfTheCpuHold) {
   EXPECT_EQ(command.options.long_prefill_token_threshold, 0)
       << "the engine knows the model's length";
   EXPECT_THAT(command.notes, IsEmpty());
-}
-
-TEST(CommandLine, AGpuHasItsOwnDefaults) {
-  const CommandLine command = Serve({"--device=cuda"});
-  ASSERT_EQ(command.error, "");
-  EXPECT_EQ(command.options.max_num_seqs, 128);
-  EXPECT_EQ(command.options.max_num_batched_tokens, 8192);
-  EXPECT_EQ(Serve({"--device=cuda", "--max-num-seqs=7"}).options.max_num_seqs, 7);
-  EXPECT_EQ(Serve({"--device=cuda", "--kv-cache-dtype=int8"}).options.kv_cache_dtype, "int8");
-  EXPECT_EQ(Serve({"--device=cuda", "--max-num-batched-tokens=99", "--max-num-seqs=7"})
-                .options.max_num_batched_tokens,
-            99);
 }
 
 TEST(CommandLine, ReadsEverySpelling) {
@@ -157,7 +135,6 @@ TEST(CommandLine, SetsWhatTheFlagSays) {
   EXPECT_EQ(
       Serve({"--drain-timeout", "2", "--timeout-graceful-shutdown", "7"}).options.drain_timeout_ms,
       2000);
-  EXPECT_EQ(Serve({"--num-gpu-blocks-override", "99"}).options.num_gpu_blocks_override, 99);
   EXPECT_EQ(Serve({"--k-order", "natural"}).options.k_order, "natural");
   EXPECT_EQ(Serve({"--cpu-threads", "3"}).options.cpu_threads, 3);
   EXPECT_EQ(Serve({"--quantization", "wint2"}).error, "");
@@ -181,35 +158,13 @@ TEST(CommandLine, SetsWhatTheFlagSays) {
   EXPECT_EQ(Serve({"--request-timeout=2.5"}).options.request_timeout_ms, 2500);
   EXPECT_EQ(Serve({"--request-timeout=0.0001"}).options.request_timeout_ms, 1) << "0 is no limit";
   EXPECT_EQ(Serve({"--client-stall-timeout=0.5"}).options.client_stall_timeout_ms, 500);
-  EXPECT_TRUE(Serve({"--device", "cuda", "--use-cudagraph"}).options.use_cudagraph);
-  EXPECT_TRUE(Serve({"--device=cuda", R"(--graph-optimization-config={"use_cudagraph":true})"})
-                  .options.use_cudagraph);
 }
 
-TEST(CommandLine, CudaGraphsAreOnOnAGpuUnlessTheyAreSwitchedOff) {
-  EXPECT_TRUE(Serve({"--device=cuda"}).options.use_cudagraph);
-  EXPECT_THAT(Serve({"--device=cuda"}).notes, IsEmpty());
-  EXPECT_THAT(Serve({"--device=cuda", "--use-cudagraph"}).notes, IsEmpty());
-  EXPECT_FALSE(Serve({"--device=cuda", "--no-use-cudagraph"}).options.use_cudagraph);
-  EXPECT_FALSE(Serve({"--device=cuda", R"(--graph-optimization-config={"use_cudagraph":false})"})
-                   .options.use_cudagraph);
-  EXPECT_TRUE(Serve({"--device=cuda", R"(--graph-optimization-config={"graph_opt_level":0})"})
-                  .options.use_cudagraph);
-  EXPECT_FALSE(Serve({}).options.use_cudagraph);
-  EXPECT_THAT(Serve({}).notes, IsEmpty());
-}
-
-TEST(CommandLine, DummyWeightsAndTheShareOfAGpusMemory) {
+TEST(CommandLine, DummyWeights) {
   EXPECT_EQ(Serve({}).options.load_format, "auto");
   const CommandLine dummy = Serve({"--load-format=dummy", "--dummy-router-skew", "1.5"});
   EXPECT_EQ(dummy.options.load_format, "dummy");
   EXPECT_EQ(dummy.options.dummy_router_skew, 1.5);
-  EXPECT_EQ(Serve({"--device=cuda"}).options.gpu_memory_utilization, 0.92);
-  const CommandLine gpu = Serve({"--device=cuda", "--gpu-memory-utilization=0.85"});
-  EXPECT_EQ(gpu.options.gpu_memory_utilization, 0.85);
-  EXPECT_THAT(gpu.notes, IsEmpty());
-  EXPECT_THAT(Serve({"--gpu-memory-utilization=0.85"}).notes,
-              ElementsAre("--gpu-memory-utilization: there is no GPU on --device cpu; ignored"));
 }
 
 TEST(CommandLine, TheQueueBoundHasTwoNames) {
@@ -298,18 +253,11 @@ TEST(CommandLine, OneLineSaysWhatIsWrong) {
       {{"--request-timeout=-1"}, "error: --request-timeout: must be 0..86400 (got -1)"},
       {{"--client-stall-timeout=0"}, "error: --client-stall-timeout: must be 0.1..86400 (got 0)"},
       {{"--tensor-parallel-size", "3"}, "error: --tensor-parallel-size: must be 1, 2 or 4 (got 3)"},
-      {{"--device", "tpu"}, "error: --device: must be one of cpu, cuda (got tpu)"},
       {{"--load-format", "dumy"}, "error: --load-format: must be one of auto, dummy (got dumy)"},
       {{"--dummy-router-skew=2"}, "error: --dummy-router-skew: needs --load-format dummy (got 2)"},
       {{"--load-format=dummy", "--dummy-router-skew=-1"},
        "error: --dummy-router-skew: must be 0..1000 (got -1)"},
-      {{"--kv-cache-dtype", "fp8"},
-       "error: --kv-cache-dtype: must be one of auto, bfloat16, int8 (got fp8)"},
-      {{"--kv-cache-dtype", "int8"},
-       "error: --kv-cache-dtype: must be auto, which is float32, on --device cpu (got int8)"},
       {{"--block-size", "32"}, "error: --block-size: must be 64 (got 32)"},
-      {{"--gpu-memory-utilization", "1.5"}, "must be 0..1 (got 1.5)"},
-      {{"--gpu-memory-utilization", "nan"}, "must be 0..1 (got nan)"},
       {{"--swap-space", "x"}, "error: --swap-space: must be a number, 0..1048576 (got x)"},
       {{"--drain-timeout", "-1"}, "error: --drain-timeout: must be 0..86400 (got -1)"},
       {{"--host", "::1"}, "error: --host: must be an IPv4 address or localhost (got ::1)"},
@@ -332,13 +280,7 @@ TEST(CommandLine, OneLineSaysWhatIsWrong) {
        "error: --engine-worker-queue-port: must differ from --port (both 8000)"},
   };
   for (const Case& c : cases) {
-    const CommandLine command = Serve(c.args);
-    SCOPED_TRACE(command.error);
-    EXPECT_EQ(command.exit_code, kExitUsage);
-    EXPECT_FALSE(command.verb.has_value());
-    EXPECT_THAT(command.error, HasSubstr(c.expected));
-    EXPECT_EQ(command.error.find('\n'), std::string::npos);
-    EXPECT_LT(command.error.size(), 400u);
+    ExpectOneLineError(c.args, c.expected);
   }
 }
 
