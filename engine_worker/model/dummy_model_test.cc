@@ -56,12 +56,12 @@ TEST(DummyModel, TokensSpreadOverTheExpertsUnlessTheRouterIsSkewed) {
   spread.DecodeEach(5);
   const std::vector<int> counts = spread.DistinctExperts();
   ASSERT_EQ(counts.size(), 51u);
-  EXPECT_THAT(counts, testing::Each(testing::Ge(15)));  // of 16, by 64 tokens with 4 each
+  EXPECT_THAT(counts, ::testing::Each(::testing::Ge(15)));  // of 16, by 64 tokens with 4 each
 
   DummyModel skewed(DeepConfig(), kernels::cpu::CreateCpuBackend({}), {.router_skew = 1000});
   skewed.DecodeEach(5);
   // Two biases may happen to be as near as two of a token's probabilities.
-  EXPECT_THAT(skewed.DistinctExperts(), testing::Each(testing::Le(6)));
+  EXPECT_THAT(skewed.DistinctExperts(), ::testing::Each(::testing::Le(6)));
   EXPECT_LT(Mean(skewed.DistinctExperts()), 4.5);
 
   DummyModel between(DeepConfig(), kernels::cpu::CreateCpuBackend({}), {.router_skew = 4});

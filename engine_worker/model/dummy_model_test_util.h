@@ -9,31 +9,26 @@
 
 #include "common/check.h"
 #include "engine_worker/model/ernie45.h"
+#include "engine_worker/weights/checkpoint_writer.h"
 #include "engine_worker/weights/dummy_source.h"
 
 namespace wintserve {
 
 // As deep as the 300B model, and with its formats, but narrow.
 inline ModelConfig DeepConfig() {
-  ModelConfig config;
-  config.architecture = "Ernie4_5_MoeForCausalLM";
+  ModelConfig config = testing::SmallWint2Config();
   config.vocab_size = 1000;
   config.hidden_size = 256;
   config.num_layers = 54;
-  config.num_heads = 4;
-  config.num_kv_heads = 2;
   config.head_dim = 64;
   config.intermediate_size = 512;
   config.max_position_embeddings = 512;
-  config.rope_theta = 500000;
   config.num_experts = 16;
   config.num_experts_per_token = 4;
   config.moe_intermediate_size = 128;
+  config.num_shared_experts = 0;
   config.moe_layer_start = 3;
   config.moe_layer_end = 53;
-  config.has_router_bias = true;
-  config.dense_is_wint8 = true;
-  config.expert_quantization = ExpertQuantization::kW4W2;
   config.last_wint4_layer = 6;
   return config;
 }

@@ -37,7 +37,7 @@ ModelConfig ShallowConfig(bool tied, bool quantised) {
 TEST(DummyModelOnCuda, IsTheModelOfTheCpu) {
   for (const bool tied : {false, true}) {
     for (const bool quantised : {false, true}) {
-      SCOPED_TRACE(testing::Message() << "tied " << tied << " quantised " << quantised);
+      SCOPED_TRACE(::testing::Message() << "tied " << tied << " quantised " << quantised);
       const ModelConfig config = ShallowConfig(tied, quantised);
       DummyModel on_cpu(config, kernels::cpu::CreateCpuBackend(
                                     {.rounding = kernels::WeightRounding::kUnrounded}));
@@ -68,7 +68,7 @@ TEST(DummyModelOnCuda, StaysFiniteAndSpreadThroughManyLayers) {
   for (const auto& row : model.DecodeEach(3)) {
     for (const float logit : row) ASSERT_TRUE(std::isfinite(logit));
   }
-  EXPECT_THAT(model.DistinctExperts(), testing::Each(testing::Ge(15)));
+  EXPECT_THAT(model.DistinctExperts(), ::testing::Each(::testing::Ge(15)));
 }
 
 TEST(DummyModelOnCuda, ShapesThatNoKernelHasAreRefusedBeforeAnythingIsLoaded) {

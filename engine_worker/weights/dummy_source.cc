@@ -30,17 +30,8 @@ uint64_t SeedOf(const MatrixRef& ref) {
 }
 
 WeightFormat FormatOf(StoredFormat stored, MatrixRole role) {
-  switch (stored) {
-    case StoredFormat::kWint8:
-      return WeightFormat::kWint8;
-    case StoredFormat::kWint4:
-      return WeightFormat::kWint4;
-    case StoredFormat::kWint2:
-      return WeightFormat::kWint2;
-    case StoredFormat::kPlain:
-      break;
-  }
-  return role == MatrixRole::kRouter ? WeightFormat::kFloat32 : WeightFormat::kBfloat16;
+  return QuantizedFormat(stored).value_or(role == MatrixRole::kRouter ? WeightFormat::kFloat32
+                                                                      : WeightFormat::kBfloat16);
 }
 
 class DummySource final : public WeightSource {

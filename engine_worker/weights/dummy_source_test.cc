@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "engine_worker/weights/checkpoint_writer.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/plan/dummy_weights.h"
 
@@ -27,31 +28,8 @@ ModelConfig ConfigOf(const std::string& dir) {
   return *config;
 }
 
-// Small, with every format and fewer KV heads than the most ranks.
-ModelConfig SmallConfig() {
-  ModelConfig config;
-  config.architecture = "Ernie4_5_MoeForCausalLM";
-  config.vocab_size = 96;
-  config.hidden_size = 128;
-  config.num_layers = 3;
-  config.num_heads = 8;
-  config.num_kv_heads = 2;
-  config.head_dim = 32;
-  config.intermediate_size = 256;
-  config.max_position_embeddings = 512;
-  config.rope_theta = 10000;
-  config.num_experts = 4;
-  config.num_experts_per_token = 2;
-  config.moe_intermediate_size = 256;
-  config.num_shared_experts = 1;
-  config.moe_layer_start = 1;
-  config.moe_layer_end = 2;
-  config.has_router_bias = true;
-  config.dense_is_wint8 = true;
-  config.expert_quantization = ExpertQuantization::kW4W2;
-  config.last_wint4_layer = 1;
-  return config;
-}
+// Every format, and fewer KV heads than the most ranks.
+ModelConfig SmallConfig() { return testing::SmallWint2Config(); }
 
 TEST(DummySource, PublishedShapesHaveThePublishedFormats) {
   const ModelConfig config = ConfigOf(kShape300B);
@@ -101,8 +79,8 @@ TEST(DummySource, RanksHaveSlicesOfTheSameMatrices) {
       const std::vector<float> weights =
           formats::DecodeToFloat(kernels::plan::MakeDummyHostMatrix(whole));
       for (int rank = 0; rank < world_size; ++rank) {
-        SCOPED_TRACE(testing::Message() << "role " << static_cast<int>(ref.role) << " layer "
-                                        << ref.layer << " rank " << rank << " of " << world_size);
+        SCOPED_TRACE(::testing::Message() << "role " << static_cast<int>(ref.role) << " layer "
+                                          << ref.layer << " rank " << rank << " of " << world_size);
         const DummyMatrix slice = DescribeDummyMatrix(config, ref, rank, world_size);
         std::vector<int64_t> columns;
         for (int i = 0; i < slice.num_ranges; ++i) {
@@ -155,10 +133,10 @@ TEST(DummySource, BiasesComeWithASkewAndAreZeroWithout) {
     return *MakeDummySource(config, {.router_skew = skew}, backend.get(), 0, 1)
                 ->LoadVector(VectorRole::kRouterBias, 1);
   };
-  EXPECT_THAT(biases(0), testing::Each(0.0f));
+  EXPECT_THAT(biases(0), ::testing::Each(0.0f));
   const std::vector<float> skewed = biases(2);
-  ASSERT_EQ(skewed.size(), 4u);
-  for (const float bias : skewed) EXPECT_LE(std::fabs(bias), 2.0f / 4);
+  ASSERT_EQ(std::ssize(skewed), config.num_experts);
+  for (const float bias : skewed) EXPECT_LE(std::fabs(bias), 2.0f / config.num_experts);
   EXPECT_NE(skewed[0], skewed[1]);
   config.has_router_bias = false;
   EXPECT_FALSE(MakeDummySource(config, {}, backend.get(), 0, 1)->has_router_bias());

@@ -138,6 +138,20 @@ absl::StatusOr<Layout> DetectLayout(const TensorSet& set, const ModelConfig& con
   return layout;
 }
 
+std::optional<formats::WeightFormat> QuantizedFormat(StoredFormat stored) {
+  switch (stored) {
+    case StoredFormat::kPlain:
+      return std::nullopt;
+    case StoredFormat::kWint8:
+      return formats::WeightFormat::kWint8;
+    case StoredFormat::kWint4:
+      return formats::WeightFormat::kWint4;
+    case StoredFormat::kWint2:
+      return formats::WeightFormat::kWint2;
+  }
+  CHECK(false, "stored={}", static_cast<int>(stored));
+}
+
 formats::MatrixSlice SliceOf(const MatrixPart& part, Split split, int rank, int world_size) {
   formats::MatrixSlice slice{0, part.stored.k, part.n_begin,
                              part.n_begin + part.num_units * part.unit_columns};

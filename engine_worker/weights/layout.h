@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -35,6 +36,10 @@ absl::StatusOr<Layout> DetectLayout(const TensorSet& set, const ModelConfig& con
 ModelConfig ConfigOfShard(const ModelConfig& config, int num_shards);
 
 enum class StoredFormat { kPlain, kWint8, kWint4, kWint2 };  // kPlain: any float type
+
+// Of a quantised matrix in memory. nullopt for kPlain: the tensor's type, or whoever makes it,
+// decides.
+std::optional<formats::WeightFormat> QuantizedFormat(StoredFormat stored);
 
 // A matrix [k, n] as one or several tensors named `name` + "." + suffix.
 struct StoredMatrix {

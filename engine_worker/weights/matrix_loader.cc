@@ -213,16 +213,7 @@ absl::Status LoadPart(const TensorSet& set, const StoredMatrix& stored, const Ma
 }
 
 WeightFormat CanonicalFormat(const TensorSet& set, const LogicalMatrix& matrix, bool as_float32) {
-  switch (matrix.parts.front().stored.format) {
-    case StoredFormat::kWint8:
-      return WeightFormat::kWint8;
-    case StoredFormat::kWint4:
-      return WeightFormat::kWint4;
-    case StoredFormat::kWint2:
-      return WeightFormat::kWint2;
-    case StoredFormat::kPlain:
-      break;
-  }
+  if (const auto quantized = QuantizedFormat(matrix.parts.front().stored.format)) return *quantized;
   const bool all_bf16 =
       std::all_of(matrix.parts.begin(), matrix.parts.end(), [&](const MatrixPart& part) {
         return Get(set, part.stored, "weight").entry->view->type == TensorType::kBF16;
