@@ -124,11 +124,10 @@ bench-gpu: build-cuda  ## The demo model's rates and the time of every operator 
 	@build/cuda/bench/operators_cuda_bench
 	@if [ "$$(nvidia-smi -L | wc -l)" -ge 2 ]; then build/cuda/bench/all_reduce_cuda_bench; fi
 
-bench-gpu-shapes: CUDA_TARGETS := model_rates
-bench-gpu-shapes: build-cuda  ## Rates of the published models' shapes with dummy weights; needs 110 GB of a GPU's memory
+bench-gpu-shapes: CUDA_TARGETS := programs load_generator
+bench-gpu-shapes: build-cuda  ## The published models' shapes with dummy weights through HTTP; needs 110 GB of a GPU's memory
 	@for shape in 300b-a47b-wint2 21b-a3b-wint2; do \
-	  build/cuda/bench/model_rates --device cuda --model models/shapes/ernie-4.5-$$shape --load-format dummy \
-	    --max-num-batched-tokens 8192 --batches 1,8,64 --steps 64 --repeats 3 || exit 1; done
+	  bench/full_size --model models/shapes/ernie-4.5-$$shape || exit 1; done
 
 bench-scheduling: build  ## Batching and prefix cache through HTTP: JSON and plot in build/cpu
 	@tools/setup/python_env.sh build/bench-venv bench/requirements.txt
