@@ -265,14 +265,19 @@ absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig
   profile.weights = at_start.free - with_model.free - profile.workspace;
 
   const KvDemand demand = DemandOf(options, *loaded->model);
-  // Operators cannot say that there is no memory, so what they are sure to take must be there.
+  // What operators are sure to take must be there, or there is no need to try.
   profile.scratch = profile.workspace / 2 + kLeastScratchBytes;
-  if (with_model.free < profile.scratch) return CheckKvFits(profile, demand);
+  if (with_model.free < profile.scratch) {
+    // With that, more is taken than the device has, whatever share of it is allowed.
+    const absl::Status too_much = CheckKvFits(profile, demand);
+    CHECK(!too_much.ok(), "free={} scratch={}", with_model.free, profile.scratch);
+    return too_much;
+  }
   // Ranks join their group when all of them have loaded.
   group->Bind(std::make_unique<AbsentGroup>(group->rank(), group->world_size()));
   const absl::Status profiled = ProfileSteps(options, group, loaded->model.get(), &profile);
   group->Unbind();
-  RETURN_IF_ERROR(profiled);
+  RETURN_IF_ERROR(ExplainStepsThatDoNotFit(profiled, profile));
   profile.group = GroupMemoryBytes(group->world_size());
   for (const std::string& line : DescribeMemory(profile, demand)) LOG_INFO("{}", line);
   RETURN_IF_ERROR(CheckKvFits(profile, demand));

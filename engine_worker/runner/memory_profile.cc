@@ -70,6 +70,16 @@ absl::Status CheckKvFits(const MemoryProfile& profile, const KvDemand& demand) {
       Gib(profile.taken()), Parts(profile), Gib(missing), Remedies(demand)));
 }
 
+absl::Status ExplainStepsThatDoNotFit(const absl::Status& measured, const MemoryProfile& profile) {
+  if (!absl::IsResourceExhausted(measured)) return measured;
+  return absl::ResourceExhaustedError(fmt::format(
+      "the largest step does not fit on the device beside weights {}, workspace {}, others {} of "
+      "{}: {}; lower --max-num-batched-tokens or --max-num-seqs, or use more ranks "
+      "(--tensor-parallel-size)",
+      Gib(profile.weights), Gib(profile.workspace), Gib(profile.other), Gib(profile.total),
+      std::string(measured.message())));
+}
+
 std::vector<std::string> DescribeMemory(const MemoryProfile& profile, const KvDemand& demand) {
   const int64_t left = KvBytes(profile, demand);
   std::vector<std::string> lines = {

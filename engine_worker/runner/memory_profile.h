@@ -45,6 +45,10 @@ absl::Status CheckWeightsFit(const MemoryProfile& profile);
 // to change.
 absl::Status CheckKvFits(const MemoryProfile& profile, const KvDemand& demand);
 
+// Of the pass that measures what steps take: RESOURCE_EXHAUSTED becomes one that says what is taken
+// already and which flags make steps smaller; anything else stays as it is.
+absl::Status ExplainStepsThatDoNotFit(const absl::Status& measured, const MemoryProfile& profile);
+
 // A line for each part, for the log.
 std::vector<std::string> DescribeMemory(const MemoryProfile& profile, const KvDemand& demand);
 

@@ -70,6 +70,33 @@ TEST(MemoryProfile, WeightsThatDoNotFitAreToldBeforeTheyAreLoaded) {
   EXPECT_TRUE(CheckWeightsFit(profile).ok());
 }
 
+TEST(MemoryProfile, StepsThatDoNotFitSayWhatMakesThemSmaller) {
+  const absl::Status status =
+      ExplainStepsThatDoNotFit(absl::ResourceExhaustedError("allocating 77 bytes"), Profile());
+  EXPECT_TRUE(absl::IsResourceExhausted(status));
+  EXPECT_EQ(status.message(),
+            "the largest step does not fit on the device beside weights 60.00 GiB, workspace 4.00 "
+            "GiB, others 1.00 GiB of 100.00 GiB: allocating 77 bytes; lower "
+            "--max-num-batched-tokens or --max-num-seqs, or use more ranks "
+            "(--tensor-parallel-size)");
+  EXPECT_TRUE(ExplainStepsThatDoNotFit(absl::OkStatus(), Profile()).ok());
+  const absl::Status other = absl::InternalError("a fault");
+  EXPECT_EQ(ExplainStepsThatDoNotFit(other, Profile()), other);
+}
+
+// Where the least that operators take is more than what is free, it is an error whatever is asked.
+TEST(MemoryProfile, MoreTakenThanThereIsFitsNoDemand) {
+  MemoryProfile profile = Profile();
+  profile.scratch = profile.total - profile.other - profile.weights - profile.workspace + 1;
+  for (const double utilization : {0.1, 0.9, 1.0}) {
+    profile.utilization = utilization;
+    KvDemand demand = {.block_bytes = 1, .max_model_len = 1};
+    EXPECT_FALSE(CheckKvFits(profile, demand).ok());
+    demand.num_blocks_override = 1;
+    EXPECT_FALSE(CheckKvFits(profile, demand).ok());
+  }
+}
+
 TEST(MemoryProfile, AGroupOfRanksTakesItsPart) {
   MemoryProfile profile = Profile();
   profile.group = 16 * kGib;

@@ -30,6 +30,7 @@
 #include "kernels/cuda/rows/float_product.h"
 #include "kernels/cuda/rows/row_kernels.h"
 #include "kernels/cuda/sampling/sampling.h"
+#include "kernels/cuda/scratch.h"
 #include "kernels/cuda/shared_memory.h"
 #include "kernels/plan/product_plan.h"
 
@@ -57,34 +58,6 @@ class HostMemory final : public kernels::Buffer {
 
  private:
   const PinnedBuffer buffer_;
-};
-
-// Device memory that operators use one after another, each for its own; as large as the largest has
-// asked for. It grows while a model warms up; growing waits for the device, and cannot be captured.
-class Scratch {
- public:
-  void* Reserve(int64_t size_bytes, cudaStream_t stream) {
-    if (size_bytes > buffer_->size_bytes()) Grow(size_bytes, stream);
-    return buffer_->data();
-  }
-  // For a graph that works with it and outlives its growth.
-  std::shared_ptr<const DeviceBuffer> buffer() const { return buffer_; }
-
- private:
-  void Grow(int64_t size_bytes, cudaStream_t stream) {
-    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    CUDA_CALL(cudaStreamIsCapturing, stream, &capture);
-    CHECK(capture == cudaStreamCaptureStatusNone,
-          "a graph's operators need {} bytes of scratch memory, those that ran before it {}",
-          size_bytes, buffer_->size_bytes());
-    CUDA_CALL(cudaStreamSynchronize, stream);  // whoever still uses the smaller one
-    buffer_ = std::make_shared<const DeviceBuffer>();
-    absl::StatusOr<DeviceBuffer> larger = DeviceBuffer::Allocate(size_bytes);
-    CHECK(larger.ok(), "scratch memory: {}", larger.status().ToString());
-    buffer_ = std::make_shared<const DeviceBuffer>(*std::move(larger));
-  }
-
-  std::shared_ptr<const DeviceBuffer> buffer_ = std::make_shared<const DeviceBuffer>();
 };
 
 const CudaBatch& BatchOf(const DeviceBatch& batch) { return static_cast<const CudaBatch&>(batch); }
@@ -186,7 +159,8 @@ class CudaBackend final : public Backend {
   }
   absl::Status CopyToHost(void* host, const void* device, int64_t size_bytes) override {
     CopyToHostAsync(host, device, size_bytes);
-    return ToStatus(cudaStreamSynchronize(stream()), "copying to the host");
+    RETURN_IF_ERROR(ToStatus(cudaStreamSynchronize(stream()), "copying to the host"));
+    return no_scratch_;
   }
   void CopyFromHostAsync(void* device, const void* host, int64_t size_bytes) override {
     CUDA_CALL(cudaMemcpyAsync, device, host, static_cast<size_t>(size_bytes),
@@ -197,15 +171,17 @@ class CudaBackend final : public Backend {
               cudaMemcpyDeviceToHost, stream());
   }
   std::unique_ptr<kernels::Event> Record() override {
-    return RecordEvent(stream(), EventTiming::kOn);
+    return RecordEvent(stream(), EventTiming::kOn, no_scratch_);
   }
 
   absl::StatusOr<std::unique_ptr<Graph>> Capture(std::string name,
                                                  std::function<absl::Status()> operators) override {
+    RETURN_IF_ERROR(no_scratch_);
     return CudaGraph::Capture(std::move(name), operators, stream(),
                               {scratch_.buffer(), mlp_scratch_.buffer()});
   }
   absl::Status Launch(const Graph& graph) override {
+    RETURN_IF_ERROR(no_scratch_);
     return static_cast<const CudaGraph&>(graph).Launch();
   }
 
@@ -267,8 +243,9 @@ class CudaBackend final : public Backend {
     const int64_t workspace_bytes = matrix.workspace().Bytes(num_rows, [&](int64_t max_rows) {
       return LinearWorkspaceBytes(matmul_, matrix.packed().layout, max_rows);
     });
+    if (!Reserve(&scratch_, workspace_bytes)) return;
     LaunchLinear(matmul_, {.x = x, .num_rows = num_rows, .w = &matrix.packed(), .y = y},
-                 scratch_.Reserve(workspace_bytes, stream()), stream());
+                 scratch_.data(), stream());
   }
 
   void RopeAngles(const DeviceBatch& batch, int head_dim, float theta, float compression_ratio,
@@ -323,13 +300,14 @@ class CudaBackend final : public Backend {
       const int64_t workspace_bytes = gate_up.workspace().Bytes(num_rows, [&](int64_t max_rows) {
         return SwiGluMlpWorkspaceBytes(matmul_, packed, max_rows);
       });
+      if (!Reserve(&scratch_, workspace_bytes)) return;
       LaunchSwiGluMlp(matmul_, {.x = x, .num_rows = num_rows, .mlp = &packed, .y = y},
-                      scratch_.Reserve(workspace_bytes, stream()), stream());
+                      scratch_.data(), stream());
       return;
     }
     const int64_t width = down.k();
-    auto* gate_up_out = static_cast<float*>(
-        mlp_scratch_.Reserve(num_rows * 3 * width * static_cast<int64_t>(sizeof(float)), stream()));
+    if (!Reserve(&mlp_scratch_, num_rows * 3 * width * static_cast<int64_t>(sizeof(float)))) return;
+    auto* gate_up_out = static_cast<float*>(mlp_scratch_.data());
     float* activations = gate_up_out + num_rows * 2 * width;
     Linear(x, num_rows, gate_up, {gate_up_out, 2 * width});
     LaunchSwiGlu({gate_up_out, 2 * width}, num_rows, width, {activations, width}, stream());
@@ -348,7 +326,8 @@ class CudaBackend final : public Backend {
       const int64_t rows = std::min(kFloatPassRows, num_rows - first);
       const int64_t n = matrix.n();
       const plan::FloatProductPlan plan = PlanFor(rows, matrix);
-      float* logits = FloatScratch(num_rows, matrix);
+      if (!ReserveFloatScratch(num_rows, matrix)) return;
+      auto* logits = static_cast<float*>(scratch_.data());
       LaunchFloatProduct(
           plan, ProductOf({x.row(first), x.stride}, rows, matrix, {logits, n}, logits), stream());
       LaunchSelectExperts({.logits = logits,
@@ -376,6 +355,7 @@ class CudaBackend final : public Backend {
       return MoeMlpWorkspaceBytes(matmul_, *group.mlps().front(), group.num_experts(), top_k,
                                   shared_mlp, max_rows);
     });
+    if (!Reserve(&scratch_, workspace_bytes)) return;
     LaunchMoeMlp(matmul_,
                  {.x = x,
                   .num_rows = num_rows,
@@ -385,7 +365,7 @@ class CudaBackend final : public Backend {
                   .expert_weights = expert_weights,
                   .shared = shared_mlp,
                   .y = y},
-                 scratch_.Reserve(workspace_bytes, stream()), stream());
+                 scratch_.data(), stream());
   }
 
   void CopyRows(ConstRows from, int64_t num_rows, int64_t columns, Rows to) override {
@@ -400,6 +380,7 @@ class CudaBackend final : public Backend {
   }
 
   void Sample(ConstRows logits, int64_t vocab_size, DeviceBatch* batch, int32_t* ids) override {
+    if (!no_scratch_.ok()) return;  // no logits: the ids stay some that the vocabulary has
     const CudaBatch& rows = BatchOf(*batch);
     CHECK(!rows.has_penalties() || vocab_size == rows.counted_vocab_size(),
           "vocab_size={} counted_vocab_size={}", vocab_size, rows.counted_vocab_size());
@@ -492,8 +473,16 @@ class CudaBackend final : public Backend {
             .partials = partials};
   }
 
+  // Whether the scratch memory is so large now. If not there is no room on the device, and from
+  // then on no operator that needs any runs, whose results others would take for indices: steps
+  // fail.
+  bool Reserve(Scratch* scratch, int64_t size_bytes) {
+    if (no_scratch_.ok()) no_scratch_ = scratch->Reserve(size_bytes, stream());
+    return no_scratch_.ok();
+  }
+
   // For products of up to num_rows rows with `w`, in passes; a smaller number may need more.
-  float* FloatScratch(int64_t num_rows, const CudaMatrix& w) {
+  bool ReserveFloatScratch(int64_t num_rows, const CudaMatrix& w) {
     const int64_t bytes = w.workspace().Bytes(num_rows, [&](int64_t max_rows) {
       int64_t floats = 0;
       for (int64_t rows = 1; rows <= std::min(max_rows, kFloatPassRows); ++rows) {
@@ -502,14 +491,15 @@ class CudaBackend final : public Backend {
       }
       return floats * static_cast<int64_t>(sizeof(float));
     });
-    return static_cast<float*>(scratch_.Reserve(bytes, stream()));
+    return Reserve(&scratch_, bytes);
   }
 
   void FloatLinear(ConstRows x, int64_t num_rows, const CudaMatrix& w, Rows y) {
     for (int64_t first = 0; first < num_rows; first += kFloatPassRows) {
       const int64_t rows = std::min(kFloatPassRows, num_rows - first);
       const plan::FloatProductPlan plan = PlanFor(rows, w);
-      float* partials = FloatScratch(num_rows, w);
+      if (!ReserveFloatScratch(num_rows, w)) return;
+      auto* partials = static_cast<float*>(scratch_.data());
       const Rows y_rows = {y.row(first), y.stride};
       LaunchFloatProduct(plan, ProductOf({x.row(first), x.stride}, rows, w, y_rows, partials),
                          stream());
@@ -537,7 +527,8 @@ class CudaBackend final : public Backend {
   AttentionScratch attention_scratch_;
   WeightArena weight_arena_;
   Scratch scratch_;
-  Scratch mlp_scratch_;  // beside scratch_, for an MLP that is made of two linear layers
+  Scratch mlp_scratch_;      // beside scratch_, for an MLP that is made of two linear layers
+  absl::Status no_scratch_;  // the first failure to get some
   cpu::ThreadPool host_threads_;
   plan::CodeLineErrors code_line_errors_;
 };

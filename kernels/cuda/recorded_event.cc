@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "common/check.h"
+#include "common/status_macros.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/cuda_status.h"
 
@@ -12,11 +13,13 @@ namespace {
 
 class RecordedEvent final : public kernels::Event {
  public:
-  explicit RecordedEvent(cuda::Event event) : event_(std::move(event)) {}
+  RecordedEvent(cuda::Event event, absl::Status failed)
+      : event_(std::move(event)), failed_(std::move(failed)) {}
 
   bool IsDone() override { return cudaEventQuery(event_.get()) != cudaErrorNotReady; }
   absl::Status Wait() override {
-    return ToStatus(cudaEventSynchronize(event_.get()), "waiting for what was computed");
+    RETURN_IF_ERROR(ToStatus(cudaEventSynchronize(event_.get()), "waiting for what was computed"));
+    return failed_;
   }
   int64_t MicrosecondsSince(const kernels::Event& earlier) const override {
     float milliseconds = 0;
@@ -27,15 +30,17 @@ class RecordedEvent final : public kernels::Event {
 
  private:
   const cuda::Event event_;
+  const absl::Status failed_;
 };
 
 }  // namespace
 
-std::unique_ptr<kernels::Event> RecordEvent(cudaStream_t stream, EventTiming timing) {
+std::unique_ptr<kernels::Event> RecordEvent(cudaStream_t stream, EventTiming timing,
+                                            absl::Status failed) {
   absl::StatusOr<cuda::Event> event = CreateEvent(timing);
   CHECK(event.ok(), "{}", event.status().ToString());
   CUDA_CALL(cudaEventRecord, event->get(), stream);
-  return std::make_unique<RecordedEvent>(*std::move(event));
+  return std::make_unique<RecordedEvent>(*std::move(event), std::move(failed));
 }
 
 }  // namespace wintserve::kernels::cuda
