@@ -176,6 +176,32 @@ absl::StatusOr<DeviceMemory> QueryMemory([[maybe_unused]] const kernels::Backend
 #endif
 }
 
+// The same once nobody gives memory back any more: the driver may need seconds for that of an
+// instance that has just ended. Room for the weights is waited for as long as that may take.
+absl::StatusOr<DeviceMemory> QuerySteadyMemory(const kernels::Backend& backend, double utilization,
+                                               int64_t weights) {
+  using std::chrono::milliseconds;
+  constexpr milliseconds kPatience(10000);
+  constexpr milliseconds kPause(100);
+  const auto deadline = std::chrono::steady_clock::now() + kPatience;
+  ASSIGN_OR_RETURN(DeviceMemory memory, QueryMemory(backend));
+  bool told = false;
+  while (std::chrono::steady_clock::now() < deadline) {
+    std::this_thread::sleep_for(kPause);
+    const DeviceMemory before = memory;
+    ASSIGN_OR_RETURN(memory, QueryMemory(backend));
+    const bool is_enough = CheckWeightsFit({.total = memory.total,
+                                            .utilization = utilization,
+                                            .other = memory.total - memory.free,
+                                            .weights = weights})
+                               .ok();
+    if (memory.free <= before.free && is_enough) break;
+    if (!is_enough && !told) LOG_INFO("waiting for memory of the GPU that others still hold");
+    told |= !is_enough;
+  }
+  return memory;
+}
+
 // Weights on a backend, from files or without.
 struct OpenedWeights {
   std::unique_ptr<Checkpoint> checkpoint;  // null for dummy weights; outlives the source
@@ -252,11 +278,13 @@ absl::Status ProfileSteps(const ServeOptions& options, Collective* group, Model*
 absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig& config,
                                   RankGroup* group, LoadedModel* loaded) {
   kernels::Backend* backend = loaded->backend.get();
-  ASSIGN_OR_RETURN(const DeviceMemory at_start, QueryMemory(*backend));
+  const int64_t weights = CudaWeightBytes(config, group->rank(), group->world_size());
+  ASSIGN_OR_RETURN(const DeviceMemory at_start,
+                   QuerySteadyMemory(*backend, options.gpu_memory_utilization, weights));
   MemoryProfile profile = {.total = at_start.total,
                            .utilization = options.gpu_memory_utilization,
-                           .other = at_start.total - at_start.free};
-  profile.weights = CudaWeightBytes(config, group->rank(), group->world_size());
+                           .other = at_start.total - at_start.free,
+                           .weights = weights};
   RETURN_IF_ERROR(CheckWeightsFit(profile));
 
   ASSIGN_OR_RETURN(loaded->model, LoadWeights(options, config, backend, group));
