@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def free_ports(count):
     sockets = [socket.socket() for _ in range(count)]
     for s in sockets:
-        s.bind(("127.0.0.1", 0))
+        s.bind(("", 0))  # on every address, as the server does
     ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:
         s.close()

@@ -19,6 +19,10 @@ BIN = Path(os.environ.get("WINTSERVE_BIN", ROOT / "build/cpu/bin"))
 POET = ROOT / "models/poet"
 DEVICE = os.environ.get("WINTSERVE_DEVICE", "cpu")
 
+# Of a GPU a server takes nearly all memory by itself, so that a second one beside it would find none. The
+# default is what tests/gpu/serve_check runs with.
+DEVICE_FLAGS = [] if DEVICE == "cpu" else ["--num-gpu-blocks-override", 8192]
+
 # A GPU rounds elsewhere, so that its text may part from the goldens at a near-tie and its logits differ by
 # more than their tolerance; tests/accuracy says by how much they may.
 compares_with_goldens = pytest.mark.skipif(DEVICE != "cpu", reason="the goldens are the CPU's")
@@ -99,7 +103,7 @@ class Server:
         self.log_file = self.log_path.open("w")
         command = [BIN / "wintserve", "serve", "--model", model, "--device", DEVICE, "--port", self.port,
                    "--metrics-port", self.metrics_port, "--engine-worker-queue-port", self.queue_port,
-                   "--cache-queue-port", self.cache_port, *flags]
+                   "--cache-queue-port", self.cache_port, *DEVICE_FLAGS, *flags]
         self.process = subprocess.Popen(
             [str(c) for c in command], cwd=ROOT, stdout=self.log_file, stderr=subprocess.STDOUT,
             env={**os.environ, "XDG_RUNTIME_DIR": str(self.runtime), "WINTSERVE_E2E_ID": self.id})
