@@ -24,6 +24,9 @@ if(SANITIZE)
 endif()
 
 if(ENABLE_CUDA)
+  if(EVERY_LANE_ARRIVES)
+    add_compile_definitions(WINTSERVE_EVERY_LANE_ARRIVES)
+  endif()
   # -lineinfo costs nothing at run time and lets compute-sanitizer and profilers name source lines.
   set(cuda_options --Werror all-warnings -Xcompiler=-Wall,-Wextra,-Werror,-fno-omit-frame-pointer
       -lineinfo --expt-relaxed-constexpr)

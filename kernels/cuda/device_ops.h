@@ -401,3 +401,19 @@ WINTSERVE_DEVICE uint32_t FetchAndOr(uint32_t* word, uint32_t bits) { return ato
 #define WINTSERVE_NO_UNROLL
 
 #endif
+
+namespace wintserve::kernels::cuda {
+
+// How often a warp arrives at a barrier. One lane does for all, behind a SyncWarp, but where each
+// is to arrive itself: compute-sanitizer's racecheck does not follow the former
+// (tests/gpu/README.md).
+#if defined(WINTSERVE_EVERY_LANE_ARRIVES)
+inline constexpr int kWarpArrivals = 32;
+#else
+inline constexpr int kWarpArrivals = 1;
+#endif
+WINTSERVE_DEVICE void ArriveForWarp(int lane, uint32_t barrier) {
+  if (kWarpArrivals == 32 || lane == 0) ArriveAtBarrier(barrier);
+}
+
+}  // namespace wintserve::kernels::cuda

@@ -100,8 +100,8 @@ WINTSERVE_DEVICE void Announce(uint32_t full) {
   }
 }
 
-// source: [round][lane][4] words; sums: [lane]. Two warps. kLoads: the second warp's reads are loads;
-// else there are none, as for a tool that does not see what wgmma reads.
+// source: [round][lane][4] words; sums: [lane]. Two warps. kLoads: the second warp's reads are
+// loads; else there are none, as for a tool that does not see what wgmma reads.
 template <Full kFull, Empty kEmpty, Race kRace, bool kLoads>
 __global__ void Ring(const uint8_t* source, uint32_t* sums) {
   const uint32_t places = SharedBase();

@@ -485,7 +485,7 @@ class CachedWorker {
       own += plan::kTileSumFloats;
     }
     SyncWarp();
-    if (warp_.lane == 0) ArriveAtBarrier(SharedAddressOf(shared_.full + 8 * buffer));
+    ArriveForWarp(warp_.lane, SharedAddressOf(shared_.full + 8 * buffer));
   }
 
   // Adds up the warp's shares of step number `index`. The warps take turns in what has tokens.
@@ -506,7 +506,7 @@ class CachedWorker {
       SyncWarp();
     }
     share_ -= shares;
-    if (warp_.lane == 0) ArriveAtBarrier(SharedAddressOf(shared_.empty + 8 * buffer));
+    ArriveForWarp(warp_.lane, SharedAddressOf(shared_.empty + 8 * buffer));
   }
 
   WINTSERVE_DEVICE float* SumsOf(unsigned buffer) const {
@@ -543,8 +543,8 @@ WINTSERVE_DEVICE void CachedProduct(const ProductParams& p, uint8_t* shared_memo
   const CachedShared<kTiles, kStageChunks> shared(p, warp, shared_memory);
   if (warp.slice == 0 && warp.lane == 0) {
     for (int buffer = 0; buffer < 2; ++buffer) {
-      InitBarrier(SharedAddressOf(shared.full + 8 * buffer), p.slices);
-      InitBarrier(SharedAddressOf(shared.empty + 8 * buffer), p.slices);
+      InitBarrier(SharedAddressOf(shared.full + 8 * buffer), p.slices * kWarpArrivals);
+      InitBarrier(SharedAddressOf(shared.empty + 8 * buffer), p.slices * kWarpArrivals);
     }
   }
   const Schedule schedule = BuildSchedule(p, plan::kBlockTokens, shared_memory);

@@ -261,7 +261,7 @@ WINTSERVE_DEVICE void StoreRound(const ProductParams& p, const ResidentShared<kC
       StoreRows(p, round, share / 4, share % 4, sums);
     }
     SyncWarp();
-    if (ThreadIndex() % 32 == 0) ArriveAtBarrier(SharedAddressOf(shared.empty + 8 * buffer));
+    ArriveForWarp(ThreadIndex() % 32, SharedAddressOf(shared.empty + 8 * buffer));
   }
 }
 
@@ -273,8 +273,8 @@ WINTSERVE_DEVICE void ResidentProduct(const ProductParams& p, uint8_t* shared_me
   const ResidentShared<kChunks> shared(p, shared_memory);
   if (ThreadIndex() == 0) {
     for (int buffer = 0; buffer < 2; ++buffer) {
-      InitBarrier(SharedAddressOf(shared.full + 8 * buffer), p.slices);
-      InitBarrier(SharedAddressOf(shared.empty + 8 * buffer), 4 * kRound);
+      InitBarrier(SharedAddressOf(shared.full + 8 * buffer), p.slices * kWarpArrivals);
+      InitBarrier(SharedAddressOf(shared.empty + 8 * buffer), 4 * kRound * kWarpArrivals);
     }
   }
   const Schedule schedule = BuildSchedule(p, plan::kBlockTokens, shared_memory);
@@ -369,7 +369,7 @@ WINTSERVE_DEVICE void ResidentProduct(const ProductParams& p, uint8_t* shared_me
         round->scales[lane] = inverse_scale;
       }
       SyncWarp();
-      if (lane == 0) ArriveAtBarrier(SharedAddressOf(shared.full + 8 * buffer));
+      ArriveForWarp(lane, SharedAddressOf(shared.full + 8 * buffer));
       if (index > 0) {
         StoreRound<kChunks>(p, shared, index - 1, share);
         share = next_share();

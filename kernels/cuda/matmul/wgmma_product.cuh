@@ -11,7 +11,7 @@
 // loads from the place have ended; it is read when all copies into it have arrived at its `full`
 // barrier: the bulk copies by their bytes, each thread that copies when its own have landed and
 // been published to the proxy of wgmma. (compute-sanitizer's racecheck does not follow these
-// barriers and takes each second use of a place for a hazard.)
+// barriers where one lane arrives for its warp: tests/gpu/README.md.)
 //
 // Sums are formed as in the other kernels: group by group from the correction on (WINT2, then one
 // multiply-add with the local scale), or in one accumulator with the corrections added between
@@ -61,10 +61,10 @@ class WgmmaProduct {
     if (static_cast<uint32_t>(ThreadIndex()) == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
         InitBarrier(full(stage), kBulkWarps + plan::kWarpgroupThreads);
-        InitBarrier(empty(stage), kConsumerWarps);
+        InitBarrier(empty(stage), kConsumerWarps * kWarpArrivals);
       }
       for (int i = 0; i < plan::kWgmmaConsumers; ++i) {
-        InitBarrier(turn(i), plan::kWarpgroupThreads / 32);
+        InitBarrier(turn(i), plan::kWarpgroupThreads / 32 * kWarpArrivals);
       }
       PublishBarriers();
     }
@@ -381,7 +381,7 @@ class WgmmaProduct {
   }
   WINTSERVE_DEVICE void Release(int stage) const {
     SyncWarp();
-    if (lane_ == 0) ArriveAtBarrier(empty(stage));
+    ArriveForWarp(lane_, empty(stage));
   }
 
   // The warp's tile of a row block; beyond the last tile it computes that one again, for nobody.
@@ -472,7 +472,7 @@ class WgmmaProduct {
         Start(stage, group, operands->a[kDecodesAhead ? group : i], sums->group[i]);
       }
       if constexpr (kTakesTurns) {
-        if (lane_ == 0) ArriveAtBarrier(turn(1 - group_));
+        ArriveForWarp(lane_, turn(1 - group_));
       }
       if (kPromotes && group == 0 && ended_slice >= 0) EndSlice(ended_slice, sums);
       if constexpr (kDecodesAhead) {
