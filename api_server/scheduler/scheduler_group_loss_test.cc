@@ -567,6 +567,25 @@ TEST(Isolation, ARequestRunsAloneWhateverItsPlaceAndTheOthersAfterIt) {
   world.ExpectAllBlocksBack();
 }
 
+TEST(Isolation, ALastRowOfAnotherRequestThatIsLostHasToWait) {
+  FakeWorld world({.max_num_seqs = 2, .async_depth = 1});
+  world.Submit(10, 2);
+  world.Settle();
+  world.Submit(20, 5);
+  world.scheduler().SetIsolated(2);  // the last row of 1 is in flight
+  world.LoseGroup();
+  EXPECT_EQ(world.scheduler().stats().num_running, 0);
+  while (!world.ended({2, 0})) {
+    ASSERT_FALSE(testing::Test::HasFailure());
+    world.Settle();
+    world.FinishPlan();
+  }
+  EXPECT_THAT(world.tokens(1), IsEmpty());
+  world.RunToEnd();
+  world.ExpectAllTokens();
+  world.ExpectAllBlocksBack();
+}
+
 TEST(Isolation, EndsWithItsRequestOrWhenToldAndLastsOverGroupLosses) {
   FakeWorld world({.max_num_seqs = 2, .async_depth = 1});
   world.Submit(10, 8);
