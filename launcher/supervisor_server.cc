@@ -7,6 +7,7 @@
 
 #include "common/log.h"
 #include "common/status_macros.h"
+#include "common/token.h"
 #include "common/unix_socket.h"
 #include "proto/supervisor.pb.h"
 
@@ -16,16 +17,6 @@ namespace {
 constexpr size_t kMaxConnections = 64;
 constexpr size_t kMaxEndedEpochs = 64;
 constexpr uint64_t kMaxGroupMemoryBytes = uint64_t{1} << 30;
-
-// Takes equally long wherever the first difference is.
-bool EqualInConstantTime(const std::string& a, const std::string& b) {
-  if (a.size() != b.size()) return false;
-  volatile unsigned char difference = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    difference = difference | static_cast<unsigned char>(a[i] ^ b[i]);
-  }
-  return difference == 0;
-}
 
 absl::Status SetNonBlocking(int fd) {
   const int flags = ::fcntl(fd, F_GETFL);
@@ -92,7 +83,7 @@ bool SupervisorServer::ServeConnection(Connection* connection) {
   const absl::StatusOr<Packet> packet = ReceivePacket(connection->fd.get(), 0);
   if (!packet.ok()) return absl::IsDeadlineExceeded(packet.status());
   proto::SupervisorRequest request;
-  if (!request.ParseFromString(packet->bytes) || !EqualInConstantTime(request.token(), token_)) {
+  if (!request.ParseFromString(packet->bytes) || !TokensEqual(token_, request.token())) {
     if (const auto more = stranger_log_->Admit()) {
       LOG_WARNING("supervisor.sock: dropped a peer without the instance's token{}", *more);
     }
