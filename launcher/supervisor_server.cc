@@ -36,8 +36,8 @@ absl::StatusOr<SupervisorServer> SupervisorServer::Listen(const std::string& pat
 }
 
 void SupervisorServer::AddPollFds(std::vector<pollfd>* fds) const {
-  // Beyond the limit peers wait in the backlog.
-  if (connections_.size() < kMaxConnections) fds->push_back({listener_.get(), POLLIN, 0});
+  // Others wait in the backlog.
+  if (CanAccept()) fds->push_back({listener_.get(), POLLIN, 0});
   for (const Connection& connection : connections_) {
     fds->push_back({connection.fd.get(), POLLIN, 0});
   }
@@ -59,8 +59,17 @@ void SupervisorServer::Serve(const std::vector<pollfd>& fds) {
   }
 }
 
+bool SupervisorServer::CanAccept() const {
+  return connections_.size() < kMaxConnections ||
+         !std::ranges::all_of(connections_, &Connection::is_known);
+}
+
 void SupervisorServer::Accept() {
+  if (!CanAccept()) return;
   absl::StatusOr<UniqueFd> connection = AcceptUnix(listener_.get());
+  if (connection.ok() && connections_.size() == kMaxConnections) {
+    connections_.erase(std::ranges::find(connections_, false, &Connection::is_known));  // the oldest
+  }
   if (connection.ok() && SetNonBlocking(connection->get()).ok()) {
     connections_.push_back({*std::move(connection)});
   }
@@ -89,6 +98,7 @@ bool SupervisorServer::ServeConnection(Connection* connection) {
     }
     return false;
   }
+  connection->is_known = true;
   if (request.has_watch_workers()) connection->watches = true;
   const absl::StatusOr<int> fd = Answer(request);
   proto::SupervisorReply reply;
