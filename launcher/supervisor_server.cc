@@ -68,7 +68,8 @@ void SupervisorServer::Accept() {
   if (!CanAccept()) return;
   absl::StatusOr<UniqueFd> connection = AcceptUnix(listener_.get());
   if (connection.ok() && connections_.size() == kMaxConnections) {
-    connections_.erase(std::ranges::find(connections_, false, &Connection::is_known));  // the oldest
+    connections_.erase(
+        std::ranges::find(connections_, false, &Connection::is_known));  // the oldest
   }
   if (connection.ok() && SetNonBlocking(connection->get()).ok()) {
     connections_.push_back({*std::move(connection)});

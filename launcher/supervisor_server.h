@@ -57,7 +57,7 @@ class SupervisorServer {
   struct Connection {
     UniqueFd fd;
     bool is_known = false;  // has shown the token
-    bool watches = false;  // sends WorkerExit there
+    bool watches = false;   // sends WorkerExit there
   };
 
   // Whether one more peer can be served: there is room, or somebody who has said nothing makes it.
