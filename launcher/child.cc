@@ -42,8 +42,22 @@ const char* ProgramOf(ChildRole role) {
 
 }  // namespace
 
-Child MakeChild(ChildRole role, int rank, const Instance& instance, const ReservedPorts& ports) {
+std::string LogNameOf(ChildRole role, int rank) {
+  switch (role) {
+    case ChildRole::kApiServer:
+      return "api_server";
+    case ChildRole::kEngineWorker:
+      return fmt::format("engine_worker.{}", rank);
+    case ChildRole::kCacheManager:
+      return "cache_manager";
+  }
+  return "";
+}
+
+Child MakeChild(ChildRole role, int rank, const Instance& instance, const ReservedPorts& ports,
+                InstanceLog* log) {
   Child child;
+  child.output = ChildOutput(LogNameOf(role, rank), log);
   child.role = role;
   child.instance = instance;
   switch (role) {
@@ -78,6 +92,8 @@ absl::Status SpawnChild(const ReservedPorts& ports, Child* child) {
       std::getenv("GLIBC_TUNABLES"))};
   options.descriptors.push_back({instance_fd.get(), kInstanceFd});
   if (instance.http_fd >= 0) options.descriptors.push_back({ports.http.get(), kHttpFd});
+  ASSIGN_OR_RETURN(const UniqueFd output, child->output.Open());
+  options.output_fd = output.get();
   if (instance.metrics_fd >= 0) options.descriptors.push_back({ports.metrics.get(), kMetricsFd});
   ++child->num_starts;
   ASSIGN_OR_RETURN(child->process, ChildProcess::Spawn(options));

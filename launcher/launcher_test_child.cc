@@ -2,7 +2,8 @@
 // itself to $LAUNCHER_TEST_DIR/<name>, then behaves as $<NAME>_BEHAVIOUR says: "run" (end on
 // SIGTERM with code 0), "ignore" SIGTERM, "exit:CODE", "exit_on_term:CODE", "abort",
 // "exit_after:MILLISECONDS" (with code 0), "report_hang" (of the cache manager, after 4 s, twice);
-// "later:BEHAVIOUR": "run" the first time, so from the second start on.
+// "later:BEHAVIOUR": "run" the first time, so from the second start on; "talk:BEHAVIOUR": 20,000
+// lines of 100 bytes on stderr before. "abort" leaves a line without end there.
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <signal.h>
@@ -67,7 +68,14 @@ int main(int argc, char** argv) {
   const char* set = std::getenv(variable.c_str());
   std::string behaviour = set == nullptr ? "run" : set;
   if (behaviour.starts_with("later:")) behaviour = is_first_start ? "run" : behaviour.substr(6);
-  if (behaviour == "abort") std::abort();
+  if (behaviour.starts_with("talk:")) {
+    for (int i = 0; i < 20'000; ++i) fmt::print(stderr, "{:099}\n", i);
+    behaviour = behaviour.substr(5);
+  }
+  if (behaviour == "abort") {
+    fmt::print(stderr, "last words");
+    std::abort();
+  }
   if (behaviour.starts_with("exit:")) return std::atoi(behaviour.c_str() + 5);
   if (behaviour.starts_with("exit_after:")) {
     ::usleep(1000 * std::atoi(behaviour.c_str() + 11));

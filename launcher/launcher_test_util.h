@@ -73,9 +73,11 @@ class LauncherTest : public ::testing::Test {
              const std::map<std::string, std::string>& behaviours = {}) {
     // The shell sends both streams to files and then becomes the launcher.
     ChildOptions options;
-    options.argv = {"/bin/sh", "-c",
-                    fmt::format("exec \"$0\" \"$@\" >{0}/stdout 2>{0}/stderr", dir_.string()),
-                    (dir_ / "bin" / "wintserve").string()};
+    options.argv = {
+        "/bin/sh", "-c",
+        fmt::format("{1} exec \"$0\" \"$@\" >{0}/stdout 2>{2}", dir_.string(), before_exec_,
+                    stderr_.empty() ? (dir_ / "stderr").string() : stderr_),
+        (dir_ / "bin" / "wintserve").string()};
     options.argv.insert(options.argv.end(), args.begin(), args.end());
     options.environment = {"XDG_RUNTIME_DIR=" + (dir_ / "run").string(),
                            "LAUNCHER_TEST_DIR=" + (dir_ / "reports").string()};
@@ -180,6 +182,8 @@ class LauncherTest : public ::testing::Test {
   }
 
   fs::path dir_;
+  std::string before_exec_;  // for the shell: ends with ;
+  std::string stderr_;       // where the launcher's goes instead of the file: path or &-
   ChildProcess launcher_;
 };
 

@@ -49,12 +49,16 @@ void BlockSupervisedSignals() {
   ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   // Who reads our stderr may go away before us.
   ::signal(SIGPIPE, SIG_IGN);
+  // A limit on the size of files is a full disk to us.
+  ::signal(SIGXFSZ, SIG_IGN);
 }
 
-Supervisor::Supervisor(Instance instance, ReservedPorts ports, SupervisorServer server)
+Supervisor::Supervisor(Instance instance, ReservedPorts ports, SupervisorServer server,
+                       InstanceLog* log)
     : instance_(std::move(instance)),
       ports_(std::move(ports)),
       server_(std::move(server)),
+      log_(log),
       started_(Clock::now()) {
   const sigset_t signals = SupervisedSignals();
   signal_fd_.Reset(::signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK));
@@ -88,7 +92,7 @@ absl::Status Supervisor::StartAll() {
 }
 
 absl::Status Supervisor::Start(ChildRole role, int rank) {
-  Child child = MakeChild(role, rank, instance_, ports_);
+  Child child = MakeChild(role, rank, instance_, ports_, log_);
   RETURN_IF_ERROR(SpawnChild(ports_, &child));
   children_.push_back(std::move(child));
   return absl::OkStatus();
@@ -98,6 +102,7 @@ void Supervisor::WaitForNews() {
   std::vector<pollfd> fds = {{signal_fd_.get(), POLLIN, 0}};
   for (const Child& child : children_) {
     if (child.process.running()) fds.push_back({child.process.pidfd(), POLLIN, 0});
+    if (child.output.fd() >= 0) fds.push_back({child.output.fd(), POLLIN, 0});
   }
   server_.AddPollFds(&fds);
   std::optional<Clock::time_point> until;
@@ -111,7 +116,10 @@ void Supervisor::WaitForNews() {
     const auto left = std::chrono::ceil<milliseconds>(*until - Clock::now());
     timeout_ms = static_cast<int>(std::max<int64_t>(0, left.count()));
   }
-  if (::poll(fds.data(), fds.size(), timeout_ms) > 0) server_.Serve(fds);
+  if (::poll(fds.data(), fds.size(), timeout_ms) <= 0) return;
+  // First, while a number stands for what was polled.
+  server_.Serve(fds);
+  for (Child& child : children_) child.output.Read();
 }
 
 void Supervisor::ReadSignals() {
@@ -140,6 +148,7 @@ void Supervisor::ReapEnded() {
 }
 
 void Supervisor::HandleExit(Child* child, const ChildExit& how) {
+  child->output.Finish();  // its last words come before ours
   if (child->role == ChildRole::kEngineWorker) {
     proto::WorkerExit worker_exit;
     worker_exit.set_rank(child->instance.rank);
@@ -312,8 +321,7 @@ void Supervisor::AdvanceStop() {
     for (Child& child : children_) {
       if (!child.process.running() || !child.stopped) continue;
       LOG_WARNING("{} did not stop in time: killed", child.name);
-      child.process.Signal(SIGKILL);
-      child.process.Wait(-1);
+      KillAndReap(&child);
       if (draining_ && child.role == ChildRole::kApiServer) exit_code_ = kExitDrainTimeout;
     }
   }
@@ -339,7 +347,13 @@ void Supervisor::KillAll() {
     child.stopped = true;
     child.process.Signal(SIGKILL);
   }
-  for (Child& child : children_) child.process.Wait(-1);
+  for (Child& child : children_) KillAndReap(&child);
+}
+
+void Supervisor::KillAndReap(Child* child) {
+  child->process.Signal(SIGKILL);
+  child->process.Wait(-1);
+  child->output.Finish();
 }
 
 bool Supervisor::AnyRunning(std::optional<ChildRole> role) const {

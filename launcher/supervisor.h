@@ -29,15 +29,15 @@
 namespace wintserve {
 
 // Blocks the signals that a Supervisor answers, so that one that comes before Run is not lost, and
-// ignores SIGPIPE. Call first in main, before any thread starts.
+// ignores SIGPIPE and SIGXFSZ. Call first in main, before any thread starts.
 void BlockSupervisedSignals();
 
 // Threading: the main thread only (children die with the thread that spawned them).
 class Supervisor {
  public:
   // `instance` as the API server gets it, but for the descriptors; `ports` stay reserved until the
-  // Supervisor goes.
-  Supervisor(Instance instance, ReservedPorts ports, SupervisorServer server);
+  // Supervisor goes. `log` must live longer; null: the children write where we do.
+  Supervisor(Instance instance, ReservedPorts ports, SupervisorServer server, InstanceLog* log);
 
   // Starts everything, returns the exit code once nothing runs any more.
   int Run();
@@ -66,6 +66,7 @@ class Supervisor {
   void AdvanceStop();
   void StopRole(ChildRole role);
   void KillAll();
+  void KillAndReap(Child* child);
   bool AnyRunning(std::optional<ChildRole> role) const;
   bool AnyToStart() const;
   // Whether there may be requests that need the other processes.
@@ -74,6 +75,7 @@ class Supervisor {
   const Instance instance_;
   ReservedPorts ports_;
   SupervisorServer server_;
+  InstanceLog* const log_;
   UniqueFd signal_fd_;
   std::vector<Child> children_;
   Clock::time_point started_;

@@ -370,7 +370,7 @@ std::optional<Failure> CheckTogether(const ServeOptions& options, const Sources&
                        fmt::format("{}: {}", source->second.place, broken->reason));
 }
 
-void AddNotes(const std::function<const char*(const char*)>& get_env, Draft* draft) {
+void AddNotes(Draft* draft) {
   ServeOptions& options = draft->command->options;
   if (options.use_cudagraph && options.device == "cpu") {
     draft->Note("use-cudagraph", "there are no CUDA graphs on --device cpu; ignored");
@@ -378,9 +378,6 @@ void AddNotes(const std::function<const char*(const char*)>& get_env, Draft* dra
   }
   if (draft->given.contains("gpu-memory-utilization") && options.device == "cpu") {
     draft->Note("gpu-memory-utilization", "there is no GPU on --device cpu; ignored");
-  }
-  if (get_env("FD_LOG_DIR") != nullptr) {
-    draft->command->notes.push_back("FD_LOG_DIR: logs go to stderr; ignored");
   }
 }
 
@@ -460,6 +457,10 @@ CommandLine ParseVerb(Verb verb, const std::vector<std::string>& args,
   if (const char* keys = get_env("FD_API_KEY"); keys != nullptr && verb == Verb::kServe) {
     sources.emplace("api-key", Source{absl::StrSplit(keys, ',', absl::SkipEmpty()), "FD_API_KEY"});
   }
+  const char* log_dir = get_env("FD_LOG_DIR");
+  if (log_dir != nullptr && *log_dir != '\0') {
+    sources.emplace("log-dir", Source{{log_dir}, "FD_LOG_DIR"});
+  }
 
   CommandLine command;
   command.verb = verb;
@@ -488,7 +489,7 @@ CommandLine ParseVerb(Verb verb, const std::vector<std::string>& args,
   if (verb == Verb::kGenerate && command.generate.prompt.empty()) {
     return Failure(kExitUsage, "--prompt: needs a text").ToCommandLine();
   }
-  AddNotes(get_env, &draft);
+  AddNotes(&draft);
   return command;
 }
 

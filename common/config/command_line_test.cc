@@ -471,8 +471,14 @@ TEST(CommandLine, AFeatureThatIsNotBuiltSaysSoOnce) {
                                "--enable-mm=false", "--revision=master"}) {
     EXPECT_THAT(Serve({harmless}).notes, IsEmpty()) << harmless;
   }
-  EXPECT_THAT(Serve({}, {{"FD_LOG_DIR", "/log"}}).notes,
-              ElementsAre("FD_LOG_DIR: logs go to stderr; ignored"));
+}
+
+TEST(CommandLine, TheLogDirectoryIsTheFlagsOrTheEnvironments) {
+  EXPECT_EQ(Serve({}).options.log_dir, "");
+  EXPECT_EQ(Serve({"--log-dir=a"}).options.log_dir, "a");
+  EXPECT_EQ(Serve({}, {{"FD_LOG_DIR", "/log"}}).options.log_dir, "/log");
+  EXPECT_EQ(Serve({}, {{"FD_LOG_DIR", ""}}).options.log_dir, "");
+  EXPECT_EQ(Serve({"--log-dir=a"}, {{"FD_LOG_DIR", "/log"}}).options.log_dir, "a");
 }
 
 TEST(CommandLine, MoreLogprobsThanThereAreSaysSo) {

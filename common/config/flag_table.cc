@@ -271,6 +271,9 @@ void AddOperationFlags(std::vector<Flag>* flags) {
   flags->push_back(Text("log-level", kOperation, &ServeOptions::log_level,
                         "debug, info, warning or error; debug shows prompts",
                         {"debug", "info", "warning", "error"}));
+  flags->push_back(ServeOnly(
+      Text("log-dir", kOperation, &ServeOptions::log_dir,
+           "Directory of a log file for each process; default: FD_LOG_DIR; none: stderr only")));
   // Before --drain-timeout, which wins when both are given.
   flags->push_back(
       ServeOnly(Bounded(0, kMaxTimeoutSeconds,

@@ -61,6 +61,7 @@ Instance UnusualInstance() {
   options.num_gpu_blocks_override = 11;
   options.swap_space_gib = 0.1;
   options.log_level = "debug";
+  options.log_dir = "/log";
   options.drain_timeout_ms = int64_t{1} << 40;
   options.orphan_timeout_ms = 20;
   options.fault_hold_ms = 21;
@@ -150,7 +151,7 @@ TEST(Instance, RefusesWhatItDidNotWrite) {
       {"option of another type", changed([](auto& j) { j["options"]["port"] = "x"; }), kAllSeals,
        "options.port: wrong type"},
       {"option of a newer version", changed([](auto& j) { j["options"]["new"] = 1; }), kAllSeals,
-       "45 fields, expected 44"},
+       "46 fields, expected 45"},
       {"list of the wrong thing", changed([](auto& j) { j["options"]["api_keys"] = {1}; }),
        kAllSeals, "options.api_keys: wrong type"},
       {"an array", "[]", kAllSeals, "array"},

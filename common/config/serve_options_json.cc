@@ -54,6 +54,7 @@ void VisitFields(Options& options, Visit&& visit) {
   visit("num_gpu_blocks_override", options.num_gpu_blocks_override);
   visit("swap_space_gib", options.swap_space_gib);
   visit("log_level", options.log_level);
+  visit("log_dir", options.log_dir);
   visit("drain_timeout_ms", options.drain_timeout_ms);
   visit("orphan_timeout_ms", options.orphan_timeout_ms);
   visit("fault_hold_ms", options.fault_hold_ms);
