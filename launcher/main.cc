@@ -1,7 +1,6 @@
 // The `wintserve` command.
 #include <fcntl.h>
 #include <fmt/format.h>
-#include <sys/random.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -10,27 +9,19 @@
 #include <string_view>
 #include <vector>
 
-#include "common/check.h"
 #include "common/config/command_line.h"
 #include "common/config/serve_options_json.h"
 #include "common/exit_code.h"
 #include "common/log.h"
 #include "launcher/child.h"
 #include "launcher/instance_log.h"
+#include "launcher/instance_token.h"
 #include "launcher/preflight.h"
 #include "launcher/runtime_dir.h"
 #include "launcher/supervisor.h"
 
 namespace wintserve {
 namespace {
-
-constexpr size_t kTokenBytes = 32;
-
-std::string RandomToken() {
-  std::string token(kTokenBytes, '\0');
-  CHECK(::getrandom(token.data(), token.size(), 0) == static_cast<ssize_t>(token.size()));
-  return token;
-}
 
 int Fail(int exit_code, const std::string& text) {
   fmt::print(stderr, "error: {}\n", text);
@@ -66,6 +57,14 @@ int RunInstance(CommandLine command) {
     const std::string warning = RaiseDescriptorLimit(command.options);
     if (!warning.empty()) LOG_WARNING("{}", warning);
   }
+  std::vector<std::string> warnings;
+  error = CheckQueueTls(command.options, &warnings);
+  if (!error.ok()) return Fail(error.exit_code, error.text);
+  std::string token_warning;
+  auto token = MakeInstanceToken(command.options, &token_warning);
+  if (!token.ok()) return Fail(kExitUsage, std::string(token.status().message()));
+  if (!token_warning.empty()) warnings.push_back(std::move(token_warning));
+  for (const std::string& warning : warnings) LOG_WARNING("{}", warning);
   Instance instance;
   instance.options = std::move(command.options);
   ReservedPorts ports;
@@ -76,7 +75,7 @@ int RunInstance(CommandLine command) {
     return Fail(kExitInternal, std::string(runtime_dir.status().message()));
   }
   instance.runtime_dir = runtime_dir->path();
-  instance.token = RandomToken();
+  instance.token = *std::move(token);
   if (command.verb == Verb::kGenerate) {
     instance.mode = "generate";
     instance.generate_json = command.generate.ToJson();

@@ -56,9 +56,12 @@ class SupervisorServer {
 
   struct Connection {
     UniqueFd fd;
-    bool watches = false;  // sends WorkerExit there
+    bool is_known = false;  // has shown the token
+    bool watches = false;   // sends WorkerExit there
   };
 
+  // Whether one more peer can be served: there is room, or somebody who has said nothing makes it.
+  bool CanAccept() const;
   void Accept();
   bool ServeConnection(Connection* connection);  // false: drop it
   // The descriptor that goes with the reply, or -1.

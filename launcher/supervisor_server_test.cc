@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <random>
 #include <thread>
 
 #include "common/captured_log_test_util.h"
@@ -268,6 +269,32 @@ TEST_F(SupervisorServerTest, APeerThatDoesNotReadStopsNobody) {
     if (!SendPacket(deaf.get(), GroupMemoryRequest(7, 4096)).ok()) break;
   }
   EXPECT_TRUE(Ask(Connect(), 7, 4096).ok());
+}
+
+TEST_F(SupervisorServerTest, PeersThatSayNothingMakeRoom) {
+  const UniqueFd known = Connect();
+  ASSERT_TRUE(Ask(known, 7, 4096).ok());
+  std::vector<UniqueFd> silent;
+  for (int i = 0; i < 300; ++i) silent.push_back(Connect());
+  EXPECT_TRUE(Ask(Connect(), 7, 4096).ok());
+  EXPECT_TRUE(Ask(known, 7, 4096).ok()) << "one that has shown the token stays";
+}
+
+TEST_F(SupervisorServerTest, RandomPacketsOfAnySizeEndTheirConnectionAndNothingElse) {
+  std::mt19937 random(1);
+  for (int i = 0; i < 300; ++i) {
+    std::string bytes = i % 2 == 0 ? std::string(random() % kMaxPacketBytes, '\0')
+                                   : GroupMemoryRequest(random(), random());
+    const size_t num_changes = i % 2 == 0 ? bytes.size() : 1 + random() % 4;
+    for (size_t n = 0; n < num_changes; ++n) {
+      bytes[i % 2 == 0 ? n : random() % bytes.size()] = static_cast<char>(random());
+    }
+    const UniqueFd hostile = Connect();
+    ASSERT_TRUE(SendPacket(hostile.get(), bytes, i % 3 == 0 ? STDERR_FILENO : -1).ok());
+    (void)ReceivePacket(hostile.get(), kTimeoutMs);  // a changed request may still be one
+  }
+  const auto memory = Ask(Connect(), 1u << 31, 4096);
+  EXPECT_TRUE(memory.ok()) << memory.status();
 }
 
 TEST_F(SupervisorServerTest, AFloodOfStrangersIsAFewLinesInTheLog) {

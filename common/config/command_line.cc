@@ -11,6 +11,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "common/config/flag.h"
+#include "common/config/queue_flags.h"
 #include "common/config/yaml_file.h"
 #include "common/exit_code.h"
 #include "common/status_macros.h"
@@ -356,8 +357,15 @@ void FillDefaults(const Draft& draft) {
   if (options.port != 0 && options.metrics_port == options.port) options.metrics_port.reset();
 }
 
+std::optional<BrokenRule> CheckQueues(const ServeOptions& options) {
+  const std::optional<QueueFlagError> error = CheckQueueFlags(options);
+  if (!error.has_value()) return std::nullopt;
+  return BrokenRule{error->flag, error->reason};
+}
+
 std::optional<Failure> CheckTogether(const ServeOptions& options, const Sources& sources) {
   std::optional<BrokenRule> broken = CheckPorts(options);
+  if (!broken.has_value()) broken = CheckQueues(options);
   if (!broken.has_value()) broken = CheckLimits(options);
   if (!broken.has_value()) broken = CheckChunking(options, sources);
   if (!broken.has_value()) broken = CheckDevice(options);
@@ -378,6 +386,9 @@ void AddNotes(Draft* draft) {
   }
   if (draft->given.contains("gpu-memory-utilization") && options.device == "cpu") {
     draft->Note("gpu-memory-utilization", "there is no GPU on --device cpu; ignored");
+  }
+  for (std::string& warning : QueueFlagWarnings(options)) {
+    draft->command->notes.push_back(std::move(warning));
   }
 }
 
