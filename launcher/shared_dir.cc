@@ -60,7 +60,10 @@ absl::Status CheckLength(const std::string& path) {
 
 absl::StatusOr<SharedDir> SharedDir::Open(const std::string& path, const std::string& role) {
   RETURN_IF_ERROR(CheckLength(path));
-  if (::mkdir(path.c_str(), 0700) != 0 && errno != EEXIST) return Error(path);
+  const bool made = ::mkdir(path.c_str(), 0700) == 0;
+  if (!made && errno != EEXIST) return Error(path);
+  // A directory of a volume that belongs to a group passes its set-group-ID bit on.
+  if (made && ::chmod(path.c_str(), 0700) != 0) return Error(path);
   if (const absl::Status status = CheckPrivateDirectory(path); !status.ok()) {
     return absl::Status(status.code(),
                         fmt::format("--runtime-dir: {}", std::string(status.message())));

@@ -50,6 +50,14 @@ TEST_F(SharedDirTest, BothRolesHaveTheSamePrivateDirectoryAndToken) {
   EXPECT_EQ(info.st_mode & 0777, 0600u);
 }
 
+TEST_F(SharedDirTest, IsPrivateInAVolumeThatBelongsToAGroup) {
+  ASSERT_EQ(::chmod(parent_.c_str(), 02777), 0);
+  MustOpen("engine");
+  struct stat info = {};
+  ASSERT_EQ(::stat(path_.c_str(), &info), 0);
+  EXPECT_EQ(info.st_mode & 07777, 0700u);
+}
+
 TEST_F(SharedDirTest, ARoleHasOneLauncherAndKnowsWhetherTheOtherRuns) {
   const SharedDir engine = MustOpen("engine");
   EXPECT_FALSE(engine.OtherRuns());
