@@ -7,6 +7,7 @@
 #include <chrono>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "api_server/http/http_server.h"
@@ -97,13 +98,14 @@ int Serve(const Instance& instance, LLM* llm, std::shared_ptr<prometheus::Regist
   if (!server.ok()) return Fail(server.status());
   LogStartupLines(options.host, options.port, options.metrics_port.value_or(options.port));
 
+  bool was_ready = false;
   while (true) {
     const int signal = NextSignal();
     if (signal == kReadySignal) {
-      LogStartupComplete();
+      if (!std::exchange(was_ready, true)) LogStartupComplete();
     } else if (signal == kFatalSignal) {
       WriteErrors(server->get());
-      return kExitInternal;  // the engine has said why
+      return was_ready ? kExitInternal : kExitNeverReady;  // the engine has said why
     } else {
       return Drain(server->get(), std::chrono::milliseconds(options.drain_timeout_ms));
     }

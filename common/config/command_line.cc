@@ -323,6 +323,22 @@ std::optional<BrokenRule> CheckDevice(const ServeOptions& options) {
   return std::nullopt;
 }
 
+std::optional<BrokenRule> CheckRole(const ServeOptions& options) {
+  const bool shares = !options.runtime_dir.empty();
+  if (options.role == "all" && shares) {
+    return BrokenRule{"runtime-dir",
+                      "is what --role api and --role engine share; one launcher "
+                      "alone makes its own"};
+  }
+  if (options.role != "all" && !shares) {
+    return BrokenRule{
+        "role", fmt::format("{} needs --runtime-dir, the directory that it shares with --role "
+                            "{}",
+                            options.role, options.role == "api" ? "engine" : "api")};
+  }
+  return std::nullopt;
+}
+
 std::optional<BrokenRule> CheckCaching(const ServeOptions& options) {
   if (options.enable_prefix_caching) {
     if (options.cache_isolation == "key" && options.api_keys.empty()) {
@@ -369,6 +385,7 @@ std::optional<Failure> CheckTogether(const ServeOptions& options, const Sources&
   if (!broken.has_value()) broken = CheckLimits(options);
   if (!broken.has_value()) broken = CheckChunking(options, sources);
   if (!broken.has_value()) broken = CheckDevice(options);
+  if (!broken.has_value()) broken = CheckRole(options);
   if (!broken.has_value()) broken = CheckCaching(options);
   if (!broken.has_value()) return std::nullopt;
   const auto source = sources.find(broken->flag);
@@ -378,7 +395,7 @@ std::optional<Failure> CheckTogether(const ServeOptions& options, const Sources&
                        fmt::format("{}: {}", source->second.place, broken->reason));
 }
 
-void AddNotes(const std::function<const char*(const char*)>& get_env, Draft* draft) {
+void AddNotes(Draft* draft) {
   ServeOptions& options = draft->command->options;
   if (options.use_cudagraph && options.device == "cpu") {
     draft->Note("use-cudagraph", "there are no CUDA graphs on --device cpu; ignored");
@@ -389,9 +406,6 @@ void AddNotes(const std::function<const char*(const char*)>& get_env, Draft* dra
   }
   for (std::string& warning : QueueFlagWarnings(options)) {
     draft->command->notes.push_back(std::move(warning));
-  }
-  if (get_env("FD_LOG_DIR") != nullptr) {
-    draft->command->notes.push_back("FD_LOG_DIR: logs go to stderr; ignored");
   }
 }
 
@@ -471,6 +485,10 @@ CommandLine ParseVerb(Verb verb, const std::vector<std::string>& args,
   if (const char* keys = get_env("FD_API_KEY"); keys != nullptr && verb == Verb::kServe) {
     sources.emplace("api-key", Source{absl::StrSplit(keys, ',', absl::SkipEmpty()), "FD_API_KEY"});
   }
+  const char* log_dir = get_env("FD_LOG_DIR");
+  if (log_dir != nullptr && *log_dir != '\0') {
+    sources.emplace("log-dir", Source{{log_dir}, "FD_LOG_DIR"});
+  }
 
   CommandLine command;
   command.verb = verb;
@@ -499,7 +517,7 @@ CommandLine ParseVerb(Verb verb, const std::vector<std::string>& args,
   if (verb == Verb::kGenerate && command.generate.prompt.empty()) {
     return Failure(kExitUsage, "--prompt: needs a text").ToCommandLine();
   }
-  AddNotes(get_env, &draft);
+  AddNotes(&draft);
   return command;
 }
 

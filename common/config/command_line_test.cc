@@ -282,6 +282,14 @@ TEST(CommandLine, OneLineSaysWhatIsWrong) {
       {{"--block-size", "32"}, "error: --block-size: must be 64 (got 32)"},
       {{"--swap-space", "x"}, "error: --swap-space: must be a number, 0..1048576 (got x)"},
       {{"--drain-timeout", "-1"}, "error: --drain-timeout: must be 0..86400 (got -1)"},
+      {{"--role=both"}, "error: --role: must be one of all, api, engine (got both)"},
+      {{"--role=api"},
+       "error: --role: api needs --runtime-dir, the directory that it shares with --role engine"},
+      {{"--role=engine"},
+       "error: --role: engine needs --runtime-dir, the directory that it shares with --role api"},
+      {{"--runtime-dir=/run/x"},
+       "error: --runtime-dir: is what --role api and --role engine share; one launcher alone makes "
+       "its own"},
       {{"--orphan-timeout", "0"}, "error: --orphan-timeout: must be 1..86400 (got 0)"},
       {{"--fault-hold", "86401"}, "error: --fault-hold: must be 0..86400 (got 86401)"},
       {{"--host", "::1"}, "error: --host: must be an IPv4 address or localhost (got ::1)"},
@@ -441,8 +449,14 @@ TEST(CommandLine, AFeatureThatIsNotBuiltSaysSoOnce) {
                                "--enable-mm=false", "--revision=master"}) {
     EXPECT_THAT(Serve({harmless}).notes, IsEmpty()) << harmless;
   }
-  EXPECT_THAT(Serve({}, {{"FD_LOG_DIR", "/log"}}).notes,
-              ElementsAre("FD_LOG_DIR: logs go to stderr; ignored"));
+}
+
+TEST(CommandLine, TheLogDirectoryIsTheFlagsOrTheEnvironments) {
+  EXPECT_EQ(Serve({}).options.log_dir, "");
+  EXPECT_EQ(Serve({"--log-dir=a"}).options.log_dir, "a");
+  EXPECT_EQ(Serve({}, {{"FD_LOG_DIR", "/log"}}).options.log_dir, "/log");
+  EXPECT_EQ(Serve({}, {{"FD_LOG_DIR", ""}}).options.log_dir, "");
+  EXPECT_EQ(Serve({"--log-dir=a"}, {{"FD_LOG_DIR", "/log"}}).options.log_dir, "a");
 }
 
 TEST(CommandLine, MoreLogprobsThanThereAreSaysSo) {
