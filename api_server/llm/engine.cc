@@ -111,9 +111,10 @@ WorkQueueEvents Engine::WorkerEvents() {
             broken(fmt::format("engine worker {} reports a fault ({}): {}", rank,
                                NameOf(fault.kind), fault.text));
           },
-      .on_disconnected =
-          [broken](uint32_t rank, const std::string& reason) {
-            broken(fmt::format("engine worker {} is gone: {}", rank, reason));
+      .on_aborted = [](uint32_t, const AbortedMessage&) {},
+      .on_detached =
+          [broken](uint32_t rank, uint64_t /*worker_id*/, const absl::Status& status) {
+            broken(fmt::format("engine worker {} is gone: {}", rank, TextOf(status)));
           },
       .on_refused =
           [](const std::string& reason) { LOG_ERROR("refused an engine worker: {}", reason); },

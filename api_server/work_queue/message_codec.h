@@ -36,7 +36,7 @@ struct HelloMessage {
 };
 
 using WorkerMessage = std::variant<HelloMessage, ReadyMessage, StepDone, HeartbeatMessage,
-                                   PoolDetachedMessage, FaultMessage>;
+                                   PoolDetachedMessage, FaultMessage, AbortedMessage>;
 
 struct EncodedPlan {
   std::string message;  // a whole ServerMessage
@@ -47,6 +47,7 @@ std::string EncodeWorkerMessage(const WorkerMessage& message);
 std::string EncodeServerMessage(const ConfigureWorker& configure);
 std::string EncodeServerMessage(const AttachPool& attach);
 std::string EncodeServerMessage(const DetachPool& detach);
+std::string EncodeServerMessage(const AbortGroup& abort);
 std::string EncodeServerMessage(const ShutdownWorker& shutdown);
 EncodedPlan EncodePlanMessage(const StepPlan& plan);
 

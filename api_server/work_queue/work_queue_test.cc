@@ -83,10 +83,17 @@ WorkQueueEvents LogTo(EventLog* log) {
           },
       .on_fault =
           [log](uint32_t rank, const FaultMessage& fault) {
-            log->Add(fmt::format("fault {} {}", rank, fault.text));
+            log->Add(fmt::format("fault {} {}{}", rank, fault.text,
+                                 fault.kv_trusted ? ", its KV is right" : ""));
           },
-      .on_disconnected = [log](uint32_t rank,
-                               const std::string&) { log->Add(fmt::format("gone {}", rank)); },
+      .on_aborted =
+          [log](uint32_t rank, const AbortedMessage& aborted) {
+            log->Add(fmt::format("aborted {} {}", rank, aborted.group_epoch));
+          },
+      .on_detached =
+          [log](uint32_t rank, uint64_t worker_id, const absl::Status& status) {
+            log->Add(fmt::format("gone {} ({}): {}", rank, worker_id, status.ToString()));
+          },
       .on_refused = [log](const std::string& reason) { log->Add("refused " + reason); },
   };
 }
@@ -129,6 +136,7 @@ TEST_F(WorkQueueTest, CarriesTheStartUpAndAStepOfTwoRanks) {
   const StepPlan plan{.group_epoch = 5, .step = 1, .rows = {{3, 0, 2, true, {8, 9}}}};
   const uint64_t plan_hash = server_->SendPlan(plan);
   server_->Send(DetachPool{6});
+  server_->Send(AbortGroup{5, "rank 1 is gone"});
   server_->Send(ShutdownWorker{});
 
   for (WorkQueueClient* client : {rank0->get(), rank1->get()}) {
@@ -145,6 +153,10 @@ TEST_F(WorkQueueTest, CarriesTheStartUpAndAStepOfTwoRanks) {
     auto detach = client->Next();
     ASSERT_TRUE(detach.ok()) << detach.status();
     EXPECT_EQ(std::get<DetachPool>(*detach).pool_epoch, 6u);
+    auto abort = client->Next();
+    ASSERT_TRUE(abort.ok()) << abort.status();
+    EXPECT_EQ(std::get<AbortGroup>(*abort).group_epoch, 5u);
+    EXPECT_EQ(std::get<AbortGroup>(*abort).reason, "rank 1 is gone");
     auto shutdown = client->Next();
     ASSERT_TRUE(shutdown.ok()) << shutdown.status();
     EXPECT_TRUE(std::holds_alternative<ShutdownWorker>(*shutdown));
@@ -153,11 +165,13 @@ TEST_F(WorkQueueTest, CarriesTheStartUpAndAStepOfTwoRanks) {
   EXPECT_TRUE((*rank0)->SendHeartbeat(1, 0, 77).ok());
   EXPECT_TRUE((*rank0)->SendStepDone({.step = 1, .plan_hash = 0xf0}).ok());
   EXPECT_TRUE((*rank0)->SendPoolDetached(6).ok());
-  EXPECT_TRUE((*rank0)->SendFault(FaultKind::kDevice, "broken").ok());
-  const std::vector<std::string> lines = log_.WaitFor(7);
-  EXPECT_THAT(
-      std::vector(lines.begin() + 2, lines.end()),
-      ElementsAre("ready 0 5 6", "beat 0 77", "done 0 1 f0", "detached 0 6", "fault 0 broken"));
+  EXPECT_TRUE((*rank0)->SendAborted(5).ok());
+  EXPECT_TRUE((*rank0)->SendFault(FaultKind::kDevice, "broken", /*kv_trusted=*/false).ok());
+  EXPECT_TRUE((*rank0)->SendFault(FaultKind::kInternal, "lost", /*kv_trusted=*/true).ok());
+  const std::vector<std::string> lines = log_.WaitFor(9);
+  EXPECT_THAT(std::vector(lines.begin() + 2, lines.end()),
+              ElementsAre("ready 0 5 6", "beat 0 77", "done 0 1 f0", "detached 0 6", "aborted 0 5",
+                          "fault 0 broken", "fault 0 lost, its KV is right"));
 }
 
 TEST_F(WorkQueueTest, RefusesAWrongTokenWithoutSayingMore) {
@@ -212,11 +226,16 @@ TEST_F(WorkQueueTest, ReportsAWorkerThatLeavesAndLetsItsReplacementIn) {
   auto client = Attach(HelloOfRank(0, 1));
   ASSERT_TRUE(client.ok()) << client.status();
   client->reset();
-  EXPECT_THAT(log_.WaitFor(2), ElementsAre("hello 0", "gone 0"));
+  const char* const kGone = "gone 0 (100): UNAVAILABLE: the stream ended";
+  EXPECT_THAT(log_.WaitFor(2), ElementsAre("hello 0", kGone));
   server_->SendPlan({.step = 1});  // to nobody
   auto replacement = Attach(HelloOfRank(0, 1));
   ASSERT_TRUE(replacement.ok()) << replacement.status();
-  EXPECT_THAT(log_.WaitFor(3), ElementsAre("hello 0", "gone 0", "hello 0"));
+  EXPECT_THAT(log_.WaitFor(3), ElementsAre("hello 0", kGone, "hello 0"));
+  server_->Send(ConfigureWorker{.group_epoch = 6});
+  auto configure = (*replacement)->Next();
+  ASSERT_TRUE(configure.ok()) << configure.status();
+  EXPECT_EQ(std::get<ConfigureWorker>(*configure).group_epoch, 6u);
 }
 
 TEST_F(WorkQueueTest, AWorkerLearnsThatTheServerIsGone) {

@@ -100,7 +100,8 @@ absl::Status Worker::Serve() {
     if (status.ok()) return absl::OkStatus();
     if (absl::IsUnavailable(status) && WaitForStop(kStopSkewMs)) return absl::OkStatus();
     // The stream may be gone as well; the caller logs the status in any case.
-    queue_->SendFault(KindOf(status), std::string(status.message())).IgnoreError();
+    queue_->SendFault(KindOf(status), std::string(status.message()), /*kv_trusted=*/false)
+        .IgnoreError();
     return absl::Status(absl::StatusCode::kInternal, status.message());
   }
 }
@@ -165,6 +166,9 @@ absl::Status Worker::Handle(const ServerEvent& event) {
   if (const auto* configure = std::get_if<ConfigureWorker>(&event)) return Configure(*configure);
   if (const auto* attach = std::get_if<AttachPool>(&event)) return MapPool(*attach);
   if (const auto* detach = std::get_if<DetachPool>(&event)) return UnmapPool(*detach);
+  if (std::holds_alternative<AbortGroup>(event)) {
+    return absl::UnimplementedError("this worker does not join a group anew");
+  }
   return Execute(std::get<ReceivedPlan>(event));
 }
 
@@ -299,7 +303,10 @@ void Worker::Report(const absl::StatusOr<StepDone>& done) {
       MutexLock lock(&mutex_);
       step_error_ = absl::InternalError(done.status().message());
     }
-    queue_->SendFault(KindOf(done.status()), std::string(done.status().message())).IgnoreError();
+    queue_
+        ->SendFault(KindOf(done.status()), std::string(done.status().message()),
+                    /*kv_trusted=*/false)
+        .IgnoreError();
     queue_->Close();  // the thread that serves may be waiting there
     return;
   }

@@ -53,9 +53,16 @@ absl::Status FakeWorkQueue::SendHeartbeat(uint64_t step_started, uint64_t step_d
   return absl::OkStatus();
 }
 
-absl::Status FakeWorkQueue::SendFault(FaultKind kind, const std::string& text) {
+absl::Status FakeWorkQueue::SendAborted(uint64_t group_epoch) {
   MutexLock lock(&mutex_);
-  faults_.push_back({kind, text});
+  aborted_.push_back(group_epoch);
+  changed_.NotifyAll();
+  return absl::OkStatus();
+}
+
+absl::Status FakeWorkQueue::SendFault(FaultKind kind, const std::string& text, bool kv_trusted) {
+  MutexLock lock(&mutex_);
+  faults_.push_back({kind, text, kv_trusted});
   return absl::OkStatus();
 }
 
@@ -75,6 +82,12 @@ std::vector<uint64_t> FakeWorkQueue::WaitForDetached(size_t count) {
   MutexLock lock(&mutex_);
   changed_.Wait(&mutex_, [&]() NO_THREAD_SAFETY_ANALYSIS { return detached_.size() >= count; });
   return detached_;
+}
+
+std::vector<uint64_t> FakeWorkQueue::WaitForAborted(size_t count) {
+  MutexLock lock(&mutex_);
+  changed_.Wait(&mutex_, [&]() NO_THREAD_SAFETY_ANALYSIS { return aborted_.size() >= count; });
+  return aborted_;
 }
 
 int FakeWorkQueue::num_ready() {

@@ -16,6 +16,7 @@ class FakeWorkQueue : public WorkQueueClient {
   struct Fault {
     FaultKind kind;
     std::string text;
+    bool kv_trusted;
   };
   struct Beat {
     uint64_t step_started;
@@ -33,7 +34,8 @@ class FakeWorkQueue : public WorkQueueClient {
   absl::Status SendStepDone(const StepDone& done) override;
   absl::Status SendHeartbeat(uint64_t step_started, uint64_t step_done,
                              uint64_t resident_bytes) override;
-  absl::Status SendFault(FaultKind kind, const std::string& text) override;
+  absl::Status SendAborted(uint64_t group_epoch) override;
+  absl::Status SendFault(FaultKind kind, const std::string& text, bool kv_trusted) override;
   void Close() override { EndStream(); }
 
   // Wait until the worker has sent that many.
@@ -41,6 +43,7 @@ class FakeWorkQueue : public WorkQueueClient {
   std::vector<Beat> WaitForBeats(size_t count);
 
   std::vector<uint64_t> WaitForDetached(size_t count);  // pool epochs
+  std::vector<uint64_t> WaitForAborted(size_t count);   // group epochs
 
   int num_ready();
   std::vector<Fault> faults();
@@ -52,6 +55,7 @@ class FakeWorkQueue : public WorkQueueClient {
   bool ended_ GUARDED_BY(mutex_) = false;
   int num_ready_ GUARDED_BY(mutex_) = 0;
   std::vector<uint64_t> detached_ GUARDED_BY(mutex_);
+  std::vector<uint64_t> aborted_ GUARDED_BY(mutex_);
   std::vector<StepDone> steps_ GUARDED_BY(mutex_);
   std::vector<Beat> beats_ GUARDED_BY(mutex_);
   std::vector<Fault> faults_ GUARDED_BY(mutex_);

@@ -71,8 +71,8 @@ FakeWorker::~FakeWorker() {
 
 void FakeWorker::Kill() { client_->Close(); }
 
-absl::Status FakeWorker::SendFault(FaultKind kind, const std::string& text) {
-  return client_->SendFault(kind, text);
+absl::Status FakeWorker::SendFault(FaultKind kind, const std::string& text, bool kv_trusted) {
+  return client_->SendFault(kind, text, kv_trusted);
 }
 
 bool FakeWorker::WaitForShutdown() {
@@ -90,7 +90,8 @@ void FakeWorker::Run() {
       return;
     }
     if (const absl::Status status = Handle(*event); !status.ok()) {
-      (void)client_->SendFault(FaultKind::kInternal, std::string(status.message()));
+      (void)client_->SendFault(FaultKind::kInternal, std::string(status.message()),
+                               /*kv_trusted=*/false);
       return;
     }
   }

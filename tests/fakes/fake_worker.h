@@ -55,7 +55,7 @@ class FakeWorker {
 
   // Ends the stream as a dead process would.
   void Kill();
-  absl::Status SendFault(FaultKind kind, const std::string& text);
+  absl::Status SendFault(FaultKind kind, const std::string& text, bool kv_trusted = false);
   // Waits for the thread. True: the server said Shutdown.
   bool WaitForShutdown();
 

@@ -110,7 +110,8 @@ class Inbox {
             [this](uint32_t, const FaultMessage& fault) {
               Note([&]() NO_THREAD_SAFETY_ANALYSIS { fault_ = fault.text; });
             },
-        .on_disconnected = [](uint32_t, const std::string&) {},
+        .on_aborted = [](uint32_t, const AbortedMessage&) {},
+        .on_detached = [](uint32_t, uint64_t, const absl::Status&) {},
         .on_refused = [](const std::string& reason) { CHECK(false, "refused: {}", reason); }};
   }
 

@@ -76,8 +76,11 @@ class GrpcWorkQueueClient : public WorkQueueClient {
                              uint64_t resident_bytes) override {
     return Send(HeartbeatMessage{step_started, step_done, resident_bytes});
   }
-  absl::Status SendFault(FaultKind kind, const std::string& text) override {
-    return Send(FaultMessage{kind, text});
+  absl::Status SendAborted(uint64_t group_epoch) override {
+    return Send(AbortedMessage{group_epoch});
+  }
+  absl::Status SendFault(FaultKind kind, const std::string& text, bool kv_trusted) override {
+    return Send(FaultMessage{kind, text, kv_trusted});
   }
 
   void Close() override { context_.TryCancel(); }

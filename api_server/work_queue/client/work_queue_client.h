@@ -34,7 +34,10 @@ class WorkQueueClient {
   virtual absl::Status SendStepDone(const StepDone& done) = 0;
   virtual absl::Status SendHeartbeat(uint64_t step_started, uint64_t step_done,
                                      uint64_t resident_bytes) = 0;
-  virtual absl::Status SendFault(FaultKind kind, const std::string& text) = 0;
+  virtual absl::Status SendAborted(uint64_t group_epoch) = 0;  // the answer to AbortGroup
+  // kv_trusted: what this rank wrote to KV blocks is right up to the last step that it has
+  // reported.
+  virtual absl::Status SendFault(FaultKind kind, const std::string& text, bool kv_trusted) = 0;
 
   // Ends the stream: Next() returns UNAVAILABLE once it has handed out what had arrived.
   virtual void Close() = 0;

@@ -70,12 +70,10 @@ class AttachStream : public AttachReactor, public std::enable_shared_from_this<A
   const HelloMessage& hello() const { return hello_; }
 
   void OnReadDone(bool ok) override {
-    if (!ok) return Leave(grpc::Status::OK, "the stream ended");
+    if (!ok) return Leave(absl::UnavailableError("the stream ended"));
     absl::StatusOr<WorkerMessage> message = DecodeWorkerMessage(ToString(incoming_));
     absl::Status status = message.ok() ? Handle(*std::move(message)) : message.status();
-    if (!status.ok()) {
-      return Leave(ToGrpcStatus(status), std::string(status.message()));
-    }
+    if (!status.ok()) return Leave(status);
     StartRead(&incoming_);
   }
 
@@ -108,6 +106,7 @@ class AttachStream : public AttachReactor, public std::enable_shared_from_this<A
       events.on_pool_detached(rank, *detached);
     }
     if (auto* fault = std::get_if<FaultMessage>(&message)) events.on_fault(rank, *fault);
+    if (auto* aborted = std::get_if<AbortedMessage>(&message)) events.on_aborted(rank, *aborted);
     return absl::OkStatus();
   }
 
@@ -125,14 +124,16 @@ class AttachStream : public AttachReactor, public std::enable_shared_from_this<A
     return absl::OkStatus();
   }
 
-  void Leave(const grpc::Status& status, const std::string& reason) EXCLUDES(mutex_) {
+  void Leave(const absl::Status& reason) EXCLUDES(mutex_) {
     if (admitted_) {
-      {
-        MutexLock lock(&hub_->mutex);
-        hub_->streams[hello_.hello.rank].reset();
-      }
-      hub_->events.on_disconnected(hello_.hello.rank, reason);
+      // First: nobody else attaches as this rank before it is known that this one has left.
+      hub_->events.on_detached(hello_.hello.rank, hello_.hello.worker_id, reason);
+      MutexLock lock(&hub_->mutex);
+      hub_->streams[hello_.hello.rank].reset();
     }
+    // An end of the worker's doing is no error of the call.
+    const grpc::Status status =
+        absl::IsUnavailable(reason) ? grpc::Status::OK : ToGrpcStatus(reason);
     {
       MutexLock lock(&mutex_);
       finishing_ = true;
@@ -280,6 +281,7 @@ class GrpcWorkQueueServer : public WorkQueueServer {
   }
   void Send(const AttachPool& attach) override { Broadcast(EncodeServerMessage(attach)); }
   void Send(const DetachPool& detach) override { Broadcast(EncodeServerMessage(detach)); }
+  void Send(const AbortGroup& abort) override { Broadcast(EncodeServerMessage(abort)); }
   void Send(const ShutdownWorker& shutdown) override { Broadcast(EncodeServerMessage(shutdown)); }
 
   uint64_t SendPlan(const StepPlan& plan) override {

@@ -20,7 +20,8 @@ struct WorkQueueServerOptions {
 };
 
 // Called from gRPC's threads, in order for one rank; must not block. A rank is known by its number
-// from on_hello to on_disconnected, and no other event of that rank comes outside of the two.
+// from on_hello to on_detached, and no other event of that rank comes outside of the two. Then the
+// rank may attach anew, as the same process or as its replacement.
 struct WorkQueueEvents {
   std::function<void(const WorkerHello&)> on_hello;
   std::function<void(uint32_t rank, const ReadyMessage&)> on_ready;
@@ -28,14 +29,18 @@ struct WorkQueueEvents {
   std::function<void(uint32_t rank, const HeartbeatMessage&)> on_heartbeat;
   std::function<void(uint32_t rank, const PoolDetachedMessage&)> on_pool_detached;
   std::function<void(uint32_t rank, const FaultMessage&)> on_fault;
-  std::function<void(uint32_t rank, const std::string& reason)> on_disconnected;
+  std::function<void(uint32_t rank, const AbortedMessage&)> on_aborted;
+  // The stream has ended; whether its process has, it does not say. worker_id: of the Hello.
+  // status: UNAVAILABLE, or why the server has cut it: INVALID_ARGUMENT for what is no message of
+  // this protocol, FAILED_PRECONDITION for one out of order.
+  std::function<void(uint32_t rank, uint64_t worker_id, const absl::Status& status)> on_detached;
   // A worker with the right token whose Hello does not fit: another build, world size or
   // checkpoint, or a rank that is taken. It has been sent away with the same text.
   std::function<void(const std::string& reason)> on_refused;
 };
 
 // Owns the listening sockets and the streams. Threading: any thread; a call only queues a message.
-// A message for a rank that is not attached is dropped: on_disconnected is on its way.
+// A message for a rank that is not attached is dropped: on_detached is on its way.
 class WorkQueueServer {
  public:
   // UNAVAILABLE names the addresses that cannot be bound.
@@ -43,9 +48,11 @@ class WorkQueueServer {
       const WorkQueueServerOptions& options, WorkQueueEvents events);
   virtual ~WorkQueueServer() = default;  // Stop(0)
 
+  // To every attached rank.
   virtual void Send(const ConfigureWorker& configure) = 0;
   virtual void Send(const AttachPool& attach) = 0;
   virtual void Send(const DetachPool& detach) = 0;
+  virtual void Send(const AbortGroup& abort) = 0;
   virtual void Send(const ShutdownWorker& shutdown) = 0;
   // Serialises once and sends the same bytes to every rank. Returns the plan's hash.
   virtual uint64_t SendPlan(const StepPlan& plan) = 0;
