@@ -191,7 +191,7 @@ void Engine::SendToCache(std::vector<CacheCommand> commands) {
     void operator()(CommitCommand& c) const { cache->Commit(c.tag, std::move(c.request)); }
     void operator()(ReleaseCommand& c) const { cache->Release(std::move(c.entries)); }
     void operator()(ReturnCommand& c) const { cache->ReturnBlocks(std::move(c.blocks)); }
-    void operator()(CopyDoneCommand& c) const { cache->CopyDone(std::move(c.copy_ids)); }
+    void operator()(CopyDoneCommand& c) const { cache->CopyDone(std::move(c.copy_ids), 0); }
   };
   CHECK(cache_ != nullptr || commands.empty(), "{} commands without a session", commands.size());
   for (CacheCommand& command : commands) std::visit(Send{cache_.get()}, command);

@@ -133,10 +133,11 @@ class GrpcCacheClient final : public CacheClient,
   void Commit(uint64_t tag, CommitRequest request) override;
   void Release(std::vector<uint64_t> entries) override;
   void ReturnBlocks(std::vector<PoolBlock> blocks) override;
-  void CopyDone(std::vector<uint64_t> copy_ids) override;
+  void CopyDone(std::vector<uint64_t> copy_ids, uint64_t step) override;
   void Reconcile(std::vector<PinCount> pins, std::vector<PoolBlock> leased,
                  uint64_t last_copy_id) override;
   void Fence() override;
+  void DistrustSteps(uint64_t first_step) override;
   void Close() override;
 
  private:
@@ -242,6 +243,7 @@ void GrpcCacheClient::OpenPool(const PoolSpec& spec) {
   open->set_host_bytes(spec.host_bytes);
   open->set_block_size_tokens(static_cast<uint32_t>(spec.block_size_tokens));
   open->set_resume_only(spec.resume_only);
+  open->set_adopt_pool_epoch(spec.adopt_pool_epoch);
   Send(std::move(request));
 }
 
@@ -274,6 +276,7 @@ void GrpcCacheClient::Commit(uint64_t tag, CommitRequest commit) {
   proto::Commit* const message = request.mutable_commit();
   message->set_parent(commit.parent);
   message->set_salt(std::move(commit.salt));
+  message->set_step(commit.step);
   for (const CommitBlock& block : commit.blocks) {
     Write(block.block, message->add_blocks());
     message->mutable_tokens()->Add(block.tokens.begin(), block.tokens.end());
@@ -294,9 +297,11 @@ void GrpcCacheClient::ReturnBlocks(std::vector<PoolBlock> blocks) {
   Send(std::move(request));
 }
 
-void GrpcCacheClient::CopyDone(std::vector<uint64_t> copy_ids) {
+void GrpcCacheClient::CopyDone(std::vector<uint64_t> copy_ids, uint64_t step) {
   proto::CacheRequest request;
-  request.mutable_copy_done()->mutable_copy_ids()->Add(copy_ids.begin(), copy_ids.end());
+  proto::CopyDone* const done = request.mutable_copy_done();
+  done->mutable_copy_ids()->Add(copy_ids.begin(), copy_ids.end());
+  done->set_step(step);
   Send(std::move(request));
 }
 
@@ -316,6 +321,12 @@ void GrpcCacheClient::Reconcile(std::vector<PinCount> pins, std::vector<PoolBloc
 void GrpcCacheClient::Fence() {
   proto::CacheRequest request;
   request.mutable_fence();
+  Send(std::move(request));
+}
+
+void GrpcCacheClient::DistrustSteps(uint64_t first_step) {
+  proto::CacheRequest request;
+  request.mutable_distrust_steps()->set_first_step(first_step);
   Send(std::move(request));
 }
 

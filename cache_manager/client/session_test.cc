@@ -88,7 +88,7 @@ TEST_F(Session, CommitsMatchesReleasesWritesBackAndRestores) {
     const std::vector<CopyOrder> copies = recorder.CopyOut();
     ASSERT_THAT(copies, SizeIs(1));
     EXPECT_EQ(copies[0].direction, CopyDirection::kToHost);
-    client->CopyDone({copies[0].copy_id});
+    client->CopyDone({copies[0].copy_id}, /*step=*/9);
   }
   client->LeaseBlocks(4, 2);  // evicts two from the device
   ASSERT_THAT(recorder.Leased(4), SizeIs(2));

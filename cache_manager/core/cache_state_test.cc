@@ -18,13 +18,13 @@ TEST(CheckInvariants, SeesAnOrphan) {
   CacheEntry* const parent = state.index().FindOrAddChild(root, tokens).first;
   CacheEntry* const child = state.index().FindOrAddChild(parent, tokens).first;
   for (CacheEntry* const entry : {parent, child}) {
-    state.CommitBlock(entry, state.TakeBlock(BlockState::kLeased)->id);
+    state.CommitBlock(entry, state.TakeBlock(BlockState::kLeased)->id, /*step=*/1);
     entry->was_hit = true;
     state.Pin(entry);
   }
   state.Unpin(child, 1);
   const auto copy = state.StartWriteBack();
-  ASSERT_TRUE(copy.has_value() && state.EndCopy(copy->copy_id));
+  ASSERT_TRUE(copy.has_value() && state.EndCopy(copy->copy_id, /*step=*/2));
   ASSERT_TRUE(state.TakeBlock(BlockState::kLeased).has_value());  // the child's
   ASSERT_TRUE(state.IsOnHostOnly(*child));
   ASSERT_EQ(state.CheckInvariants(), absl::OkStatus());

@@ -134,7 +134,8 @@ absl::StatusOr<CommitRequest> ReadCommit(const proto::Commit& request, const Poo
   }
   RETURN_IF_ERROR(CheckTokens(kName, request.tokens()));
 
-  CommitRequest read{.parent = request.parent(), .salt = request.salt(), .blocks = {}};
+  CommitRequest read{
+      .parent = request.parent(), .salt = request.salt(), .blocks = {}, .step = request.step()};
   read.blocks.reserve(blocks.size());
   auto tokens = request.tokens().begin();
   for (const PoolBlock& block : blocks) {
@@ -159,6 +160,12 @@ absl::StatusOr<std::vector<uint64_t>> ReadCopyDone(const proto::CopyDone& reques
       CheckRange("CopyDone", "the number of copy_ids", request.copy_ids_size(), 0, kMaxCopyIds));
   RETURN_IF_ERROR(CheckDistinct("CopyDone", "copy_id", request.copy_ids()));
   return ReadIds("CopyDone", "copy_ids", request.copy_ids());
+}
+
+absl::StatusOr<uint64_t> ReadDistrustSteps(const proto::DistrustSteps& request) {
+  RETURN_IF_ERROR(CheckRange("DistrustSteps", "first_step", request.first_step(), uint64_t{1},
+                             std::numeric_limits<uint64_t>::max()));
+  return request.first_step();
 }
 
 absl::StatusOr<HeldState> ReadReconcile(const proto::Reconcile& request, const PoolLimits& limits) {

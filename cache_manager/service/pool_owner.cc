@@ -180,6 +180,14 @@ absl::Status PoolOwner::DispatchToPool(Pool* pool, const proto::CacheRequest& re
     case proto::CacheRequest::kCopyDone:
       reply->mutable_done();
       return CopyDone(pool, request.copy_done());
+    case proto::CacheRequest::kDistrustSteps: {
+      reply->mutable_done();
+      ASSIGN_OR_RETURN(const uint64_t first_step, ReadDistrustSteps(request.distrust_steps()));
+      const uint64_t num_entries = pool->cache->DistrustSteps(first_step);
+      LOG_INFO("session {}: steps from {} on are not trusted: {} entries match no more",
+               pool->session_id, first_step, num_entries);
+      return absl::OkStatus();
+    }
     default:
       CHECK(request.has_fence(), "request_case={}", static_cast<int>(request.request_case()));
       reply->mutable_done();
@@ -291,7 +299,7 @@ absl::Status PoolOwner::CopyDone(Pool* pool, const proto::CopyDone& request) {
   for (const uint64_t copy_id : copy_ids) {
     pool->write_backs.erase(copy_id);
     // One that is no longer under way was reported before a session broke, or fenced.
-    pool->cache->CopyDone(copy_id).IgnoreError();
+    pool->cache->CopyDone(copy_id, request.step()).IgnoreError();
   }
   return absl::OkStatus();
 }

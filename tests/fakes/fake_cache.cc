@@ -94,13 +94,13 @@ class FakeCache::Client : public CacheClient {
        [blocks = std::move(blocks)](PrefixCache* cache) { return cache->Return(blocks); });
   }
 
-  void CopyDone(std::vector<uint64_t> copy_ids) override {
+  void CopyDone(std::vector<uint64_t> copy_ids, uint64_t step) override {
     Do("CopyDone",
-       [this, copy_ids = std::move(copy_ids)](PrefixCache* cache) NO_THREAD_SAFETY_ANALYSIS {
+       [this, step, copy_ids = std::move(copy_ids)](PrefixCache* cache) NO_THREAD_SAFETY_ANALYSIS {
          for (const uint64_t copy_id : copy_ids) {
            cache_->pool_.write_backs.erase(copy_id);
            // One that is no longer under way was reported before a session broke, or fenced.
-           cache->CopyDone(copy_id).IgnoreError();
+           cache->CopyDone(copy_id, step).IgnoreError();
          }
          return absl::OkStatus();
        });
@@ -127,6 +127,13 @@ class FakeCache::Client : public CacheClient {
   void Fence() override {
     Do("Fence", [](PrefixCache* cache) {
       cache->Fence();
+      return absl::OkStatus();
+    });
+  }
+
+  void DistrustSteps(uint64_t first_step) override {
+    Do("DistrustSteps", [first_step](PrefixCache* cache) {
+      cache->DistrustSteps(first_step);
       return absl::OkStatus();
     });
   }
