@@ -59,7 +59,7 @@ class StreamCount {
   int count_ GUARDED_BY(mu_) = 0;
 };
 
-// Drops the pool when its grace ends.
+// Ends the session when its grace ends.
 class GraceTimer {
  public:
   explicit GraceTimer(PoolOwner* owner) : owner_(owner), thread_([this] { Run(); }) {}
@@ -82,7 +82,7 @@ class GraceTimer {
  private:
   void Run() EXCLUDES(mu_) {
     while (true) {
-      const auto next = owner_->DropExpired();
+      const auto next = owner_->EndExpiredSession();
       MutexLock lock(&mu_);
       const auto news = [this]() REQUIRES(mu_) { return woken_ || stopping_; };
       if (next.has_value()) {

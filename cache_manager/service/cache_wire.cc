@@ -88,7 +88,12 @@ absl::Status CheckDistinct(const char* request, const char* field, const WireIds
 absl::Status CheckOpenPool(const proto::OpenPool& request) {
   constexpr char kName[] = "OpenPool";
   if (request.api_epoch() == 0) return absl::InvalidArgumentError("OpenPool: api_epoch is 0");
-  RETURN_IF_ERROR(CheckRange(kName, "num_blocks", request.num_blocks(), 1u, kMaxId));
+  const bool adopts = request.adopt_pool_epoch() != 0;
+  if (adopts && !request.resume_only()) {
+    return absl::InvalidArgumentError(fmt::format(
+        "OpenPool: adopt_pool_epoch is {:#x} without resume_only", request.adopt_pool_epoch()));
+  }
+  RETURN_IF_ERROR(CheckRange(kName, "num_blocks", request.num_blocks(), adopts ? 0u : 1u, kMaxId));
   const int num_ranks = request.block_bytes_by_rank_size();
   RETURN_IF_ERROR(CheckRange(kName, "the number of block_bytes_by_rank", num_ranks, 1, kMaxRanks));
   for (int rank = 0; rank < num_ranks; ++rank) {
