@@ -3,7 +3,6 @@
 #include <fmt/core.h>
 
 #include <atomic>
-#include <random>
 #include <unordered_map>
 #include <utility>
 
@@ -27,12 +26,6 @@ constexpr int64_t kCacheFlushTimeoutMs = 5'000;
 constexpr double kBytesPerGib = 1 << 30;
 constexpr double kMaxSwapSpaceGib = 1 << 20;  // its bytes fit 64 bits
 
-// Not 0, which stands for "none" in a message that lacks the field.
-uint64_t RandomEpoch() {
-  std::random_device random;
-  return (uint64_t{random()} << 32 | random()) | 1;
-}
-
 class LlmImpl : public LLM {
  public:
   LlmImpl(LlmOptions options, std::unique_ptr<Tokenizer> tokenizer, GenerationConfig generation,
@@ -50,7 +43,8 @@ class LlmImpl : public LLM {
 
   absl::StatusOr<RequestHandle> Submit(GenerationRequest request,
                                        std::function<void(GenerationUpdate)> on_update) override {
-    if (const ReadinessReport readiness = engine_->Readiness(); !readiness.ready) {
+    if (const ReadinessReport readiness = engine_->Readiness();
+        !readiness.ready && !readiness.is_recovering) {
       return absl::UnavailableError("not ready: " + readiness.reason);
     }
     const RequestLimits limits = request_limits();
@@ -116,7 +110,8 @@ class LlmImpl : public LLM {
     config.work_queue = {.unix_socket = options_.work_queue_socket,
                          .tcp_address = options_.work_queue_address,
                          .token = options_.token,
-                         .world_size = world_size};
+                         .world_size = world_size,
+                         .wait_for_accept = true};
     config.startup = {.world_size = world_size,
                       .max_model_len = options_.max_model_len,
                       .max_num_seqs = options_.max_num_seqs,
@@ -127,8 +122,7 @@ class LlmImpl : public LLM {
                       .stop_ids = stop_ids,
                       .model_digest = ModelDigest(options_.model_path, *tokenizer_),
                       .host_bytes = static_cast<uint64_t>(options_.swap_space_gib * kBytesPerGib),
-                      .num_blocks_override = options_.num_blocks_override,
-                      .group_epoch = RandomEpoch()};
+                      .num_blocks_override = options_.num_blocks_override};
     config.scheduler = {.max_num_seqs = options_.max_num_seqs,
                         .max_num_batched_tokens = options_.max_num_batched_tokens,
                         .block_size_tokens = options_.block_size_tokens,
@@ -143,6 +137,8 @@ class LlmImpl : public LLM {
                         .max_queue_requests = options_.max_queue_requests,
                         .max_queue_tokens = options_.max_queue_tokens};
     config.connect_cache = std::move(connect_cache);
+    config.watch_workers = options_.watch_workers;
+    config.fault_hold_ms = options_.fault_hold_ms;
     config.on_ready = options_.on_ready;
     config.on_cache_hang = options_.on_cache_hang;
     config.on_fatal = options_.on_fatal;

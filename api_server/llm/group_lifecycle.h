@@ -65,6 +65,7 @@ class GroupLifecycle {
 
   // Whether the launcher tells exits. Until it says so, there is none in reach.
   void OnWatching(bool watching, int64_t now_us);
+  bool watching() const { return watching_; }
 
   // The rank has attached. REQUIRES: it is not attached. Another process than before whose end was
   // not told: the notice is waited for, and without one its KV counts as wrong.

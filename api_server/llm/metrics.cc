@@ -27,7 +27,8 @@ const Buckets kStepSeconds = {.0001, .00025, .0005, .001, .0025, .005, .01, .025
 const Buckets kScheduleSeconds = {.00001, .000025, .00005, .0001, .00025,
                                   .0005,  .001,    .0025,  .005,  .01};
 
-const Buckets kRecoverySeconds = {.1, .2, .3, .5, .75, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 20, 40, 60, 120};
+const Buckets kRecoverySeconds = {.1, .2, .3,  .5, .75, 1,  1.5, 2,  3,
+                                  4,  5,  7.5, 10, 20,  40, 60,  120};
 
 // Prometheus counts in double, which is exact up to 2^53.
 double AsDouble(uint64_t count) { return static_cast<double>(count); }
@@ -143,8 +144,9 @@ struct EngineMetrics::Series {
   prometheus::Family<prometheus::Counter>& resumed =
       prometheus::BuildCounter()
           .Name("wintserve:resumed_sequences_total")
-          .Help("Sequences that ran when a rank group was lost and went on: from their KV, or "
-                "computed again.")
+          .Help(
+              "Sequences that ran when a rank group was lost and went on: from their KV, or "
+              "computed again.")
           .Register(*registry);
   prometheus::Counter& resumed_from_kv = resumed.Add({{"from", "kv"}});
   prometheus::Counter& resumed_by_recompute = resumed.Add({{"from", "recompute"}});

@@ -55,7 +55,8 @@ class EngineMetrics {
   // The session with the cache manager ended; its pool was replaced by a new one.
   void RecordCacheLoss();
   void RecordPoolReplacement();
-  // A rank group was lost to `cause`. Recovery: from its first fault until a group was in use again.
+  // A rank group was lost to `cause`. Recovery: from its first fault until a group was in use
+  // again.
   void RecordGroupLoss(FaultCause cause);
   void RecordRecovery(double recovery_seconds);
   // A worker's message of a group or pool that is over.

@@ -86,6 +86,8 @@ class PoolLifecycle {
   // REQUIRES: one has been opened.
   const OpenedPool& pool() const;
   bool connected() const { return connected_; }
+  // A cache manager serves pool().
+  bool has_session() const { return has_session_; }
   // The pool that is held, or that workers map, is asked for; none is created.
   bool resuming() const { return state_ == State::kHeld && resume_asked_; }
   bool adopting() const { return state_ == State::kOpening && adopted_pool_ != 0; }

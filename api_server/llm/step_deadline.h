@@ -10,7 +10,7 @@ namespace wintserve {
 
 // What a plan asks of the workers.
 struct StepShape {
-  int num_decodes = 0;        // rows of one token
+  int num_decodes = 0;         // rows of one token
   int num_prefill_tokens = 0;  // of all other rows
   int num_copies = 0;
   bool operator==(const StepShape&) const = default;

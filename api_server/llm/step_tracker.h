@@ -28,8 +28,8 @@ struct FinishedStep {
 struct RunningStep {
   uint64_t step = 0;
   StepShape shape = {};
-  int64_t began_us = 0;        // sent, and the one before it done
-  uint32_t missing_rank = 0;   // the first that has not done it
+  int64_t began_us = 0;       // sent, and the one before it done
+  uint32_t missing_rank = 0;  // the first that has not done it
 };
 
 // Of one rank group. Steps finish in order: one that a fast rank has done waits for the slow ones,
