@@ -201,6 +201,9 @@ TEST_F(LauncherTest, StartsEveryProcessWithWhatItNeedsAndNothingElse) {
   EXPECT_EQ(Reported("cache-manager", "tunables"),
             "glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1");
   EXPECT_NE(Reported("api-server", "port"), "0");
+  EXPECT_EQ(Reported("api-server", "worker_id"), "0");
+  EXPECT_NE(Reported("engine-worker-0", "worker_id"), "0");
+  EXPECT_NE(Reported("engine-worker-0", "worker_id"), Reported("engine-worker-1", "worker_id"));
   EXPECT_THAT(Stderr(), HasSubstr("effective config: model=\"" + Model()));
   launcher_.Signal(SIGTERM);
   EXPECT_EQ(ExitCode(), kExitOk);

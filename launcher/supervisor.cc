@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/random.h>
 #include <sys/signalfd.h>
 #include <unistd.h>
 
@@ -48,6 +49,15 @@ sigset_t SupervisedSignals() {
   ::sigemptyset(&signals);
   for (const int number : {SIGINT, SIGTERM, SIGHUP}) ::sigaddset(&signals, number);
   return signals;
+}
+
+// Never 0, which says that there is none.
+uint64_t RandomWorkerId() {
+  uint64_t id = 0;
+  while (id == 0) {
+    CHECK(::getrandom(&id, sizeof(id), 0) == sizeof(id), "getrandom: errno={}", errno);
+  }
+  return id;
 }
 
 // Codes by which a child says what it found at start-up; they become ours.
@@ -128,7 +138,8 @@ absl::Status Supervisor::Start(const std::string& name, const std::string& progr
 }
 
 absl::Status Supervisor::Spawn(Child* child) {
-  const Instance& instance = child->instance;
+  Instance& instance = child->instance;
+  if (child->role == Role::kEngineWorker) instance.worker_id = RandomWorkerId();
   ASSIGN_OR_RETURN(const UniqueFd instance_fd, WriteInstance(instance));
   std::error_code error;
   const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);

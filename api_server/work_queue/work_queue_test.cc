@@ -238,6 +238,31 @@ TEST_F(WorkQueueTest, ReportsAWorkerThatLeavesAndLetsItsReplacementIn) {
   EXPECT_EQ(std::get<ConfigureWorker>(*configure).group_epoch, 6u);
 }
 
+// Nobody calls Next() meanwhile.
+TEST_F(WorkQueueTest, AnAbortAndTheEndOfTheStreamInterruptAWorkerThatIsAway) {
+  StartServer(1);
+  auto client = Attach(HelloOfRank(0, 1));
+  ASSERT_TRUE(client.ok()) << client.status();
+  EventLog interrupts;
+  const auto interrupt = [&](uint64_t epoch) { interrupts.Add(fmt::format("{}", epoch)); };
+  (*client)->SetInterrupt(interrupt);
+  server_->SendPlan({.step = 1});
+  server_->Send(AbortGroup{5, "x"});
+  EXPECT_THAT(interrupts.WaitFor(1), ElementsAre("5"));
+  server_->Stop(/*grace_ms=*/0);
+  EXPECT_THAT(interrupts.WaitFor(2), ElementsAre("5", "0"));
+  (*client)->SetInterrupt(nullptr);
+
+  // Whoever asks late hears what has come and was not handed out.
+  EXPECT_TRUE(std::holds_alternative<ReceivedPlan>((*client)->Next().value()));
+  EventLog late;
+  (*client)->SetInterrupt([&](uint64_t epoch) { late.Add(fmt::format("{}", epoch)); });
+  EXPECT_THAT(late.WaitFor(2), ElementsAre("5", "0"));
+  EXPECT_TRUE(std::holds_alternative<AbortGroup>((*client)->Next().value()));
+  EXPECT_EQ((*client)->Next().status().code(), absl::StatusCode::kUnavailable);
+  (*client)->SetInterrupt(nullptr);
+}
+
 TEST_F(WorkQueueTest, AWorkerLearnsThatTheServerIsGone) {
   StartServer(1);
   auto client = Attach(HelloOfRank(0, 1));

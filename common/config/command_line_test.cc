@@ -79,6 +79,8 @@ TEST(CommandLine, WithoutFlagsTheDefaultsOfTheCpuHold) {
   EXPECT_EQ(command.options.max_num_seqs, 16);
   EXPECT_EQ(command.options.max_num_batched_tokens, 256);
   EXPECT_EQ(command.options.drain_timeout_ms, 55'000);
+  EXPECT_EQ(command.options.orphan_timeout_ms, 120'000);
+  EXPECT_EQ(command.options.fault_hold_ms, 60'000);
   EXPECT_TRUE(command.options.enable_prefix_caching);
   EXPECT_TRUE(command.options.enable_chunked_prefill);
   EXPECT_EQ(command.options.async_depth, 1);
@@ -152,6 +154,8 @@ TEST(CommandLine, SetsWhatTheFlagSays) {
               ElementsAre("a", "b", "c"));
   EXPECT_EQ(Serve({"--host", "localhost"}).options.host, "127.0.0.1");
   EXPECT_EQ(Serve({"--drain-timeout", "1.5"}).options.drain_timeout_ms, 1500);
+  EXPECT_EQ(Serve({"--orphan-timeout", "2.5"}).options.orphan_timeout_ms, 2500);
+  EXPECT_EQ(Serve({"--fault-hold", "0"}).options.fault_hold_ms, 0);
   EXPECT_EQ(Serve({"--timeout-graceful-shutdown", "7"}).options.drain_timeout_ms, 7000);
   EXPECT_EQ(Serve({"--timeout-graceful-shutdown", "0"}).options.drain_timeout_ms, 55'000);
   EXPECT_EQ(
@@ -312,6 +316,8 @@ TEST(CommandLine, OneLineSaysWhatIsWrong) {
       {{"--gpu-memory-utilization", "nan"}, "must be 0..1 (got nan)"},
       {{"--swap-space", "x"}, "error: --swap-space: must be a number, 0..1048576 (got x)"},
       {{"--drain-timeout", "-1"}, "error: --drain-timeout: must be 0..86400 (got -1)"},
+      {{"--orphan-timeout", "0"}, "error: --orphan-timeout: must be 1..86400 (got 0)"},
+      {{"--fault-hold", "86401"}, "error: --fault-hold: must be 0..86400 (got 86401)"},
       {{"--host", "::1"}, "error: --host: must be an IPv4 address or localhost (got ::1)"},
       {{"--served-model-name", "a,"}, "must be a name, or names separated by commas (got a,)"},
       {{"--quantization", "wint4"}, "error: --quantization: the checkpoint decides; must be wint2"},

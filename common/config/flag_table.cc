@@ -284,6 +284,12 @@ void AddOperationFlags(std::vector<Flag>* flags) {
   flags->push_back(ServeOnly(Seconds("drain-timeout", kOperation, 0, kMaxTimeoutSeconds,
                                      &ServeOptions::drain_timeout_ms,
                                      "Seconds that open requests may take to finish on SIGTERM")));
+  flags->push_back(ServeOnly(
+      Seconds("orphan-timeout", kOperation, 1, kMaxTimeoutSeconds, &ServeOptions::orphan_timeout_ms,
+              "Seconds that engine workers keep their weights without an API server")));
+  flags->push_back(ServeOnly(
+      Seconds("fault-hold", kOperation, 0, kMaxTimeoutSeconds, &ServeOptions::fault_hold_ms,
+              "Seconds that requests wait for a lost engine worker; then 503")));
 }
 
 void AddGenerationFlags(std::vector<Flag>* flags) {

@@ -62,9 +62,12 @@ Instance UnusualInstance() {
   options.swap_space_gib = 0.1;
   options.log_level = "debug";
   options.drain_timeout_ms = int64_t{1} << 40;
+  options.orphan_timeout_ms = 20;
+  options.fault_hold_ms = 21;
   instance.token = std::string("\0\xff\x80 token", 9);
   instance.runtime_dir = "/run/wintserve-1";
   instance.rank = 3;
+  instance.worker_id = 0xfedcba9876543210;
   instance.http_fd = 4;
   instance.metrics_fd = 5;
   instance.mode = "generate";
@@ -96,6 +99,7 @@ TEST(Instance, EveryFieldSurvivesTheTrip) {
   EXPECT_EQ(got->token, sent.token);
   EXPECT_EQ(got->runtime_dir, sent.runtime_dir);
   EXPECT_EQ(got->rank, sent.rank);
+  EXPECT_EQ(got->worker_id, sent.worker_id);
   EXPECT_EQ(got->http_fd, sent.http_fd);
   EXPECT_EQ(got->metrics_fd, sent.metrics_fd);
   EXPECT_EQ(got->mode, sent.mode);
@@ -146,7 +150,7 @@ TEST(Instance, RefusesWhatItDidNotWrite) {
       {"option of another type", changed([](auto& j) { j["options"]["port"] = "x"; }), kAllSeals,
        "options.port: wrong type"},
       {"option of a newer version", changed([](auto& j) { j["options"]["new"] = 1; }), kAllSeals,
-       "43 fields, expected 42"},
+       "45 fields, expected 44"},
       {"list of the wrong thing", changed([](auto& j) { j["options"]["api_keys"] = {1}; }),
        kAllSeals, "options.api_keys: wrong type"},
       {"an array", "[]", kAllSeals, "array"},

@@ -63,6 +63,8 @@ struct ServeOptions {
   // Operation
   std::string log_level = "info";
   int64_t drain_timeout_ms = 55'000;
+  int64_t orphan_timeout_ms = 120'000;  // how long engine workers wait for a new API server
+  int64_t fault_hold_ms = 60'000;       // how long requests wait for lost ranks; beyond: 503
 };
 
 }  // namespace wintserve

@@ -55,6 +55,8 @@ void VisitFields(Options& options, Visit&& visit) {
   visit("swap_space_gib", options.swap_space_gib);
   visit("log_level", options.log_level);
   visit("drain_timeout_ms", options.drain_timeout_ms);
+  visit("orphan_timeout_ms", options.orphan_timeout_ms);
+  visit("fault_hold_ms", options.fault_hold_ms);
 }
 
 template <typename T>

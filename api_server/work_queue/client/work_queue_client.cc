@@ -6,6 +6,8 @@
 
 #include <deque>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "api_server/work_queue/message_codec.h"
 #include "api_server/work_queue/transport.h"
@@ -65,6 +67,23 @@ class GrpcWorkQueueClient : public WorkQueueClient {
     return event;
   }
 
+  void SetInterrupt(std::function<void(uint64_t)> interrupt) override {
+    MutexLock interrupt_lock(&interrupt_mutex_);
+    interrupt_ = std::move(interrupt);
+    if (interrupt_ == nullptr) return;
+    std::vector<uint64_t> group_epochs;
+    {
+      MutexLock lock(&mutex_);
+      for (const ServerEvent& event : events_) {
+        if (const auto* abort = std::get_if<AbortGroup>(&event)) {
+          group_epochs.push_back(abort->group_epoch);
+        }
+      }
+      if (!end_.ok()) group_epochs.push_back(0);
+    }
+    for (const uint64_t group_epoch : group_epochs) interrupt_(group_epoch);
+  }
+
   absl::Status SendReady(uint64_t group_epoch, uint64_t pool_epoch) override {
     return Send(ReadyMessage{group_epoch, pool_epoch});
   }
@@ -102,15 +121,30 @@ class GrpcWorkQueueClient : public WorkQueueClient {
         end = event.status();
         break;
       }
-      MutexLock lock(&mutex_);
-      events_.push_back(*std::move(event));
-      arrived_.NotifyOne();
+      HandOut(*std::move(event));
     }
     if (!end.ok()) context_.TryCancel();
     const absl::Status stream_end = FinishStream();
+    MutexLock interrupt_lock(&interrupt_mutex_);
+    if (interrupt_ != nullptr) interrupt_(0);
     MutexLock lock(&mutex_);
     end_ = end.ok() ? stream_end : end;
     arrived_.NotifyAll();
+  }
+
+  void HandOut(ServerEvent event) EXCLUDES(interrupt_mutex_, mutex_) {
+    if (const auto* abort = std::get_if<AbortGroup>(&event)) {
+      MutexLock interrupt_lock(&interrupt_mutex_);
+      if (interrupt_ != nullptr) interrupt_(abort->group_epoch);
+      return Push(std::move(event));  // under the lock: SetInterrupt looks at what is there
+    }
+    Push(std::move(event));
+  }
+
+  void Push(ServerEvent event) EXCLUDES(mutex_) {
+    MutexLock lock(&mutex_);
+    events_.push_back(std::move(event));
+    arrived_.NotifyOne();
   }
 
   // The stream's own status, or UNAVAILABLE for an end that is none of our doing.
@@ -142,6 +176,9 @@ class GrpcWorkQueueClient : public WorkQueueClient {
 
   Mutex write_mutex_;
   bool finished_ GUARDED_BY(write_mutex_) = false;
+
+  Mutex interrupt_mutex_;  // before mutex_
+  std::function<void(uint64_t)> interrupt_ GUARDED_BY(interrupt_mutex_);
 
   Mutex mutex_;
   CondVar arrived_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -11,7 +12,7 @@
 
 namespace wintserve {
 
-// Threading: Next() from one thread; every Send… and Close() from any thread (serialised inside).
+// Threading: Next() from one thread; all else from any thread (serialised inside).
 // A Send… returns UNAVAILABLE once the stream has ended; Next() then says why.
 class WorkQueueClient {
  public:
@@ -28,6 +29,12 @@ class WorkQueueClient {
   // Blocks for the next message. UNAVAILABLE: the stream ended (the API server is gone, or Close).
   // INVALID_ARGUMENT: the server sent something that is no message of this protocol.
   virtual absl::StatusOr<ServerEvent> Next() = 0;
+
+  // Calls `interrupt` as soon as an AbortGroup has arrived, with its group_epoch, or the stream has
+  // ended, with 0: on the stream's own thread and ahead of Next(), whose caller may be waiting for
+  // a group that does not answer. What has arrived by now counts, too. It must not block, nor call
+  // this. Returns when no call is under way. nullptr: none any more.
+  virtual void SetInterrupt(std::function<void(uint64_t group_epoch)> interrupt) = 0;
 
   virtual absl::Status SendReady(uint64_t group_epoch, uint64_t pool_epoch) = 0;
   virtual absl::Status SendPoolDetached(uint64_t pool_epoch) = 0;  // the answer to DetachPool
