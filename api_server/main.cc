@@ -1,6 +1,5 @@
 // wintserve-api-server: the process that owns requests. Started by the launcher.
 #include <fmt/format.h>
-#include <grpc/support/log.h>
 #include <prometheus/registry.h>
 #include <signal.h>
 #include <unistd.h>
@@ -18,6 +17,8 @@
 #include "common/exit_code.h"
 #include "common/heap.h"
 #include "common/log.h"
+#include "common/transport/queue_transport.h"
+#include "common/unix_socket.h"
 #include "launcher/client/supervisor_client.h"
 #include "launcher/client/worker_watch.h"
 
@@ -27,9 +28,6 @@ namespace {
 // What the engine's thread tells the main thread, which waits for signals and nothing else.
 constexpr int kReadySignal = SIGUSR1;
 constexpr int kFatalSignal = SIGUSR2;
-
-// What goes wrong is reported by us, in one line; gRPC's own account is for debugging.
-void LogGrpcMessage(gpr_log_func_args* args) { LOG_DEBUG("grpc: {}", args->message); }
 
 sigset_t AwaitedSignals() {
   sigset_t signals;
@@ -101,13 +99,14 @@ int Serve(const Instance& instance, LLM* llm, std::shared_ptr<prometheus::Regist
   if (!server.ok()) return Fail(server.status());
   LogStartupLines(options.host, options.port, options.metrics_port.value_or(options.port));
 
+  bool was_ready = false;
   while (true) {
     const int signal = NextSignal();
     if (signal == kReadySignal) {
-      LogStartupComplete();
+      if (!std::exchange(was_ready, true)) LogStartupComplete();
     } else if (signal == kFatalSignal) {
       WriteErrors(server->get());
-      return kExitInternal;  // the engine has said why
+      return was_ready ? kExitInternal : kExitNeverReady;  // the engine has said why
     } else {
       return Drain(server->get(), std::chrono::milliseconds(options.drain_timeout_ms));
     }
@@ -169,11 +168,17 @@ int Main(int argc, char** argv) {
     return kExitUsage;
   }
   InitLog("api_server", instance->options.log_level);
-  gpr_set_log_function(LogGrpcMessage);
+  InitGrpcLog();
   const HeapTrimmer heap_trimmer;
+  if (const absl::Status status = CheckPrivateDirectory(instance->runtime_dir); !status.ok()) {
+    return Fail(status);
+  }
+  auto queue_tls = LoadTlsIdentity(QueueTlsFiles(instance->options));
+  if (!queue_tls.ok()) return Fail(queue_tls.status());
 
   const auto registry = std::make_shared<prometheus::Registry>();
   LlmOptions llm_options = LlmOptionsFor(*instance);
+  llm_options.queue_tls = *std::move(queue_tls);
   llm_options.on_cache_hang = [&instance = *instance] { RestartCacheManager(instance); };
   llm_options.watch_workers = [&instance = *instance](WorkerProcessEvents events) {
     return std::make_unique<LaunchedWorkers>(instance, std::move(events));

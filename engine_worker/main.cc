@@ -1,6 +1,4 @@
 // One rank: loads its slice of the weights, attaches to the API server, executes plans.
-#include <grpc/support/log.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -18,6 +16,7 @@
 #include "common/exit_code.h"
 #include "common/log.h"
 #include "common/status_macros.h"
+#include "common/transport/queue_transport.h"
 #include "engine_worker/collectives/rank_group.h"
 #include "engine_worker/runner/join_group.h"
 #include "engine_worker/runner/load_model.h"
@@ -32,9 +31,6 @@ constexpr int64_t kMemoryTimeoutMs = 30'000;
 constexpr int64_t kStopPatienceMs = 2'000;
 // An API server that is stopped with its workers may go before their signals come.
 constexpr std::chrono::milliseconds kStopSkew(1'000);
-
-// What goes wrong is reported by us, in one line; gRPC's own account is for debugging.
-void LogGrpcMessage(gpr_log_func_args* args) { LOG_DEBUG("grpc: {}", args->message); }
 
 uint64_t RandomId() {
   std::random_device random;
@@ -105,7 +101,7 @@ int Fail(const absl::Status& status, ExitCode code) {
 
 int RunEngineWorker(const Instance& instance, StopSignal& stop) {
   InitLog(fmt::format("engine_worker.{}", instance.rank), instance.options.log_level);
-  gpr_set_log_function(LogGrpcMessage);
+  InitGrpcLog();
   RankGroup group(instance.rank, instance.options.tensor_parallel_size);
   absl::StatusOr<LoadedModel> loaded = LoadModel(instance.options, &group);
   if (!loaded.ok()) {

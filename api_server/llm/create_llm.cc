@@ -109,6 +109,7 @@ class LlmImpl : public LLM {
     EngineConfig config;
     config.work_queue = {.unix_socket = options_.work_queue_socket,
                          .tcp_address = options_.work_queue_address,
+                         .tls = options_.queue_tls,
                          .token = options_.token,
                          .world_size = world_size,
                          .wait_for_accept = true};
@@ -218,7 +219,8 @@ LlmOptions LlmOptionsFor(const Instance& instance) {
       options.served_model_name.empty() ? options.model : options.served_model_name.front();
   out.work_queue_socket = instance.work_queue_socket();
   if (options.engine_worker_queue_port > 0) {
-    out.work_queue_address = fmt::format("127.0.0.1:{}", options.engine_worker_queue_port);
+    out.work_queue_address =
+        fmt::format("{}:{}", options.queue_host, options.engine_worker_queue_port);
   }
   out.cache_target = "unix:" + instance.cache_socket();
   out.token = instance.token;
@@ -235,6 +237,7 @@ LlmOptions LlmOptionsFor(const Instance& instance) {
   out.max_long_partial_prefills = options.max_long_partial_prefills;
   out.long_prefill_token_threshold = options.long_prefill_token_threshold;
   out.request_timeout_ms = options.request_timeout_ms;
+  out.fault_hold_ms = options.fault_hold_ms;
   out.prefix_caching = options.enable_prefix_caching;
   out.chunked_prefill = options.enable_chunked_prefill;
   out.async_depth = options.async_depth;
@@ -262,13 +265,14 @@ absl::StatusOr<std::unique_ptr<LLM>> CreateLlm(LlmOptions options,
   const std::string& directory =
       options.tokenizer_path.empty() ? options.model_path : options.tokenizer_path;
   ASSIGN_OR_RETURN(std::unique_ptr<Tokenizer> tokenizer, Tokenizer::Load(directory));
-  auto connect = [target = options.cache_target, token = options.token](uint64_t api_epoch,
-                                                                        CacheEvents events) {
-    return ConnectCacheClient(target, token, api_epoch, std::move(events), kCacheConnectTimeoutMs);
+  auto connect = [target = options.cache_target, token = options.token, tls = options.queue_tls](
+                     uint64_t api_epoch, CacheEvents events) {
+    return ConnectCacheClient(target, token, api_epoch, std::move(events), kCacheConnectTimeoutMs,
+                              tls);
   };
-  auto flush = [target = options.cache_target,
-                token = options.token](const std::optional<std::string>& salt) {
-    return FlushPrefixCache(target, token, salt, kCacheFlushTimeoutMs);
+  auto flush = [target = options.cache_target, token = options.token,
+                tls = options.queue_tls](const std::optional<std::string>& salt) {
+    return FlushPrefixCache(target, token, salt, kCacheFlushTimeoutMs, tls);
   };
   return CreateLlmWith(std::move(options), std::move(tokenizer), std::move(registry),
                        std::move(connect), std::move(flush));

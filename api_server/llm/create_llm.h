@@ -11,6 +11,7 @@
 #include "api_server/llm/llm.h"
 #include "api_server/llm/worker_processes.h"
 #include "common/config/instance.h"
+#include "common/transport/tls_files.h"
 
 namespace prometheus {
 class Registry;
@@ -28,8 +29,9 @@ struct LlmOptions {
   std::string work_queue_socket = {};   // path of the Unix socket to listen on
   std::string work_queue_address = {};  // "127.0.0.1:8471" to listen on as well; empty: none
   std::string cache_target = {};        // gRPC target of the cache manager
-  std::string token = {};               // of the instance
-  int world_size = 1;                   // engine workers
+  TlsIdentity queue_tls = {};  // of work_queue_address, and for a cache_target that is a port
+  std::string token = {};      // of the instance
+  int world_size = 1;          // engine workers
 
   // Limits; see ServeOptions
   int max_model_len = 2048;

@@ -240,13 +240,6 @@ absl::StatusOr<ConfigureWorker> ReadConfigure(const proto::Configure& in) {
 
 }  // namespace
 
-std::string TokenMetadataValue(const std::string& token) {
-  std::string hex;
-  hex.reserve(2 * token.size());
-  for (const char c : token) hex += fmt::format("{:02x}", static_cast<uint8_t>(c));
-  return hex;
-}
-
 std::string WorkQueueBuildId() { return "wintserve " WINTSERVE_VERSION; }
 
 std::string EncodeWorkerMessage(const WorkerMessage& message) {

@@ -15,10 +15,6 @@ namespace wintserve {
 
 inline constexpr uint32_t kWorkQueueProtoVersion = 2;
 
-// Metadata key that carries the instance token, in hexadecimal because metadata is ASCII.
-inline constexpr char kTokenMetadataKey[] = "wintserve-token";
-std::string TokenMetadataValue(const std::string& token);
-
 // In the server's initial metadata, which it sends when it accepts a Hello.
 inline constexpr char kAcceptedMetadataKey[] = "wintserve-accepted";
 

@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "cache_manager/core/cache_messages.h"
 #include "cache_manager/core/pool_block.h"
+#include "common/transport/tls_files.h"
 
 namespace wintserve {
 
@@ -110,15 +111,14 @@ class CacheClient {
 // Blocks for up to timeout_ms. Returns the number of entries that match no more.
 absl::StatusOr<uint64_t> FlushPrefixCache(const std::string& target, const std::string& token,
                                           const std::optional<std::string>& salt,
-                                          int64_t timeout_ms);
+                                          int64_t timeout_ms, const TlsIdentity& tls = {});
 
-// target: a gRPC target such as "unix:/run/…/cache.sock" or "127.0.0.1:8003".
+// target: a gRPC target such as "unix:/run/…/cache.sock" or "127.0.0.1:8003"; only the latter uses
+// `tls`, and then the cache manager's certificate has to name that host.
 // Waits up to timeout_ms for the first reply. UNAVAILABLE: no cache manager there in that time.
 // UNAUTHENTICATED: it refused the token.
-absl::StatusOr<std::unique_ptr<CacheClient>> ConnectCacheClient(const std::string& target,
-                                                                const std::string& token,
-                                                                uint64_t api_epoch,
-                                                                CacheEvents events,
-                                                                int64_t timeout_ms);
+absl::StatusOr<std::unique_ptr<CacheClient>> ConnectCacheClient(
+    const std::string& target, const std::string& token, uint64_t api_epoch, CacheEvents events,
+    int64_t timeout_ms, const TlsIdentity& tls = {});
 
 }  // namespace wintserve

@@ -149,6 +149,24 @@ TEST(CommandLine, ApiKeysAddUpAndWinOverTheEnvironment) {
   EXPECT_THAT(Serve({}).options.api_keys, IsEmpty());
 }
 
+TEST(CommandLine, TheQueuePortsStayOnLoopbackUnlessTheyAreSafeElsewhere) {
+  EXPECT_EQ(Serve({}).options.queue_host, "127.0.0.1");
+  EXPECT_EQ(Serve({"--host=0.0.0.0"}).options.queue_host, "127.0.0.1");
+  EXPECT_EQ(Serve({"--queue-host=localhost"}).options.queue_host, "127.0.0.1");
+  EXPECT_EQ(Serve({"--queue-host=127.9.9.9"}).options.queue_host, "127.9.9.9");
+  const CommandLine with_tls =
+      Serve({"--queue-host=10.0.0.1", "--queue-tls-cert=c", "--queue-tls-key=k"});
+  EXPECT_EQ(with_tls.options.queue_host, "10.0.0.1");
+  EXPECT_THAT(with_tls.notes, IsEmpty());
+
+  const CommandLine insecure = Serve({"--queue-host=10.0.0.1", "--insecure-bind"});
+  EXPECT_EQ(insecure.options.queue_host, "10.0.0.1");
+  EXPECT_THAT(insecure.notes,
+              ElementsAre(HasSubstr("--insecure-bind: the queue ports on 10.0.0.1 have no TLS")));
+  EXPECT_THAT(Serve({"--insecure-bind"}).notes,
+              ElementsAre("--insecure-bind: the queue ports are safe without it; ignored"));
+}
+
 TEST(CommandLine, SetsWhatTheFlagSays) {
   EXPECT_THAT(Serve({"--served-model-name", "a, b,c"}).options.served_model_name,
               ElementsAre("a", "b", "c"));
@@ -336,6 +354,16 @@ TEST(CommandLine, OneLineSaysWhatIsWrong) {
        "error: --cache-queue-port: must differ from --metrics-port (both 7000)"},
       {{"--engine-worker-queue-port=8000"},
        "error: --engine-worker-queue-port: must differ from --port (both 8000)"},
+      {{"--queue-host", "::1"},
+       "error: --queue-host: must be an IPv4 address or localhost (got ::1)"},
+      {{"--queue-host=0.0.0.0"},
+       "error: --queue-host: beyond loopback the queue ports need --queue-tls-cert and "
+       "--queue-tls-key (with --queue-tls-ca for mutual TLS), or --insecure-bind (got 0.0.0.0)"},
+      {{"--queue-host=10.0.0.1", "--queue-token-file=t"}, "error: --queue-host: beyond loopback"},
+      {{"--queue-tls-cert=c"}, "error: --queue-tls-cert: needs --queue-tls-key, too"},
+      {{"--queue-tls-key=k"}, "error: --queue-tls-key: needs --queue-tls-cert, too"},
+      {{"--queue-tls-ca=a"},
+       "error: --queue-tls-ca: needs --queue-tls-cert and --queue-tls-key, too"},
   };
   for (const Case& c : cases) {
     const CommandLine command = Serve(c.args);
@@ -471,8 +499,14 @@ TEST(CommandLine, AFeatureThatIsNotBuiltSaysSoOnce) {
                                "--enable-mm=false", "--revision=master"}) {
     EXPECT_THAT(Serve({harmless}).notes, IsEmpty()) << harmless;
   }
-  EXPECT_THAT(Serve({}, {{"FD_LOG_DIR", "/log"}}).notes,
-              ElementsAre("FD_LOG_DIR: logs go to stderr; ignored"));
+}
+
+TEST(CommandLine, TheLogDirectoryIsTheFlagsOrTheEnvironments) {
+  EXPECT_EQ(Serve({}).options.log_dir, "");
+  EXPECT_EQ(Serve({"--log-dir=a"}).options.log_dir, "a");
+  EXPECT_EQ(Serve({}, {{"FD_LOG_DIR", "/log"}}).options.log_dir, "/log");
+  EXPECT_EQ(Serve({}, {{"FD_LOG_DIR", ""}}).options.log_dir, "");
+  EXPECT_EQ(Serve({"--log-dir=a"}, {{"FD_LOG_DIR", "/log"}}).options.log_dir, "a");
 }
 
 TEST(CommandLine, MoreLogprobsThanThereAreSaysSo) {

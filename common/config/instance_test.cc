@@ -32,6 +32,12 @@ Instance UnusualInstance() {
   options.metrics_port = 2;
   options.engine_worker_queue_port = 3;
   options.cache_queue_port = 4;
+  options.queue_host = "10.0.0.1";
+  options.queue_tls_cert = "/cert.pem";
+  options.queue_tls_key = "/key.pem";
+  options.queue_tls_ca = "/ca.pem";
+  options.queue_token_file = "/token";
+  options.insecure_bind = true;
   options.api_keys = {"key,with=signs"};
   options.device = "cuda";
   options.kv_cache_dtype = "int8";
@@ -61,6 +67,7 @@ Instance UnusualInstance() {
   options.num_gpu_blocks_override = 11;
   options.swap_space_gib = 0.1;
   options.log_level = "debug";
+  options.log_dir = "/log";
   options.drain_timeout_ms = int64_t{1} << 40;
   options.orphan_timeout_ms = 20;
   options.fault_hold_ms = 21;
@@ -150,7 +157,7 @@ TEST(Instance, RefusesWhatItDidNotWrite) {
       {"option of another type", changed([](auto& j) { j["options"]["port"] = "x"; }), kAllSeals,
        "options.port: wrong type"},
       {"option of a newer version", changed([](auto& j) { j["options"]["new"] = 1; }), kAllSeals,
-       "45 fields, expected 44"},
+       "52 fields, expected 51"},
       {"list of the wrong thing", changed([](auto& j) { j["options"]["api_keys"] = {1}; }),
        kAllSeals, "options.api_keys: wrong type"},
       {"an array", "[]", kAllSeals, "array"},

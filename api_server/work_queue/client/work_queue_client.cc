@@ -12,6 +12,7 @@
 #include "api_server/work_queue/message_codec.h"
 #include "api_server/work_queue/transport.h"
 #include "common/mutex.h"
+#include "common/transport/queue_transport.h"
 
 namespace wintserve {
 namespace {
@@ -23,10 +24,11 @@ using Stream = grpc::ClientReaderWriter<ByteBuffer, ByteBuffer>;
 // however long the caller is away executing a plan.
 class GrpcWorkQueueClient : public WorkQueueClient {
  public:
-  GrpcWorkQueueClient(const std::string& target, const std::string& token) : target_(target) {
+  GrpcWorkQueueClient(const std::string& target, const std::string& token, const TlsIdentity& tls)
+      : target_(target) {
     grpc::ChannelArguments args;
     ConfigureTransport(&args);
-    channel_ = grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), args);
+    channel_ = grpc::CreateCustomChannel(target, QueueChannelCredentials(target, tls), args);
     context_.AddMetadata(kTokenMetadataKey, TokenMetadataValue(token));
   }
 
@@ -191,8 +193,9 @@ class GrpcWorkQueueClient : public WorkQueueClient {
 absl::StatusOr<std::unique_ptr<WorkQueueClient>> WorkQueueClient::Attach(const std::string& target,
                                                                          const std::string& token,
                                                                          const WorkerHello& hello,
-                                                                         int64_t timeout_ms) {
-  auto client = std::make_unique<GrpcWorkQueueClient>(target, token);
+                                                                         int64_t timeout_ms,
+                                                                         const TlsIdentity& tls) {
+  auto client = std::make_unique<GrpcWorkQueueClient>(target, token, tls);
   if (absl::Status status = client->Open(hello, timeout_ms); !status.ok()) return status;
   return client;
 }

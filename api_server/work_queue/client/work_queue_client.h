@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "api_server/scheduler/plan.h"
 #include "api_server/work_queue/messages.h"
+#include "common/transport/tls_files.h"
 
 namespace wintserve {
 
@@ -16,14 +17,16 @@ namespace wintserve {
 // A Send… returns UNAVAILABLE once the stream has ended; Next() then says why.
 class WorkQueueClient {
  public:
-  // target: "unix:/run/…/work_queue.sock" or "host:port". Returns once the server has accepted the
+  // target: "unix:/run/…/work_queue.sock" or "host:port"; only the latter uses `tls`, and then the
+  // server's certificate has to name that host. Returns once the server has accepted the
   // Hello. UNAVAILABLE: no server there within timeout_ms. UNAUTHENTICATED: another instance's
   // token. FAILED_PRECONDITION: the Hello does not fit (rank taken, other world size, build or
   // checkpoint).
   static absl::StatusOr<std::unique_ptr<WorkQueueClient>> Attach(const std::string& target,
                                                                  const std::string& token,
                                                                  const WorkerHello& hello,
-                                                                 int64_t timeout_ms);
+                                                                 int64_t timeout_ms,
+                                                                 const TlsIdentity& tls = {});
   virtual ~WorkQueueClient() = default;  // closes; no other call may be under way
 
   // Blocks for the next message. UNAVAILABLE: the stream ended (the API server is gone, or Close).

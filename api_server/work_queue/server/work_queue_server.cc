@@ -2,7 +2,6 @@
 
 #include <fmt/core.h>
 #include <grpcpp/grpcpp.h>
-#include <openssl/crypto.h>
 
 #include <deque>
 #include <utility>
@@ -10,7 +9,10 @@
 
 #include "api_server/work_queue/message_codec.h"
 #include "api_server/work_queue/transport.h"
+#include "common/log.h"
+#include "common/log_limit.h"
 #include "common/mutex.h"
+#include "common/transport/queue_transport.h"
 #include "proto/work_queue.grpc.pb.h"
 
 namespace wintserve {
@@ -237,39 +239,30 @@ absl::Status Hub::Admit(const HelloMessage& hello, std::shared_ptr<AttachStream>
   return absl::OkStatus();
 }
 
-// Ends a stream at once.
-class RefusingStream : public AttachReactor {
- public:
-  explicit RefusingStream(const grpc::Status& status) { Finish(status); }
-  void OnDone() override { delete this; }
-};
-
 class Service : public proto::WorkQueue::WithRawCallbackMethod_Attach<proto::WorkQueue::Service> {
  public:
   explicit Service(std::shared_ptr<Hub> hub) : hub_(std::move(hub)) {}
 
   AttachReactor* Attach(grpc::CallbackServerContext* context) override {
-    if (!Authenticated(*context)) {
-      return new RefusingStream(grpc::Status(grpc::StatusCode::UNAUTHENTICATED, ""));
+    if (!HasToken(*context, hub_->token_value)) {
+      if (const auto more = stranger_log_.Admit()) {
+        LOG_WARNING("work queue: refused a call from {}: wrong or missing token{}", context->peer(),
+                    *more);
+      }
+      return new EndedCall(Unauthenticated());
     }
     return std::make_shared<AttachStream>(hub_, context)->Begin();
   }
 
  private:
-  bool Authenticated(const grpc::CallbackServerContext& context) const {
-    const auto& metadata = context.client_metadata();
-    const auto found = metadata.find(kTokenMetadataKey);
-    const std::string& expected = hub_->token_value;
-    return found != metadata.end() && found->second.size() == expected.size() &&
-           CRYPTO_memcmp(found->second.data(), expected.data(), expected.size()) == 0;
-  }
-
   const std::shared_ptr<Hub> hub_;
+  LogLimit stranger_log_;
 };
 
 class GrpcWorkQueueServer : public WorkQueueServer {
  public:
-  explicit GrpcWorkQueueServer(std::shared_ptr<Hub> hub) : hub_(hub), service_(std::move(hub)) {}
+  explicit GrpcWorkQueueServer(std::shared_ptr<Hub> hub)
+      : hub_(hub), service_(hub), unknown_methods_(hub->token_value) {}
   ~GrpcWorkQueueServer() override { Stop(/*grace_ms=*/0); }
 
   absl::Status Listen() {
@@ -277,17 +270,19 @@ class GrpcWorkQueueServer : public WorkQueueServer {
     grpc::ServerBuilder builder;
     builder.AddListeningPort("unix:" + options.unix_socket, grpc::InsecureServerCredentials());
     if (!options.tcp_address.empty()) {
-      builder.AddListeningPort(options.tcp_address, grpc::InsecureServerCredentials());
+      builder.AddListeningPort(options.tcp_address, QueueServerCredentials(options.tls));
     }
     ConfigureTransport(&builder);
+    LimitStrangers(&builder);
     builder.RegisterService(&service_);
+    builder.RegisterCallbackGenericService(&unknown_methods_);
     server_ = builder.BuildAndStart();
     if (server_ == nullptr) {
       return absl::UnavailableError(
           fmt::format("the work queue cannot listen on unix:{}{}{}", options.unix_socket,
                       options.tcp_address.empty() ? "" : " and ", options.tcp_address));
     }
-    return absl::OkStatus();
+    return MakeSocketPrivate(options.unix_socket);
   }
 
   void Accept(uint32_t rank) override {
@@ -359,6 +354,7 @@ class GrpcWorkQueueServer : public WorkQueueServer {
 
   const std::shared_ptr<Hub> hub_;
   Service service_;
+  UnknownMethods unknown_methods_;
   std::unique_ptr<grpc::Server> server_;
 };
 

@@ -9,12 +9,14 @@
 #include "absl/status/statusor.h"
 #include "api_server/scheduler/plan.h"
 #include "api_server/work_queue/messages.h"
+#include "common/transport/tls_files.h"
 
 namespace wintserve {
 
 struct WorkQueueServerOptions {
   std::string unix_socket = {};  // path; bound by Start, unlinked by gRPC
   std::string tcp_address = {};  // "127.0.0.1:8471"; empty: the Unix socket only
+  TlsIdentity tls = {};          // of the TCP port
   std::string token = {};  // streams without it end with UNAUTHENTICATED and learn nothing more
   uint32_t world_size = 1;
   // A stream is sent nothing, but for ShutdownWorker, before Accept of its rank.
