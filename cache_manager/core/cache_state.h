@@ -131,6 +131,7 @@ class CacheState {
   absl::Status CheckEntry(const CacheEntry& entry) const;
   absl::Status CheckOrders(const CacheEntry& entry) const;
   absl::Status CheckCopies() const;
+  absl::Status CheckBlocksOfNobody() const;
   absl::Status CheckNoOrphans() const;
 
   BlockPool pool_;

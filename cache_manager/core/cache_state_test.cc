@@ -36,5 +36,19 @@ TEST(CheckInvariants, SeesAnOrphan) {
   EXPECT_EQ(state.CheckInvariants(), absl::OkStatus());
 }
 
+// I5: what has been given back must not be found by content.
+TEST(CheckInvariants, SeesABlockThatIsNobodysAndStillAnEntrys) {
+  CacheState state(/*num_blocks=*/2, /*num_host_slots=*/0, /*write_back_ahead_blocks=*/2,
+                   /*max_pending_events=*/16, &Xxh3ChainHash);
+  CacheEntry* const root = state.index().FindOrAddRoot(DigestOfRoot("model", ""));
+  const std::vector<int32_t> tokens = {1};
+  CacheEntry* const entry = state.index().FindOrAddChild(root, tokens).first;
+  state.CommitBlock(entry, state.TakeBlock(BlockState::kLeased)->id, /*step=*/1);
+  ASSERT_EQ(state.CheckInvariants(), absl::OkStatus());
+  state.pool().Move(*entry->block, BlockState::kCommitted, BlockState::kFree);
+  EXPECT_THAT(std::string(state.CheckInvariants().message()),
+              HasSubstr("I5: block 0 is free, and an entry's"));
+}
+
 }  // namespace
 }  // namespace wintserve

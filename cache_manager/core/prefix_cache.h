@@ -178,8 +178,8 @@ class PrefixCache {
   std::vector<CacheEvent> TakeEvents(uint64_t* lost);
 
   // INTERNAL describes the first broken invariant: block states and generations, holders of blocks
-  // and slots, copies, pins (I2), chains without orphans (I10), orders of eviction. For tests and
-  // audits, linear in the pool's size.
+  // and slots, copies, what is quarantined (I5), pins (I2), chains without orphans (I10), orders of
+  // eviction. For tests and audits, linear in the pool's size.
   absl::Status CheckInvariants() const;
 
  private:
