@@ -43,10 +43,14 @@ std::optional<std::string> FromDigits(std::string_view digits) {
 }  // namespace
 
 absl::StatusOr<std::string> MakeInstanceToken(const ServeOptions& options, std::string* warning) {
-  const std::string& path = options.queue_token_file;
-  if (path.empty()) return RandomToken();
-  const auto fail = [&path](std::string_view reason) {
-    return absl::InvalidArgumentError(fmt::format("--queue-token-file: {}: {}", path, reason));
+  if (options.queue_token_file.empty()) return RandomToken();
+  return ReadTokenFile("--queue-token-file", options.queue_token_file, warning);
+}
+
+absl::StatusOr<std::string> ReadTokenFile(const char* flag, const std::string& path,
+                                          std::string* warning) {
+  const auto fail = [&](std::string_view reason) {
+    return absl::InvalidArgumentError(fmt::format("{}: {}: {}", flag, path, reason));
   };
   // Opening a pipe would wait for somebody to write.
   const UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
@@ -62,10 +66,9 @@ absl::StatusOr<std::string> MakeInstanceToken(const ServeOptions& options, std::
                             kNumDigits, kTokenBytes));
   }
   if ((info.st_mode & S_IROTH) != 0) {
-    *warning = fmt::format(
-        "--queue-token-file: {}: every user of this machine can read it (mode {:04o}); chmod 0600 "
-        "it",
-        path, info.st_mode & 07777);
+    *warning =
+        fmt::format("{}: {}: every user of this machine can read it (mode {:04o}); chmod 0600 it",
+                    flag, path, info.st_mode & 07777);
   }
   return *std::move(token);
 }

@@ -16,4 +16,8 @@ inline constexpr size_t kTokenBytes = 32;
 // may read the file.
 absl::StatusOr<std::string> MakeInstanceToken(const ServeOptions& options, std::string* warning);
 
+// Such a file at `path`, which `flag` names.
+absl::StatusOr<std::string> ReadTokenFile(const char* flag, const std::string& path,
+                                          std::string* warning);
+
 }  // namespace wintserve

@@ -84,7 +84,9 @@ class LauncherTest : public ::testing::Test {
     for (const auto& [child, behaviour] : behaviours) {
       options.environment.push_back(fmt::format("wintserve_{}_BEHAVIOUR={}", child, behaviour));
     }
-    for (const auto& file : fs::directory_iterator(dir_ / "reports")) fs::remove(file);
+    if (!keeps_reports_) {
+      for (const auto& file : fs::directory_iterator(dir_ / "reports")) fs::remove(file);
+    }
     fs::remove(dir_ / "stderr");
     auto launcher = ChildProcess::Spawn(options);
     ASSERT_TRUE(launcher.ok()) << launcher.status();
@@ -182,8 +184,9 @@ class LauncherTest : public ::testing::Test {
   }
 
   fs::path dir_;
-  std::string before_exec_;  // for the shell: ends with ;
-  std::string stderr_;       // where the launcher's goes instead of the file: path or &-
+  std::string before_exec_;     // for the shell: ends with ;
+  std::string stderr_;          // where the launcher's goes instead of the file: path or &-
+  bool keeps_reports_ = false;  // another launcher's children have written some
   ChildProcess launcher_;
 };
 

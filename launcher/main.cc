@@ -5,6 +5,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -13,11 +14,13 @@
 #include "common/config/serve_options_json.h"
 #include "common/exit_code.h"
 #include "common/log.h"
+#include "common/status_macros.h"
 #include "launcher/child.h"
 #include "launcher/instance_log.h"
 #include "launcher/instance_token.h"
 #include "launcher/preflight.h"
 #include "launcher/runtime_dir.h"
+#include "launcher/shared_dir.h"
 #include "launcher/supervisor.h"
 
 namespace wintserve {
@@ -29,8 +32,10 @@ int Fail(int exit_code, const std::string& text) {
 }
 
 std::vector<std::string> LogNames(const ServeOptions& options) {
-  std::vector<std::string> names = {kLauncherLogName, LogNameOf(ChildRole::kApiServer, 0),
-                                    LogNameOf(ChildRole::kCacheManager, 0)};
+  std::vector<std::string> names = {kLauncherLogName};
+  if (options.role != "engine") names.push_back(LogNameOf(ChildRole::kApiServer, 0));
+  if (options.role == "api") return names;
+  names.push_back(LogNameOf(ChildRole::kCacheManager, 0));
   for (int rank = 0; rank < options.tensor_parallel_size; ++rank) {
     names.push_back(LogNameOf(ChildRole::kEngineWorker, rank));
   }
@@ -47,56 +52,105 @@ void OpenMissingStandardStreams() {
   if (fd >= 0) ::close(fd);
 }
 
-int RunInstance(CommandLine command) {
-  InitLog(kLauncherLogName, command.options.log_level);
-  for (const std::string& note : command.notes) LOG_WARNING("{}", note);
+// What is checked, and what is taken, before anything starts.
+PreflightError Prepare(Verb verb, ServeOptions* options, ReservedPorts* ports,
+                       std::vector<std::string>* warnings) {
+  PreflightError error = CheckModelAndDevice(*options);
+  if (!error.ok()) return error;
+  if (verb == Verb::kServe) {
+    const std::string warning = RaiseDescriptorLimit(*options);
+    if (!warning.empty()) warnings->push_back(warning);
+  }
+  error = CheckQueueTls(*options, warnings);
+  if (!error.ok()) return error;
+  return ReservePorts(verb == Verb::kServe, options, ports);
+}
 
-  PreflightError error = CheckModelAndDevice(command.options);
-  if (!error.ok()) return Fail(error.exit_code, error.text);
-  if (command.verb == Verb::kServe) {
-    const std::string warning = RaiseDescriptorLimit(command.options);
-    if (!warning.empty()) LOG_WARNING("{}", warning);
+int ExitCodeOf(const absl::Status& status) {
+  switch (status.code()) {
+    case absl::StatusCode::kInvalidArgument:
+    case absl::StatusCode::kPermissionDenied:
+      return kExitUsage;
+    case absl::StatusCode::kUnavailable:
+      return kExitUnavailable;
+    default:
+      return kExitInternal;
   }
-  std::vector<std::string> warnings;
-  error = CheckQueueTls(command.options, &warnings);
-  if (!error.ok()) return Fail(error.exit_code, error.text);
-  std::string token_warning;
-  auto token = MakeInstanceToken(command.options, &token_warning);
-  if (!token.ok()) return Fail(kExitUsage, std::string(token.status().message()));
-  if (!token_warning.empty()) warnings.push_back(std::move(token_warning));
-  for (const std::string& warning : warnings) LOG_WARNING("{}", warning);
-  Instance instance;
-  instance.options = std::move(command.options);
-  ReservedPorts ports;
-  error = ReservePorts(command.verb == Verb::kServe, &instance.options, &ports);
-  if (!error.ok()) return Fail(error.exit_code, error.text);
-  const auto runtime_dir = RuntimeDir::Create();
-  if (!runtime_dir.ok()) {
-    return Fail(kExitInternal, std::string(runtime_dir.status().message()));
+}
+
+int Fail(const absl::Status& status) {
+  return Fail(ExitCodeOf(status), std::string(status.message()));
+}
+
+// The directory of the sockets: of our own, or shared with the other launcher.
+struct Place {
+  std::optional<RuntimeDir> own;
+  std::optional<SharedDir> shared;
+};
+
+// Puts directory and token into the instance.
+absl::Status Settle(Instance* instance, Place* place, std::string* warning) {
+  const ServeOptions& options = instance->options;
+  if (options.role == "all") {
+    absl::StatusOr<RuntimeDir> dir = RuntimeDir::Create();
+    if (!dir.ok()) return absl::InternalError(dir.status().message());
+    place->own.emplace(*std::move(dir));
+    instance->runtime_dir = place->own->path();
+  } else {
+    ASSIGN_OR_RETURN(SharedDir dir, SharedDir::Open(options.runtime_dir, options.role));
+    place->shared.emplace(std::move(dir));
+    instance->runtime_dir = place->shared->path();
   }
-  instance.runtime_dir = runtime_dir->path();
-  instance.token = *std::move(token);
-  if (command.verb == Verb::kGenerate) {
-    instance.mode = "generate";
-    instance.generate_json = command.generate.ToJson();
+  if (place->shared.has_value() && options.queue_token_file.empty()) {
+    ASSIGN_OR_RETURN(instance->token, place->shared->Token(warning));
+  } else {
+    ASSIGN_OR_RETURN(instance->token, MakeInstanceToken(options, warning));
   }
-  auto server = SupervisorServer::Listen(instance.supervisor_socket(), instance.token);
-  if (!server.ok()) return Fail(kExitInternal, std::string(server.status().message()));
-  const std::string effective_config = EffectiveConfig(instance.options);
-  if (command.verb == Verb::kGenerate) {
-    LOG_INFO("effective config: {}", effective_config);
-    // The answer goes to stdout as it is.
-    return Supervisor(std::move(instance), std::move(ports), *std::move(server), nullptr).Run();
-  }
+  return absl::OkStatus();
+}
+
+// Serves until everything has ended, with its lines where --log-dir says.
+int Serve(Instance instance, Supervisor::Surroundings surroundings) {
   auto log = InstanceLog::Open(instance.options.log_dir, LogNames(instance.options));
-  if (!log.ok()) return Fail(kExitUsage, std::string(log.status().message()));
+  if (!log.ok()) return Fail(log.status());
+  surroundings.log = &*log;
   const std::string level = instance.options.log_level;
   InitLog(kLauncherLogName, level, [&log](std::string_view line) { log->WriteOwn(line); });
-  LOG_INFO("effective config: {}", effective_config);
-  const int exit_code =
-      Supervisor(std::move(instance), std::move(ports), *std::move(server), &*log).Run();
+  LOG_INFO("effective config: {}", EffectiveConfig(instance.options));
+  const int exit_code = Supervisor(std::move(instance), std::move(surroundings)).Run();
   InitLog(kLauncherLogName, level);
   return exit_code;
+}
+
+int RunInstance(CommandLine command) {
+  InitLog(kLauncherLogName, command.options.log_level);
+  std::vector<std::string> warnings = std::move(command.notes);
+  Instance instance;
+  instance.options = std::move(command.options);
+  Supervisor::Surroundings surroundings;
+  const PreflightError error =
+      Prepare(*command.verb, &instance.options, &surroundings.ports, &warnings);
+  for (const std::string& warning : warnings) LOG_WARNING("{}", warning);
+  if (!error.ok()) return Fail(error.exit_code, error.text);
+
+  Place place;
+  std::string warning;
+  if (const absl::Status status = Settle(&instance, &place, &warning); !status.ok()) {
+    return Fail(status);
+  }
+  if (!warning.empty()) LOG_WARNING("{}", warning);
+  surroundings.shared = place.shared.has_value() ? &*place.shared : nullptr;
+  if (instance.options.role != "api") {
+    auto server = SupervisorServer::Listen(instance.supervisor_socket(), instance.token);
+    if (!server.ok()) return Fail(kExitInternal, std::string(server.status().message()));
+    surroundings.server.emplace(*std::move(server));
+  }
+  if (*command.verb == Verb::kServe) return Serve(std::move(instance), std::move(surroundings));
+  // The answer goes to stdout as it is.
+  LOG_INFO("effective config: {}", EffectiveConfig(instance.options));
+  instance.mode = "generate";
+  instance.generate_json = command.generate.ToJson();
+  return Supervisor(std::move(instance), std::move(surroundings)).Run();
 }
 
 int Main(int argc, char** argv) {

@@ -118,7 +118,8 @@ PreflightError CheckModelAndDevice(const ServeOptions& options) {
     if (!error.ok()) return error;
   }
 #ifndef WINTSERVE_HAS_CUDA
-  if (options.device == "cuda") {
+  // The API server computes nothing.
+  if (options.device == "cuda" && options.role != "api") {
     return {kExitUnavailable, "--device: cuda is not in this build; use cpu"};
   }
 #endif
@@ -147,8 +148,10 @@ std::string RaiseDescriptorLimit(const ServeOptions& options) {
 }
 
 PreflightError ReservePorts(bool with_http, ServeOptions* options, ReservedPorts* ports) {
+  const bool has_api_server = options->role != "engine";
+  const bool has_cache_manager = options->role != "api";
   PreflightError error;
-  if (with_http) {
+  if (with_http && has_api_server) {
     error = Listen("--port", options->host, &options->port, &ports->http);
     if (!error.ok()) return error;
     if (options->metrics_port.has_value()) {
@@ -156,9 +159,12 @@ PreflightError ReservePorts(bool with_http, ServeOptions* options, ReservedPorts
       if (!error.ok()) return error;
     }
   }
-  error = Hold("--engine-worker-queue-port", options->queue_host,
-               &options->engine_worker_queue_port, &ports->engine_worker_queue);
-  if (!error.ok()) return error;
+  if (has_api_server) {
+    error = Hold("--engine-worker-queue-port", options->queue_host,
+                 &options->engine_worker_queue_port, &ports->engine_worker_queue);
+    if (!error.ok()) return error;
+  }
+  if (!has_cache_manager) return {};
   return Hold("--cache-queue-port", options->queue_host, &options->cache_queue_port,
               &ports->cache_queue);
 }

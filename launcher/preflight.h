@@ -39,8 +39,8 @@ struct ReservedPorts {
   UniqueFd cache_queue;
 };
 
-// Takes every port; a port 0 in `options` becomes the number that was picked. Without `with_http`
-// only the queue ports. 69 names the flag and the port.
+// Takes every port of the processes that --role starts; a port 0 in `options` becomes the number
+// that was picked. Without `with_http` only the queue ports. 69 names the flag and the port.
 PreflightError ReservePorts(bool with_http, ServeOptions* options, ReservedPorts* ports);
 
 }  // namespace wintserve

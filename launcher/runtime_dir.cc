@@ -82,7 +82,8 @@ std::string Parent() {
   return usable ? xdg : "/tmp";
 }
 
-// Whoever may rename our directory could put another one, of theirs, in its place.
+// Whoever may rename our directory could put another one, of theirs, in its place. A directory that
+// everybody may write to is what a container gets for /tmp, where there is nobody else: a warning.
 absl::Status CheckParent(const std::string& parent) {
   struct stat info = {};
   if (::stat(parent.c_str(), &info) != 0) {
@@ -93,10 +94,11 @@ absl::Status CheckParent(const std::string& parent) {
         "runtime directory: {}: belongs to user {}, must be ours or root's", parent, info.st_uid));
   }
   if ((info.st_mode & (S_IWGRP | S_IWOTH)) != 0 && (info.st_mode & S_ISVTX) == 0) {
-    return absl::PermissionDeniedError(
-        fmt::format("runtime directory: {}: others may write there and it is not sticky (mode "
-                    "{:04o}); give XDG_RUNTIME_DIR one of mode 0700",
-                    parent, info.st_mode & 07777));
+    LOG_WARNING(
+        "runtime directory: {}: other users could exchange what is in it (mode {:04o}, not "
+        "sticky); "
+        "give XDG_RUNTIME_DIR one of mode 0700",
+        parent, info.st_mode & 07777);
   }
   return absl::OkStatus();
 }

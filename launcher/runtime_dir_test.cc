@@ -1,12 +1,15 @@
 #include "launcher/runtime_dir.h"
 
 #include <fcntl.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
+
+#include "common/captured_log_test_util.h"
 
 namespace wintserve {
 namespace {
@@ -39,17 +42,27 @@ TEST_F(RuntimeDirTest, IsPrivateAndRemovedWithItsSockets) {
   EXPECT_FALSE(fs::exists(path));
 }
 
-TEST_F(RuntimeDirTest, APlaceWhereOthersCouldExchangeItIsRefused) {
+TEST_F(RuntimeDirTest, APlaceWhereOthersCouldExchangeItIsAWarning) {
+  CapturedLog log;
+  for (const mode_t mode : {01777, 0755, 0700}) {  // the first is /tmp's
+    ASSERT_EQ(::chmod(parent_.c_str(), mode), 0);
+    EXPECT_TRUE(RuntimeDir::CreateUnder(parent_).ok());
+  }
+  EXPECT_EQ(log.text(), "");
   ASSERT_EQ(::chmod(parent_.c_str(), 0777), 0);
+  EXPECT_TRUE(RuntimeDir::CreateUnder(parent_).ok());
+  EXPECT_THAT(log.text(), ::testing::HasSubstr("runtime directory: " + parent_ +
+                                               ": other users could exchange what is in it (mode "
+                                               "0777, not sticky)"));
+}
+
+TEST_F(RuntimeDirTest, AnotherUsersPlaceIsRefused) {
+  if (::geteuid() != 0) GTEST_SKIP() << "only root can give a directory away";
+  ASSERT_EQ(::chown(parent_.c_str(), 65534, 0), 0);
   const absl::Status status = RuntimeDir::CreateUnder(parent_).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kPermissionDenied);
-  EXPECT_EQ(status.message(), "runtime directory: " + parent_ +
-                                  ": others may write there and it is not sticky (mode 0777); give "
-                                  "XDG_RUNTIME_DIR one of mode 0700");
-  ASSERT_EQ(::chmod(parent_.c_str(), 01777), 0);  // as /tmp
-  EXPECT_TRUE(RuntimeDir::CreateUnder(parent_).ok());
-  ASSERT_EQ(::chmod(parent_.c_str(), 0755), 0);
-  EXPECT_TRUE(RuntimeDir::CreateUnder(parent_).ok());
+  EXPECT_EQ(status.message(),
+            "runtime directory: " + parent_ + ": belongs to user 65534, must be ours or root's");
 }
 
 TEST_F(RuntimeDirTest, TwoInstancesDoNotMeet) {

@@ -19,6 +19,9 @@ namespace {
 
 using std::chrono::milliseconds;
 
+// How often a launcher of --role engine looks whether that of --role api has gone.
+constexpr milliseconds kLookForLauncher(200);
+
 // Beyond its own drain timeout; and for everybody who has nothing to drain.
 constexpr milliseconds kStopGrace(5000);
 
@@ -54,12 +57,12 @@ void BlockSupervisedSignals() {
   ::signal(SIGXFSZ, SIG_IGN);
 }
 
-Supervisor::Supervisor(Instance instance, ReservedPorts ports, SupervisorServer server,
-                       InstanceLog* log)
+Supervisor::Supervisor(Instance instance, Surroundings surroundings)
     : instance_(std::move(instance)),
-      ports_(std::move(ports)),
-      server_(std::move(server)),
-      log_(log),
+      ports_(std::move(surroundings.ports)),
+      server_(std::move(surroundings.server)),
+      log_(surroundings.log),
+      shared_(surroundings.shared),
       started_(Clock::now()) {
   const sigset_t signals = SupervisedSignals();
   signal_fd_.Reset(::signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK));
@@ -84,8 +87,9 @@ int Supervisor::Run() {
 }
 
 absl::Status Supervisor::StartAll() {
+  if (instance_.options.role == "api") return Start(ChildRole::kApiServer, 0);
   RETURN_IF_ERROR(Start(ChildRole::kCacheManager, 0));
-  RETURN_IF_ERROR(Start(ChildRole::kApiServer, 0));
+  if (StartsApiServer()) RETURN_IF_ERROR(Start(ChildRole::kApiServer, 0));
   for (int rank = 0; rank < instance_.options.tensor_parallel_size; ++rank) {
     RETURN_IF_ERROR(Start(ChildRole::kEngineWorker, rank));
   }
@@ -105,12 +109,16 @@ void Supervisor::WaitForNews() {
     if (child.process.running()) fds.push_back({child.process.pidfd(), POLLIN, 0});
     if (child.output.fd() >= 0) fds.push_back({child.output.fd(), POLLIN, 0});
   }
-  server_.AddPollFds(&fds);
+  if (server_.has_value()) server_->AddPollFds(&fds);
   std::optional<Clock::time_point> until;
   if (stopping_ || !ended_.empty()) until = stopping_ ? kill_time_ : judge_time_;
   for (const Child& child : children_) {
     if (!child.restart_time.has_value()) continue;
     until = std::min(until.value_or(*child.restart_time), *child.restart_time);
+  }
+  if (draining_ && !StartsApiServer() && stopping_role_ == ChildRole::kApiServer) {
+    // Of the end of the other launcher nobody tells us.
+    until = std::min(*until, Clock::now() + kLookForLauncher);
   }
   int timeout_ms = -1;
   if (until.has_value()) {
@@ -119,7 +127,7 @@ void Supervisor::WaitForNews() {
   }
   if (::poll(fds.data(), fds.size(), timeout_ms) <= 0) return;
   // First, while a number stands for what was polled.
-  server_.Serve(fds);
+  if (server_.has_value()) server_->Serve(fds);
   for (Child& child : children_) child.output.Read();
 }
 
@@ -156,7 +164,7 @@ void Supervisor::HandleExit(Child* child, const ChildExit& how) {
     worker_exit.set_worker_id(child->instance.worker_id);
     (how.by_signal ? worker_exit.set_signal(how.code) : worker_exit.set_code(how.code));
     worker_exit.set_kv_trusted(KvIsTrusted(how));
-    server_.SendWorkerExit(worker_exit);
+    server_->SendWorkerExit(worker_exit);
   }
   if (IsReplaceable(*child, how)) {
     Replace(child, how, fmt::format("died of {}", how.ToString()));
@@ -171,7 +179,7 @@ void Supervisor::HandleExit(Child* child, const ChildExit& how) {
 }
 
 void Supervisor::KillHangingCacheManager() {
-  if (!server_.TakeRestartRequest()) return;
+  if (!server_.has_value() || !server_->TakeRestartRequest()) return;
   for (Child& child : children_) {
     if (child.role != ChildRole::kCacheManager || child.stopped || !child.process.running()) {
       continue;
@@ -184,7 +192,8 @@ void Supervisor::KillHangingCacheManager() {
 }
 
 void Supervisor::KillUnwantedWorkers() {
-  for (const SupervisorServer::EndRequest& request : server_.TakeEndRequests()) {
+  if (!server_.has_value()) return;
+  for (const SupervisorServer::EndRequest& request : server_->TakeEndRequests()) {
     for (Child& child : children_) {
       if (child.role != ChildRole::kEngineWorker || child.instance.rank != request.rank) continue;
       // Another process by now: that one is not meant.
@@ -327,7 +336,7 @@ void Supervisor::AdvanceStop() {
     }
   }
   // The next role's turn, and past roles that have no process.
-  while (draining_ && !AnyRunning(stopping_role_) && stopping_role_ != ChildRole::kCacheManager) {
+  while (draining_ && IsOver(stopping_role_) && stopping_role_ != ChildRole::kCacheManager) {
     stopping_role_ = stopping_role_ == ChildRole::kApiServer ? ChildRole::kEngineWorker
                                                              : ChildRole::kCacheManager;
     kill_time_ = Clock::now() + kStopGrace;
@@ -368,6 +377,16 @@ bool Supervisor::AnyToStart() const {
                      [](const Child& child) { return child.restart_time.has_value(); });
 }
 
-bool Supervisor::MayHaveRequests() const { return AnyRunning(ChildRole::kApiServer); }
+bool Supervisor::IsOver(ChildRole role) const {
+  if (role != ChildRole::kApiServer || StartsApiServer()) return !AnyRunning(role);
+  const bool workers_have_ended = !AnyRunning(ChildRole::kEngineWorker) && !AnyToStart();
+  return workers_have_ended || !MayHaveRequests();
+}
+
+bool Supervisor::MayHaveRequests() const {
+  if (stopping_role_ != ChildRole::kApiServer) return false;
+  if (StartsApiServer()) return AnyRunning(ChildRole::kApiServer);
+  return Clock::now() < kill_time_ && shared_->OtherRuns();
+}
 
 }  // namespace wintserve

@@ -2,9 +2,11 @@
 //
 //   running --signal--> draining: API server, then workers, then cache manager --> 0 (75: cut off)
 //      |  ^---- a child died: at once, or after a pause, another one is started
-//      |----- it cannot start, or dies again and again -> stopping: all at once, briefly --> its
-//      code, 71
+//      |----- it cannot start, or crashes in a loop -> stopping: all at once, briefly --> code, 71
 //      `----second signal: SIGKILL for whoever is left
+//
+// With --role engine the turn of the API server is the other launcher's: it is over when that one
+// has gone, when the API server has told every worker to end, or when patience ends.
 //
 // An engine worker's end is told to whoever watches before another is started in its place. While
 // requests are finished, the other processes are still replaced. With `wintserve generate` only the
@@ -24,6 +26,7 @@
 #include "common/unique_fd.h"
 #include "launcher/child.h"
 #include "launcher/preflight.h"
+#include "launcher/shared_dir.h"
 #include "launcher/supervisor_server.h"
 
 namespace wintserve {
@@ -35,9 +38,16 @@ void BlockSupervisedSignals();
 // Threading: the main thread only (children die with the thread that spawned them).
 class Supervisor {
  public:
-  // `instance` as the API server gets it, but for the descriptors; `ports` stay reserved until the
-  // Supervisor goes. `log` must live longer; null: the children write where we do.
-  Supervisor(Instance instance, ReservedPorts ports, SupervisorServer server, InstanceLog* log);
+  struct Surroundings {
+    ReservedPorts ports;                     // stay reserved until the Supervisor goes
+    std::optional<SupervisorServer> server;  // with --role api the other launcher has it
+    InstanceLog* log = nullptr;   // must live longer; null: the children write where we do
+    SharedDir* shared = nullptr;  // must live longer; with --role api and engine only
+  };
+
+  // Starts what instance.options.role says. `instance` as the API server gets it, but for the
+  // descriptors.
+  Supervisor(Instance instance, Surroundings surroundings);
 
   // Starts everything, returns the exit code once nothing runs any more.
   int Run();
@@ -69,13 +79,17 @@ class Supervisor {
   void KillAndReap(Child* child);
   bool AnyRunning(std::optional<ChildRole> role) const;
   bool AnyToStart() const;
-  // Whether there may be requests that need the other processes.
+  bool StartsApiServer() const { return instance_.options.role != "engine"; }
+  // Draining: whether the turn of `role` is over.
+  bool IsOver(ChildRole role) const;
+  // Draining: whether there may be requests that need the other processes.
   bool MayHaveRequests() const;
 
   const Instance instance_;
   ReservedPorts ports_;
-  SupervisorServer server_;
+  std::optional<SupervisorServer> server_;
   InstanceLog* const log_;
+  SharedDir* const shared_;
   UniqueFd signal_fd_;
   std::vector<Child> children_;
   Clock::time_point started_;

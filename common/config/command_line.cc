@@ -323,6 +323,22 @@ std::optional<BrokenRule> CheckDevice(const ServeOptions& options) {
   return std::nullopt;
 }
 
+std::optional<BrokenRule> CheckRole(const ServeOptions& options) {
+  const bool shares = !options.runtime_dir.empty();
+  if (options.role == "all" && shares) {
+    return BrokenRule{"runtime-dir",
+                      "is what --role api and --role engine share; one launcher "
+                      "alone makes its own"};
+  }
+  if (options.role != "all" && !shares) {
+    return BrokenRule{
+        "role", fmt::format("{} needs --runtime-dir, the directory that it shares with --role "
+                            "{}",
+                            options.role, options.role == "api" ? "engine" : "api")};
+  }
+  return std::nullopt;
+}
+
 std::optional<BrokenRule> CheckCaching(const ServeOptions& options) {
   if (options.enable_prefix_caching) {
     if (options.cache_isolation == "key" && options.api_keys.empty()) {
@@ -369,6 +385,7 @@ std::optional<Failure> CheckTogether(const ServeOptions& options, const Sources&
   if (!broken.has_value()) broken = CheckLimits(options);
   if (!broken.has_value()) broken = CheckChunking(options, sources);
   if (!broken.has_value()) broken = CheckDevice(options);
+  if (!broken.has_value()) broken = CheckRole(options);
   if (!broken.has_value()) broken = CheckCaching(options);
   if (!broken.has_value()) return std::nullopt;
   const auto source = sources.find(broken->flag);

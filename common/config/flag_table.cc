@@ -257,6 +257,13 @@ void AddFeatureFlags(std::vector<Flag>* flags) {
 }
 
 void AddOperationFlags(std::vector<Flag>* flags) {
+  flags->push_back(ServeOnly(
+      Text("role", kOperation, &ServeOptions::role,
+           "all; or of an instance in two containers: api (the API server), engine (the others)",
+           {"all", "api", "engine"})));
+  flags->push_back(
+      ServeOnly(Text("runtime-dir", kOperation, &ServeOptions::runtime_dir,
+                     "Directory that the launchers of --role api and --role engine share")));
   flags->push_back(Text("log-level", kOperation, &ServeOptions::log_level,
                         "debug, info, warning or error; debug shows prompts",
                         {"debug", "info", "warning", "error"}));

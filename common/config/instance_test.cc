@@ -66,6 +66,8 @@ Instance UnusualInstance() {
   options.gpu_memory_utilization = 0.75;
   options.num_gpu_blocks_override = 11;
   options.swap_space_gib = 0.1;
+  options.role = "engine";
+  options.runtime_dir = "/run/shared";
   options.log_level = "debug";
   options.log_dir = "/log";
   options.drain_timeout_ms = int64_t{1} << 40;
@@ -159,7 +161,7 @@ TEST(Instance, RefusesWhatItDidNotWrite) {
       {"option of another type", changed([](auto& j) { j["options"]["port"] = "x"; }), kAllSeals,
        "options.port: wrong type"},
       {"option of a newer version", changed([](auto& j) { j["options"]["new"] = 1; }), kAllSeals,
-       "52 fields, expected 51"},
+       "54 fields, expected 53"},
       {"list of the wrong thing", changed([](auto& j) { j["options"]["api_keys"] = {1}; }),
        kAllSeals, "options.api_keys: wrong type"},
       {"an array", "[]", kAllSeals, "array"},

@@ -67,6 +67,8 @@ struct ServeOptions {
   double swap_space_gib = 0;
 
   // Operation
+  std::string role = "all";  // all | api: the API server alone | engine: everybody else
+  std::string runtime_dir;   // of role api and engine: the directory that both launchers share
   std::string log_level = "info";
   std::string log_dir;  // a log file for each process, made if missing; empty: the console only
   int64_t drain_timeout_ms = 55'000;

@@ -59,6 +59,8 @@ void VisitFields(Options& options, Visit&& visit) {
   visit("gpu_memory_utilization", options.gpu_memory_utilization);
   visit("num_gpu_blocks_override", options.num_gpu_blocks_override);
   visit("swap_space_gib", options.swap_space_gib);
+  visit("role", options.role);
+  visit("runtime_dir", options.runtime_dir);
   visit("log_level", options.log_level);
   visit("log_dir", options.log_dir);
   visit("drain_timeout_ms", options.drain_timeout_ms);

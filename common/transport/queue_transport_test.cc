@@ -179,6 +179,18 @@ TEST_P(SilentPeers, AreDroppedAndAFloodOfThemStopsNobody) {
 INSTANTIATE_TEST_SUITE_P(Transport, SilentPeers, testing::Bool(),
                          [](const auto& info) { return info.param ? "Tls" : "PlainText"; });
 
+TEST_F(QueueTransportTest, AConnectionWithoutACallIsClosed) {
+  Start({});
+  const auto channel = grpc::CreateChannel(target(), grpc::InsecureChannelCredentials());
+  const RawCall call = {.method = "/a.B/C", .token_value = TokenMetadataValue(kToken)};
+  ASSERT_EQ(Call(channel, call).status.error_code(), grpc::StatusCode::UNIMPLEMENTED);
+  ASSERT_EQ(channel->GetState(/*try_to_connect=*/false), GRPC_CHANNEL_READY);
+  EXPECT_TRUE(channel->WaitForStateChange(
+      GRPC_CHANNEL_READY, std::chrono::system_clock::now() + std::chrono::seconds(30)));
+  EXPECT_EQ(Call(channel, call).status.error_code(), grpc::StatusCode::UNIMPLEMENTED)
+      << "the next call connects again";
+}
+
 TEST_F(QueueTransportTest, TheSocketIsForItsUserAlone) {
   std::string directory = testing::TempDir() + "queue_transport_XXXXXX";
   ASSERT_NE(::mkdtemp(directory.data()), nullptr);
