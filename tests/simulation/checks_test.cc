@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "tests/simulation/clients.h"
 #include "tests/simulation/config.h"
 #include "tests/simulation/event_queue.h"
 #include "tests/simulation/ledger.h"
@@ -157,6 +158,136 @@ TEST_F(Checks, RefuseACommitOfOtherTokens) {
   commit.request.blocks[0].tokens = {10, 12};
   ledger.OnCommand(commit, true);
   EXPECT_THAT(report.violation(), HasSubstr("with other tokens, history or salt"));
+}
+
+// What was in flight is not done, though it may have been written.
+TEST_F(Checks, RefuseACommitOfTokensThatWereInFlightWhenTheGroupWasLost) {
+  Lease(kLeased);
+  ledger.OnPlan(PromptPlan(1, 1, kBlocks, 0));
+  ledger.OnGroupLost(/*kv_trusted=*/true);
+  ledger.OnCommand(CommitOfFirstBlock(), true);
+  EXPECT_THAT(report.violation(), HasSubstr("acknowledged 0 of 2 tokens"));
+}
+
+TEST_F(Checks, RefuseACommitOfWhatAGroupWroteThatIsNotTrusted) {
+  for (const bool kv_trusted : {true, false}) {
+    ledger.OnPoolReplaced(config.scheduler.num_blocks);
+    Lease(kLeased);
+    ledger.OnPlan(PromptPlan(1, 1, kBlocks, 0));
+    ledger.OnPlanDone(1);
+    ledger.OnGroupLost(kv_trusted);
+    ledger.OnCommand(CommitOfFirstBlock(), true);
+    EXPECT_EQ(report.ok(), kv_trusted);
+  }
+  EXPECT_THAT(report.violation(), HasSubstr("acknowledged 0 of 2 tokens"));
+}
+
+TEST_F(Checks, RefuseARowOfASlotThatWasLostWithTheGroup) {
+  Lease(kLeased);
+  ledger.OnPlan(PromptPlan(1, 1, kBlocks, 0));
+  ledger.OnPlanDone(1);
+  ledger.OnGroupLost(/*kv_trusted=*/true);
+  StepPlan decode;
+  decode.step = 2;
+  decode.rows = {{.slot = 0, .position = 5, .length = 1, .sample = true, .tokens = {20}}};
+  ledger.OnPlan(decode);
+  EXPECT_THAT(report.violation(), HasSubstr("a row of slot 0, which is not in use"));
+}
+
+// It is planned again, or what it was to fill is not read.
+TEST_F(Checks, RefuseARowThatReadsARestoreWhichWasLostWithTheGroup) {
+  for (const bool ordered_again : {true, false}) {
+    ledger.OnPoolReplaced(config.scheduler.num_blocks);
+    Lease({{1, 1}, {2, 1}});
+    ledger.OnCommand(MatchCommand{.tag = 2, .salt = "", .tokens = kPrompt}, true);
+    ledger.OnReply(
+        Matched{.tag = 2,
+                .result = {.device = {},
+                           .restoring = {{7, {0, 1}}},
+                           .copies = {{5, CopyDirection::kToDevice, {0, 1}, /*host_slot=*/1}}}});
+    StepPlan copies;
+    copies.step = 1;
+    copies.copies = {{.to_device = true, .block = BlockId{0}, .host_slot = 1}};
+    ledger.OnPlan(copies);
+    ledger.OnGroupLost(/*kv_trusted=*/true);
+    copies.step = 2;
+    if (ordered_again) ledger.OnPlan(copies);
+    ledger.OnPlan(PromptPlan(3, 1, kBlocks, 0, /*position=*/2));
+    EXPECT_EQ(report.ok(), ordered_again) << report.violation();
+    ledger.OnGroupLost(/*kv_trusted=*/true);
+  }
+  EXPECT_THAT(report.violation(), HasSubstr("has not been restored"));
+}
+
+TEST_F(Checks, RankRefusesAPrefixThatWasWrittenInABadStep) {
+  rank.Execute(PromptPlan(1, 1, kBlocks, 0));
+  memory.SpoilSince(2);
+  rank.Execute(PromptPlan(2, 2, {BlockId{0}, BlockId{1}, BlockId{3}}, 1, /*position=*/4));
+  EXPECT_EQ(report.violation(), "");
+  memory.SpoilSince(1);
+  rank.JoinGroup();
+  rank.Execute(PromptPlan(3, 2, {BlockId{0}, BlockId{1}, BlockId{4}}, 1, /*position=*/4));
+  EXPECT_THAT(report.violation(), StartsWith("I4: rank 0, sequence 2.0 at position 4: block 0"));
+}
+
+TEST_F(Checks, RankFindsThatItsSlotsWentWithTheGroup) {
+  rank.Execute(PromptPlan(1, 1, kBlocks, 0));
+  rank.JoinGroup();
+  StepPlan decode;
+  decode.step = 9;
+  decode.pool_epoch = 1;
+  decode.rows = {{.slot = 0, .position = 5, .length = 1, .sample = true}};
+  rank.Execute(decode);
+  EXPECT_THAT(report.violation(), HasSubstr("slot 0 is not in use"));
+}
+
+// The same memory under a process that has come in the place of another one.
+TEST_F(Checks, RankGoesOnFromTheMemoryOfTheOneBefore) {
+  rank.Execute(PromptPlan(1, 1, kBlocks, 0));
+  SimulatedRank next(config, 0, &references, &report);
+  next.AttachPool(/*pool_epoch=*/1, &memory);
+  const int32_t token = references.Find(SequenceKey{1, 0})->tokens[5];
+  StepPlan plan = PromptPlan(2, 1, kBlocks, 0);
+  plan.rows = {{.slot = 0, .position = 5, .length = 1, .sample = true, .tokens = {token}}};
+  next.Execute(plan);
+  EXPECT_EQ(report.violation(), "");
+  SimulatedRank implicit(config, 0, &references, &report);
+  implicit.AttachPool(/*pool_epoch=*/1, &memory);
+  plan.rows[0].tokens.clear();
+  implicit.Execute(plan);
+  EXPECT_THAT(report.violation(), HasSubstr("no token was sampled there"));
+}
+
+TEST_F(Checks, AClientRefusesATokenThatItHasAlready) {
+  SimulationConfig one = config;
+  one.num_requests = 1;
+  one.num_documents = 1;
+  one.max_prompt_tokens = 5;
+  one.max_answer_tokens = 4;
+  References texts{one};
+  ScheduledRequest submitted;
+  Clients clients(one, &texts, &clock, &report,
+                  {.submit =
+                       [&submitted](const ScheduledRequest& request) {
+                         submitted = request;
+                         return absl::OkStatus();
+                       },
+                   .cancel_request = [](uint64_t) {},
+                   .cancel_choice = [](const SequenceKey&) {},
+                   .done = [] {}});
+  clients.Start();
+  while (clock.RunNext()) {
+  }
+  const SequenceKey key{submitted.id, 0};
+  const ReferenceSequence* text = texts.Find(key);
+  ASSERT_NE(text, nullptr);
+  ASSERT_GT(text->answer_len, 1u);
+  clients.OnStarted({.sequence = key, .num_cached_tokens = 0});
+  const int32_t first = text->tokens[text->prompt_len];
+  clients.OnToken({.sequence = key, .token = first, .end = std::nullopt});
+  EXPECT_EQ(report.violation(), "");
+  clients.OnToken({.sequence = key, .token = first, .end = std::nullopt});
+  EXPECT_THAT(report.violation(), StartsWith("I1: sequence"));
 }
 
 TEST_F(Checks, RefuseAMatchOfAnotherSaltsEntry) {

@@ -11,6 +11,17 @@ namespace wintserve::simulation {
 
 enum class WorkerFailure { kKilled, kCrashed, kHangs };
 
+// Of the API server, on purpose, to see that the checks find it.
+enum class Mistake {
+  kNone,
+  kFenceOnStreamDrop,  // a rank whose stream has dropped counts as fenced
+  kFenceOnFirst,       // so do all ranks once one of them is
+  kTrustCrashes,       // the KV of a rank that crashed is trusted
+  kNoDistrust,         // the cache manager does not hear of bad steps
+  kForgetDistrust,     // nor does it after its session broke
+  kTakeLateResults,    // a result counts although the group has been given up
+};
+
 struct SimulationConfig {
   uint64_t seed = 0;
 
@@ -57,10 +68,12 @@ struct SimulationConfig {
   int64_t step_deadline_us = 0;  // then a rank is found to hang
   uint64_t num_bad_steps = 1;    // newest steps that a rank that crashed did wrong, at most
   double isolation_chance = 0;   // of a request in flight when a rank crashes
-  // Not random: one rank fails after that many events.
+  // Not random: one rank fails, the cache manager dies after that many events.
   std::optional<uint64_t> fail_at_event = {};
   int failing_rank = 0;
   WorkerFailure failure = WorkerFailure::kKilled;
+  std::optional<uint64_t> cache_dies_at_event = {};
+  Mistake mistake = Mistake::kNone;
 
   int64_t arrivals_us() const { return num_requests * mean_interarrival_us; }
   std::string ToString() const;

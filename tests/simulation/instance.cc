@@ -61,6 +61,7 @@ void Instance::Run() {
     if (report_.counters.events == config_.fail_at_event) {
       ranks_.Fail(config_.failing_rank, config_.failure);
     }
+    if (report_.counters.events == config_.cache_dies_at_event) cache_.Die();
   }
   if (report_.ok()) CheckQuiescent();
   const SchedulerStats stats = scheduler_.stats();
@@ -194,6 +195,7 @@ void Instance::OnCacheLost() {
   if (!ranks_.ready()) ++report_.counters.cache_losses_in_recovery;
   has_session_ = false;
   num_distrusts_unanswered_ = 0;
+  if (config_.mistake == Mistake::kForgetDistrust) first_bad_step_.reset();
   waiting_ = Waiting::kForNothing;
   UpdatePause();
   ledger_.OnSessionLost();
@@ -252,6 +254,7 @@ void Instance::OnGroupFrozen() {
 // The order matters: the cache manager hears of the bad steps before it is asked for anything else,
 // and the scheduler gives nothing back before the ranks are fenced.
 void Instance::OnGroupFenced(bool kv_trusted) {
+  if (config_.mistake == Mistake::kTrustCrashes) kv_trusted = true;
   if (!kv_trusted) {
     ++report_.counters.groups_distrusted;
     const uint64_t window = config_.num_bad_steps;
@@ -271,6 +274,7 @@ void Instance::OnGroupFenced(bool kv_trusted) {
 }
 
 void Instance::Distrust() {
+  if (config_.mistake == Mistake::kNoDistrust) return;
   report_.Trace("-> cache: steps from {} on are not trusted", *first_bad_step_);
   ++num_distrusts_unanswered_;
   cache_.Send(DistrustRequest{*first_bad_step_});

@@ -36,7 +36,7 @@ void RankGroup::Launch(size_t rank) {
 }
 
 void RankGroup::AttachPool(uint64_t pool_epoch, int num_blocks) {
-  CHECK(in_flight_.empty() && !aborting());
+  CHECK(in_flight_.empty());
   pool_epoch_ = pool_epoch;
   for (Member& member : members_) {
     member.memory = std::make_unique<RankMemory>(config_, pool_epoch, num_blocks);
@@ -56,7 +56,7 @@ void RankGroup::Send(StepPlan plan) {
         events_.now_us(), random_.Around(static_cast<double>(config_.worker_latency_us)));
     const int64_t start_us = std::max(member.free_at_us, arrival);
     member.free_at_us = start_us + DurationUs(*shared, member.slowness);
-    if (!member.process || member.dying) continue;
+    if (!IsCurrent(rank, member.stream_id) || member.dying) continue;
     member.pending.push_back({shared, group_epoch_, start_us});
     if (member.hangs) continue;
     events_.At(member.free_at_us, [this, rank, num_drops = member.num_drops] {
@@ -76,14 +76,18 @@ void RankGroup::Run(size_t rank) {
       events_.now_us(), random_.Around(static_cast<double>(config_.worker_latency_us)));
   events_.At(arrival, [this, rank, step = pending.plan->step, epoch = pending.group_epoch,
                        result = std::move(result)] {
-    if (ready() && epoch == group_epoch_) OnResult(rank, step, result);
+    const bool is_late = !ready() && config_.mistake != Mistake::kTakeLateResults;
+    if (!is_late && epoch == group_epoch_) OnResult(rank, step, result);
   });
 }
 
 void RankGroup::OnResult(size_t rank, uint64_t step, RankResult result) {
   const auto plan = std::find_if(in_flight_.begin(), in_flight_.end(),
                                  [step](const InFlight& flight) { return flight.step == step; });
-  CHECK(plan != in_flight_.end());
+  if (plan == in_flight_.end()) {
+    report_.Violation("I6", "rank {} has a result of step {}, which is not in flight", rank, step);
+    return;
+  }
   if (rank == 0) plan->sampled = result.sampled;
   plan->results.push_back(std::move(result));
   const RankResult& first = plan->results.front();

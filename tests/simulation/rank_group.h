@@ -42,7 +42,7 @@ class RankGroup {
   RankGroup(const SimulationConfig& config, const References* references, EventQueue* events,
             Report* report, Events notify);
 
-  // REQUIRES: no plan in flight, not aborting.
+  // REQUIRES: no plan in flight. (Every process has unmapped the old pool, or is gone.)
   void AttachPool(uint64_t pool_epoch, int num_blocks);
   // To every rank; each gets it, runs it and answers at its own pace, in order.
   void Send(StepPlan plan);
@@ -75,6 +75,7 @@ class RankGroup {
     int64_t free_at_us = 0;  // when it can take up the next plan
     double slowness = 1;
     // As the API server knows it.
+    uint64_t stream_id = 1;  // the process that its messages go to
     bool attached = true;
     bool fenced = false;
     bool joined = true;

@@ -116,6 +116,7 @@ void RankGroup::OnStreamDropped(size_t rank, uint64_t process_id) {
   if (members_[rank].process_id != process_id) return;
   members_[rank].attached = false;
   Abort();
+  if (config_.mistake == Mistake::kFenceOnStreamDrop && aborting()) SetFenced(rank);
 }
 
 void RankGroup::OnExitNotice(size_t rank, uint64_t process_id, bool kv_trusted) {
@@ -136,6 +137,7 @@ void RankGroup::OnAttached(size_t rank, uint64_t process_id) {
   report_.Trace("rank {}: is attached", rank);
   Abort();  // unless the end of the one before was noticed
   member.attached = true;
+  member.stream_id = process_id;
   // That one is gone. Where nobody has said how it ended, the worst is to be assumed.
   const bool kv_trusted = std::exchange(member.exit_known, false);
   if (aborting()) {
@@ -156,7 +158,7 @@ void RankGroup::Abort() {
     Member& member = members_[rank];
     member.fenced = false;
     const int64_t arrival = member.to_rank.Arrival(events_.now_us(), WorkerLatencyUs());
-    events_.At(arrival, [this, rank, id = member.process_id] { OnAbort(rank, id); });
+    events_.At(arrival, [this, rank, id = member.stream_id] { OnAbort(rank, id); });
   }
   events_.After(config_.abort_timeout_us,
                 [this, epoch = group_epoch_] { EndThoseThatStay(epoch); });
@@ -195,6 +197,9 @@ void RankGroup::OnAborted(size_t rank, uint64_t process_id, uint64_t group_epoch
 
 void RankGroup::SetFenced(size_t rank) {
   members_[rank].fenced = true;
+  if (config_.mistake == Mistake::kFenceOnFirst) {
+    for (Member& member : members_) member.fenced = true;
+  }
   if (!std::all_of(members_.begin(), members_.end(), [](const Member& m) { return m.fenced; })) {
     return;
   }
@@ -221,7 +226,7 @@ void RankGroup::StartIfComplete() {
     Member& member = members_[rank];
     member.joined = false;
     const int64_t arrival = member.to_rank.Arrival(events_.now_us(), WorkerLatencyUs());
-    events_.At(arrival, [this, rank, id = member.process_id, epoch = group_epoch_] {
+    events_.At(arrival, [this, rank, id = member.stream_id, epoch = group_epoch_] {
       Join(rank, id, epoch);
     });
   }

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstdint>
 #include <cstdlib>
@@ -68,6 +69,19 @@ void ExpectEveryPathTaken(const Counters& counters) {
   EXPECT_GT(counters.cache_resumes, 0u);
   EXPECT_GT(counters.cache_deaths, 0u);
   EXPECT_GT(counters.pools_replaced, counters.cache_deaths) << "no grace ran out";
+  EXPECT_GT(counters.worker_kills, 0u);
+  EXPECT_GT(counters.worker_crashes, 0u);
+  EXPECT_GT(counters.worker_hangs, 0u);
+  EXPECT_GT(counters.workers_ended, 0u);
+  EXPECT_GT(counters.late_writes, 0u);
+  EXPECT_GT(counters.groups_lost, counters.groups_distrusted);
+  EXPECT_GT(counters.groups_distrusted, 0u);
+  EXPECT_GT(counters.plans_lost, 0u);
+  EXPECT_GT(counters.copies_lost, 0u);
+  EXPECT_GT(counters.resumed_sequences, 0u);
+  EXPECT_GT(counters.recomputed_sequences, 0u);
+  EXPECT_GT(counters.isolations, 0u);
+  EXPECT_GT(counters.cache_losses_in_recovery, 0u);
 }
 
 TEST(Simulation, KeepsEveryInvariant) {
@@ -91,6 +105,83 @@ TEST(Simulation, KeepsEveryInvariant) {
   std::signal(SIGABRT, SIG_DFL);
   fmt::print("seeds {} to {}:\n{}", first_seed, first_seed + num_seeds - 1, total.ToString());
   if (first_seed == 1 && num_seeds >= kNumSeeds && num_failed == 0) ExpectEveryPathTaken(total);
+}
+
+// A few requests that all end, on two ranks, and nothing goes wrong by chance.
+SimulationConfig CalmConfig(uint64_t seed) {
+  SimulationConfig config = RandomConfig(seed);
+  config.num_ranks = 2;
+  config.num_requests = 5;
+  config.mean_interarrival_us = 2000;
+  config.cache_latency_us = 100;
+  config.scheduler.max_queue_requests = 0;
+  config.scheduler.max_queue_tokens = 0;
+  config.deadline_chance = config.cancel_chance = config.cache_stall_chance = 0;
+  config.num_drops = config.num_deaths = config.num_flushes = 0;
+  config.num_worker_kills = config.num_worker_crashes = config.num_worker_hangs = 0;
+  config.max_outage_us = 20'000;
+  config.max_restart_us = 20'000;
+  return config;
+}
+
+// The clients get the very text that they get without the failure, whenever it comes.
+TEST(Simulation, SurvivesAFailureAtEveryMoment) {
+  constexpr uint64_t kMostMoments = 70;  // for each seed and kind of failure
+  for (uint64_t seed = 1; seed <= 4; ++seed) {
+    SimulationConfig config = CalmConfig(seed);
+    const auto run = [&config] {
+      Instance instance(config, Report::Tracing::kOff);
+      instance.Run();
+      return instance.report();
+    };
+    const Report calm = run();
+    ASSERT_TRUE(calm.ok()) << calm.violation();
+    const uint64_t stride = std::max<uint64_t>(1, calm.counters.events / kMostMoments);
+    for (const auto failure :
+         {WorkerFailure::kKilled, WorkerFailure::kCrashed, WorkerFailure::kHangs}) {
+      config.failure = failure;
+      for (uint64_t moment = 1; moment < calm.counters.events; moment += stride) {
+        config.fail_at_event = moment;
+        config.failing_rank = static_cast<int>(moment / stride % 2);
+        config.cache_dies_at_event.reset();
+        if (moment / stride % 3 == 0) config.cache_dies_at_event = moment + moment % 40;
+        const Report report = run();
+        ASSERT_TRUE(report.ok()) << report.violation() << "\n"
+                                 << config.ToString() << "\nfails at event " << moment;
+        ASSERT_EQ(report.counters.sequences_finished, calm.counters.sequences_finished);
+        ASSERT_EQ(report.counters.tokens, calm.counters.tokens);
+        ASSERT_EQ(report.counters.groups_lost, 1u) << "event " << moment;
+      }
+    }
+  }
+}
+
+// What is checked can be seen to fail: each mistake is found by one of the seeds, as what it is.
+TEST(Simulation, FindsMistakesInTheRecovery) {
+  const struct {
+    Mistake mistake;
+    const char* invariants;  // one of them is broken first
+  } cases[] = {
+      {Mistake::kFenceOnStreamDrop, "I5"}, {Mistake::kFenceOnFirst, "I5"},
+      {Mistake::kTrustCrashes, "I4"},      {Mistake::kNoDistrust, "I4"},
+      {Mistake::kForgetDistrust, "I4"},    {Mistake::kTakeLateResults, "I6"},
+  };
+  for (const auto& c : cases) {
+    std::string found;
+    for (uint64_t seed = 1; seed <= 3000 && found.empty(); ++seed) {
+      SimulationConfig config = RandomConfig(seed);
+      config.num_worker_kills += 2;
+      config.num_worker_crashes += 2;
+      config.mistake = c.mistake;
+      Instance instance(config, Report::Tracing::kOff);
+      instance.Run();
+      found = instance.report().violation();
+      if (!found.empty())
+        fmt::print("mistake {}: seed {}: {}\n", static_cast<int>(c.mistake), seed, found);
+    }
+    EXPECT_EQ(found.substr(0, 2), c.invariants)
+        << "mistake " << static_cast<int>(c.mistake) << ": " << found;
+  }
 }
 
 TEST(Simulation, RepeatsASeedExactly) {
