@@ -109,7 +109,7 @@ def test_bytes_that_are_no_requests(served, note):
     inputs += [b"GET /" + b"a" * 100_000, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 10_000, b"\x16\x03\x01\x02\x00\x01", b"\r\n" * 1000]
     statuses = {}
     for data in inputs:
-        answer = exchange(("127.0.0.1", server.port), data, timeout_s=30)
+        answer = exchange(("127.0.0.1", server.port), data, timeout_s=30).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
         status = answer.split(b" ", 2)[1].decode() if answer.startswith(b"HTTP/1.") else "closed"
         statuses[status] = statuses.get(status, 0) + 1
         assert status in ("closed", "200") or status.startswith("4") or status == "505", (status, data[:200])

@@ -23,13 +23,10 @@ def read_header(path):
 
 
 def write_header(path, header):
-    """Of the same length, so that the data stays where it is."""
     _, data_begin = read_header(path)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    assert len(text) <= data_begin - 8
-    with path.open("r+b") as file:
-        file.seek(8)
-        file.write(text.ljust(data_begin - 8))
+    data = path.read_bytes()[data_begin:]
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 def change_config(model, **fields):
@@ -104,9 +101,8 @@ def damage_config(model):
     os.truncate(model / "config.json", 100)
 
 
-def heads_that_no_rank_can_share(model):
-    config = json.loads((model / "config.json").read_text())
-    change_config(model, num_key_value_heads=1, num_attention_heads=config["num_attention_heads"])
+def other_heads(model):
+    change_config(model, num_key_value_heads=1)
 
 
 def damage_tokenizer(model):
@@ -125,7 +121,7 @@ DAMAGES = {
     "scale that is no number": (scale_is_not_finite, ["scale"]),
     "config of another width": (other_width, ["tensor"]),
     "damaged config": (damage_config, ["config.json"]),
-    "heads that two ranks cannot share": (heads_that_no_rank_can_share, ["num_key_value_heads"]),
+    "config of other heads": (other_heads, ["tensor", "qkv_proj"]),
     "damaged tokenizer": (damage_tokenizer, ["tokenizer.model"]),
 }
 
