@@ -1,6 +1,5 @@
 // wintserve-api-server: the process that owns requests. Started by the launcher.
 #include <fmt/format.h>
-#include <grpc/support/log.h>
 #include <prometheus/registry.h>
 #include <signal.h>
 #include <unistd.h>
@@ -8,6 +7,7 @@
 #include <chrono>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "api_server/http/http_server.h"
@@ -17,7 +17,10 @@
 #include "common/exit_code.h"
 #include "common/heap.h"
 #include "common/log.h"
+#include "common/transport/queue_transport.h"
+#include "common/unix_socket.h"
 #include "launcher/client/supervisor_client.h"
+#include "launcher/client/worker_watch.h"
 
 namespace wintserve {
 namespace {
@@ -25,9 +28,6 @@ namespace {
 // What the engine's thread tells the main thread, which waits for signals and nothing else.
 constexpr int kReadySignal = SIGUSR1;
 constexpr int kFatalSignal = SIGUSR2;
-
-// What goes wrong is reported by us, in one line; gRPC's own account is for debugging.
-void LogGrpcMessage(gpr_log_func_args* args) { LOG_DEBUG("grpc: {}", args->message); }
 
 sigset_t AwaitedSignals() {
   sigset_t signals;
@@ -99,13 +99,14 @@ int Serve(const Instance& instance, LLM* llm, std::shared_ptr<prometheus::Regist
   if (!server.ok()) return Fail(server.status());
   LogStartupLines(options.host, options.port, options.metrics_port.value_or(options.port));
 
+  bool was_ready = false;
   while (true) {
     const int signal = NextSignal();
     if (signal == kReadySignal) {
-      LogStartupComplete();
+      if (!std::exchange(was_ready, true)) LogStartupComplete();
     } else if (signal == kFatalSignal) {
       WriteErrors(server->get());
-      return kExitInternal;  // the engine has said why
+      return was_ready ? kExitInternal : kExitNeverReady;  // the engine has said why
     } else {
       return Drain(server->get(), std::chrono::milliseconds(options.drain_timeout_ms));
     }
@@ -134,6 +135,26 @@ void RestartCacheManager(const Instance& instance) {
   if (!status.ok()) LOG_WARNING("{}", std::string(status.message()));
 }
 
+std::string TextOf(const WorkerExitNotice& notice) {
+  if (notice.signal == 0) return fmt::format("exited with code {}", notice.code);
+  return fmt::format("was ended by signal {}", notice.signal);
+}
+
+// The launcher's news of the engine workers' processes, as the engine wants them.
+class LaunchedWorkers : public WorkerProcesses {
+ public:
+  LaunchedWorkers(const Instance& instance, WorkerProcessEvents events)
+      : watch_(instance.supervisor_socket(), instance.token,
+               {.on_watching = std::move(events.on_watching),
+                .on_exit = [on_exit = std::move(events.on_exit)](const WorkerExitNotice& notice) {
+                  on_exit(notice.rank, notice.worker_id, notice.kv_trusted, TextOf(notice));
+                }}) {}
+  void End(uint32_t rank, uint64_t worker_id) override { watch_.EndWorker(rank, worker_id); }
+
+ private:
+  WorkerWatch watch_;
+};
+
 int Main(int argc, char** argv) {
   // Blocked before the first thread exists, so that every thread inherits it and only the main
   // thread's waits see them.
@@ -147,12 +168,21 @@ int Main(int argc, char** argv) {
     return kExitUsage;
   }
   InitLog("api_server", instance->options.log_level);
-  gpr_set_log_function(LogGrpcMessage);
+  InitGrpcLog();
   const HeapTrimmer heap_trimmer;
+  if (const absl::Status status = CheckPrivateDirectory(instance->runtime_dir); !status.ok()) {
+    return Fail(status);
+  }
+  auto queue_tls = LoadTlsIdentity(QueueTlsFiles(instance->options));
+  if (!queue_tls.ok()) return Fail(queue_tls.status());
 
   const auto registry = std::make_shared<prometheus::Registry>();
   LlmOptions llm_options = LlmOptionsFor(*instance);
+  llm_options.queue_tls = *std::move(queue_tls);
   llm_options.on_cache_hang = [&instance = *instance] { RestartCacheManager(instance); };
+  llm_options.watch_workers = [&instance = *instance](WorkerProcessEvents events) {
+    return std::make_unique<LaunchedWorkers>(instance, std::move(events));
+  };
   llm_options.on_ready = [] { kill(getpid(), kReadySignal); };
   llm_options.on_fatal = [](const std::string&) { kill(getpid(), kFatalSignal); };
   const auto llm = CreateLlm(std::move(llm_options), registry);

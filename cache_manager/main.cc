@@ -1,6 +1,5 @@
 // wintserve-cache-manager: the process that owns the KV pool. Started by the launcher.
 #include <fmt/format.h>
-#include <grpc/support/log.h>
 #include <signal.h>
 
 #include <memory>
@@ -19,15 +18,14 @@
 #include "common/heap.h"
 #include "common/log.h"
 #include "common/status_macros.h"
+#include "common/transport/queue_transport.h"
+#include "common/unix_socket.h"
 #ifdef WINTSERVE_HAS_CUDA
 #include "cache_manager/memory/cuda_driver.h"
 #endif
 
 namespace wintserve {
 namespace {
-
-// What goes wrong is reported by us, in one line; gRPC's own account is for debugging.
-void LogGrpcMessage(gpr_log_func_args* args) { LOG_DEBUG("grpc: {}", args->message); }
 
 int ExitWith(ExitCode code, const absl::Status& status) {
   LOG_ERROR("{}", std::string(status.message()));
@@ -69,23 +67,30 @@ int Main(int argc, char** argv) {
     return kExitUsage;
   }
   InitLog("cache_manager", instance->options.log_level);
-  gpr_set_log_function(LogGrpcMessage);
+  InitGrpcLog();
   const HeapTrimmer heap_trimmer;
 
   auto make_memory = MemoryMakerOf(instance->options);
   if (!make_memory.ok()) return ExitWith(kExitUnavailable, make_memory.status());
+  if (const absl::Status status = CheckPrivateDirectory(instance->runtime_dir); !status.ok()) {
+    return ExitWith(kExitUnavailable, status);
+  }
+  const auto tls = LoadTlsIdentity(QueueTlsFiles(instance->options));
+  if (!tls.ok()) return ExitWith(kExitUsage, tls.status());
   const auto memory_server = MemoryServer::Start(instance->memory_socket(), instance->token);
   if (!memory_server.ok()) return ExitWith(kExitUnavailable, memory_server.status());
   // Beside the sockets, so that it goes with the instance.
   PoolOwner owner(memory_server->get(), instance->runtime_dir + "/host_bytes",
                   *std::move(make_memory));
-  const auto cache_server = CacheServer::Start({.host = "127.0.0.1",
+  const auto cache_server = CacheServer::Start({.host = instance->options.queue_host,
                                                 .port = instance->options.cache_queue_port,
                                                 .unix_path = instance->cache_socket(),
+                                                .tls = *tls,
                                                 .token = instance->token},
                                                &owner);
   if (!cache_server.ok()) return ExitWith(kExitUnavailable, cache_server.status());
-  LOG_INFO("listening on 127.0.0.1:{} and {}", (*cache_server)->port(), instance->cache_socket());
+  LOG_INFO("listening on {}:{}{} and {}", instance->options.queue_host, (*cache_server)->port(),
+           tls->enabled() ? " (TLS)" : "", instance->cache_socket());
 
   int signal = 0;
   sigwait(&stop_signals, &signal);

@@ -37,6 +37,7 @@ struct Preparation {
   const std::vector<ChildOptions::Descriptor>* descriptors;
   std::vector<int> moved;  // room for one number each
   int first_free = 3;      // above every child_fd
+  int output_fd = -1;
   int status_fd = -1;
   pid_t parent = -1;
 };
@@ -52,6 +53,11 @@ struct Preparation {
 // number may be another one's source.
 void PlaceDescriptors(Preparation* preparation) {
   const auto& descriptors = *preparation->descriptors;
+  if (preparation->output_fd >= 0) {
+    for (const int stream : {STDOUT_FILENO, STDERR_FILENO}) {
+      if (::dup2(preparation->output_fd, stream) < 0) Fail(preparation->status_fd, "dup2");
+    }
+  }
   preparation->status_fd =
       ::fcntl(preparation->status_fd, F_DUPFD_CLOEXEC, preparation->first_free);
   for (size_t i = 0; i < descriptors.size(); ++i) {
@@ -112,6 +118,8 @@ absl::StatusOr<ChildProcess> ChildProcess::Spawn(const ChildOptions& options) {
     CHECK(descriptor.child_fd >= 3, "child_fd={}", descriptor.child_fd);
     preparation.first_free = std::max(preparation.first_free, descriptor.child_fd + 1);
   }
+  CHECK(options.output_fd == -1 || options.output_fd >= 3, "output_fd={}", options.output_fd);
+  preparation.output_fd = options.output_fd;
   preparation.parent = ::getpid();
 
   int pipe_fds[2];

@@ -105,6 +105,17 @@ TEST(ChildProcess, DescriptorsMaySwapNumbers) {
   EXPECT_EQ(std::string(text, 2), "b\n");
 }
 
+TEST(ChildProcess, BothOutputStreamsMayGoElsewhere) {
+  const UniqueFd file(::memfd_create("output", MFD_CLOEXEC));
+  ChildOptions options = Shell("echo out; echo err >&2; ls /proc/self/fd | wc -l");
+  options.output_fd = file.get();
+  ChildProcess child = MustSpawn(options);
+  EXPECT_EQ(ExitCode(&child), 0);
+  char text[64] = {};
+  EXPECT_GT(::pread(file.get(), text, sizeof(text) - 1, 0), 0);
+  EXPECT_STREQ(text, "out\nerr\n4\n") << "3 is the directory that ls reads";
+}
+
 TEST(ChildProcess, HasAFreshSignalStateGroupInputAndItsEnvironment) {
   sigset_t blocked;
   sigset_t before;

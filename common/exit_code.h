@@ -12,7 +12,10 @@ enum ExitCode : int {
   kExitInternal = 70,     // our fault, or a child that died
   kExitCrashLoop = 71,
   kExitDrainTimeout = 75,  // streams were cut
-  kExitConfigFile = 78,    // the YAML file
+  // The API server to the launcher: it has given up before it was ever ready, for what it would
+  // find again. At a first start the launcher makes it kExitInternal.
+  kExitNeverReady = 76,
+  kExitConfigFile = 78,  // the YAML file
 };
 
 }  // namespace wintserve

@@ -4,6 +4,7 @@
 
 #include <spdlog/spdlog.h>
 
+#include <functional>
 #include <string>
 #include <string_view>
 
@@ -12,6 +13,11 @@ namespace wintserve {
 // Call once, from main. process_name stands in every line: "api_server", "engine_worker.0".
 // level: "debug", "info", "warning" or "error".
 void InitLog(std::string_view process_name, std::string_view level);
+
+// The same, but every line goes to `write`, without its newline, on the thread that logs. Several
+// may at once.
+void InitLog(std::string_view process_name, std::string_view level,
+             std::function<void(std::string_view line)> write);
 
 }  // namespace wintserve
 

@@ -95,6 +95,25 @@ bool PeerIsOurUser(int fd) {
 
 }  // namespace
 
+absl::Status CheckPrivateDirectory(const std::string& path) {
+  struct stat info = {};
+  std::string reason;
+  if (::lstat(path.c_str(), &info) != 0) {
+    reason = std::strerror(errno);
+  } else if (S_ISLNK(info.st_mode)) {
+    reason = "is a symbolic link";
+  } else if (!S_ISDIR(info.st_mode)) {
+    reason = "is not a directory";
+  } else if (info.st_uid != ::geteuid()) {
+    reason = fmt::format("belongs to user {}, not to {}", info.st_uid, ::geteuid());
+  } else if ((info.st_mode & 07777) != 0700) {
+    reason = fmt::format("has mode {:04o}, must be 0700", info.st_mode & 07777);
+  } else {
+    return absl::OkStatus();
+  }
+  return absl::PermissionDeniedError(fmt::format("runtime directory: {}: {}", path, reason));
+}
+
 absl::StatusOr<UniqueFd> ListenUnix(const std::string& path) {
   ASSIGN_OR_RETURN(const sockaddr_un address, Address(path));
   UniqueFd fd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));

@@ -25,6 +25,10 @@ struct PacketWithFds {
   std::vector<UniqueFd> fds;  // in the order in which they were sent
 };
 
+// Where an instance's sockets may lie: a directory (no symbolic link to one) that our user owns and
+// that nobody else can enter. PERMISSION_DENIED names it and what is wrong with it.
+absl::Status CheckPrivateDirectory(const std::string& path);
+
 // Binds and listens at `path`, mode 0600. The caller unlinks it.
 absl::StatusOr<UniqueFd> ListenUnix(const std::string& path);
 

@@ -6,6 +6,9 @@
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -103,6 +106,74 @@ TEST_F(UnixSocketTest, ShuttingTheListenerDownEndsTheWaitForAPeer) {
   ::shutdown(listener_.get(), SHUT_RDWR);
   accepting.join();
   EXPECT_EQ(status.code(), absl::StatusCode::kCancelled);
+}
+
+// Runs in a child process as the user "nobody": whether the listener closes the connection at once.
+bool IsClosedToNobody(const std::string& path) {
+  constexpr uid_t kNobody = 65534;
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  path.copy(address.sun_path, sizeof(address.sun_path) - 1);
+  const pid_t child = ::fork();
+  if (child == 0) {  // system calls only: other threads may hold locks
+    char byte;
+    const int fd = ::socket(AF_UNIX, SOCK_SEQPACKET, 0);
+    const bool closed =
+        ::setresuid(kNobody, kNobody, kNobody) == 0 &&
+        ::connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0 &&
+        ::recv(fd, &byte, 1, 0) <= 0;
+    ::_exit(closed ? 0 : 1);
+  }
+  int status = -1;
+  EXPECT_EQ(::waitpid(child, &status, 0), child);
+  return status == 0;
+}
+
+TEST_F(UnixSocketTest, APeerOfAnotherUserIsClosedAndTheWaitGoesOn) {
+  if (::geteuid() != 0) GTEST_SKIP() << "only root can become another user";
+  Listen();
+  ASSERT_EQ(::chmod(path_.c_str(), 0666), 0);  // or it could not connect at all
+  absl::StatusOr<UniqueFd> accepted = absl::UnknownError("nobody came");
+  std::thread accepting([&] { accepted = AcceptUnix(listener_.get()); });
+  EXPECT_TRUE(IsClosedToNobody(path_));
+  const auto ours = ConnectUnix(path_, kPatienceMs);
+  accepting.join();
+  EXPECT_TRUE(ours.ok()) << ours.status();
+  EXPECT_TRUE(accepted.ok()) << accepted.status();
+}
+
+TEST_F(UnixSocketTest, TheSocketIsForItsUserAlone) {
+  Listen();
+  struct stat info = {};
+  ASSERT_EQ(::stat(path_.c_str(), &info), 0);
+  EXPECT_EQ(info.st_mode & 07777, 0600u);
+}
+
+TEST(PrivateDirectory, IsOursAloneAndNoLink) {
+  std::string path = testing::TempDir() + "private_XXXXXX";
+  ASSERT_NE(::mkdtemp(path.data()), nullptr);
+  EXPECT_TRUE(CheckPrivateDirectory(path).ok());
+  const auto error = [](const std::string& of) {
+    const absl::Status status = CheckPrivateDirectory(of);
+    EXPECT_EQ(status.code(), absl::StatusCode::kPermissionDenied) << of;
+    return std::string(status.message());
+  };
+  const std::string link = path + ".link";
+  ASSERT_EQ(::symlink(path.c_str(), link.c_str()), 0);
+  EXPECT_EQ(error(link), "runtime directory: " + link + ": is a symbolic link");
+  ASSERT_EQ(::unlink(link.c_str()), 0);
+  EXPECT_EQ(error(link), "runtime directory: " + link + ": No such file or directory");
+  EXPECT_EQ(error("/dev/null"), "runtime directory: /dev/null: is not a directory");
+  for (const mode_t mode : {0755, 0770, 0701, 01700}) {
+    ASSERT_EQ(::chmod(path.c_str(), mode), 0);
+    EXPECT_EQ(error(path),
+              fmt::format("runtime directory: {}: has mode {:04o}, must be 0700", path, mode));
+  }
+  if (::geteuid() == 0) {
+    ASSERT_EQ(::chown(path.c_str(), 65534, 0), 0);
+    EXPECT_EQ(error(path), "runtime directory: " + path + ": belongs to user 65534, not to 0");
+  }
+  ::rmdir(path.c_str());
 }
 
 // Both ends of a connection.

@@ -1,10 +1,9 @@
 // One rank: loads its slice of the weights, attaches to the API server, executes plans.
-#include <grpc/support/log.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -17,6 +16,7 @@
 #include "common/exit_code.h"
 #include "common/log.h"
 #include "common/status_macros.h"
+#include "common/transport/queue_transport.h"
 #include "engine_worker/collectives/rank_group.h"
 #include "engine_worker/runner/join_group.h"
 #include "engine_worker/runner/load_model.h"
@@ -32,15 +32,16 @@ constexpr int64_t kStopPatienceMs = 2'000;
 // An API server that is stopped with its workers may go before their signals come.
 constexpr std::chrono::milliseconds kStopSkew(1'000);
 
-// What goes wrong is reported by us, in one line; gRPC's own account is for debugging.
-void LogGrpcMessage(gpr_log_func_args* args) { LOG_DEBUG("grpc: {}", args->message); }
+uint64_t RandomId() {
+  std::random_device random;
+  return uint64_t{random()} << 32 | random();
+}
 
 WorkerHello MakeHello(const Instance& instance, const LoadedModel& loaded) {
   const ServeOptions& options = instance.options;
   const Model& model = *loaded.model;
-  std::random_device random;
   WorkerHello hello;
-  hello.worker_id = uint64_t{random()} << 32 | random();
+  hello.worker_id = instance.worker_id != 0 ? instance.worker_id : RandomId();
   hello.rank = instance.rank;
   hello.world_size = options.tensor_parallel_size;
   hello.backend = options.device;
@@ -57,24 +58,40 @@ WorkerHello MakeHello(const Instance& instance, const LoadedModel& loaded) {
   return hello;
 }
 
-WorkerLinks LinksOf(const Instance& instance, const LoadedModel& loaded) {
+absl::StatusOr<std::unique_ptr<WorkQueueClient>> Attach(const Instance& instance,
+                                                        const WorkerHello& hello,
+                                                        int64_t timeout_ms) {
+  return WorkQueueClient::Attach("unix:" + instance.work_queue_socket(), instance.token, hello,
+                                 timeout_ms);
+}
+
+WorkerLinks LinksOf(const Instance& instance, const LoadedModel& loaded, const WorkerHello& hello,
+                    RankGroup* group) {
   const auto fetch = [&instance](const AttachPool& attach, PoolTier tier) {
     return FetchPoolMemory(attach.memory_socket, instance.token, attach.pool_epoch, instance.rank,
                            tier, kMemoryTimeoutMs);
   };
   return {
       .join_group =
-          [&](const ConfigureWorker& configure) {
+          [&instance, &loaded, group](const ConfigureWorker& configure) {
             return JoinGroup({.supervisor_socket = instance.supervisor_socket(),
                               .token = instance.token,
                               .group_epoch = configure.group_epoch,
                               .rank = instance.rank,
                               .world_size = static_cast<int>(configure.world_size)},
-                             *loaded.backend);
+                             *loaded.backend, [group](std::function<void()> abort) {
+                               group->SetJoinAbort(std::move(abort));
+                             });
           },
       .fetch_pool = [fetch](const AttachPool& attach) { return fetch(attach, PoolTier::kDevice); },
       .fetch_host_tier =
-          [fetch](const AttachPool& attach) { return fetch(attach, PoolTier::kHost); }};
+          [fetch](const AttachPool& attach) { return fetch(attach, PoolTier::kHost); },
+      .attach_again =
+          [&instance, hello](uint64_t mapped_pool_epoch, int64_t timeout_ms) {
+            WorkerHello again = hello;
+            again.mapped_pool_epoch = mapped_pool_epoch;
+            return Attach(instance, again, timeout_ms);
+          }};
 }
 
 int Fail(const absl::Status& status, ExitCode code) {
@@ -84,7 +101,7 @@ int Fail(const absl::Status& status, ExitCode code) {
 
 int RunEngineWorker(const Instance& instance, StopSignal& stop) {
   InitLog(fmt::format("engine_worker.{}", instance.rank), instance.options.log_level);
-  gpr_set_log_function(LogGrpcMessage);
+  InitGrpcLog();
   RankGroup group(instance.rank, instance.options.tensor_parallel_size);
   absl::StatusOr<LoadedModel> loaded = LoadModel(instance.options, &group);
   if (!loaded.ok()) {
@@ -92,16 +109,18 @@ int RunEngineWorker(const Instance& instance, StopSignal& stop) {
         absl::IsUnavailable(loaded.status()) || absl::IsResourceExhausted(loaded.status());
     return Fail(loaded.status(), device_is_at_fault ? kExitUnavailable : kExitCheckpoint);
   }
+  const WorkerHello hello = MakeHello(instance, *loaded);
   const absl::StatusOr<std::unique_ptr<WorkQueueClient>> queue =
-      WorkQueueClient::Attach("unix:" + instance.work_queue_socket(), instance.token,
-                              MakeHello(instance, *loaded), kAttachTimeoutMs);
+      Attach(instance, hello, kAttachTimeoutMs);
   if (!queue.ok()) {
     if (absl::IsUnavailable(queue.status())) std::this_thread::sleep_for(kStopSkew);
     return Fail(queue.status(), kExitInternal);
   }
 
-  Worker worker(loaded->model.get(), &group, queue->get(), LinksOf(instance, *loaded),
-                instance.options.use_cudagraph);
+  Worker worker(loaded->model.get(), &group, queue->get(),
+                LinksOf(instance, *loaded, hello, &group),
+                {.use_graphs = instance.options.use_cudagraph,
+                 .orphan_timeout_ms = instance.options.orphan_timeout_ms});
   stop.SetHandler([&worker] {
     if (worker.RequestStop(kStopPatienceMs)) return;
     LOG_INFO("stopped before it was ready");

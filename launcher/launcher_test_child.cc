@@ -1,7 +1,9 @@
 // Stands in for a child of the launcher: checks what it was started with, writes a line about
 // itself to $LAUNCHER_TEST_DIR/<name>, then behaves as $<NAME>_BEHAVIOUR says: "run" (end on
 // SIGTERM with code 0), "ignore" SIGTERM, "exit:CODE", "exit_on_term:CODE", "abort",
-// "exit_after:MILLISECONDS" (with code 0), "report_hang" (of the cache manager, after 4 s, twice).
+// "exit_after:MILLISECONDS" (with code 0), "report_hang" (of the cache manager, after 4 s, twice);
+// "later:BEHAVIOUR": "run" the first time, so from the second start on; "talk:BEHAVIOUR": 20,000
+// lines of 100 bytes on stderr before. "abort" leaves a line without end there.
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <signal.h>
@@ -44,15 +46,18 @@ int main(int argc, char** argv) {
   std::string name = std::filesystem::path(argv[0]).filename();
   if (name == "wintserve-engine-worker") name += fmt::format("-{}", instance->rank);
 
+  std::string token_digits;
+  for (const unsigned char byte : instance->token) token_digits += fmt::format("{:02x}", byte);
   const std::string path = fmt::format("{}/{}", std::getenv("LAUNCHER_TEST_DIR"), name);
   const std::string line = fmt::format(
       "pid={} pgid={} fds={} http={} metrics={} runtime_dir={} token={} port={} mode={} "
       "tunables={} "
-      "json={}\n",
+      "worker_id={} token_digits={} json={}\n",
       ::getpid(), ::getpgrp(), num_fds, IsListening(instance->http_fd),
       IsListening(instance->metrics_fd), instance->runtime_dir, instance->token.size(),
-      instance->options.port, instance->mode, std::getenv("GLIBC_TUNABLES"),
-      instance->generate_json);
+      instance->options.port, instance->mode, std::getenv("GLIBC_TUNABLES"), instance->worker_id,
+      token_digits, instance->generate_json);
+  const bool is_first_start = !std::filesystem::exists(path);
   const int fd = ::open((path + ".new").c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
   if (::write(fd, line.data(), line.size()) != static_cast<ssize_t>(line.size())) return 98;
   ::close(fd);
@@ -61,8 +66,16 @@ int main(int argc, char** argv) {
   std::string variable = name + "_BEHAVIOUR";
   for (char& c : variable) c = c == '-' ? '_' : c;
   const char* set = std::getenv(variable.c_str());
-  const std::string behaviour = set == nullptr ? "run" : set;
-  if (behaviour == "abort") std::abort();
+  std::string behaviour = set == nullptr ? "run" : set;
+  if (behaviour.starts_with("later:")) behaviour = is_first_start ? "run" : behaviour.substr(6);
+  if (behaviour.starts_with("talk:")) {
+    for (int i = 0; i < 20'000; ++i) fmt::print(stderr, "{:099}\n", i);
+    behaviour = behaviour.substr(5);
+  }
+  if (behaviour == "abort") {
+    fmt::print(stderr, "last words");
+    std::abort();
+  }
   if (behaviour.starts_with("exit:")) return std::atoi(behaviour.c_str() + 5);
   if (behaviour.starts_with("exit_after:")) {
     ::usleep(1000 * std::atoi(behaviour.c_str() + 11));

@@ -12,12 +12,12 @@
 #include <cstring>
 
 #include "common/exit_code.h"
+#include "common/transport/tls_files.h"
 
 namespace wintserve {
 namespace {
 
 constexpr int kBacklog = 4096;  // the kernel lowers it to net.core.somaxconn
-constexpr char kLoopback[] = "127.0.0.1";
 
 UniqueFd TcpSocket(int reuse_option) {
   UniqueFd fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
@@ -44,12 +44,14 @@ int BoundPort(const UniqueFd& fd) {
   return ntohs(address.sin_port);
 }
 
-PreflightError PortError(const char* flag, const std::string& host, int port, int error_number) {
+// host_flag: where `host` comes from.
+PreflightError PortError(const char* flag, const char* host_flag, const std::string& host, int port,
+                         int error_number) {
   if (error_number == EADDRINUSE) {
     return {kExitUnavailable, fmt::format("{}: {} is already in use", flag, port)};
   }
   if (error_number == EADDRNOTAVAIL) {
-    return {kExitUnavailable, fmt::format("--host: {} is no address of this machine", host)};
+    return {kExitUnavailable, fmt::format("{}: {} is no address of this machine", host_flag, host)};
   }
   return {kExitUnavailable, fmt::format("{}: cannot listen on {}:{}: {}", flag, host, port,
                                         std::strerror(error_number))};
@@ -60,26 +62,26 @@ PreflightError Listen(const char* flag, const std::string& host, int* port, Uniq
   UniqueFd fd = TcpSocket(SO_REUSEADDR);
   int error_number = Bind(fd, host, *port);
   if (error_number == 0 && ::listen(fd.get(), kBacklog) != 0) error_number = errno;
-  if (error_number != 0) return PortError(flag, host, *port, error_number);
+  if (error_number != 0) return PortError(flag, "--host", host, *port, error_number);
   *port = BoundPort(fd);
   *result = std::move(fd);
   return {};
 }
 
-PreflightError Hold(const char* flag, int* port, UniqueFd* result) {
+PreflightError Hold(const char* flag, const std::string& host, int* port, UniqueFd* result) {
   // Bound alone, and open to gRPC's SO_REUSEPORT only then: at no moment can two instances hold it.
   UniqueFd fd = TcpSocket(0);
-  int error_number = Bind(fd, kLoopback, *port);
-  if (error_number == EADDRINUSE && Bind(TcpSocket(SO_REUSEADDR), kLoopback, *port) == 0) {
+  int error_number = Bind(fd, host, *port);
+  if (error_number == EADDRINUSE && Bind(TcpSocket(SO_REUSEADDR), host, *port) == 0) {
     // Only lingering connections of an earlier instance are in the way, which had SO_REUSEPORT.
     fd = TcpSocket(SO_REUSEPORT);
-    error_number = Bind(fd, kLoopback, *port);
+    error_number = Bind(fd, host, *port);
   }
   const int on = 1;
   if (error_number == 0 && ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEPORT, &on, sizeof(on)) != 0) {
     error_number = errno;
   }
-  if (error_number != 0) return PortError(flag, kLoopback, *port, error_number);
+  if (error_number != 0) return PortError(flag, "--queue-host", host, *port, error_number);
   *port = BoundPort(fd);
   *result = std::move(fd);
   return {};
@@ -123,6 +125,12 @@ PreflightError CheckModelAndDevice(const ServeOptions& options) {
   return {};
 }
 
+PreflightError CheckQueueTls(const ServeOptions& options, std::vector<std::string>* warnings) {
+  const auto identity = LoadTlsIdentity(QueueTlsFiles(options), warnings);
+  if (identity.ok()) return {};
+  return {kExitUsage, std::string(identity.status().message())};
+}
+
 std::string RaiseDescriptorLimit(const ServeOptions& options) {
   // Beside one a connection: listeners, gRPC, event loops, log, shared memory.
   constexpr rlim_t kOwnDescriptors = 128;
@@ -148,10 +156,11 @@ PreflightError ReservePorts(bool with_http, ServeOptions* options, ReservedPorts
       if (!error.ok()) return error;
     }
   }
-  error = Hold("--engine-worker-queue-port", &options->engine_worker_queue_port,
-               &ports->engine_worker_queue);
+  error = Hold("--engine-worker-queue-port", options->queue_host,
+               &options->engine_worker_queue_port, &ports->engine_worker_queue);
   if (!error.ok()) return error;
-  return Hold("--cache-queue-port", &options->cache_queue_port, &ports->cache_queue);
+  return Hold("--cache-queue-port", options->queue_host, &options->cache_queue_port,
+              &ports->cache_queue);
 }
 
 }  // namespace wintserve

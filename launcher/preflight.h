@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "common/config/serve_options.h"
 #include "common/unique_fd.h"
@@ -18,6 +19,10 @@ struct PreflightError {
 
 // 66: no such directory, or no config.json in it; 69: a device that this build does not have.
 PreflightError CheckModelAndDevice(const ServeOptions& options);
+
+// 64: a file of --queue-tls-cert, -key or -ca that TLS cannot work with. `warnings` gets lines for
+// the operator.
+PreflightError CheckQueueTls(const ServeOptions& options, std::vector<std::string>* warnings);
 
 // Raises the number of descriptors that this process and its children may open to what the system
 // allows. Returns one line for the operator when even that is too few for --max-concurrency, else

@@ -129,6 +129,36 @@ TEST(ReservePorts, NamesTheFlagOfAPortThatAnotherInstanceHolds) {
   }
 }
 
+TEST(ReservePorts, TheQueuePortsAreOnTheirOwnAddress) {
+  ServeOptions options = AnyPorts();
+  options.queue_host = "127.0.0.2";
+  ReservedPorts ports;
+  ASSERT_TRUE(ReservePorts(true, &options, &ports).ok());
+  for (const UniqueFd* fd : {&ports.engine_worker_queue, &ports.cache_queue}) {
+    sockaddr_in address = {};
+    socklen_t length = sizeof(address);
+    ASSERT_EQ(::getsockname(fd->get(), reinterpret_cast<sockaddr*>(&address), &length), 0);
+    EXPECT_EQ(ntohl(address.sin_addr.s_addr), 0x7f000002u);
+  }
+  options = AnyPorts();
+  options.queue_host = "192.0.2.1";  // of no machine: it is for documentation
+  ReservedPorts none;
+  const PreflightError error = ReservePorts(true, &options, &none);
+  EXPECT_EQ(error.exit_code, kExitUnavailable);
+  EXPECT_EQ(error.text, "--queue-host: 192.0.2.1 is no address of this machine");
+}
+
+TEST(CheckQueueTls, ABadFileIsAUsageError) {
+  ServeOptions options;
+  std::vector<std::string> warnings;
+  EXPECT_TRUE(CheckQueueTls(options, &warnings).ok());
+  options.queue_tls_cert = "/nonexistent/cert.pem";
+  options.queue_tls_key = "/nonexistent/key.pem";
+  const PreflightError error = CheckQueueTls(options, &warnings);
+  EXPECT_EQ(error.exit_code, kExitUsage);
+  EXPECT_EQ(error.text, "--queue-tls-cert: /nonexistent/cert.pem: No such file or directory");
+}
+
 TEST(ReservePorts, APortIsFreeAgainRightAfterItsInstanceAndConnectionsEnded) {
   ServeOptions options = AnyPorts();
   {

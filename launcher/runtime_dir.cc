@@ -13,6 +13,8 @@
 #include <vector>
 
 #include "common/log.h"
+#include "common/status_macros.h"
+#include "common/unix_socket.h"
 
 namespace wintserve {
 namespace {
@@ -80,11 +82,31 @@ std::string Parent() {
   return usable ? xdg : "/tmp";
 }
 
+// Whoever may rename our directory could put another one, of theirs, in its place.
+absl::Status CheckParent(const std::string& parent) {
+  struct stat info = {};
+  if (::stat(parent.c_str(), &info) != 0) {
+    return absl::ErrnoToStatus(errno, fmt::format("cannot make a directory in {}", parent));
+  }
+  if (info.st_uid != 0 && info.st_uid != ::geteuid()) {
+    return absl::PermissionDeniedError(fmt::format(
+        "runtime directory: {}: belongs to user {}, must be ours or root's", parent, info.st_uid));
+  }
+  if ((info.st_mode & (S_IWGRP | S_IWOTH)) != 0 && (info.st_mode & S_ISVTX) == 0) {
+    return absl::PermissionDeniedError(
+        fmt::format("runtime directory: {}: others may write there and it is not sticky (mode "
+                    "{:04o}); give XDG_RUNTIME_DIR one of mode 0700",
+                    parent, info.st_mode & 07777));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<RuntimeDir> RuntimeDir::Create() { return CreateUnder(Parent()); }
 
 absl::StatusOr<RuntimeDir> RuntimeDir::CreateUnder(const std::string& parent) {
+  RETURN_IF_ERROR(CheckParent(parent));
   Sweep(parent);
   std::string path = fmt::format("{}/{}XXXXXX", parent, kPrefix);
   if (::mkdtemp(path.data()) == nullptr) {
@@ -99,6 +121,7 @@ absl::StatusOr<RuntimeDir> RuntimeDir::CreateUnder(const std::string& parent) {
       ::rename(new_lock.c_str(), lock.c_str()) != 0) {
     return absl::ErrnoToStatus(errno, fmt::format("cannot lock {}", path));
   }
+  RETURN_IF_ERROR(CheckPrivateDirectory(path));
   return dir;
 }
 

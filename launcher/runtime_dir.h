@@ -14,7 +14,8 @@ namespace wintserve {
 class RuntimeDir {
  public:
   // Under $XDG_RUNTIME_DIR when that is usable, else under /tmp. Removes directories that dead
-  // launchers of our user left there.
+  // launchers of our user left there. PERMISSION_DENIED: another user may put a directory in the
+  // place of ours there.
   static absl::StatusOr<RuntimeDir> Create();
   // The same under `parent`.
   static absl::StatusOr<RuntimeDir> CreateUnder(const std::string& parent);

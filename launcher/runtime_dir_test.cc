@@ -39,6 +39,19 @@ TEST_F(RuntimeDirTest, IsPrivateAndRemovedWithItsSockets) {
   EXPECT_FALSE(fs::exists(path));
 }
 
+TEST_F(RuntimeDirTest, APlaceWhereOthersCouldExchangeItIsRefused) {
+  ASSERT_EQ(::chmod(parent_.c_str(), 0777), 0);
+  const absl::Status status = RuntimeDir::CreateUnder(parent_).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kPermissionDenied);
+  EXPECT_EQ(status.message(), "runtime directory: " + parent_ +
+                                  ": others may write there and it is not sticky (mode 0777); give "
+                                  "XDG_RUNTIME_DIR one of mode 0700");
+  ASSERT_EQ(::chmod(parent_.c_str(), 01777), 0);  // as /tmp
+  EXPECT_TRUE(RuntimeDir::CreateUnder(parent_).ok());
+  ASSERT_EQ(::chmod(parent_.c_str(), 0755), 0);
+  EXPECT_TRUE(RuntimeDir::CreateUnder(parent_).ok());
+}
+
 TEST_F(RuntimeDirTest, TwoInstancesDoNotMeet) {
   const auto first = RuntimeDir::CreateUnder(parent_);
   const auto second = RuntimeDir::CreateUnder(parent_);

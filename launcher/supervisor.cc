@@ -3,16 +3,14 @@
 #include <fmt/format.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/random.h>
 #include <sys/signalfd.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <filesystem>
 
 #include "common/check.h"
 #include "common/exit_code.h"
-#include "common/heap.h"
 #include "common/log.h"
 #include "common/status_macros.h"
 
@@ -31,18 +29,6 @@ constexpr milliseconds kCauseGrace(2000);
 // A cache manager has to have been silent for that long before the API server says that it hangs.
 constexpr milliseconds kHangPatience(3000);
 
-// More deaths of the cache manager within the window end the instance.
-constexpr size_t kMaxCacheManagerDeaths = 5;
-constexpr std::chrono::minutes kDeathWindow(10);
-// Before the restart that follows the second death within the window, and twice as long with every
-// further one: what killed it may be about to pass. The first restart is at once.
-constexpr milliseconds kFirstRestartPause(500);
-
-// Numbers of the descriptors in a child.
-constexpr int kInstanceFd = 3;
-constexpr int kHttpFd = 4;
-constexpr int kMetricsFd = 5;
-
 sigset_t SupervisedSignals() {
   sigset_t signals;
   ::sigemptyset(&signals);
@@ -50,16 +36,10 @@ sigset_t SupervisedSignals() {
   return signals;
 }
 
-// Codes by which a child says what it found at start-up; they become ours.
-bool IsStartUpCode(int code) {
-  return code == kExitUsage || code == kExitCheckpoint || code == kExitUnavailable ||
-         code == kExitConfigFile;
-}
-
 // The lowest is the likeliest cause when several children end at once.
 int CauseRank(const ChildExit& ended) {
   if (ended.by_signal) return 1;
-  if (IsStartUpCode(ended.code)) return 0;
+  if (IsStartUpCode(ended)) return 0;
   return ended.code != kExitOk ? 2 : 3;
 }
 
@@ -70,12 +50,16 @@ void BlockSupervisedSignals() {
   ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   // Who reads our stderr may go away before us.
   ::signal(SIGPIPE, SIG_IGN);
+  // A limit on the size of files is a full disk to us.
+  ::signal(SIGXFSZ, SIG_IGN);
 }
 
-Supervisor::Supervisor(Instance instance, ReservedPorts ports, SupervisorServer server)
+Supervisor::Supervisor(Instance instance, ReservedPorts ports, SupervisorServer server,
+                       InstanceLog* log)
     : instance_(std::move(instance)),
       ports_(std::move(ports)),
       server_(std::move(server)),
+      log_(log),
       started_(Clock::now()) {
   const sigset_t signals = SupervisedSignals();
   signal_fd_.Reset(::signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK));
@@ -87,10 +71,11 @@ int Supervisor::Run() {
     LOG_ERROR("{}", std::string(status.message()));
     BeginStopping(kExitInternal);
   }
-  while (AnyRunning(std::nullopt)) {
+  while (AnyRunning(std::nullopt) || AnyToStart()) {
     WaitForNews();
     ReadSignals();
     KillHangingCacheManager();
+    KillUnwantedWorkers();
     ReapEnded();
     StartDueChildren();
     AdvanceStop();
@@ -99,52 +84,18 @@ int Supervisor::Run() {
 }
 
 absl::Status Supervisor::StartAll() {
-  Instance api_server = instance_;
-  api_server.http_fd = ports_.http.valid() ? kHttpFd : -1;
-  api_server.metrics_fd = ports_.metrics.valid() ? kMetricsFd : -1;
-  RETURN_IF_ERROR(
-      Start("cache manager", "wintserve-cache-manager", Role::kCacheManager, instance_));
-  RETURN_IF_ERROR(
-      Start("api server", "wintserve-api-server", Role::kApiServer, std::move(api_server)));
+  RETURN_IF_ERROR(Start(ChildRole::kCacheManager, 0));
+  RETURN_IF_ERROR(Start(ChildRole::kApiServer, 0));
   for (int rank = 0; rank < instance_.options.tensor_parallel_size; ++rank) {
-    Instance worker = instance_;
-    worker.rank = rank;
-    RETURN_IF_ERROR(Start(fmt::format("engine worker {}", rank), "wintserve-engine-worker",
-                          Role::kEngineWorker, std::move(worker)));
+    RETURN_IF_ERROR(Start(ChildRole::kEngineWorker, rank));
   }
   return absl::OkStatus();
 }
 
-absl::Status Supervisor::Start(const std::string& name, const std::string& program, Role role,
-                               Instance instance) {
-  Child child;
-  child.name = name;
-  child.role = role;
-  child.program = program;
-  child.instance = std::move(instance);
-  RETURN_IF_ERROR(Spawn(&child));
+absl::Status Supervisor::Start(ChildRole role, int rank) {
+  Child child = MakeChild(role, rank, instance_, ports_, log_);
+  RETURN_IF_ERROR(SpawnChild(ports_, &child));
   children_.push_back(std::move(child));
-  return absl::OkStatus();
-}
-
-absl::Status Supervisor::Spawn(Child* child) {
-  const Instance& instance = child->instance;
-  ASSIGN_OR_RETURN(const UniqueFd instance_fd, WriteInstance(instance));
-  std::error_code error;
-  const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
-  if (error) return absl::InternalError("cannot read /proc/self/exe: " + error.message());
-  ChildOptions options;
-  options.argv = {(self.parent_path() / child->program).string(),
-                  fmt::format("--instance-fd={}", kInstanceFd)};
-  options.environment = {HeapTunables(
-      child->role == Role::kCacheManager ? HeapArenas::kOne : HeapArenas::kGlibcsChoice,
-      std::getenv("GLIBC_TUNABLES"))};
-  options.descriptors.push_back({instance_fd.get(), kInstanceFd});
-  if (instance.http_fd >= 0) options.descriptors.push_back({ports_.http.get(), kHttpFd});
-  if (instance.metrics_fd >= 0) options.descriptors.push_back({ports_.metrics.get(), kMetricsFd});
-  ASSIGN_OR_RETURN(child->process, ChildProcess::Spawn(options));
-  child->started = Clock::now();
-  LOG_DEBUG("{} is process {}", child->name, child->process.pid());
   return absl::OkStatus();
 }
 
@@ -152,6 +103,7 @@ void Supervisor::WaitForNews() {
   std::vector<pollfd> fds = {{signal_fd_.get(), POLLIN, 0}};
   for (const Child& child : children_) {
     if (child.process.running()) fds.push_back({child.process.pidfd(), POLLIN, 0});
+    if (child.output.fd() >= 0) fds.push_back({child.output.fd(), POLLIN, 0});
   }
   server_.AddPollFds(&fds);
   std::optional<Clock::time_point> until;
@@ -165,7 +117,10 @@ void Supervisor::WaitForNews() {
     const auto left = std::chrono::ceil<milliseconds>(*until - Clock::now());
     timeout_ms = static_cast<int>(std::max<int64_t>(0, left.count()));
   }
-  if (::poll(fds.data(), fds.size(), timeout_ms) > 0) server_.Serve(fds);
+  if (::poll(fds.data(), fds.size(), timeout_ms) <= 0) return;
+  // First, while a number stands for what was polled.
+  server_.Serve(fds);
+  for (Child& child : children_) child.output.Read();
 }
 
 void Supervisor::ReadSignals() {
@@ -186,28 +141,41 @@ void Supervisor::ReadSignals() {
 void Supervisor::ReapEnded() {
   for (Child& child : children_) {
     if (!child.process.running()) continue;
-    const std::optional<ChildExit> ended = child.process.Wait(0);
-    if (!ended.has_value()) continue;
-    if (IsReplaceable(child, *ended)) {
-      ReplaceCacheManager(&child, *ended);
-    } else if (!stopping_) {
-      if (ended_.empty()) judge_time_ = Clock::now() + kCauseGrace;
-      ended_.emplace_back(&child, *ended);
-    } else if (draining_) {
-      JudgeDrained(child, *ended);
-    } else {
-      LOG_DEBUG("{} ended: {}", child.name, ended->ToString());
-    }
+    if (const std::optional<ChildExit> ended = child.process.Wait(0)) HandleExit(&child, *ended);
   }
   if (!stopping_ && !ended_.empty() && (CauseIsKnown() || Clock::now() >= judge_time_)) {
     JudgeUnexpected();
   }
 }
 
+void Supervisor::HandleExit(Child* child, const ChildExit& how) {
+  child->output.Finish();  // its last words come before ours
+  if (child->role == ChildRole::kEngineWorker) {
+    proto::WorkerExit worker_exit;
+    worker_exit.set_rank(child->instance.rank);
+    worker_exit.set_worker_id(child->instance.worker_id);
+    (how.by_signal ? worker_exit.set_signal(how.code) : worker_exit.set_code(how.code));
+    worker_exit.set_kv_trusted(KvIsTrusted(how));
+    server_.SendWorkerExit(worker_exit);
+  }
+  if (IsReplaceable(*child, how)) {
+    Replace(child, how, fmt::format("died of {}", how.ToString()));
+  } else if (!stopping_) {
+    if (ended_.empty()) judge_time_ = Clock::now() + kCauseGrace;
+    ended_.emplace_back(child, how);
+  } else if (draining_) {
+    JudgeDrained(*child, how);
+  } else {
+    LOG_DEBUG("{} ended: {}", child->name, how.ToString());
+  }
+}
+
 void Supervisor::KillHangingCacheManager() {
   if (!server_.TakeRestartRequest()) return;
   for (Child& child : children_) {
-    if (child.role != Role::kCacheManager || child.stopped || !child.process.running()) continue;
+    if (child.role != ChildRole::kCacheManager || child.stopped || !child.process.running()) {
+      continue;
+    }
     // One that young is not the one that has been silent: that one has been replaced already.
     if (Clock::now() - child.started < kHangPatience) continue;
     LOG_WARNING("the API server says that the {} hangs: killing it", child.name);
@@ -215,52 +183,68 @@ void Supervisor::KillHangingCacheManager() {
   }
 }
 
-bool Supervisor::IsReplaceable(const Child& child, const ChildExit& how) const {
-  if (child.role != Role::kCacheManager || child.stopped) return false;
-  // Requests that are being finished need it too.
-  if (stopping_ && !(draining_ && AnyRunning(Role::kApiServer))) return false;
-  // What it finds at its first start-up, it would find again.
-  const bool start_up = !how.by_signal && IsStartUpCode(how.code);
-  return !start_up || !cache_manager_deaths_.empty();
+void Supervisor::KillUnwantedWorkers() {
+  for (const SupervisorServer::EndRequest& request : server_.TakeEndRequests()) {
+    for (Child& child : children_) {
+      if (child.role != ChildRole::kEngineWorker || child.instance.rank != request.rank) continue;
+      // Another process by now: that one is not meant.
+      if (child.instance.worker_id != request.worker_id || !child.process.running()) continue;
+      LOG_WARNING("the API server wants {} to go: killing it", child.name);
+      child.process.Signal(SIGKILL);
+    }
+  }
 }
 
-void Supervisor::ReplaceCacheManager(Child* child, const ChildExit& how) {
-  const auto now = Clock::now();
-  cache_manager_deaths_.push_back(now);
-  while (now - cache_manager_deaths_.front() > kDeathWindow) cache_manager_deaths_.pop_front();
-  if (cache_manager_deaths_.size() > kMaxCacheManagerDeaths) {
-    LOG_ERROR("{} died of {}, for the {}th time within {} minutes; the instance ends", child->name,
-              how.ToString(), cache_manager_deaths_.size(), kDeathWindow.count());
-    draining_ = false;
-    return BeginStopping(kExitInternal);
+bool Supervisor::IsReplaceable(const Child& child, const ChildExit& how) const {
+  if (child.stopped) return false;
+  const bool cache_manager = child.role == ChildRole::kCacheManager;
+  if (instance_.mode == "generate" && !cache_manager) return false;
+  if (stopping_) {
+    // Requests that are being finished need it too.
+    if (!draining_ || !MayHaveRequests()) return false;
+    // The API server, on its own way out, has told the worker to end.
+    if (!cache_manager && !how.by_signal && how.code == kExitOk) return false;
   }
-  const size_t num_deaths = cache_manager_deaths_.size();
-  const milliseconds pause =
-      num_deaths == 1 ? milliseconds(0) : kFirstRestartPause * (1 << (num_deaths - 2));
-  LOG_WARNING("{} died of {}; starting it again{}", child->name, how.ToString(),
-              num_deaths == 1 ? "" : fmt::format(" in {} s", pause.count() / 1000.0));
-  child->restart_time = now + pause;
+  // What it finds at its first start-up, it would find again.
+  return child.num_starts > 1 || !IsStartUpCode(how);
+}
+
+void Supervisor::Replace(Child* child, const ChildExit& how, const std::string& what_happened) {
+  const auto now = Clock::now();
+  const std::optional<milliseconds> pause = child->policy.OnExit(
+      how, child->started, now, std::uniform_real_distribution<double>()(random_));
+  if (!pause.has_value()) {
+    LOG_ERROR("{} {}, the {}th fault of its own within {} minutes: a crash loop; the instance ends",
+              child->name, what_happened, RestartPolicy::kMaxSelfInflicted + 1,
+              RestartPolicy::kWindow.count());
+    draining_ = false;
+    return BeginStopping(kExitCrashLoop);
+  }
+  LOG_WARNING("{} {}; starting it again{}", child->name, what_happened,
+              pause->count() == 0 ? "" : fmt::format(" in {:.1f} s", pause->count() / 1000.0));
+  child->restart_time = now + *pause;
 }
 
 void Supervisor::StartDueChildren() {
   for (Child& child : children_) {
     if (!child.restart_time.has_value()) continue;
     // Nobody needs it any more.
-    const bool is_over = stopping_ && !(draining_ && AnyRunning(Role::kApiServer));
+    const bool is_over = stopping_ && !(draining_ && MayHaveRequests());
     if (!is_over && Clock::now() < *child.restart_time) continue;
     child.restart_time.reset();
     if (is_over) continue;
-    if (const absl::Status status = Spawn(&child); !status.ok()) {
-      LOG_ERROR("{}", std::string(status.message()));
-      draining_ = false;
-      return BeginStopping(kExitInternal);
+    if (const absl::Status status = SpawnChild(ports_, &child); !status.ok()) {
+      // For want of memory or processes, perhaps, which may pass.
+      child.started = Clock::now();
+      Replace(&child, {.by_signal = false, .code = kExitInternal},
+              fmt::format("could not be started: {}", std::string(status.message())));
     }
   }
 }
 
 bool Supervisor::CauseIsKnown() const {
   const bool only_clean = std::all_of(ended_.begin(), ended_.end(), [](const auto& end) {
-    return end.first->role != Role::kApiServer && !end.second.by_signal &&
+    return end.first->role != ChildRole::kApiServer && !end.second.by_signal &&
            end.second.code == kExitOk;
   });
   return !only_clean || !AnyRunning(std::nullopt);
@@ -269,7 +253,7 @@ bool Supervisor::CauseIsKnown() const {
 void Supervisor::JudgeUnexpected() {
   for (const auto& [child, how] : ended_) {
     // The answer has been printed; the others may have gone with the API server.
-    if (instance_.mode == "generate" && child->role == Role::kApiServer && !how.by_signal &&
+    if (instance_.mode == "generate" && child->role == ChildRole::kApiServer && !how.by_signal &&
         how.code == kExitOk) {
       BeginStopping(kExitOk);
       return;
@@ -278,7 +262,7 @@ void Supervisor::JudgeUnexpected() {
   const auto& [child, how] = *std::min_element(
       ended_.begin(), ended_.end(),
       [](const auto& a, const auto& b) { return CauseRank(a.second) < CauseRank(b.second); });
-  const bool start_up = !how.by_signal && IsStartUpCode(how.code);
+  const bool start_up = IsStartUpCode(how) && how.code != kExitNeverReady;
   const double seconds = std::chrono::duration<double>(Clock::now() - started_).count();
   LOG_ERROR("{} died of {}, {}{:.1f} s after the start; the instance ends", child->name,
             how.ToString(), start_up ? "while starting, " : "", seconds);
@@ -286,7 +270,7 @@ void Supervisor::JudgeUnexpected() {
 }
 
 void Supervisor::JudgeDrained(const Child& child, const ChildExit& ended) {
-  const bool api_server = child.role == Role::kApiServer;
+  const bool api_server = child.role == ChildRole::kApiServer;
   if (api_server && !ended.by_signal && ended.code == kExitDrainTimeout) {
     exit_code_ = kExitDrainTimeout;
     return;
@@ -296,10 +280,9 @@ void Supervisor::JudgeDrained(const Child& child, const ChildExit& ended) {
   const bool crashed = ended.by_signal && ended.code != SIGTERM;
   const bool failed = !ended.by_signal && ended.code != kExitOk;
   // An engine worker ends when the API server, on its own way out, tells it to.
-  const bool early =
-      !child.stopped && child.role != Role::kEngineWorker && AnyRunning(Role::kApiServer);
-  // With the API server gone every request has been answered, and what it cached is of no use.
-  if (crashed && child.role == Role::kCacheManager && !AnyRunning(Role::kApiServer)) {
+  const bool early = !child.stopped && child.role != ChildRole::kEngineWorker && MayHaveRequests();
+  // With the API server gone every request has been answered; what the others hold is of no use.
+  if (crashed && !api_server && !MayHaveRequests()) {
     LOG_WARNING("{} died of {} after the last request had ended", child.name, ended.ToString());
     return;
   }
@@ -315,17 +298,12 @@ void Supervisor::JudgeDrained(const Child& child, const ChildExit& ended) {
 void Supervisor::BeginDraining() {
   stopping_ = true;
   draining_ = true;
-  stopping_role_ = Role::kApiServer;
+  stopping_role_ = ChildRole::kApiServer;
   // Our copies would keep queueing clients whom nobody will serve any more.
   ports_.http.Reset();
   ports_.metrics.Reset();
   kill_time_ = Clock::now() + milliseconds(instance_.options.drain_timeout_ms) + kStopGrace;
-  for (Child& child : children_) {
-    if (child.role == stopping_role_) {
-      child.stopped = true;
-      child.process.Signal(SIGTERM);
-    }
-  }
+  StopRole(stopping_role_);
 }
 
 void Supervisor::BeginStopping(int exit_code) {
@@ -344,20 +322,24 @@ void Supervisor::AdvanceStop() {
     for (Child& child : children_) {
       if (!child.process.running() || !child.stopped) continue;
       LOG_WARNING("{} did not stop in time: killed", child.name);
-      child.process.Signal(SIGKILL);
-      child.process.Wait(-1);
-      if (draining_ && child.role == Role::kApiServer) exit_code_ = kExitDrainTimeout;
+      KillAndReap(&child);
+      if (draining_ && child.role == ChildRole::kApiServer) exit_code_ = kExitDrainTimeout;
     }
   }
   // The next role's turn, and past roles that have no process.
-  while (draining_ && !AnyRunning(stopping_role_) && stopping_role_ != Role::kCacheManager) {
-    stopping_role_ = stopping_role_ == Role::kApiServer ? Role::kEngineWorker : Role::kCacheManager;
+  while (draining_ && !AnyRunning(stopping_role_) && stopping_role_ != ChildRole::kCacheManager) {
+    stopping_role_ = stopping_role_ == ChildRole::kApiServer ? ChildRole::kEngineWorker
+                                                             : ChildRole::kCacheManager;
     kill_time_ = Clock::now() + kStopGrace;
-    for (Child& child : children_) {
-      if (child.role != stopping_role_) continue;
-      child.stopped = true;
-      child.process.Signal(SIGTERM);
-    }
+    StopRole(stopping_role_);
+  }
+}
+
+void Supervisor::StopRole(ChildRole role) {
+  for (Child& child : children_) {
+    if (child.role != role) continue;
+    child.stopped = true;
+    child.process.Signal(SIGTERM);
   }
 }
 
@@ -366,13 +348,26 @@ void Supervisor::KillAll() {
     child.stopped = true;
     child.process.Signal(SIGKILL);
   }
-  for (Child& child : children_) child.process.Wait(-1);
+  for (Child& child : children_) KillAndReap(&child);
 }
 
-bool Supervisor::AnyRunning(std::optional<Role> role) const {
+void Supervisor::KillAndReap(Child* child) {
+  child->process.Signal(SIGKILL);
+  child->process.Wait(-1);
+  child->output.Finish();
+}
+
+bool Supervisor::AnyRunning(std::optional<ChildRole> role) const {
   return std::any_of(children_.begin(), children_.end(), [&](const Child& child) {
     return child.process.running() && (!role.has_value() || child.role == *role);
   });
 }
+
+bool Supervisor::AnyToStart() const {
+  return std::any_of(children_.begin(), children_.end(),
+                     [](const Child& child) { return child.restart_time.has_value(); });
+}
+
+bool Supervisor::MayHaveRequests() const { return AnyRunning(ChildRole::kApiServer); }
 
 }  // namespace wintserve

@@ -1,67 +1,62 @@
-// Starts the processes of an instance, watches them, stops them.
+// Starts the processes of an instance, watches them, starts anew who dies, stops them.
 //
 //   running --signal--> draining: API server, then workers, then cache manager --> 0 (75: cut off)
-//      |----child died--> stopping: all at once, briefly --------------------> its code
-//      |    (a cache manager is restarted instead, up to 5 times in 10 minutes: at once, then after
-//      |    pauses of 0.5, 1, 2 and 4 s)
+//      |  ^---- a child died: at once, or after a pause, another one is started
+//      |----- it cannot start, or dies again and again -> stopping: all at once, briefly --> its
+//      code, 71
 //      `----second signal: SIGKILL for whoever is left
+//
+// An engine worker's end is told to whoever watches before another is started in its place. While
+// requests are finished, the other processes are still replaced. With `wintserve generate` only the
+// cache manager is.
 #pragma once
 
 #include <chrono>
-#include <deque>
 #include <optional>
+#include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "common/child_process.h"
 #include "common/config/instance.h"
 #include "common/unique_fd.h"
+#include "launcher/child.h"
 #include "launcher/preflight.h"
 #include "launcher/supervisor_server.h"
 
 namespace wintserve {
 
 // Blocks the signals that a Supervisor answers, so that one that comes before Run is not lost, and
-// ignores SIGPIPE. Call first in main, before any thread starts.
+// ignores SIGPIPE and SIGXFSZ. Call first in main, before any thread starts.
 void BlockSupervisedSignals();
 
 // Threading: the main thread only (children die with the thread that spawned them).
 class Supervisor {
  public:
   // `instance` as the API server gets it, but for the descriptors; `ports` stay reserved until the
-  // Supervisor goes.
-  Supervisor(Instance instance, ReservedPorts ports, SupervisorServer server);
+  // Supervisor goes. `log` must live longer; null: the children write where we do.
+  Supervisor(Instance instance, ReservedPorts ports, SupervisorServer server, InstanceLog* log);
 
   // Starts everything, returns the exit code once nothing runs any more.
   int Run();
 
  private:
-  using Clock = std::chrono::steady_clock;
-  enum class Role { kApiServer, kEngineWorker, kCacheManager };
-  struct Child {
-    std::string name;
-    Role role;
-    std::string program;
-    Instance instance;  // what it was started with
-    ChildProcess process;
-    Clock::time_point started;
-    bool stopped = false;                           // we asked it to end, or ended it
-    std::optional<Clock::time_point> restart_time;  // it has died and is started again then
-  };
+  using Clock = Child::Clock;
 
   absl::Status StartAll();
-  absl::Status Start(const std::string& name, const std::string& program, Role role,
-                     Instance instance);
-  // Starts the child's program, for the first time or again.
-  absl::Status Spawn(Child* child);
+  absl::Status Start(ChildRole role, int rank);
   void WaitForNews();
   void ReadSignals();
   void ReapEnded();
+  void HandleExit(Child* child, const ChildExit& how);
   void KillHangingCacheManager();
+  void KillUnwantedWorkers();
   // Whether the end of this child is no end of the instance.
   bool IsReplaceable(const Child& child, const ChildExit& how) const;
-  void ReplaceCacheManager(Child* child, const ChildExit& how);
+  // Schedules the next start. what_happened: "died of signal 9 (Killed)".
+  void Replace(Child* child, const ChildExit& how, const std::string& what_happened);
   void StartDueChildren();
   bool CauseIsKnown() const;
   void JudgeUnexpected();
@@ -69,12 +64,18 @@ class Supervisor {
   void BeginDraining();
   void BeginStopping(int exit_code);
   void AdvanceStop();
+  void StopRole(ChildRole role);
   void KillAll();
-  bool AnyRunning(std::optional<Role> role) const;
+  void KillAndReap(Child* child);
+  bool AnyRunning(std::optional<ChildRole> role) const;
+  bool AnyToStart() const;
+  // Whether there may be requests that need the other processes.
+  bool MayHaveRequests() const;
 
   const Instance instance_;
   ReservedPorts ports_;
   SupervisorServer server_;
+  InstanceLog* const log_;
   UniqueFd signal_fd_;
   std::vector<Child> children_;
   Clock::time_point started_;
@@ -84,12 +85,12 @@ class Supervisor {
   std::vector<std::pair<const Child*, ChildExit>> ended_;
   Clock::time_point judge_time_;
 
-  std::deque<Clock::time_point> cache_manager_deaths_;  // of the last 10 minutes
+  std::mt19937_64 random_{std::random_device{}()};  // so that not all come back at once
 
   bool stopping_ = false;
-  bool draining_ = false;                  // stopping role by role
-  Role stopping_role_ = Role::kApiServer;  // draining: whose turn it is
-  Clock::time_point kill_time_;            // stopping: when patience ends
+  bool draining_ = false;                            // stopping role by role
+  ChildRole stopping_role_ = ChildRole::kApiServer;  // draining: whose turn it is
+  Clock::time_point kill_time_;                      // stopping: when patience ends
   int exit_code_ = 0;
 };
 

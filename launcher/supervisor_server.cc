@@ -7,6 +7,7 @@
 
 #include "common/log.h"
 #include "common/status_macros.h"
+#include "common/token.h"
 #include "common/unix_socket.h"
 #include "proto/supervisor.pb.h"
 
@@ -16,16 +17,6 @@ namespace {
 constexpr size_t kMaxConnections = 64;
 constexpr size_t kMaxEndedEpochs = 64;
 constexpr uint64_t kMaxGroupMemoryBytes = uint64_t{1} << 30;
-
-// Takes equally long wherever the first difference is.
-bool EqualInConstantTime(const std::string& a, const std::string& b) {
-  if (a.size() != b.size()) return false;
-  volatile unsigned char difference = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    difference = difference | static_cast<unsigned char>(a[i] ^ b[i]);
-  }
-  return difference == 0;
-}
 
 absl::Status SetNonBlocking(int fd) {
   const int flags = ::fcntl(fd, F_GETFL);
@@ -45,17 +36,20 @@ absl::StatusOr<SupervisorServer> SupervisorServer::Listen(const std::string& pat
 }
 
 void SupervisorServer::AddPollFds(std::vector<pollfd>* fds) const {
-  // Beyond the limit peers wait in the backlog.
-  if (connections_.size() < kMaxConnections) fds->push_back({listener_.get(), POLLIN, 0});
-  for (const UniqueFd& connection : connections_) fds->push_back({connection.get(), POLLIN, 0});
+  // Others wait in the backlog.
+  if (CanAccept()) fds->push_back({listener_.get(), POLLIN, 0});
+  for (const Connection& connection : connections_) {
+    fds->push_back({connection.fd.get(), POLLIN, 0});
+  }
 }
 
 void SupervisorServer::Serve(const std::vector<pollfd>& fds) {
   for (const pollfd& ready : fds) {
     if (ready.revents == 0) continue;
-    const auto connection = std::find_if(connections_.begin(), connections_.end(),
-                                         [&](const UniqueFd& fd) { return fd.get() == ready.fd; });
-    if (connection != connections_.end() && !ServeConnection(ready.fd)) {
+    const auto connection =
+        std::find_if(connections_.begin(), connections_.end(),
+                     [&](const Connection& open) { return open.fd.get() == ready.fd; });
+    if (connection != connections_.end() && !ServeConnection(&*connection)) {
       connections_.erase(connection);
     }
   }
@@ -65,29 +59,54 @@ void SupervisorServer::Serve(const std::vector<pollfd>& fds) {
   }
 }
 
+bool SupervisorServer::CanAccept() const {
+  return connections_.size() < kMaxConnections ||
+         !std::ranges::all_of(connections_, &Connection::is_known);
+}
+
 void SupervisorServer::Accept() {
+  if (!CanAccept()) return;
   absl::StatusOr<UniqueFd> connection = AcceptUnix(listener_.get());
+  if (connection.ok() && connections_.size() == kMaxConnections) {
+    connections_.erase(
+        std::ranges::find(connections_, false, &Connection::is_known));  // the oldest
+  }
   if (connection.ok() && SetNonBlocking(connection->get()).ok()) {
-    connections_.push_back(*std::move(connection));
+    connections_.push_back({*std::move(connection)});
   }
 }
 
-bool SupervisorServer::ServeConnection(int connection_fd) {
-  const absl::StatusOr<Packet> packet = ReceivePacket(connection_fd, 0);
+void SupervisorServer::SendWorkerExit(const proto::WorkerExit& worker_exit) {
+  const std::string bytes = worker_exit.SerializeAsString();
+  std::erase_if(connections_, [&](const Connection& connection) {
+    if (!connection.watches) return false;
+    const absl::Status status = SendPacket(connection.fd.get(), bytes);
+    if (!status.ok()) {
+      LOG_WARNING("supervisor.sock: dropped a watcher that does not read: {}",
+                  std::string(status.message()));
+    }
+    return !status.ok();
+  });
+}
+
+bool SupervisorServer::ServeConnection(Connection* connection) {
+  const absl::StatusOr<Packet> packet = ReceivePacket(connection->fd.get(), 0);
   if (!packet.ok()) return absl::IsDeadlineExceeded(packet.status());
   proto::SupervisorRequest request;
-  if (!request.ParseFromString(packet->bytes) || !EqualInConstantTime(request.token(), token_)) {
+  if (!request.ParseFromString(packet->bytes) || !TokensEqual(token_, request.token())) {
     if (const auto more = stranger_log_->Admit()) {
       LOG_WARNING("supervisor.sock: dropped a peer without the instance's token{}", *more);
     }
     return false;
   }
+  connection->is_known = true;
+  if (request.has_watch_workers()) connection->watches = true;
   const absl::StatusOr<int> fd = Answer(request);
   proto::SupervisorReply reply;
   reply.set_status_code(static_cast<uint32_t>(fd.status().code()));
   // Never empty: a packet without bytes would read as the end of the connection.
   reply.set_text(fd.ok() ? "ok" : std::string(fd.status().message()));
-  return SendPacket(connection_fd, reply.SerializeAsString(), fd.ok() ? *fd : -1).ok();
+  return SendPacket(connection->fd.get(), reply.SerializeAsString(), fd.ok() ? *fd : -1).ok();
 }
 
 absl::StatusOr<int> SupervisorServer::Answer(const proto::SupervisorRequest& request) {
@@ -97,6 +116,11 @@ absl::StatusOr<int> SupervisorServer::Answer(const proto::SupervisorRequest& req
                            request.group_memory().size_bytes());
     case proto::SupervisorRequest::kRestartCacheManager:
       restart_requested_ = true;
+      return -1;
+    case proto::SupervisorRequest::kEndWorker:
+      end_requests_.push_back({request.end_worker().rank(), request.end_worker().worker_id()});
+      return -1;
+    case proto::SupervisorRequest::kWatchWorkers:
       return -1;
     case proto::SupervisorRequest::REQUEST_NOT_SET:
       break;

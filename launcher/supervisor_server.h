@@ -1,5 +1,6 @@
 // The launcher's end of supervisor.sock: hands workers the memory that their rank group reduces in,
-// hears from the API server that the cache manager hangs.
+// hears from the API server that the cache manager hangs or that an engine worker has to go, tells
+// it of every engine worker that has ended.
 #pragma once
 
 #include <poll.h>
@@ -24,6 +25,12 @@ namespace wintserve {
 // one packet of work a round. Threading: one thread, the launcher's poll loop.
 class SupervisorServer {
  public:
+  // An engine worker that somebody wants ended.
+  struct EndRequest {
+    int64_t rank = 0;  // as the peer says: of any size
+    uint64_t worker_id = 0;
+  };
+
   // Listens at `path`. Every request must carry `token`.
   static absl::StatusOr<SupervisorServer> Listen(const std::string& path, std::string token);
 
@@ -36,24 +43,40 @@ class SupervisorServer {
   // Whether somebody has asked for a new cache manager since the last call.
   bool TakeRestartRequest() { return std::exchange(restart_requested_, false); }
 
+  // The ends asked for since the last call, in their order.
+  std::vector<EndRequest> TakeEndRequests() { return std::exchange(end_requests_, {}); }
+
+  // Tells whoever watches now; whoever comes later never hears of it. A watcher that leaves so much
+  // unread that its socket is full is dropped.
+  void SendWorkerExit(const proto::WorkerExit& worker_exit);
+
  private:
   SupervisorServer(UniqueFd listener, std::string token)
       : listener_(std::move(listener)), token_(std::move(token)) {}
 
+  struct Connection {
+    UniqueFd fd;
+    bool is_known = false;  // has shown the token
+    bool watches = false;   // sends WorkerExit there
+  };
+
+  // Whether one more peer can be served: there is room, or somebody who has said nothing makes it.
+  bool CanAccept() const;
   void Accept();
-  bool ServeConnection(int connection_fd);  // false: drop it
+  bool ServeConnection(Connection* connection);  // false: drop it
   // The descriptor that goes with the reply, or -1.
   absl::StatusOr<int> Answer(const proto::SupervisorRequest& request);
   absl::StatusOr<int> GroupMemoryFd(uint64_t group_epoch, uint64_t size_bytes);
 
   UniqueFd listener_;
   std::string token_;
-  std::vector<UniqueFd> connections_;
+  std::vector<Connection> connections_;
   // A new epoch ends the one before; workers keep their own mapping of it.
   std::optional<uint64_t> group_epoch_;
   MappedMemory group_memory_;
   std::deque<uint64_t> ended_epochs_;
   bool restart_requested_ = false;
+  std::vector<EndRequest> end_requests_;
   // By pointer, so that the server can be moved.
   std::unique_ptr<LogLimit> stranger_log_ = std::make_unique<LogLimit>();
 };

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <random>
 #include <thread>
 
 #include "common/captured_log_test_util.h"
@@ -32,8 +33,15 @@ class SupervisorServerTest : public ::testing::Test {
       while (!done_) {
         std::vector<pollfd> fds;
         server.AddPollFds(&fds);
-        if (::poll(fds.data(), fds.size(), 10) > 0) server.Serve(fds);
+        const int timeout_ms = num_exits_to_send_ > 0 ? 0 : 10;
+        if (::poll(fds.data(), fds.size(), timeout_ms) > 0) server.Serve(fds);
         if (server.TakeRestartRequest()) ++num_restarts_;
+        for (const auto& request : server.TakeEndRequests()) ends_.push_back(request);
+        if (num_exits_to_send_ > 0) {
+          --num_exits_to_send_;
+          server.SendWorkerExit(WorkerExitOf(num_exits_sent_));
+          ++num_exits_sent_;
+        }
       }
     });
   }
@@ -76,9 +84,52 @@ class SupervisorServerTest : public ::testing::Test {
     return MappedMemory::FromFd(std::move(packet->fd), static_cast<int64_t>(size_bytes));
   }
 
+  static proto::WorkerExit WorkerExitOf(int number) {
+    proto::WorkerExit worker_exit;
+    worker_exit.set_rank(1);
+    worker_exit.set_worker_id(0xfedcba9876543210 + number);
+    worker_exit.set_signal(9);
+    worker_exit.set_kv_trusted(true);
+    return worker_exit;
+  }
+  // Waits until the server has sent them.
+  void SendWorkerExits(int count) {
+    const int before = num_exits_sent_;
+    num_exits_to_send_ = count;
+    for (int i = 0; i < 1000 && num_exits_sent_ < before + count; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    ASSERT_EQ(num_exits_sent_, before + count);
+  }
+
+  // A connection that has been answered that it watches.
+  UniqueFd Watch() {
+    UniqueFd fd = Connect();
+    proto::SupervisorRequest request;
+    request.set_token(kToken);
+    request.mutable_watch_workers();
+    EXPECT_TRUE(SendPacket(fd.get(), request.SerializeAsString()).ok());
+    const auto packet = ReceivePacket(fd.get(), kTimeoutMs);
+    proto::SupervisorReply reply;
+    EXPECT_TRUE(packet.ok() && reply.ParseFromString(packet->bytes)) << packet.status();
+    EXPECT_EQ(reply.status_code(), 0u) << reply.text();
+    return fd;
+  }
+
+  static std::string NextExit(const UniqueFd& watcher, int64_t timeout_ms = kTimeoutMs) {
+    const auto packet = ReceivePacket(watcher.get(), timeout_ms);
+    if (!packet.ok()) return packet.status().ToString();
+    proto::WorkerExit worker_exit;
+    EXPECT_TRUE(worker_exit.ParseFromString(packet->bytes));
+    return worker_exit.ShortDebugString();
+  }
+
   std::string path_;
 
   std::atomic<int> num_restarts_ = 0;
+  std::atomic<int> num_exits_to_send_ = 0;
+  std::atomic<int> num_exits_sent_ = 0;
+  std::vector<SupervisorServer::EndRequest> ends_;  // read it after Stop
 
  private:
   std::atomic<bool> done_ = false;
@@ -144,6 +195,56 @@ TEST_F(SupervisorServerTest, PassesOnThatTheCacheManagerHangs) {
   EXPECT_EQ(num_restarts_, 1);
 }
 
+TEST_F(SupervisorServerTest, TellsEveryWatcherOfEveryExitInOrderFromThenOn) {
+  SendWorkerExits(1);  // of the past
+  const UniqueFd first = Watch();
+  const UniqueFd second = Watch();
+  const UniqueFd no_watcher = Connect();
+  ASSERT_TRUE(Ask(no_watcher, 7, 4096).ok());
+  SendWorkerExits(2);
+  for (const UniqueFd* watcher : {&first, &second}) {
+    EXPECT_EQ(NextExit(*watcher), WorkerExitOf(1).ShortDebugString());
+    EXPECT_EQ(NextExit(*watcher), WorkerExitOf(2).ShortDebugString());
+    EXPECT_THAT(NextExit(*watcher, 50), HasSubstr("no packet within"));
+  }
+  EXPECT_TRUE(Ask(first, 7, 4096).ok()) << "a watcher may ask, too";
+  EXPECT_THAT(NextExit(no_watcher, 50), HasSubstr("no packet within"));
+}
+
+TEST_F(SupervisorServerTest, AWatcherThatIsDeadOrDoesNotReadStopsNobody) {
+  const UniqueFd good = Watch();
+  const UniqueFd deaf = Watch();
+  Watch();  // and goes at once
+  // All together far more than a socket holds, at once less.
+  constexpr int kMany = 2000;
+  constexpr int kAtOnce = 50;
+  for (int i = 0; i < kMany; ++i) {
+    if (i % kAtOnce == 0) SendWorkerExits(kAtOnce);
+    ASSERT_EQ(NextExit(good), WorkerExitOf(i).ShortDebugString());
+  }
+  int num_read = 0;
+  while (NextExit(deaf).starts_with("rank")) ++num_read;
+  EXPECT_GT(num_read, 0);
+  EXPECT_LT(num_read, kMany) << "it was not dropped";
+}
+
+TEST_F(SupervisorServerTest, PassesOnWhichWorkerHasToGo) {
+  for (const uint32_t rank : {1u, 0xffffffffu}) {
+    const UniqueFd fd = Connect();
+    proto::SupervisorRequest request;
+    request.set_token(kToken);
+    request.mutable_end_worker()->set_rank(rank);
+    request.mutable_end_worker()->set_worker_id(0xfedcba9876543210);
+    ASSERT_TRUE(SendPacket(fd.get(), request.SerializeAsString()).ok());
+    EXPECT_TRUE(ReceivePacket(fd.get(), kTimeoutMs).ok());
+  }
+  Stop();
+  ASSERT_EQ(ends_.size(), 2u);
+  EXPECT_EQ(ends_[0].rank, 1);
+  EXPECT_EQ(ends_[1].rank, 0xffffffff);
+  EXPECT_EQ(ends_[1].worker_id, 0xfedcba9876543210);
+}
+
 TEST_F(SupervisorServerTest, DropsHostilePeersAndGoesOnServing) {
   const std::string packets[] = {
       "\xff\xff\xff\xff",
@@ -168,6 +269,32 @@ TEST_F(SupervisorServerTest, APeerThatDoesNotReadStopsNobody) {
     if (!SendPacket(deaf.get(), GroupMemoryRequest(7, 4096)).ok()) break;
   }
   EXPECT_TRUE(Ask(Connect(), 7, 4096).ok());
+}
+
+TEST_F(SupervisorServerTest, PeersThatSayNothingMakeRoom) {
+  const UniqueFd known = Connect();
+  ASSERT_TRUE(Ask(known, 7, 4096).ok());
+  std::vector<UniqueFd> silent;
+  for (int i = 0; i < 300; ++i) silent.push_back(Connect());
+  EXPECT_TRUE(Ask(Connect(), 7, 4096).ok());
+  EXPECT_TRUE(Ask(known, 7, 4096).ok()) << "one that has shown the token stays";
+}
+
+TEST_F(SupervisorServerTest, RandomPacketsOfAnySizeEndTheirConnectionAndNothingElse) {
+  std::mt19937 random(1);
+  for (int i = 0; i < 300; ++i) {
+    std::string bytes = i % 2 == 0 ? std::string(random() % kMaxPacketBytes, '\0')
+                                   : GroupMemoryRequest(random(), random());
+    const size_t num_changes = i % 2 == 0 ? bytes.size() : 1 + random() % 4;
+    for (size_t n = 0; n < num_changes; ++n) {
+      bytes[i % 2 == 0 ? n : random() % bytes.size()] = static_cast<char>(random());
+    }
+    const UniqueFd hostile = Connect();
+    ASSERT_TRUE(SendPacket(hostile.get(), bytes, i % 3 == 0 ? STDERR_FILENO : -1).ok());
+    (void)ReceivePacket(hostile.get(), kTimeoutMs);  // a changed request may still be one
+  }
+  const auto memory = Ask(Connect(), 1u << 31, 4096);
+  EXPECT_TRUE(memory.ok()) << memory.status();
 }
 
 TEST_F(SupervisorServerTest, AFloodOfStrangersIsAFewLinesInTheLog) {

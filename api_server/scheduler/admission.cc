@@ -46,7 +46,7 @@ void Scheduler::Impl::AskMatches(std::vector<CacheCommand>* commands) {
   while (num_slots > 0) {
     Sequence* sequence = walk.Next();
     if (sequence == nullptr) return;
-    if (!MayStart(sequence)) continue;
+    if (!MayStartBesideIsolated(*sequence) || !MayStart(sequence)) continue;
     if (!FitsMemory(*sequence, candidate_blocks_, num_candidates == 0)) return;
     if (num_candidates >= config_.max_partial_prefills &&
         num_tokens >= config_.max_num_batched_tokens) {
@@ -72,8 +72,8 @@ void Scheduler::Impl::Admit(PlanDraft* draft, SchedulerOutput* output) {
   while (num_slots > 0) {
     Sequence* sequence = walk.Next();
     if (sequence == nullptr) return;
-    if (!MayStart(sequence)) continue;
-    if (sequence->num_copies_to_plan > 0 || sequence->last_copy_step == draft->plan.step) {
+    if (!MayStartBesideIsolated(*sequence) || !MayStart(sequence)) continue;
+    if (AwaitsCopies(*sequence, *draft)) {
       --num_slots;  // it takes its slot with the next plan
       continue;
     }

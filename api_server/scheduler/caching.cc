@@ -125,6 +125,7 @@ void Scheduler::Impl::SendCommits(std::vector<CacheCommand>* commands) {
     for (int i = first; i < end; ++i) {
       CommitBlock& block = command.request.blocks.emplace_back();
       block.block = sequence->blocks[i].block;
+      command.request.step = std::max(command.request.step, sequence->blocks[i].step);
       block.tokens.reserve(config_.block_size_tokens);
       sequence->AppendTokens(i * config_.block_size_tokens, (i + 1) * config_.block_size_tokens,
                              &block.tokens);
@@ -229,7 +230,7 @@ void Scheduler::Impl::OnCacheLost() {
   restores_.clear();
   copy_outs_.clear();
   to_commit_.clear();
-  for (PlanInFlight& plan : in_flight_) plan.copy_ids.clear();
+  for (PlanInFlight& plan : in_flight_) plan.copies.clear();
   std::vector<Sequence*> leaving;
   for (Sequence& sequence : sequences_) {
     sequence.commit_queued = false;

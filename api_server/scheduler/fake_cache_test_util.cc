@@ -166,6 +166,7 @@ std::vector<CommittedBlock> FakeCache::Commit(const CommitRequest& request) {
         continue;
       }
       entry.block = commit.block.id;
+      entry.step = std::max(entry.step, request.step);
       ++entry.pins;
       block.state = State::kCommitted;
       block.entry = found;
@@ -177,6 +178,7 @@ std::vector<CommittedBlock> FakeCache::Commit(const CommitRequest& request) {
     entries_[id] = {.parent = parent, .salt = request.salt, .tokens = commit.tokens};
     entries_[id].block = commit.block.id;
     entries_[id].pins = 1;
+    entries_[id].step = request.step;
     block.state = State::kCommitted;
     block.entry = id;
     results.push_back({.entry = id, .duplicate = false});
@@ -228,7 +230,7 @@ std::vector<CopyOrder> FakeCache::TakeCopyOuts() {
   return orders;
 }
 
-void FakeCache::CopyDone(uint64_t copy_id) {
+void FakeCache::CopyDone(uint64_t copy_id, uint64_t step) {
   ASSERT_TRUE(copies_.contains(copy_id)) << "copy " << copy_id << " is not under way";
   const CopyOrder order = copies_.extract(copy_id).mapped();
   Block& block = blocks_[order.block.id];
@@ -241,6 +243,7 @@ void FakeCache::CopyDone(uint64_t copy_id) {
     ASSERT_EQ(block.state, State::kRestoring);
   }
   block.state = State::kCommitted;
+  entries_.at(id).step = std::max(entries_.at(id).step, step);
   DropIfUseless(id);
 }
 
@@ -286,13 +289,28 @@ void FakeCache::Fence() {
   }
 }
 
+void FakeCache::Unindex(const std::vector<uint64_t>& entries) {
+  for (const uint64_t id : entries) entries_.at(id).indexed = false;
+  for (const uint64_t id : entries) DropIfUseless(id);
+}
+
 void FakeCache::Flush() {
   std::vector<uint64_t> ids;
-  for (auto& [id, entry] : entries_) {
-    entry.indexed = false;
-    ids.push_back(id);
+  for (const auto& [id, entry] : entries_) ids.push_back(id);
+  Unindex(ids);
+}
+
+void FakeCache::DistrustSteps(uint64_t first_step) {
+  std::vector<uint64_t> bad;  // parents come before their children
+  for (const auto& [id, entry] : entries_) {
+    const bool is_copied = entry.block >= 0 && (blocks_[entry.block].state == State::kRestoring ||
+                                                blocks_[entry.block].state == State::kCopyingOut);
+    if (entry.step >= first_step || is_copied ||
+        std::find(bad.begin(), bad.end(), entry.parent) != bad.end()) {
+      bad.push_back(id);
+    }
   }
-  for (const uint64_t id : ids) DropIfUseless(id);
+  Unindex(bad);
 }
 
 // Unpinned entries have unpinned descendants, so all of them can be evicted, one after the other.

@@ -52,6 +52,7 @@ FakeWorld::FakeWorld(SchedulerConfig config, int num_host_slots)
   if (config_.num_blocks == 0) config_.num_blocks = 100;
   config_.vocab_size = kVocabSize;
   config_.eos_ids = {kEos};
+  last_step_ = config_.first_step - 1;
   const size_t size = config_.block_size_tokens;
   cache_ =
       std::make_unique<FakeCache>(config_.num_blocks, num_host_slots, config_.block_size_tokens);
@@ -59,8 +60,8 @@ FakeWorld::FakeWorld(SchedulerConfig config, int num_host_slots)
   scheduler_->OnAvailable(config_.num_blocks);
   slots_.resize(config_.max_num_seqs);
   executed_.resize(config_.max_num_seqs);
-  device_.resize(config_.num_blocks, std::vector<uint64_t>(size));
-  host_.resize(num_host_slots, std::vector<uint64_t>(size));
+  device_.resize(config_.num_blocks, std::vector<Cell>(size));
+  host_.resize(num_host_slots, std::vector<Cell>(size));
 }
 
 absl::Status FakeWorld::Submit(ScheduledRequest request) {
@@ -118,6 +119,7 @@ void FakeWorld::CheckDrops(const CacheCommand& command) {
 }
 
 bool FakeWorld::Schedule() {
+  const std::optional<uint64_t> isolated = scheduler_->isolated();
   SchedulerOutput output = scheduler_->Schedule(now_us);
   for (const SequenceStart& start : output.started) {
     EXPECT_TRUE(started_.emplace(start.sequence, start.num_cached_tokens).second);
@@ -127,9 +129,17 @@ bool FakeWorld::Schedule() {
   }
   const bool progress = !output.cache.empty() || output.plan.has_value();
   EXPECT_TRUE(output.cache.empty() || !cache_lost_) << "a command while the session is lost";
-  if (output.plan.has_value()) Check(*output.plan);
+  if (output.plan.has_value()) {
+    EXPECT_EQ(output.plan->step, ++last_step_);
+    Check(*output.plan);
+    // It ends by itself, before a plan is made.
+    if (isolated.has_value() && scheduler_->isolated() == isolated) {
+      CheckIsolated(*output.plan, *isolated);
+    }
+  }
   for (CacheCommand& command : output.cache) {
     CheckDrops(command);
+    if (const auto* commit = std::get_if<CommitCommand>(&command)) CheckStep(commit->request);
     commands_.push_back(std::move(command));
   }
   if (output.plan.has_value()) plans_.push_back(*std::move(output.plan));
@@ -206,8 +216,84 @@ void FakeWorld::Check(const StepPlan& plan) {
   named_.push_back(std::move(named));
 }
 
+void FakeWorld::CheckIsolated(const StepPlan& plan, uint64_t request) {
+  for (const PlanRow& row : plan.rows) {
+    EXPECT_EQ(slots_[row.slot].owner.request, request) << "another request runs beside it";
+  }
+}
+
+// It names the newest step that wrote to one of the blocks.
+void FakeWorld::CheckStep(const CommitRequest& request) const {
+  uint64_t newest = 0;
+  for (const CommitBlock& commit : request.blocks) {
+    for (const Cell& cell : device_[commit.block.id]) newest = std::max(newest, cell.step);
+  }
+  EXPECT_EQ(request.step, newest);
+}
+
+// It may have run on some ranks, or in part.
+void FakeWorld::ScribbleOn(const StepPlan& plan) {
+  const size_t size = config_.block_size_tokens;
+  const Cell garbage{.hash = 0xdead0000 + plan.step, .step = plan.step};
+  for (const BlockCopy& copy : plan.copies) {
+    auto& target = copy.to_device ? device_[static_cast<int>(copy.block)] : host_[copy.host_slot];
+    target.assign(size, garbage);
+  }
+  for (const SlotInit& init : plan.slot_init) {
+    executed_[init.slot].table.clear();
+    for (const BlockId block : init.block_table) {
+      executed_[init.slot].table.push_back(static_cast<int>(block));
+    }
+  }
+  for (const BlockAppend& append : plan.block_append) {
+    for (const BlockId block : append.blocks) {
+      executed_[append.slot].table.push_back(static_cast<int>(block));
+    }
+  }
+  for (const PlanRow& row : plan.rows) {
+    for (uint32_t position = row.position; position < row.position + row.length; ++position) {
+      device_[executed_[row.slot].table.at(position / size)][position % size] = garbage;
+    }
+  }
+}
+
+void FakeWorld::LoseGroup(std::optional<uint64_t> first_bad_step) {
+  for (const StepPlan& plan : plans_) ScribbleOn(plan);
+  plans_.clear();
+  named_.clear();
+  for (Slot& slot : slots_) slot = {};
+  for (Slot& slot : executed_) slot = {};
+  if (first_bad_step.has_value()) SpoilSince(*first_bad_step);
+  scheduler_->OnGroupLost(/*kv_trusted=*/!first_bad_step.has_value());
+  const absl::Status status = scheduler_->CheckInvariants();
+  EXPECT_TRUE(status.ok()) << status;
+}
+
+void FakeWorld::SpoilSince(uint64_t first_bad_step) {
+  for (Memory* memory : {&device_, &host_}) {
+    for (auto& block : *memory) {
+      for (Cell& cell : block) {
+        if (cell.step >= first_bad_step) cell.hash = 0xbad0000 + cell.step;
+      }
+    }
+  }
+  if (cache_lost_) {
+    distrust_in_next_session_ =
+        std::min(first_bad_step, distrust_in_next_session_.value_or(first_bad_step));
+  } else {
+    distrusts_.push_back({.num_commands_before = commands_.size(), .first_step = first_bad_step});
+  }
+}
+
 bool FakeWorld::AnswerOne() {
+  if (!distrusts_.empty() && distrusts_.front().num_commands_before == 0) {
+    cache_->DistrustSteps(distrusts_.front().first_step);
+    distrusts_.pop_front();
+    scheduler_->OnAvailable(cache_->num_available());
+    return true;
+  }
   if (commands_.empty()) return false;
+  for (Distrust& distrust : distrusts_) --distrust.num_commands_before;
   const CacheCommand command = std::move(commands_.front());
   commands_.pop_front();
   const auto available = [this] { scheduler_->OnAvailable(cache_->num_available()); };
@@ -252,7 +338,7 @@ bool FakeWorld::AnswerOne() {
                    available();
                  },
                  [&](const CopyDoneCommand& done) {
-                   for (const uint64_t copy : done.copy_ids) cache_->CopyDone(copy);
+                   for (const uint64_t copy : done.copy_ids) cache_->CopyDone(copy, done.step);
                    available();
                  },
              },
@@ -270,18 +356,18 @@ void FakeWorld::Settle() {
   }
 }
 
-int32_t FakeWorld::RunRow(const PlanRow& row) {
+int32_t FakeWorld::RunRow(const PlanRow& row, uint64_t step) {
   Slot& slot = executed_[row.slot];
   const size_t size = config_.block_size_tokens;
-  const auto at = [&](uint32_t position) -> uint64_t& {
+  const auto at = [&](uint32_t position) -> Cell& {
     return device_[slot.table.at(position / size)][position % size];
   };
-  uint64_t hash = row.position == 0 ? 0 : at(row.position - 1);
+  uint64_t hash = row.position == 0 ? 0 : at(row.position - 1).hash;
   for (uint32_t i = 0; i < row.length; ++i) {
     EXPECT_TRUE(!row.tokens.empty() || slot.token.has_value()) << "no token in slot " << row.slot;
     const int32_t token = row.tokens.empty() ? slot.token.value_or(0) : row.tokens[i];
     hash = NextHash(hash, token);
-    at(row.position + i) = hash;
+    at(row.position + i) = {.hash = hash, .step = step};
   }
   const int32_t token = forced_token.value_or(
       SampleFrom(hash, slot.sampling, static_cast<int>(row.position + row.length)));
@@ -300,7 +386,9 @@ std::vector<SequenceToken> FakeWorld::FinishPlan(int64_t step_us) {
   for (const BlockCopy& copy : plan.copies) {
     auto& on_device = device_[static_cast<int>(copy.block)];
     auto& on_host = host_[copy.host_slot];
-    (copy.to_device ? on_device : on_host) = copy.to_device ? on_host : on_device;
+    auto& target = copy.to_device ? on_device : on_host;
+    target = copy.to_device ? on_host : on_device;
+    for (Cell& cell : target) cell.step = plan.step;
   }
   for (const SlotInit& init : plan.slot_init) {
     Slot& slot = executed_[init.slot];
@@ -314,7 +402,7 @@ std::vector<SequenceToken> FakeWorld::FinishPlan(int64_t step_us) {
   }
   std::vector<SampledToken> sampled;
   for (const PlanRow& row : plan.rows) {
-    const int32_t token = RunRow(row);
+    const int32_t token = RunRow(row, plan.step);
     if (row.sample) sampled.push_back({row.slot, token});
   }
   now_us += step_us;
@@ -353,11 +441,16 @@ void FakeWorld::LoseCache(int num_unanswered) {
                    [&](const ReleaseCommand& release) { cache_->Release(release.entries); },
                    [&](const ReturnCommand& given_back) { cache_->Return(given_back.blocks); },
                    [&](const CopyDoneCommand& done) {
-                     for (const uint64_t copy : done.copy_ids) cache_->CopyDone(copy);
+                     for (const uint64_t copy : done.copy_ids) cache_->CopyDone(copy, done.step);
                    }},
         command);
   }
   commands_.clear();
+  for (const Distrust& distrust : distrusts_) {
+    distrust_in_next_session_ =
+        std::min(distrust.first_step, distrust_in_next_session_.value_or(distrust.first_step));
+  }
+  distrusts_.clear();
   cache_lost_ = true;
   scheduler_->OnCacheLost();
   // What was given up when the message got lost is still held, as far as the plans are concerned.
@@ -368,6 +461,8 @@ void FakeWorld::ResumeCache() {
   const HeldBlocks held = scheduler_->OnCacheResumed();
   cache_->Reconcile(held);
   cache_->Fence();
+  if (distrust_in_next_session_.has_value()) cache_->DistrustSteps(*distrust_in_next_session_);
+  distrust_in_next_session_.reset();
   cache_lost_ = false;
   held_.clear();
   for (const PoolBlock& block : held.leased) ++held_[block.id];
@@ -384,7 +479,9 @@ void FakeWorld::ReplacePool(int num_blocks) {
   held_.clear();
   for (Slot& slot : slots_) slot = {};
   for (Slot& slot : executed_) slot = {};
-  device_.assign(num_blocks, std::vector<uint64_t>(config_.block_size_tokens));
+  device_.assign(num_blocks, std::vector<Cell>(config_.block_size_tokens));
+  distrusts_.clear();
+  distrust_in_next_session_.reset();
   scheduler_->OnPoolReplaced(num_blocks);
 }
 

@@ -10,7 +10,7 @@ namespace wintserve {
 // end, and Submit has seen that this is enough.
 void Scheduler::Impl::RelieveMemory(const PlanDraft& draft) {
   if (ledger_.lost() || ledger_.lease_is_asked() || !ledger_.exhausted() || num_leaving_ > 0 ||
-      HasCopiesUnderWay() || !draft.flight.copy_ids.empty()) {
+      HasCopiesUnderWay() || !draft.flight.copies.empty()) {
     return;
   }
   if (RevokePinsOfWaiting(draft.starved_first) || running_.empty()) return;
@@ -32,7 +32,7 @@ bool Scheduler::Impl::HoldsDuplicates(const Sequence& sequence) const {
 bool Scheduler::Impl::HasCopiesUnderWay() const {
   return !restores_.empty() || !copy_outs_.empty() ||
          std::any_of(in_flight_.begin(), in_flight_.end(),
-                     [](const PlanInFlight& plan) { return !plan.copy_ids.empty(); });
+                     [](const PlanInFlight& plan) { return !plan.copies.empty(); });
 }
 
 // Of all but `keeps`, which needs the blocks.

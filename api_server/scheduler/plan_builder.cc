@@ -54,15 +54,15 @@ void Scheduler::Impl::BuildPlan(SchedulerOutput* output) {
 }
 
 void Scheduler::Impl::AddCopies(PlanDraft* draft) {
-  const auto add = [draft](const CopyOrder& order) {
+  const auto add = [draft](const CopyOrder& order, Sequence* owner) {
     draft->plan.copies.push_back({.to_device = order.direction == CopyDirection::kToDevice,
                                   .block = BlockId{order.block.id},
                                   .host_slot = order.host_slot});
-    draft->flight.copy_ids.push_back(order.copy_id);
+    draft->flight.copies.push_back({order, owner});
     ++draft->flight.work.num_copies;
   };
   for (const auto& [order, owner] : restores_) {
-    add(order);
+    add(order, owner);
     --owner->num_copies_to_plan;
     if (std::exchange(owner->last_copy_step, draft->plan.step) != draft->plan.step) {
       draft->flight.restored.push_back(owner);
@@ -71,20 +71,28 @@ void Scheduler::Impl::AddCopies(PlanDraft* draft) {
   }
   restores_.clear();
   for (int i = 0; i < kMaxCopyOutsPerPlan && !copy_outs_.empty(); ++i) {
-    add(copy_outs_.front());
+    add(copy_outs_.front(), nullptr);
     copy_outs_.pop_front();
   }
+}
+
+// Its rows come no earlier than in the plan after that of the copies into its blocks. It runs
+// already when they were lost with the rank group and had to be ordered again.
+bool Scheduler::Impl::AwaitsCopies(const Sequence& sequence, const PlanDraft& draft) {
+  return sequence.num_copies_to_plan > 0 || sequence.last_copy_step == draft.plan.step;
 }
 
 void Scheduler::Impl::AddDecodes(PlanDraft* draft) {
   draft->plan.rows.reserve(running_.size() + config_.max_partial_prefills);
   draft->flight.rows.reserve(running_.size() + config_.max_partial_prefills);
   for (Sequence* sequence : running_) {
-    if (!sequence->decodes()) continue;
+    if (!sequence->decodes() || AwaitsCopies(*sequence, *draft)) continue;
     if (TokensWithBlocks(*sequence) == 0) {
       draft->lacks_blocks = true;
       continue;
     }
+    // One that is resumed may have a long history to send; then it goes on with a later plan.
+    if (!sequence->slot_initialised && !FitsMessage(*sequence, 1, *draft)) continue;
     AddRow(sequence, 1, draft);
   }
 }
@@ -99,8 +107,8 @@ int Scheduler::Impl::PrefillBudget(const PlanDraft& draft) const {
 }
 
 void Scheduler::Impl::AddRunningPrefills(PlanDraft* draft) {
-  // Chunking off: a prompt is whole in its first row, so there are none.
-  // A long prompt takes all that is left, unless others could use it.
+  // Chunking off: a prompt is whole in its first row, so there are none but those whose row was
+  // lost with the rank group. A long prompt takes all that is left, unless others could use it.
   const int num_prefills = static_cast<int>(
       std::count_if(running_.begin(), running_.end(),
                     [](const Sequence* sequence) { return !sequence->decodes(); }));
@@ -110,7 +118,7 @@ void Scheduler::Impl::AddRunningPrefills(PlanDraft* draft) {
   for (Sequence* sequence : running_) {
     // Its last plan may be this one: a decode row was added before.
     if (sequence->decodes() || sequence->phase != Phase::kRunning ||
-        sequence->last_plan_step == draft->plan.step) {
+        sequence->last_plan_step == draft->plan.step || AwaitsCopies(*sequence, *draft)) {
       continue;
     }
     const int wanted = ChunkOf(*sequence, *draft);
@@ -188,17 +196,20 @@ void Scheduler::Impl::AddRow(Sequence* sequence, int chunk, PlanDraft* draft) {
   row.position = static_cast<uint32_t>(begin);
   row.length = static_cast<uint32_t>(chunk);
   row.sample = end == sequence->length_planned;
-  if (!decodes) {
+  if (!decodes || !sequence->token_in_slot) {
     row.tokens.reserve(chunk);
     sequence->AppendTokens(begin, end, &row.tokens);
     draft->prefill_tokens_left -= chunk;
-    draft->flight.work.num_prefill_tokens += chunk;
-  } else {
+    draft->num_bytes += chunk * kBytesPerNumber;
+  }
+  if (decodes) {
     ++draft->flight.work.num_decodes;
+  } else {
+    draft->flight.work.num_prefill_tokens += chunk;
   }
   draft->flight.rows.push_back({sequence, sequence->slot, end, row.sample});
   draft->num_tokens += chunk;
-  draft->num_bytes += kBytesPerRow + (decodes ? 0 : chunk * kBytesPerNumber);
+  draft->num_bytes += kBytesPerRow;
 
   sequence->num_planned = end;
   sequence->last_plan_step = plan.step;
@@ -223,10 +234,18 @@ bool Scheduler::Impl::NextStepIsPrefillOnly() const {
 }
 
 const Sequence* Scheduler::Impl::NextWholePrompt() const {
+  for (const Sequence* sequence : running_) {
+    const bool ready = !sequence->decodes() && sequence->num_copies_to_plan == 0 &&
+                       TokensWithBlocks(*sequence) >= sequence->num_remaining();
+    if (ready) return sequence;
+  }
   if (free_slots_.empty()) return nullptr;
   QueueWalk walk(waiting_);
   while (Sequence* sequence = walk.Next()) {
-    if (!MayStart(sequence) || sequence->num_copies_to_plan > 0) continue;
+    if (!MayStartBesideIsolated(*sequence) || !MayStart(sequence) ||
+        sequence->num_copies_to_plan > 0) {
+      continue;
+    }
     const bool ready = !NeedsMatch(*sequence) && !sequence->match_outdated &&
                        FitsMemory(*sequence, 0, true) &&
                        TokensWithBlocks(*sequence) >= sequence->num_remaining();

@@ -44,7 +44,10 @@ Scheduler::Impl::Impl(SchedulerConfig config)
     : config_(std::move(config)),
       step_times_(config_.max_num_seqs, config_.restore_us_per_block),
       ledger_(config_.num_blocks),
-      waiting_(config_.max_seqs_per_tenant) {
+      waiting_(config_.max_seqs_per_tenant),
+      last_step_(config_.first_step - 1),
+      last_done_step_(config_.first_step - 1) {
+  CHECK(config_.first_step > 0);
   CHECK(config_.max_num_seqs > 0 && config_.max_num_batched_tokens >= config_.max_num_seqs,
         "max_num_seqs={} max_num_batched_tokens={}", config_.max_num_seqs,
         config_.max_num_batched_tokens);
@@ -201,6 +204,7 @@ void Scheduler::Impl::Forget(Request* request) {
     tenants_.erase(tenants_.find(request->tenant->name));
   }
   request->tenant = nullptr;
+  if (isolated_ == request->id) isolated_.reset();
   requests_.erase(request->id);
 }
 
@@ -347,13 +351,16 @@ absl::StatusOr<std::vector<SequenceToken>> Scheduler::Impl::OnStepDone(
   waiting_.Advance(now_us);
   step_times_.Add(done.work, static_cast<double>(step_us));
   if (!ledger_.lost()) {
-    copies_done_.insert(copies_done_.end(), done.copy_ids.begin(), done.copy_ids.end());
+    for (const PlannedCopy& copy : done.copies) copies_done_.push_back(copy.order.copy_id);
   }
   std::vector<SequenceToken> tokens;
   tokens.reserve(sampled.size());
   size_t next_sample = 0;
   for (const PlannedRow& row : done.rows) {
     Sequence* sequence = row.sequence;
+    for (int i = sequence->num_done / config_.block_size_tokens; i < BlocksFor(row.end); ++i) {
+      sequence->blocks[i].step = step;
+    }
     sequence->num_done = row.end;
     if (row.sample) {
       const SampledToken& token = sampled[next_sample++];
@@ -388,7 +395,8 @@ SchedulerOutput Scheduler::Impl::Schedule(int64_t now_us) {
   waiting_.Advance(now_us);
   ExpireDeadlines(now_us);
   if (!copies_done_.empty()) {
-    output.cache.push_back(CopyDoneCommand{.copy_ids = std::exchange(copies_done_, {})});
+    output.cache.push_back(
+        CopyDoneCommand{.copy_ids = std::exchange(copies_done_, {}), .step = last_done_step_});
   }
   for (PeekCommand& peek : peeks_) output.cache.push_back(std::move(peek));
   peeks_.clear();
@@ -438,6 +446,10 @@ void Scheduler::OnAvailable(uint32_t num_blocks) { impl_->OnAvailable(num_blocks
 void Scheduler::OnCacheLost() { impl_->OnCacheLost(); }
 HeldBlocks Scheduler::OnCacheResumed() { return impl_->OnCacheResumed(); }
 void Scheduler::OnPoolReplaced(int num_blocks) { impl_->OnPoolReplaced(num_blocks); }
+void Scheduler::OnGroupLost(bool kv_trusted) { impl_->OnGroupLost(kv_trusted); }
+void Scheduler::SetIsolated(std::optional<uint64_t> request_id) { impl_->SetIsolated(request_id); }
+std::optional<uint64_t> Scheduler::isolated() const { return impl_->isolated(); }
+std::vector<uint64_t> Scheduler::RequestsInFlight() const { return impl_->RequestsInFlight(); }
 void Scheduler::SetPaused(bool paused) { impl_->SetPaused(paused); }
 absl::StatusOr<std::vector<SequenceToken>> Scheduler::OnStepDone(
     uint64_t step, const std::vector<SampledToken>& sampled, int64_t step_us, int64_t now_us) {

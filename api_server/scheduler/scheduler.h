@@ -29,6 +29,11 @@ struct SchedulerConfig {
   int num_blocks = 0;                 // of the KV pool
   int vocab_size = 0;                 // ids at and above it are no tokens
   std::vector<int32_t> eos_ids = {};  // sampling one of them finishes a sequence
+  // Number of the first plan; at least 1. Numbers count on from it by one a plan, over group losses
+  // and pools too, and never start again. To the cache manager they name what was written when (see
+  // CommitRequest::step), so a scheduler that takes over the pool of another one begins above all
+  // numbers that the other one can have used.
+  uint64_t first_step = 1;
 
   // Policy.
   int async_depth = 1;  // plans sent ahead of the one that runs; 0: strict
@@ -101,6 +106,7 @@ struct ReturnCommand {
 };
 struct CopyDoneCommand {
   std::vector<uint64_t> copy_ids;
+  uint64_t step = 0;  // none of them ran in a later one
 };
 using CacheCommand = std::variant<PeekCommand, MatchCommand, LeaseCommand, CommitCommand,
                                   ReleaseCommand, ReturnCommand, CopyDoneCommand>;
@@ -137,8 +143,10 @@ struct SchedulerStats {
   int num_plans_in_flight = 0;
   // Totals.
   uint64_t preemptions = 0;
-  uint64_t overshoot_rows = 0;  // computed for a sequence that had ended
-  uint64_t queried_tokens = 0;  // prompt tokens of first admissions
+  uint64_t overshoot_rows = 0;        // computed for a sequence that had ended
+  uint64_t resumed_sequences = 0;     // went on from their KV after the rank group was lost
+  uint64_t recomputed_sequences = 0;  // ran when it was lost, and are computed again
+  uint64_t queried_tokens = 0;        // prompt tokens of first admissions
   uint64_t device_hit_tokens = 0;
   uint64_t host_hit_tokens = 0;
 };
@@ -172,7 +180,8 @@ struct HeldBlocks {
 //              computed and committed, and share its full blocks through the cache; without caching
 //              each computes the prompt.
 // Slots:       released by the plan of a sequence's last row where that is known ahead, else by the
-//              next plan; initialised again no earlier than in the plan after that.
+//              next plan; initialised again no earlier than in the plan after that. All of them
+//              are empty after OnGroupLost.
 // Invariants:  at most 1 + async_depth plans are in flight. No plan names a block that its sequence
 //              does not hold at that time. A block goes back, and a pin is released, once no plan
 //              in flight names it.
@@ -206,11 +215,44 @@ class Scheduler {
   // The same pool is back: what it has to be told first (and then Fence). Then everything works as
   // before. Sequences whose last commit or restore was not confirmed do not know what the cache
   // manager holds of theirs: they give up their blocks and are computed again from their tokens.
-  // REQUIRES: OnCacheLost came before; no plan in flight.
+  // REQUIRES: OnCacheLost came before; no plan in flight (see OnGroupLost).
   HeldBlocks OnCacheResumed();
   // A new, empty pool; slots are empty on every worker. All sequences are computed again from their
   // tokens; one that does not fit the pool any more fails. REQUIRES: no plan in flight.
   void OnPoolReplaced(int num_blocks);
+
+  // The rank group is over: nothing that its ranks started writes to a block or a host slot any
+  // more, and every slot on every rank is empty. To be called when that is so, not before, paused
+  // or not, with plans in flight or without; also while the session is lost, and then before
+  // OnCacheResumed and OnPoolReplaced, which need that no plan is in flight.
+  //  - Plans in flight count as done without results; none of them may be reported to OnStepDone
+  //    later. The next plan has the number after the last one's.
+  //  - Sequences go back to their last reported token and to what was done on every rank. Each that
+  //    runs is initialised anew by a SlotInit with its whole block table and its histories, and
+  //    sends the token of its first row explicitly. These SlotInits are spread over plans of at
+  //    most 4 MiB. A sequence whose last row was in flight runs again. It may have left its slot,
+  //    or its tenant's place, to another one: then the last of them by rank queues again.
+  //  - Blocks and pins that waited for plans in flight go back. Sequences that had been preempted
+  //    queue again.
+  //  - Copies of these plans may have run, in part or not at all. They are ordered again, ahead of
+  //    all others and with the same ids: until CopyDone nobody else gets their blocks and slots,
+  //    and what they read does not change. A sequence that runs on blocks of such a restore gets no
+  //    row before the plan after the copies. While the session is lost they are given up as
+  //    OnCacheLost says: a restore that was in flight is a miss, whoever runs on it starts over.
+  // kv_trusted = false: what the last steps wrote may be wrong. Then nothing is committed of what
+  // is held, and every sequence that holds blocks gives up all of them, those of commits, matches
+  // and restores under way as soon as these are answered or done; all are computed again from their
+  // tokens, as in OnPoolReplaced. The caller tells the cache manager (DistrustSteps) before any
+  // command that Schedule returns afterwards; without a session, after Reconcile.
+  void OnGroupLost(bool kv_trusted);
+
+  // From the next plan on, only sequences of that request are started; others that run give up slot
+  // and blocks and queue, as if preempted, and get tokens later. It overtakes everybody. Ends with
+  // the request's last sequence, or with std::nullopt. A request that is not known isolates nobody.
+  void SetIsolated(std::optional<uint64_t> request_id);
+  std::optional<uint64_t> isolated() const;
+  // Requests that plans in flight compute rows of, with those that have ended meanwhile; rising.
+  std::vector<uint64_t> RequestsInFlight() const;
 
   // While paused no plan is made (events are taken as ever).
   void SetPaused(bool paused);

@@ -40,6 +40,10 @@ class Scheduler::Impl {
   void OnCacheLost();
   HeldBlocks OnCacheResumed();
   void OnPoolReplaced(int num_blocks);
+  void OnGroupLost(bool kv_trusted);
+  void SetIsolated(std::optional<uint64_t> request_id);
+  std::optional<uint64_t> isolated() const { return isolated_; }
+  std::vector<uint64_t> RequestsInFlight() const;
   void SetPaused(bool paused) { paused_ = paused; }
   absl::StatusOr<std::vector<SequenceToken>> OnStepDone(uint64_t step,
                                                         const std::vector<SampledToken>& sampled,
@@ -57,16 +61,16 @@ class Scheduler::Impl {
     int end = 0;  // position after its last token
     bool sample = false;
   };
+  struct PlannedCopy {
+    CopyOrder order;
+    Sequence* owner = nullptr;  // of a copy to the device
+  };
   struct PlanInFlight {
     uint64_t step = 0;
     std::vector<PlannedRow> rows = {};
-    std::vector<uint64_t> copy_ids = {};
+    std::vector<PlannedCopy> copies = {};  // none once the session is lost
     std::vector<Sequence*> restored = {};  // owners of the copies to the device
     StepWork work = {};
-  };
-  struct Restore {
-    CopyOrder order;
-    Sequence* owner = nullptr;
   };
   struct PlanDraft {
     StepPlan plan = {};
@@ -128,6 +132,7 @@ class Scheduler::Impl {
 
   // plan_builder.cc: what goes into the next plan.
   int BlocksFor(int num_tokens) const;
+  static bool AwaitsCopies(const Sequence& sequence, const PlanDraft& draft);
   bool IsLong(const Sequence& sequence) const;
   void BuildPlan(SchedulerOutput* output);
   void AddCopies(PlanDraft* draft);
@@ -140,6 +145,14 @@ class Scheduler::Impl {
   void AddRow(Sequence* sequence, int chunk, PlanDraft* draft);
   bool NextStepIsPrefillOnly() const;
   const Sequence* NextWholePrompt() const;
+
+  // group_loss.cc: the loss of the rank group, and requests that run alone.
+  bool MayStartBesideIsolated(const Sequence& sequence) const;
+  void DropPlansInFlight();
+  void StartOverUnfilled(Sequence* sequence);
+  std::vector<Sequence*> TakeFromSlots();
+  bool ResumeInSlot(Sequence* sequence);
+  void DistrustBlocks();
 
   // memory.cc: blocks for the next plans, and what happens when there are none.
   void RelieveMemory(const PlanDraft& draft);
@@ -168,7 +181,7 @@ class Scheduler::Impl {
   std::set<uint32_t> free_slots_;
   std::vector<uint32_t> slots_to_release_;  // in the next plan
   std::deque<PlanInFlight> in_flight_;
-  std::vector<Restore> restores_;      // for the next plan
+  std::vector<PlannedCopy> restores_;  // for the next plan
   std::deque<CopyOrder> copy_outs_;    // for the next plans
   std::vector<uint64_t> copies_done_;  // to be told
   std::vector<Sequence*> to_commit_;
@@ -190,6 +203,7 @@ class Scheduler::Impl {
   int candidate_blocks_ = 0;  // of those next in line
   bool last_step_was_prefill_only_ = false;
   bool paused_ = false;
+  std::optional<uint64_t> isolated_;  // the only request whose sequences start
   SchedulerStats totals_;
 };
 

@@ -32,8 +32,10 @@ class Simulation {
     config.max_seqs_per_tenant = Below(3) == 0 ? 1 + Below(3) : 0;
     config.max_queue_requests = Below(4) == 0 ? 1 + Below(10) : 0;
     config.max_queue_tokens = Below(4) == 0 ? 1 + Below(100) : 0;
+    config.first_step = Below(2) == 0 ? 1 : 1 + Below(1000);
     world_ = std::make_unique<FakeWorld>(config, Below(2) == 0 ? Below(12) : 0);
     loses_cache_ = Below(3) == 0;
+    loses_group_ = Below(2) == 0;
   }
 
   void Run(int num_events) {
@@ -49,7 +51,7 @@ class Simulation {
   int Below(int bound) { return static_cast<int>(rng_() % bound); }
 
   void Event() {
-    switch (Below(14)) {
+    switch (Below(15)) {
       case 0:
       case 1:
         if (last_id_ < 60) Arrive();
@@ -62,6 +64,10 @@ class Simulation {
         break;
       case 4:
         if (Below(20) == 0) world_->cache().Flush();
+        break;
+      case 14:
+        if (loses_group_ && Below(6) == 0) LoseGroup();
+        if (Below(20) == 0) Isolate();
         break;
       case 5:
         world_->now_us += Below(3000);
@@ -109,7 +115,36 @@ class Simulation {
     lost_ = true;
   }
 
+  // At once, or after a freeze in which no plan is made and none ends.
+  void LoseGroup() {
+    if (Below(2) == 0) {
+      world_->scheduler().SetPaused(true);
+      for (int i = Below(6); i > 0; --i) {
+        if (Below(3) != 0) world_->AnswerOne();
+        if (Below(3) == 0 && last_id_ < 60) Arrive();
+        if (Below(6) == 0 && last_id_ > 0) world_->Cancel(1 + Below(last_id_));
+        world_->Schedule();
+      }
+    }
+    if (Below(3) != 0) {
+      world_->LoseGroup();
+    } else {
+      const auto back = static_cast<uint64_t>(Below(40));
+      world_->LoseGroup(world_->last_step() > back ? world_->last_step() - back : 1);
+    }
+    EXPECT_TRUE(world_->scheduler().RequestsInFlight().empty());
+    world_->scheduler().SetPaused(false);
+  }
+
+  void Isolate() {
+    if (Below(4) == 0) return world_->scheduler().SetIsolated(std::nullopt);
+    // It may have ended, or not been there at all.
+    if (last_id_ > 0) world_->scheduler().SetIsolated(1 + Below(last_id_ + 1));
+  }
+
   void ComeBack() {
+    world_->scheduler().SetPaused(true);
+    if (loses_group_ && Below(3) == 0) LoseGroup();
     world_->scheduler().SetPaused(true);
     while (!world_->plans().empty()) world_->FinishPlan();
     if (Below(2) == 0) {
@@ -125,6 +160,7 @@ class Simulation {
   std::unique_ptr<FakeWorld> world_;
   int last_id_ = 0;
   bool loses_cache_ = false;
+  bool loses_group_ = false;
   bool lost_ = false;
 };
 

@@ -31,11 +31,14 @@ class FakeCache {
   std::vector<CommittedBlock> Commit(const CommitRequest& request);
   void Release(const std::vector<uint64_t>& entries);
   void Return(const std::vector<PoolBlock>& blocks);
-  void CopyDone(uint64_t copy_id);
+  void CopyDone(uint64_t copy_id, uint64_t step);  // that ran it, or a later one
   std::vector<CopyOrder> TakeCopyOuts();
   void Reconcile(const HeldBlocks& held);
   void Fence();
   void Flush();  // nothing that is indexed matches any more
+  // Of that, what was written or copied in `first_step` or later, is being copied, or lies below
+  // such an entry.
+  void DistrustSteps(uint64_t first_step);
 
   int num_available() const;
   int BlockOf(uint64_t entry) const { return entries_.at(entry).block; }
@@ -59,6 +62,7 @@ class FakeCache {
     bool indexed = true;
     bool hit = false;
     uint64_t released_at = 0;
+    uint64_t step = 0;  // the last one that wrote to one of its copies
   };
 
   std::vector<uint64_t> Chain(const std::string& salt, const std::vector<int32_t>& tokens) const;
@@ -66,6 +70,7 @@ class FakeCache {
   std::optional<int> TakeFree();
   std::optional<uint64_t> Evictable() const;
   void Free(int block);
+  void Unindex(const std::vector<uint64_t>& entries);
   void DropIfUseless(uint64_t entry);
   PoolBlock Name(int block) const { return {block, blocks_[block].generation}; }
 
@@ -116,6 +121,10 @@ class FakeWorld {
   // Settle, and FinishPlan, until nothing is left to do. Fails the test after too many steps.
   void RunToEnd(int max_steps = 20000);
 
+  // The rank group is lost, and all slots with it. What plans in flight write is garbage now. With
+  // a first_bad_step its KV is not trusted: what that step and later ones wrote is garbage, too,
+  // and the cache manager learns of it after the commands under way, or in the next session.
+  void LoseGroup(std::optional<uint64_t> first_bad_step = {});
   // `num_unanswered` of the commands under way have been carried out all the same.
   void LoseCache(int num_unanswered = 0);
   void ResumeCache();                // REQUIRES: no plan in flight
@@ -133,6 +142,7 @@ class FakeWorld {
   const std::map<SequenceKey, int>& started() const { return started_; }  // with cached tokens
   const std::map<SequenceKey, absl::Status>& failed() const { return failed_; }
   bool ended(SequenceKey key) const { return ends_.contains(key); }
+  uint64_t last_step() const { return last_step_; }  // of a plan
   SequenceKey OwnerOf(uint32_t slot) const { return slots_[slot].owner; }
 
   int64_t now_us = 0;
@@ -150,10 +160,21 @@ class FakeWorld {
     std::optional<int32_t> token = {};
   };
 
+  // What one position of a block holds.
+  struct Cell {
+    uint64_t hash = 0;
+    uint64_t step = 0;  // that wrote it
+  };
+  using Memory = std::vector<std::vector<Cell>>;  // a cell per position
+
   void Check(const StepPlan& plan);
+  void CheckIsolated(const StepPlan& plan, uint64_t request);
+  void CheckStep(const CommitRequest& request) const;
+  void ScribbleOn(const StepPlan& plan);
+  void SpoilSince(uint64_t first_bad_step);
   void CheckDrops(const CacheCommand& command);
   void Drop(int block);
-  int32_t RunRow(const PlanRow& row);
+  int32_t RunRow(const PlanRow& row, uint64_t step);
 
   SchedulerConfig config_;
   const int num_host_slots_;
@@ -162,10 +183,17 @@ class FakeWorld {
   bool cache_lost_ = false;
   std::deque<CacheCommand> commands_;
   std::deque<StepPlan> plans_;
-  std::deque<std::set<int>> named_;                   // blocks, by plan in flight
-  std::vector<Slot> slots_;                           // as after the last plan sent
-  std::vector<Slot> executed_;                        // as after the last plan finished
-  std::vector<std::vector<uint64_t>> device_, host_;  // a hash per position
+  std::deque<std::set<int>> named_;  // blocks, by plan in flight
+  std::vector<Slot> slots_;          // as after the last plan sent
+  std::vector<Slot> executed_;       // as after the last plan finished
+  Memory device_, host_;
+  uint64_t last_step_ = 0;
+  struct Distrust {
+    size_t num_commands_before = 0;
+    uint64_t first_step = 0;
+  };
+  std::deque<Distrust> distrusts_;  // under way
+  std::optional<uint64_t> distrust_in_next_session_;
   // What the session holds, by the answers given to the scheduler and by what it gave up.
   std::map<int, int> held_;            // blocks, how often
   std::map<uint64_t, int> pin_block_;  // of entries that were pinned

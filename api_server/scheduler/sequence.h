@@ -57,9 +57,9 @@ struct SequenceRank {
 };
 inline constexpr SequenceRank kBeforeAllRanks{std::numeric_limits<int>::min(), 0};
 
-// waiting -> running -> last token in flight -> ended
-//    ^          |                                 ^
-//    '- preempted (until no plan names it)        '-- from anywhere (cancelled, out of time)
+// waiting -> running <-> last token in flight -> ended
+//    ^          |        (<-: the rank group is lost)  ^
+//    '- preempted (until no plan names it)             '-- from anywhere (cancelled, out of time)
 enum class Phase {
   kWaiting,            // in the queue; may hold pins of its match
   kRunning,            // owns a slot
@@ -77,6 +77,7 @@ struct HeldBlock {
   uint64_t entry = 0;
   bool leased = false;
   bool uncertain = false;  // its commit was not answered before the session was lost
+  uint64_t step = 0;       // the last one done that wrote to it; 0: none of this sequence did
 };
 
 struct Sequence {
@@ -123,7 +124,10 @@ struct Sequence {
   int length() const { return prompt_len() + static_cast<int>(generated.size()); }
   int max_length() const { return prompt_len() + request->max_tokens; }
   int num_remaining() const { return length_planned - num_planned; }
-  bool decodes() const { return token_in_slot && num_remaining() == 1; }
+  // Its next row is one token of the answer. The row sends it, unless it is in the slot.
+  bool decodes() const {
+    return num_remaining() == 1 && (token_in_slot || num_planned >= prompt_len());
+  }
   bool restoring() const { return restored && restore_known_tag == 0; }
   // What the worker has to be told with a slot, for the penalties; see SlotInit.
   bool sends_prompt() const { return request->sampling.repetition_penalty != 1; }

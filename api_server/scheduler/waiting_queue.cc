@@ -126,6 +126,13 @@ void WaitingQueue::Start(Sequence* sequence) {
   FillRoom(tenant);
 }
 
+bool WaitingQueue::RunAgain(Tenant* tenant) {
+  if (Room(*tenant) == 0) return false;
+  ++tenant->num_running;
+  FillRoom(tenant);
+  return true;
+}
+
 void WaitingQueue::StopRunning(Tenant* tenant) {
   CHECK(tenant->num_running > 0);
   --tenant->num_running;

@@ -35,6 +35,9 @@ class WaitingQueue {
   void Remove(Sequence* sequence);
   // It departs: removes it and counts it among those that its tenant runs.
   void Start(Sequence* sequence);
+  // A sequence of that tenant runs again without having waited; false, and nothing has changed: the
+  // tenant has no room.
+  bool RunAgain(Tenant* tenant);
   // A sequence of that tenant runs no more.
   void StopRunning(Tenant* tenant);
   void SetTokens(Sequence* sequence, int64_t num_tokens);

@@ -89,6 +89,7 @@ void Fill(const HelloMessage& from, proto::WorkerMessage* message) {
   to->set_kv_bytes_available(from.hello.kv_bytes_available);
   to->set_max_slots(from.hello.max_slots);
   to->set_max_tokens(from.hello.max_tokens);
+  to->set_mapped_pool_epoch(from.hello.mapped_pool_epoch);
   to->mutable_model()->set_vocab_size(from.hello.vocab_size);
   to->mutable_model()->set_num_layers(from.hello.num_layers);
   to->mutable_model()->set_max_position(from.hello.max_position);
@@ -135,6 +136,11 @@ void Fill(const PoolDetachedMessage& from, proto::WorkerMessage* message) {
 void Fill(const FaultMessage& from, proto::WorkerMessage* message) {
   message->mutable_fault()->set_kind(ToProto(from.kind));
   message->mutable_fault()->set_text(from.text);
+  message->mutable_fault()->set_kv_trusted(from.kv_trusted);
+}
+
+void Fill(const AbortedMessage& from, proto::WorkerMessage* message) {
+  message->mutable_aborted()->set_group_epoch(from.group_epoch);
 }
 
 HelloMessage ReadHello(const proto::Hello& in) {
@@ -154,7 +160,8 @@ HelloMessage ReadHello(const proto::Hello& in) {
                .vocab_size = in.model().vocab_size(),
                .num_layers = in.model().num_layers(),
                .max_position = in.model().max_position(),
-               .block_size_tokens = in.model().block_size_tokens()};
+               .block_size_tokens = in.model().block_size_tokens(),
+               .mapped_pool_epoch = in.mapped_pool_epoch()};
   return out;
 }
 
@@ -233,13 +240,6 @@ absl::StatusOr<ConfigureWorker> ReadConfigure(const proto::Configure& in) {
 
 }  // namespace
 
-std::string TokenMetadataValue(const std::string& token) {
-  std::string hex;
-  hex.reserve(2 * token.size());
-  for (const char c : token) hex += fmt::format("{:02x}", static_cast<uint8_t>(c));
-  return hex;
-}
-
 std::string WorkQueueBuildId() { return "wintserve " WINTSERVE_VERSION; }
 
 std::string EncodeWorkerMessage(const WorkerMessage& message) {
@@ -273,6 +273,13 @@ std::string EncodeServerMessage(const AttachPool& attach) {
 std::string EncodeServerMessage(const DetachPool& detach) {
   proto::ServerMessage out;
   out.mutable_detach_pool()->set_pool_epoch(detach.pool_epoch);
+  return out.SerializeAsString();
+}
+
+std::string EncodeServerMessage(const AbortGroup& abort) {
+  proto::ServerMessage out;
+  out.mutable_abort_group()->set_group_epoch(abort.group_epoch);
+  out.mutable_abort_group()->set_reason(abort.reason);
   return out.SerializeAsString();
 }
 
@@ -318,8 +325,13 @@ absl::StatusOr<WorkerMessage> DecodeWorkerMessage(std::string_view bytes) {
         return InvalidWorkerMessage(
             fmt::format("fault.kind is {}, unknown", static_cast<int>(in.fault().kind())));
       }
-      return FaultMessage{*kind, in.fault().text()};
+      return FaultMessage{*kind, in.fault().text(), in.fault().kv_trusted()};
     }
+    case proto::WorkerMessage::kAborted:
+      if (in.aborted().group_epoch() == 0) {
+        return InvalidWorkerMessage("aborted.group_epoch is 0, no group has that");
+      }
+      return AbortedMessage{in.aborted().group_epoch()};
     default:
       return InvalidWorkerMessage("no field that this build knows");
   }
@@ -349,6 +361,11 @@ absl::StatusOr<ServerEvent> DecodeServerMessage(std::string_view bytes) {
       return DetachPool{in.detach_pool().pool_epoch()};
     case proto::ServerMessage::kPlan:
       return InvalidServerMessage("plan is not the only field of its message");
+    case proto::ServerMessage::kAbortGroup:
+      if (in.abort_group().group_epoch() == 0) {
+        return InvalidServerMessage("abort_group.group_epoch is 0, no group has that");
+      }
+      return AbortGroup{in.abort_group().group_epoch(), in.abort_group().reason()};
     case proto::ServerMessage::kShutdown:
       return ShutdownWorker{};
     default:

@@ -15,10 +15,6 @@ namespace wintserve {
 
 inline constexpr uint32_t kWorkQueueProtoVersion = 2;
 
-// Metadata key that carries the instance token, in hexadecimal because metadata is ASCII.
-inline constexpr char kTokenMetadataKey[] = "wintserve-token";
-std::string TokenMetadataValue(const std::string& token);
-
 // In the server's initial metadata, which it sends when it accepts a Hello.
 inline constexpr char kAcceptedMetadataKey[] = "wintserve-accepted";
 
@@ -36,7 +32,7 @@ struct HelloMessage {
 };
 
 using WorkerMessage = std::variant<HelloMessage, ReadyMessage, StepDone, HeartbeatMessage,
-                                   PoolDetachedMessage, FaultMessage>;
+                                   PoolDetachedMessage, FaultMessage, AbortedMessage>;
 
 struct EncodedPlan {
   std::string message;  // a whole ServerMessage
@@ -47,6 +43,7 @@ std::string EncodeWorkerMessage(const WorkerMessage& message);
 std::string EncodeServerMessage(const ConfigureWorker& configure);
 std::string EncodeServerMessage(const AttachPool& attach);
 std::string EncodeServerMessage(const DetachPool& detach);
+std::string EncodeServerMessage(const AbortGroup& abort);
 std::string EncodeServerMessage(const ShutdownWorker& shutdown);
 EncodedPlan EncodePlanMessage(const StepPlan& plan);
 

@@ -26,6 +26,7 @@ struct WorkerHello {
   uint32_t num_layers = 0;
   uint32_t max_position = 0;
   uint32_t block_size_tokens = 64;
+  uint64_t mapped_pool_epoch = 0;  // 0: it maps none
 };
 
 struct ConfigureWorker {
@@ -59,10 +60,19 @@ struct ReceivedPlan {
   uint64_t plan_hash = 0;
 };
 
+struct AbortGroup {
+  uint64_t group_epoch = 0;  // not 0
+  std::string reason = {};
+};
+
+struct AbortedMessage {
+  uint64_t group_epoch = 0;  // not 0; as in the AbortGroup that it answers
+};
+
 struct ShutdownWorker {};
 
 using ServerEvent =
-    std::variant<ConfigureWorker, AttachPool, DetachPool, ReceivedPlan, ShutdownWorker>;
+    std::variant<ConfigureWorker, AttachPool, DetachPool, ReceivedPlan, AbortGroup, ShutdownWorker>;
 
 enum class FaultKind { kCheckpoint, kOutOfMemory, kCollective, kDevice, kInternal };
 
@@ -80,6 +90,7 @@ struct HeartbeatMessage {
 struct FaultMessage {
   FaultKind kind = FaultKind::kInternal;
   std::string text;
+  bool kv_trusted = false;
 };
 
 }  // namespace wintserve

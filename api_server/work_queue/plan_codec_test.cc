@@ -204,6 +204,7 @@ TEST(PlanCodec, DecodesEveryOtherMessageOfTheProtocol) {
       DecodeWorkerMessage(EncodeWorkerMessage(FaultMessage{FaultKind::kOutOfMemory, "x"}));
   ASSERT_TRUE(fault.ok());
   EXPECT_EQ(std::get<FaultMessage>(*fault).kind, FaultKind::kOutOfMemory);
+  EXPECT_FALSE(std::get<FaultMessage>(*fault).kv_trusted);
 }
 
 struct BadPlan {
@@ -361,6 +362,28 @@ TEST(PlanCodec, ADecodePlanOf64RowsIsBelow1KiBEvenWhenEveryRowGetsABlock) {
     plan.block_append.push_back({slot, {static_cast<BlockId>(100'000 + slot)}});
   }
   EXPECT_LT(EncodePlanMessage(plan).message.size(), 1024u);
+}
+
+TEST(PlanCodec, AnAbortNamesTheEpochOfAGroup) {
+  const auto abort = DecodeServerMessage(EncodeServerMessage(AbortGroup{~0ull, "rank 1 is gone"}));
+  ASSERT_TRUE(abort.ok()) << abort.status();
+  EXPECT_EQ(std::get<AbortGroup>(*abort).group_epoch, ~0ull);
+  EXPECT_EQ(std::get<AbortGroup>(*abort).reason, "rank 1 is gone");
+  const auto aborted = DecodeWorkerMessage(EncodeWorkerMessage(AbortedMessage{~0ull}));
+  ASSERT_TRUE(aborted.ok()) << aborted.status();
+  EXPECT_EQ(std::get<AbortedMessage>(*aborted).group_epoch, ~0ull);
+
+  EXPECT_EQ(DecodeServerMessage(EncodeServerMessage(AbortGroup{0, "x"})).status().message(),
+            "ServerMessage: abort_group.group_epoch is 0, no group has that");
+  EXPECT_EQ(DecodeWorkerMessage(EncodeWorkerMessage(AbortedMessage{0})).status().message(),
+            "WorkerMessage: aborted.group_epoch is 0, no group has that");
+}
+
+TEST(PlanCodec, AHelloNamesThePoolThatIsMappedStill) {
+  const auto hello =
+      DecodeWorkerMessage(EncodeWorkerMessage(HelloMessage{.hello = {.mapped_pool_epoch = ~0ull}}));
+  ASSERT_TRUE(hello.ok()) << hello.status();
+  EXPECT_EQ(std::get<HelloMessage>(*hello).hello.mapped_pool_epoch, ~0ull);
 }
 
 TEST(PlanCodec, RefusesAnUnknownFaultKindAndAnEmptyMessage) {

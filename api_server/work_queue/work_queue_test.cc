@@ -83,10 +83,17 @@ WorkQueueEvents LogTo(EventLog* log) {
           },
       .on_fault =
           [log](uint32_t rank, const FaultMessage& fault) {
-            log->Add(fmt::format("fault {} {}", rank, fault.text));
+            log->Add(fmt::format("fault {} {}{}", rank, fault.text,
+                                 fault.kv_trusted ? ", its KV is right" : ""));
           },
-      .on_disconnected = [log](uint32_t rank,
-                               const std::string&) { log->Add(fmt::format("gone {}", rank)); },
+      .on_aborted =
+          [log](uint32_t rank, const AbortedMessage& aborted) {
+            log->Add(fmt::format("aborted {} {}", rank, aborted.group_epoch));
+          },
+      .on_detached =
+          [log](uint32_t rank, uint64_t worker_id, const absl::Status& status) {
+            log->Add(fmt::format("gone {} ({}): {}", rank, worker_id, status.ToString()));
+          },
       .on_refused = [log](const std::string& reason) { log->Add("refused " + reason); },
   };
 }
@@ -129,6 +136,7 @@ TEST_F(WorkQueueTest, CarriesTheStartUpAndAStepOfTwoRanks) {
   const StepPlan plan{.group_epoch = 5, .step = 1, .rows = {{3, 0, 2, true, {8, 9}}}};
   const uint64_t plan_hash = server_->SendPlan(plan);
   server_->Send(DetachPool{6});
+  server_->Send(AbortGroup{5, "rank 1 is gone"});
   server_->Send(ShutdownWorker{});
 
   for (WorkQueueClient* client : {rank0->get(), rank1->get()}) {
@@ -145,6 +153,10 @@ TEST_F(WorkQueueTest, CarriesTheStartUpAndAStepOfTwoRanks) {
     auto detach = client->Next();
     ASSERT_TRUE(detach.ok()) << detach.status();
     EXPECT_EQ(std::get<DetachPool>(*detach).pool_epoch, 6u);
+    auto abort = client->Next();
+    ASSERT_TRUE(abort.ok()) << abort.status();
+    EXPECT_EQ(std::get<AbortGroup>(*abort).group_epoch, 5u);
+    EXPECT_EQ(std::get<AbortGroup>(*abort).reason, "rank 1 is gone");
     auto shutdown = client->Next();
     ASSERT_TRUE(shutdown.ok()) << shutdown.status();
     EXPECT_TRUE(std::holds_alternative<ShutdownWorker>(*shutdown));
@@ -153,11 +165,13 @@ TEST_F(WorkQueueTest, CarriesTheStartUpAndAStepOfTwoRanks) {
   EXPECT_TRUE((*rank0)->SendHeartbeat(1, 0, 77).ok());
   EXPECT_TRUE((*rank0)->SendStepDone({.step = 1, .plan_hash = 0xf0}).ok());
   EXPECT_TRUE((*rank0)->SendPoolDetached(6).ok());
-  EXPECT_TRUE((*rank0)->SendFault(FaultKind::kDevice, "broken").ok());
-  const std::vector<std::string> lines = log_.WaitFor(7);
-  EXPECT_THAT(
-      std::vector(lines.begin() + 2, lines.end()),
-      ElementsAre("ready 0 5 6", "beat 0 77", "done 0 1 f0", "detached 0 6", "fault 0 broken"));
+  EXPECT_TRUE((*rank0)->SendAborted(5).ok());
+  EXPECT_TRUE((*rank0)->SendFault(FaultKind::kDevice, "broken", /*kv_trusted=*/false).ok());
+  EXPECT_TRUE((*rank0)->SendFault(FaultKind::kInternal, "lost", /*kv_trusted=*/true).ok());
+  const std::vector<std::string> lines = log_.WaitFor(9);
+  EXPECT_THAT(std::vector(lines.begin() + 2, lines.end()),
+              ElementsAre("ready 0 5 6", "beat 0 77", "done 0 1 f0", "detached 0 6", "aborted 0 5",
+                          "fault 0 broken", "fault 0 lost, its KV is right"));
 }
 
 TEST_F(WorkQueueTest, RefusesAWrongTokenWithoutSayingMore) {
@@ -212,11 +226,41 @@ TEST_F(WorkQueueTest, ReportsAWorkerThatLeavesAndLetsItsReplacementIn) {
   auto client = Attach(HelloOfRank(0, 1));
   ASSERT_TRUE(client.ok()) << client.status();
   client->reset();
-  EXPECT_THAT(log_.WaitFor(2), ElementsAre("hello 0", "gone 0"));
+  const char* const kGone = "gone 0 (100): UNAVAILABLE: the stream ended";
+  EXPECT_THAT(log_.WaitFor(2), ElementsAre("hello 0", kGone));
   server_->SendPlan({.step = 1});  // to nobody
   auto replacement = Attach(HelloOfRank(0, 1));
   ASSERT_TRUE(replacement.ok()) << replacement.status();
-  EXPECT_THAT(log_.WaitFor(3), ElementsAre("hello 0", "gone 0", "hello 0"));
+  EXPECT_THAT(log_.WaitFor(3), ElementsAre("hello 0", kGone, "hello 0"));
+  server_->Send(ConfigureWorker{.group_epoch = 6});
+  auto configure = (*replacement)->Next();
+  ASSERT_TRUE(configure.ok()) << configure.status();
+  EXPECT_EQ(std::get<ConfigureWorker>(*configure).group_epoch, 6u);
+}
+
+// Nobody calls Next() meanwhile.
+TEST_F(WorkQueueTest, AnAbortAndTheEndOfTheStreamInterruptAWorkerThatIsAway) {
+  StartServer(1);
+  auto client = Attach(HelloOfRank(0, 1));
+  ASSERT_TRUE(client.ok()) << client.status();
+  EventLog interrupts;
+  const auto interrupt = [&](uint64_t epoch) { interrupts.Add(fmt::format("{}", epoch)); };
+  (*client)->SetInterrupt(interrupt);
+  server_->SendPlan({.step = 1});
+  server_->Send(AbortGroup{5, "x"});
+  EXPECT_THAT(interrupts.WaitFor(1), ElementsAre("5"));
+  server_->Stop(/*grace_ms=*/0);
+  EXPECT_THAT(interrupts.WaitFor(2), ElementsAre("5", "0"));
+  (*client)->SetInterrupt(nullptr);
+
+  // Whoever asks late hears what has come and was not handed out.
+  EXPECT_TRUE(std::holds_alternative<ReceivedPlan>((*client)->Next().value()));
+  EventLog late;
+  (*client)->SetInterrupt([&](uint64_t epoch) { late.Add(fmt::format("{}", epoch)); });
+  EXPECT_THAT(late.WaitFor(2), ElementsAre("5", "0"));
+  EXPECT_TRUE(std::holds_alternative<AbortGroup>((*client)->Next().value()));
+  EXPECT_EQ((*client)->Next().status().code(), absl::StatusCode::kUnavailable);
+  (*client)->SetInterrupt(nullptr);
 }
 
 TEST_F(WorkQueueTest, AWorkerLearnsThatTheServerIsGone) {
@@ -349,6 +393,38 @@ TEST_F(WorkQueueTest, EchoesAThousandPlansInOrder) {
   std::sort(rtt_us.begin(), rtt_us.end());
   fmt::print("plan -> StepDone: p50 {:.0f} us, p99 {:.0f} us\n", rtt_us[kPlans / 2],
              rtt_us[kPlans * 99 / 100]);
+}
+
+// The owner of the server acts on events in their order: what it sends before it has seen a Hello
+// is not for the stream that came with it.
+TEST_F(WorkQueueTest, AStreamIsSentNothingBeforeItIsAccepted) {
+  auto server = WorkQueueServer::Start({.unix_socket = directory_ / "q.sock",
+                                        .token = token_,
+                                        .world_size = 1,
+                                        .wait_for_accept = true},
+                                       LogTo(&log_));
+  ASSERT_TRUE(server.ok()) << server.status();
+  server_ = *std::move(server);
+  auto first = Attach(HelloOfRank(0, 1));
+  ASSERT_TRUE(first.ok()) << first.status();
+  log_.WaitFor(1);
+  server_->Accept(0);
+  server_->Send(DetachPool{.pool_epoch = 1});
+  EXPECT_EQ(std::get<DetachPool>(*(*first)->Next()).pool_epoch, 1u);
+  first->reset();
+  log_.WaitFor(2);
+  auto second = Attach(HelloOfRank(0, 1));
+  ASSERT_TRUE(second.ok()) << second.status();
+  log_.WaitFor(3);
+  server_->Send(DetachPool{.pool_epoch = 2});
+  server_->Send(0, AbortGroup{.group_epoch = 3, .reason = "of the first"});
+  server_->Cut(0);
+  server_->Accept(0);
+  server_->Send(0, AbortGroup{.group_epoch = 4, .reason = "of the second"});
+  EXPECT_EQ(std::get<AbortGroup>(*(*second)->Next()).group_epoch, 4u);
+  server_->Cut(0);
+  EXPECT_FALSE((*second)->Next().ok());
+  EXPECT_THAT(log_.WaitFor(4).back(), HasSubstr("gone 0 (100)"));
 }
 
 }  // namespace

@@ -124,7 +124,7 @@ TEST_F(CacheAccess, WrongTokenIsRefused) {
       ConnectCacheClient(target(), nearly, kApiEpoch, recorder.Events(), kTimeoutMs);
   EXPECT_EQ(client.status().code(), absl::StatusCode::kUnauthenticated);
   EXPECT_THAT(std::string(client.status().message()),
-              HasSubstr("the cache queue demands the instance token"));
+              HasSubstr("the queue demands the instance token"));
   EXPECT_FALSE(recorder.has_closed());
 }
 

@@ -10,9 +10,9 @@
 #include <thread>
 #include <utility>
 
-#include "absl/strings/escaping.h"
 #include "common/log.h"
 #include "common/mutex.h"
+#include "common/transport/queue_transport.h"
 #include "proto/cache.grpc.pb.h"
 
 namespace wintserve {
@@ -26,7 +26,7 @@ constexpr int kIntervalsPerPing = 4;
 constexpr int kMaxSilentIntervals = 12;
 constexpr std::chrono::seconds kCloseTimeout(2);
 
-std::shared_ptr<grpc::Channel> CreateChannel(const std::string& target) {
+std::shared_ptr<grpc::Channel> CreateChannel(const std::string& target, const TlsIdentity& tls) {
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
   // Slower than a session's own watch, which tells silence from an end.
@@ -41,12 +41,11 @@ std::shared_ptr<grpc::Channel> CreateChannel(const std::string& target) {
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
   arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 50);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 200);
-  return grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), arguments);
+  return grpc::CreateCustomChannel(target, QueueChannelCredentials(target, tls), arguments);
 }
 
-// Metadata is text, so the token travels as hexadecimal digits.
 void AddToken(const std::string& token, grpc::ClientContext* context) {
-  context->AddMetadata("wintserve-token", absl::BytesToHexString(token));
+  context->AddMetadata(kTokenMetadataKey, TokenMetadataValue(token));
 }
 
 void Write(const PoolBlock& block, proto::Block* message) {
@@ -113,11 +112,11 @@ class GrpcCacheClient final : public CacheClient,
                               grpc::ClientBidiReactor<proto::CacheRequest, proto::CacheReply> {
  public:
   GrpcCacheClient(const std::string& target, const std::string& token, uint64_t api_epoch,
-                  CacheEvents events)
+                  CacheEvents events, const TlsIdentity& tls)
       : target_(target),
         api_epoch_(api_epoch),
         events_(std::move(events)),
-        channel_(CreateChannel(target)),
+        channel_(CreateChannel(target, tls)),
         stub_(proto::Cache::NewStub(channel_)) {
     AddToken(token, &context_);
   }
@@ -133,10 +132,11 @@ class GrpcCacheClient final : public CacheClient,
   void Commit(uint64_t tag, CommitRequest request) override;
   void Release(std::vector<uint64_t> entries) override;
   void ReturnBlocks(std::vector<PoolBlock> blocks) override;
-  void CopyDone(std::vector<uint64_t> copy_ids) override;
+  void CopyDone(std::vector<uint64_t> copy_ids, uint64_t step) override;
   void Reconcile(std::vector<PinCount> pins, std::vector<PoolBlock> leased,
                  uint64_t last_copy_id) override;
   void Fence() override;
+  void DistrustSteps(uint64_t first_step) override;
   void Close() override;
 
  private:
@@ -242,6 +242,7 @@ void GrpcCacheClient::OpenPool(const PoolSpec& spec) {
   open->set_host_bytes(spec.host_bytes);
   open->set_block_size_tokens(static_cast<uint32_t>(spec.block_size_tokens));
   open->set_resume_only(spec.resume_only);
+  open->set_adopt_pool_epoch(spec.adopt_pool_epoch);
   Send(std::move(request));
 }
 
@@ -274,6 +275,7 @@ void GrpcCacheClient::Commit(uint64_t tag, CommitRequest commit) {
   proto::Commit* const message = request.mutable_commit();
   message->set_parent(commit.parent);
   message->set_salt(std::move(commit.salt));
+  message->set_step(commit.step);
   for (const CommitBlock& block : commit.blocks) {
     Write(block.block, message->add_blocks());
     message->mutable_tokens()->Add(block.tokens.begin(), block.tokens.end());
@@ -294,9 +296,11 @@ void GrpcCacheClient::ReturnBlocks(std::vector<PoolBlock> blocks) {
   Send(std::move(request));
 }
 
-void GrpcCacheClient::CopyDone(std::vector<uint64_t> copy_ids) {
+void GrpcCacheClient::CopyDone(std::vector<uint64_t> copy_ids, uint64_t step) {
   proto::CacheRequest request;
-  request.mutable_copy_done()->mutable_copy_ids()->Add(copy_ids.begin(), copy_ids.end());
+  proto::CopyDone* const done = request.mutable_copy_done();
+  done->mutable_copy_ids()->Add(copy_ids.begin(), copy_ids.end());
+  done->set_step(step);
   Send(std::move(request));
 }
 
@@ -316,6 +320,12 @@ void GrpcCacheClient::Reconcile(std::vector<PinCount> pins, std::vector<PoolBloc
 void GrpcCacheClient::Fence() {
   proto::CacheRequest request;
   request.mutable_fence();
+  Send(std::move(request));
+}
+
+void GrpcCacheClient::DistrustSteps(uint64_t first_step) {
+  proto::CacheRequest request;
+  request.mutable_distrust_steps()->set_first_step(first_step);
   Send(std::move(request));
 }
 
@@ -503,8 +513,8 @@ void GrpcCacheClient::OnDone(const grpc::Status& status) {
 
 absl::StatusOr<uint64_t> FlushPrefixCache(const std::string& target, const std::string& token,
                                           const std::optional<std::string>& salt,
-                                          int64_t timeout_ms) {
-  const auto stub = proto::Cache::NewStub(CreateChannel(target));
+                                          int64_t timeout_ms, const TlsIdentity& tls) {
+  const auto stub = proto::Cache::NewStub(CreateChannel(target, tls));
   grpc::ClientContext context;
   AddToken(token, &context);
   context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(timeout_ms));
@@ -526,12 +536,10 @@ absl::StatusOr<uint64_t> FlushPrefixCache(const std::string& target, const std::
                       fmt::format("{}: {}", target, status.error_message()));
 }
 
-absl::StatusOr<std::unique_ptr<CacheClient>> ConnectCacheClient(const std::string& target,
-                                                                const std::string& token,
-                                                                uint64_t api_epoch,
-                                                                CacheEvents events,
-                                                                int64_t timeout_ms) {
-  auto client = std::make_unique<GrpcCacheClient>(target, token, api_epoch, std::move(events));
+absl::StatusOr<std::unique_ptr<CacheClient>> ConnectCacheClient(
+    const std::string& target, const std::string& token, uint64_t api_epoch, CacheEvents events,
+    int64_t timeout_ms, const TlsIdentity& tls) {
+  auto client = std::make_unique<GrpcCacheClient>(target, token, api_epoch, std::move(events), tls);
   if (absl::Status status = client->Connect(timeout_ms); !status.ok()) return status;
   return client;
 }

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <random>
 #include <string>
 #include <thread>
 #include <vector>
@@ -255,6 +256,25 @@ TEST_F(PoolMemorySocket, SurvivesOversizedPacketsAndUnwantedDescriptors) {
     const size_t size = num_fds == 0 ? kMaxPacketBytes + 1 : 8;
     SendRaw(socket->get(), std::string(size, 'x'), std::vector<int>(num_fds, STDERR_FILENO));
     EXPECT_EQ(ReceiveText(socket->get()), kUnauthenticated) << num_fds << " descriptors";
+  }
+  EXPECT_TRUE(Fetch(0).ok());
+  EXPECT_EQ(CountOpenFdsOnceSettled(before), before);
+}
+
+TEST_F(PoolMemorySocket, RandomPacketsAreAnsweredAlikeAndChangeNothing) {
+  std::mt19937 random(1);
+  proto::MemoryRequest request;
+  request.set_token(kToken);
+  request.set_pool_epoch(kEpoch);
+  const std::string good = request.SerializeAsString();
+  const int before = CountOpenFdsOnceSettled(CountOpenFds());
+  for (int i = 0; i < 300; ++i) {
+    std::string bytes(1 + random() % 300, '\0');
+    for (char& byte : bytes) byte = static_cast<char>(random());
+    EXPECT_EQ(ReplyTo(bytes), kUnauthenticated);
+    std::string changed = good;
+    changed[2 + random() % kToken.size()] ^= static_cast<char>(1 + random() % 255);  // of the token
+    EXPECT_EQ(ReplyTo(changed), kUnauthenticated);
   }
   EXPECT_TRUE(Fetch(0).ok());
   EXPECT_EQ(CountOpenFdsOnceSettled(before), before);

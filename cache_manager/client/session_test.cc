@@ -88,7 +88,7 @@ TEST_F(Session, CommitsMatchesReleasesWritesBackAndRestores) {
     const std::vector<CopyOrder> copies = recorder.CopyOut();
     ASSERT_THAT(copies, SizeIs(1));
     EXPECT_EQ(copies[0].direction, CopyDirection::kToHost);
-    client->CopyDone({copies[0].copy_id});
+    client->CopyDone({copies[0].copy_id}, /*step=*/9);
   }
   client->LeaseBlocks(4, 2);  // evicts two from the device
   ASSERT_THAT(recorder.Leased(4), SizeIs(2));
@@ -163,25 +163,76 @@ TEST_F(Session, EndsWhenItsReconcileIsRefused) {
   EXPECT_THAT(std::string(after.Closed().message()), HasSubstr("entry 12345"));
 }
 
-TEST_F(Session, BrokenAndNotTakenUpLosesThePoolAfterFiveSeconds) {
+TEST_F(Session, BrokenAndNotTakenUpIsOverAfterFiveSecondsAndLeavesThePool) {
   Recorder recorder;
   const auto client = Connect(&recorder);
   client->OpenPool(SmallPool());
   const auto opened = recorder.Opened();
   ASSERT_TRUE(opened.ok()) << opened.status();
+  client->LeaseBlocks(1, 3);
+  ASSERT_THAT(recorder.Leased(1), SizeIs(3));
   server_.reset();
   StartServer();
-  const auto fetch = [&] {
-    return FetchPoolMemory(opened->memory_socket, kToken, opened->pool_epoch, 0, PoolTier::kDevice,
-                           kTimeoutMs);
-  };
   const auto start = steady_clock::now();
-  EXPECT_TRUE(fetch().ok());
-  while (fetch().ok() && steady_clock::now() - start < seconds(10)) {
+  while (owner_->Stats().num_leased() > 0 && steady_clock::now() - start < seconds(10)) {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
   }
-  EXPECT_EQ(fetch().status().code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(owner_->Stats().num_quarantined(), 3u);
   EXPECT_GE(steady_clock::now() - start, seconds(4));
+  EXPECT_TRUE(FetchPoolMemory(opened->memory_socket, kToken, opened->pool_epoch, 0,
+                              PoolTier::kDevice, kTimeoutMs)
+                  .ok());
+}
+
+// The API server died; the next one finds the pool, and the prefix cache in it.
+TEST_F(Session, AnotherApiServerAdoptsThePoolOfOneThatIsGone) {
+  Recorder before;
+  auto client = Connect(&before);
+  client->OpenPool(TieredPool());
+  const auto opened = before.Opened();
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  client->LeaseBlocks(1, 2);
+  CommitRequest commit = CommitOf(before.Leased(1));
+  commit.step = 7;
+  client->Commit(2, commit);
+  ASSERT_THAT(EntriesOf(before.Committed(2)), ElementsAre(1, 2));
+  client->LeaseBlocks(3, 2);
+  ASSERT_THAT(before.Leased(3), SizeIs(2));
+
+  Recorder after;
+  const auto adopter = Connect(&after, /*api_epoch=*/0xdef);
+  PoolSpec spec = TieredPool();
+  spec.num_blocks = 0;
+  spec.resume_only = true;
+  spec.adopt_pool_epoch = opened->pool_epoch;
+  adopter->OpenPool(spec);
+  EXPECT_EQ(after.Opened().status().code(), absl::StatusCode::kFailedPrecondition)
+      << "its session is there";
+  server_.reset();  // breaks the stream of the first one, and the adopter's
+  StartServer();
+  Recorder again;
+  const auto second = Connect(&again, /*api_epoch=*/0xdef);
+  second->OpenPool(spec);
+  const auto adopted = again.Opened();
+  ASSERT_TRUE(adopted.ok()) << adopted.status();
+  EXPECT_EQ(adopted->pool_epoch, opened->pool_epoch);
+  EXPECT_EQ(adopted->num_blocks, 4u);
+  EXPECT_EQ(adopted->num_host_slots, 4u);
+  EXPECT_FALSE(adopted->resumed);
+  second->Match(5, "", kPrompt, false);
+  EXPECT_THAT(again.Matched(5).device, SizeIs(2));
+  second->LeaseBlocks(6, 4);
+  EXPECT_THAT(again.Leased(6), IsEmpty()) << "quarantined";
+  second->Fence();
+  second->LeaseBlocks(7, 4);
+  EXPECT_THAT(again.Leased(7), SizeIs(2));
+
+  second->DistrustSteps(8);
+  second->Peek(8, "", kPrompt);
+  EXPECT_EQ(again.Peeked(8).device_blocks, 2u) << "of step 7";
+  second->DistrustSteps(7);
+  second->Peek(9, "", kPrompt);
+  EXPECT_EQ(again.Peeked(9).device_blocks, 0u);
 }
 
 TEST_F(Session, SecondSessionIsRefusedWithTheNameOfTheFirst) {
@@ -200,20 +251,20 @@ TEST_F(Session, SecondSessionIsRefusedWithTheNameOfTheFirst) {
   second->LeaseBlocks(/*tag=*/1, 1);
   EXPECT_THAT(second_recorder.Leased(1), IsEmpty());
 
-  // The end of the first returns its leases and ends its epoch; then the second may open.
+  // After the end of the first the second may open a pool, in the place of that one.
   first->LeaseBlocks(/*tag=*/1, 4);
   ASSERT_THAT(first_recorder.Leased(1), SizeIs(4));
   first.reset();
-  WaitUntilNoPool();
+  WaitUntilNothingIsLeased();
+  second->OpenPool(SmallPool());
+  const auto second_pool = second_recorder.Opened();
+  ASSERT_TRUE(second_pool.ok()) << second_pool.status();
+  EXPECT_NE(second_pool->pool_epoch, first_pool->pool_epoch);
   EXPECT_EQ(FetchPoolMemory(first_pool->memory_socket, kToken, first_pool->pool_epoch, 0,
                             PoolTier::kDevice, kTimeoutMs)
                 .status()
                 .code(),
             absl::StatusCode::kNotFound);
-  second->OpenPool(SmallPool());
-  const auto second_pool = second_recorder.Opened();
-  ASSERT_TRUE(second_pool.ok()) << second_pool.status();
-  EXPECT_NE(second_pool->pool_epoch, first_pool->pool_epoch);
   second->LeaseBlocks(/*tag=*/2, 4);
   EXPECT_THAT(second_recorder.Leased(2), SizeIs(4));
 }
@@ -291,10 +342,8 @@ TEST_F(Session, CloseCallsNoEventAndEndsTheSessionAfterWhatWasQueued) {
   client->Close();
   client.reset();
   EXPECT_FALSE(recorder.has_closed());
-  WaitUntilNoPool();
-  EXPECT_FALSE(FetchPoolMemory(opened->memory_socket, kToken, opened->pool_epoch, 0,
-                               PoolTier::kDevice, kTimeoutMs)
-                   .ok());
+  WaitUntilNothingIsLeased();
+  EXPECT_EQ(owner_->Stats().num_quarantined(), 1u);
 }
 
 TEST_F(Session, LeaksNoDescriptorInAHundredSessions) {

@@ -144,11 +144,11 @@ class SessionTest : public testing::Test {
   }
 
   // The server learns of a client's end a moment after the client.
-  void WaitUntilNoPool() {
-    for (int i = 0; i < 500 && owner_->Stats().pool_epoch() != 0; ++i) {
+  void WaitUntilNothingIsLeased() {
+    for (int i = 0; i < 500 && owner_->Stats().num_leased() != 0; ++i) {
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
-    EXPECT_EQ(owner_->Stats().pool_epoch(), 0u);
+    EXPECT_EQ(owner_->Stats().num_leased(), 0u);
   }
 
   std::string unix_path_;

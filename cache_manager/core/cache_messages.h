@@ -52,6 +52,9 @@ struct CommitRequest {
   uint64_t parent = 0;  // entry; 0: the root of `salt`
   std::string salt;
   std::vector<CommitBlock> blocks;
+  // The newest step that wrote to one of the blocks. 0: unknown, and so never before the first step
+  // of a DistrustSteps.
+  uint64_t step = 0;
 };
 
 // See PrefixCache::Commit.

@@ -131,8 +131,9 @@ std::optional<PoolBlock> CacheState::TakeBlock(BlockState state) {
   return pool_.TakeFree(state);
 }
 
-void CacheState::CommitBlock(CacheEntry* entry, int32_t block) {
+void CacheState::CommitBlock(CacheEntry* entry, int32_t block, uint64_t step) {
   pool_.Move(block, BlockState::kLeased, BlockState::kCommitted);
+  entry->block_step = step;
   AttachBlock(entry, block);
   MarkLongChain(entry);
   Record(entry->host_slot.has_value() ? CacheEvent::Kind::kTierChanged : CacheEvent::Kind::kStored,
@@ -215,18 +216,19 @@ CacheEntry* CacheState::NextToWriteBack(uint64_t last_release_to_go, CacheEntry*
   return *std::prev(write_back_order_.upper_bound(&after_release));
 }
 
-bool CacheState::EndCopy(uint64_t copy_id) {
+bool CacheState::EndCopy(uint64_t copy_id, uint64_t step) {
   const auto node = copies_.extract(copy_id);
   if (node.empty()) return false;
-  Finish(node.mapped());
+  Finish(node.mapped(), step);
   return true;
 }
 
-void CacheState::Finish(const Copy& copy) {
+void CacheState::Finish(const Copy& copy, uint64_t step) {
   if (copy.direction == CopyDirection::kToHost) {
     const bool is_kept = host_.state(copy.host_slot) == HostTier::State::kFilling;
     if (is_kept) {
       host_.EndFill(copy.host_slot);
+      copy.entry->slot_step = std::max(copy.entry->block_step, step);
     } else {
       host_.DropUser(copy.host_slot);
     }
@@ -241,6 +243,8 @@ void CacheState::Finish(const Copy& copy) {
     pool_.Move(copy.block, BlockState::kQuarantined, BlockState::kFree);
     return;
   }
+  // A flushed entry has no slot any more, and nobody will match its block.
+  copy.entry->block_step = std::max(copy.entry->slot_step, step);
   copy.entry->restored = true;
   CompleteRestores(copy.entry);
 }
@@ -298,7 +302,7 @@ void CacheState::EndCancelledCopies() {
     }
     const Copy cancelled = copy->second;
     copy = copies_.erase(copy);
-    Finish(cancelled);
+    Finish(cancelled, kUnknownStep);
   }
 }
 
@@ -393,6 +397,21 @@ void CacheState::Flush(CacheEntry* entry) {
   } else {
     EndIfFlushed(entry);
   }
+}
+
+bool CacheState::IsWrittenSince(const CacheEntry& entry, uint64_t first_step) const {
+  if (IsRestoring(entry)) return true;
+  return (entry.block.has_value() ? entry.block_step : entry.slot_step) >= first_step;
+}
+
+void CacheState::DropHostCopyMadeSince(CacheEntry* entry, uint64_t first_step) {
+  if (!entry->host_slot.has_value()) return;
+  const bool was_valid = host_.state(*entry->host_slot) == HostTier::State::kValid;
+  if (was_valid && entry->slot_step < first_step) return;
+  CHECK(entry->block.has_value(), "entry={}", entry->handle);
+  DiscardSlot(entry);
+  Refresh(entry);
+  if (was_valid) Record(CacheEvent::Kind::kTierChanged, *entry);
 }
 
 void CacheState::EndIfFlushed(CacheEntry* entry) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <optional>
 #include <string>
@@ -26,6 +27,8 @@ namespace wintserve {
 //            so.
 class CacheState {
  public:
+  static constexpr uint64_t kUnknownStep = std::numeric_limits<uint64_t>::max();
+
   CacheState(uint32_t num_blocks, uint32_t num_host_slots, uint32_t write_back_ahead_blocks,
              size_t max_pending_events, ChainHash chain_hash);
 
@@ -53,8 +56,9 @@ class CacheState {
   // A FREE block, or one that is evicted for it; nullopt: neither. May end entries without pins
   // that are no ancestors of a pinned entry.
   std::optional<PoolBlock> TakeBlock(BlockState state);
-  // Gives `entry`, new or in a host slot alone, this LEASED block as its COMMITTED one.
-  void CommitBlock(CacheEntry* entry, int32_t block);
+  // Gives `entry`, new or in a host slot alone, this LEASED block as its COMMITTED one. Steps here
+  // and below are the newest that wrote; one that is unknown is kUnknownStep.
+  void CommitBlock(CacheEntry* entry, int32_t block, uint64_t step);
 
   // REQUIRES: IsOnHostOnly, and `block` has just been taken as RESTORING.
   CopyOrder StartRestore(CacheEntry* entry, PoolBlock block);
@@ -62,7 +66,7 @@ class CacheState {
   // in the host tier alone.
   std::optional<CopyOrder> StartWriteBack();
   // False: no such copy. May end entries that have been flushed.
-  bool EndCopy(uint64_t copy_id);
+  bool EndCopy(uint64_t copy_id, uint64_t step);
   // The entry loses its RESTORING block. May end the entry, when it has been flushed.
   void CancelRestore(CacheEntry* entry);
   // Entries stay on the device, COPYING_OUT until EndCopy or EndCancelledCopies.
@@ -71,6 +75,12 @@ class CacheState {
 
   // Takes a leaf of the forest out of the index, and ends it unless it is pinned or being copied.
   void Flush(CacheEntry* entry);
+  // Whether what a Match of the entry would read has been, or is being, written by `first_step` or
+  // a later step.
+  bool IsWrittenSince(const CacheEntry& entry, uint64_t first_step) const;
+  // Drops the entry's host copy if that was, or is being, made by such a step. The entry stays.
+  // REQUIRES: indexed, not IsWrittenSince.
+  void DropHostCopyMadeSince(CacheEntry* entry, uint64_t first_step);
 
   // FREE blocks and those that could be evicted now.
   uint32_t num_available() const { return pool_.num_in(BlockState::kFree) + num_evictable_; }
@@ -116,11 +126,12 @@ class CacheState {
   void Unindex(CacheEntry* entry);
   void EndIfFlushed(CacheEntry* entry);
   void CompleteRestores(CacheEntry* entry);
-  void Finish(const Copy& copy);
+  void Finish(const Copy& copy, uint64_t step);
   void Record(CacheEvent::Kind kind, const CacheEntry& entry);
   absl::Status CheckEntry(const CacheEntry& entry) const;
   absl::Status CheckOrders(const CacheEntry& entry) const;
   absl::Status CheckCopies() const;
+  absl::Status CheckBlocksOfNobody() const;
   absl::Status CheckNoOrphans() const;
 
   BlockPool pool_;

@@ -28,6 +28,7 @@ absl::Status CacheState::CheckEntry(const CacheEntry& entry) const {
   RETURN_IF_ERROR(Expect(!state || is_ready || state == kRestoring, entry,
                          "its block is committed, copying out or restoring"));
   RETURN_IF_ERROR(Expect(!state || EntryOf(*entry.block) == &entry, entry, "its block is its own"));
+  RETURN_IF_ERROR(Expect(!is_ready || entry.block_step > 0, entry, "a step has written its block"));
   RETURN_IF_ERROR(Expect(!slot || entry_of_slot_[*slot] == &entry, entry, "its slot is its own"));
   RETURN_IF_ERROR(Expect(state || slot, entry, "it has a copy on a tier"));
   RETURN_IF_ERROR(Expect(state || entry.pins == 0, entry, "with pins it has a block"));
@@ -36,6 +37,8 @@ absl::Status CacheState::CheckEntry(const CacheEntry& entry) const {
     RETURN_IF_ERROR(Expect(slot_state == HostTier::State::kValid ||
                                (slot_state == HostTier::State::kFilling && state == kCopyingOut),
                            entry, "its slot is valid, or its block is being copied there"));
+    RETURN_IF_ERROR(Expect(slot_state != HostTier::State::kValid || entry.slot_step > 0, entry,
+                           "a step has written its slot"));
   }
 
   uint32_t device_children = 0;
@@ -113,15 +116,45 @@ absl::Status CacheState::CheckCopies() const {
       return absl::InternalError(fmt::format("copy {}: block {} is {}, or in two copies", id,
                                              copy.block, ToString(state)));
     }
+    // A cancelled copy is waited for, and nothing comes of it.
+    const bool comes_to_something = copy.direction == CopyDirection::kToHost
+                                        ? host_.state(copy.host_slot) == HostTier::State::kFilling
+                                        : copy.entry != nullptr;
+    if (copy.cancelled && comes_to_something) {
+      return absl::InternalError(
+          fmt::format("copy {} is cancelled, and block {} or host slot {} still wants it", id,
+                      copy.block, copy.host_slot));
+    }
     if (copy.entry != nullptr && copy.entry->block != copy.block) {
       return absl::InternalError(
           fmt::format("copy {}: block {} is not its entry's", id, copy.block));
     }
   }
   for (uint32_t slot = 0; slot < host_.num_slots(); ++slot) {
+    const HostTier::State state = host_.state(slot);
+    if (entry_of_slot_[slot] != nullptr &&
+        (state == HostTier::State::kFree || state == HostTier::State::kQuarantined)) {
+      return absl::InternalError(fmt::format("host slot {} is nobody's, and entry {}'s", slot,
+                                             entry_of_slot_[slot]->handle));
+    }
     if (host_.users(slot) != users[slot]) {
       return absl::InternalError(fmt::format("host slot {} has {} users, and is in {} copies", slot,
                                              host_.users(slot), users[slot]));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// I5: a block that is free, leased or quarantined holds nothing that could be matched. A
+// quarantined one is listed nowhere else: only Fence, or the end of the copy into it, frees it.
+absl::Status CacheState::CheckBlocksOfNobody() const {
+  for (int32_t id = 0; id < static_cast<int32_t>(pool_.num_blocks()); ++id) {
+    const BlockState state = pool_.state(id);
+    const bool has_owner = state == BlockState::kCommitted || state == BlockState::kCopyingOut ||
+                           state == BlockState::kRestoring;
+    if (has_owner != (EntryOf(id) != nullptr)) {
+      return absl::InternalError(fmt::format("I5: block {} is {}, and {}", id, ToString(state),
+                                             has_owner ? "no entry's" : "an entry's"));
     }
   }
   return absl::OkStatus();
@@ -149,6 +182,7 @@ absl::Status CacheState::CheckInvariants() const {
   RETURN_IF_ERROR(pool_.CheckInvariants());
   RETURN_IF_ERROR(host_.CheckInvariants());
   RETURN_IF_ERROR(CheckCopies());
+  RETURN_IF_ERROR(CheckBlocksOfNobody());
   uint32_t num_indexed = 0;
   uint32_t num_evictable = 0;
   uint32_t num_pinned = 0;

@@ -26,6 +26,9 @@ uint64_t LastOfFirstRelease(const std::vector<NaiveCache::Entry>& entries) {
   return last;
 }
 
+// 0 is unknown, and later than any.
+uint64_t StepOf(uint64_t step) { return step == 0 ? ~uint64_t{0} : step; }
+
 }  // namespace
 
 const NaiveCache::Entry* NaiveCache::Find(uint64_t handle) const {
@@ -208,6 +211,7 @@ std::optional<std::vector<CommittedBlock>> NaiveCache::Commit(const CommitReques
     }
     if (!duplicate) {
       entry->block = block.block.id;
+      entry->block_step = StepOf(request.step);
       blocks_[block.block.id].use = Use::kCommitted;
     }
     ++entry->pins;
@@ -266,16 +270,16 @@ std::string NaiveCache::TakeCopyOuts(size_t max_copies, const std::vector<CopyOr
   return real.size() == num_taken ? "" : "too many write-backs";
 }
 
-bool NaiveCache::CopyDone(uint64_t copy_id) {
+bool NaiveCache::CopyDone(uint64_t copy_id, uint64_t step) {
   const auto found = std::ranges::find(copies_, copy_id, &Copy::id);
   if (found == copies_.end()) return false;
   const Copy copy = *found;
   copies_.erase(found);
-  FinishCopy(copy);
+  FinishCopy(copy, StepOf(step));
   return true;
 }
 
-void NaiveCache::FinishCopy(const Copy& copy) {
+void NaiveCache::FinishCopy(const Copy& copy, uint64_t step) {
   if (copy.to_device && copy.cancelled) {
     Free(copy.block);
     return;
@@ -283,10 +287,12 @@ void NaiveCache::FinishCopy(const Copy& copy) {
   Entry& entry = *OwnerOf(copy.block);
   if (copy.to_device) {
     entry.restored = true;
+    entry.block_step = std::max(entry.slot_step, step);
     CompleteRestores();
   } else {
     blocks_[copy.block].use = Use::kCommitted;
     entry.slot_is_valid = entry.slot.has_value();
+    entry.slot_step = std::max(entry.block_step, step);
   }
   EndFlushed();
 }
@@ -382,7 +388,7 @@ void NaiveCache::Fence() {
   const std::vector<Copy> copies = copies_;
   std::erase_if(copies_, [](const Copy& copy) { return copy.cancelled; });
   for (const Copy& copy : copies) {
-    if (copy.cancelled) FinishCopy(copy);
+    if (copy.cancelled) FinishCopy(copy, /*step=*/1);
   }
   for (int32_t id = 0; id < static_cast<int32_t>(blocks_.size()); ++id) {
     if (blocks_[id].use == Use::kQuarantined) Free(id);
@@ -397,14 +403,36 @@ uint64_t NaiveCache::Flush(const std::optional<std::string>& salt) {
         entry.parent == 0 ? !salt || entry.salt == *salt : flushed.contains(entry.parent);
     if (is_hit) flushed.insert(entry.handle);
   }
+  FlushEntries(flushed);
+  return flushed.size();
+}
+
+void NaiveCache::FlushEntries(const std::set<uint64_t>& handles) {
   for (Entry& entry : entries_) {
-    if (!flushed.contains(entry.handle)) continue;
+    if (!handles.contains(entry.handle)) continue;
     entry.flushed = true;
     entry.slot.reset();
     entry.slot_is_valid = false;
   }
   CompleteRestores();
   EndFlushed();
+}
+
+uint64_t NaiveCache::DistrustSteps(uint64_t first_step) {
+  std::set<uint64_t> flushed;
+  for (Entry& entry : entries_) {  // parents come before their children
+    if (entry.flushed) continue;
+    const uint64_t step = UseOf(entry) == Use::kRestoring ? ~uint64_t{0}
+                          : entry.block                   ? entry.block_step
+                                                          : entry.slot_step;
+    if (step >= first_step || flushed.contains(entry.parent)) {
+      flushed.insert(entry.handle);
+    } else if (entry.slot && (!entry.slot_is_valid || entry.slot_step >= first_step)) {
+      entry.slot.reset();
+      entry.slot_is_valid = false;
+    }
+  }
+  FlushEntries(flushed);
   return flushed.size();
 }
 

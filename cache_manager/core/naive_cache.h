@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -30,6 +31,8 @@ class NaiveCache {
     std::optional<int32_t> block;
     std::optional<uint32_t> slot;
     bool slot_is_valid = false;
+    uint64_t block_step = 0;  // once the block is written
+    uint64_t slot_step = 0;   // once the slot is valid
     uint32_t pins = 0;
     uint64_t released_at = 0;
     bool hit = false;
@@ -60,11 +63,12 @@ class NaiveCache {
   bool Release(std::span<const uint64_t> entries);
   bool Return(std::span<const PoolBlock> blocks);
   std::string TakeCopyOuts(size_t max_copies, const std::vector<CopyOrder>& real);
-  bool CopyDone(uint64_t copy_id);
+  bool CopyDone(uint64_t copy_id, uint64_t step);
   bool Reconcile(std::span<const PinCount> pins, std::span<const PoolBlock> leased);
   void EndSession();
   void Fence();
   uint64_t Flush(const std::optional<std::string>& salt);
+  uint64_t DistrustSteps(uint64_t first_step);
   uint32_t num_available() const;
   // The states of blocks and slots, and the number of entries.
   std::string CompareCounts(const PrefixCacheStats& real) const;
@@ -110,7 +114,8 @@ class NaiveCache {
   void CancelRestore(uint64_t handle);
   void EndFlushed();
   void CompleteRestores();
-  void FinishCopy(const Copy& copy);
+  void FinishCopy(const Copy& copy, uint64_t step);
+  void FlushEntries(const std::set<uint64_t>& handles);
 
   const size_t block_size_;
   const uint32_t num_slots_;

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <map>
+#include <ranges>
 #include <set>
 #include <string_view>
 #include <utility>
 
+#include "absl/container/flat_hash_set.h"
 #include "cache_manager/core/cache_state.h"
 #include "common/check.h"
 #include "common/status_macros.h"
@@ -25,6 +27,8 @@ absl::Status CheckDistinct(std::span<const PoolBlock> blocks, std::string_view v
   }
   return absl::OkStatus();
 }
+
+uint64_t StepOrUnknown(uint64_t step) { return step == 0 ? CacheState::kUnknownStep : step; }
 
 }  // namespace
 
@@ -46,11 +50,12 @@ class PrefixCache::Impl {
   absl::Status Release(std::span<const uint64_t> entries);
   absl::Status Return(std::span<const PoolBlock> blocks);
   std::vector<CopyOrder> TakeCopyOuts(size_t max_copies);
-  absl::Status CopyDone(uint64_t copy_id);
+  absl::Status CopyDone(uint64_t copy_id, uint64_t step);
   absl::Status Reconcile(std::span<const PinCount> pins, std::span<const PoolBlock> leased);
   void EndSession();
   void Fence();
   uint64_t Flush(const std::optional<std::string>& salt);
+  uint64_t DistrustSteps(uint64_t first_step);
   PrefixCacheStats stats() const;
   CacheState& state() { return state_; }
   const CacheState& state() const { return state_; }
@@ -71,7 +76,9 @@ class PrefixCache::Impl {
   CacheEntry* ParentOf(const CommitRequest& request);
   absl::Status CheckCommit(const CommitRequest& request);
   absl::Status CheckRepeatedBlock(const CommitBlock& block, const CacheEntry* parent) const;
-  CommittedBlock CommitOne(CacheEntry* parent, const CommitBlock& block);
+  CommittedBlock CommitOne(CacheEntry* parent, const CommitBlock& block, uint64_t step);
+  // REQUIRES: parents before their children, and with an entry its descendants.
+  uint64_t FlushEntries(std::vector<CacheEntry*> entries);
   absl::StatusOr<PinClaims> CheckClaims(std::span<const PinCount> pins,
                                         std::span<const PoolBlock> leased);
 
@@ -210,14 +217,15 @@ absl::StatusOr<std::vector<CommittedBlock>> PrefixCache::Impl::Commit(
   std::vector<CommittedBlock> committed;
   committed.reserve(request.blocks.size());
   for (const CommitBlock& block : request.blocks) {
-    committed.push_back(CommitOne(parent, block));
+    committed.push_back(CommitOne(parent, block, StepOrUnknown(request.step)));
     parent = index.FindHandle(committed.back().entry);
   }
   if (root != nullptr) index.EraseRootIfUnused(root);
   return committed;
 }
 
-CommittedBlock PrefixCache::Impl::CommitOne(CacheEntry* parent, const CommitBlock& block) {
+CommittedBlock PrefixCache::Impl::CommitOne(CacheEntry* parent, const CommitBlock& block,
+                                            uint64_t step) {
   if (CacheEntry* const own = state_.EntryOf(block.block.id); own != nullptr) {
     if (own->pins == 0) state_.Pin(own);
     return {own->handle, false};
@@ -231,7 +239,7 @@ CommittedBlock PrefixCache::Impl::CommitOne(CacheEntry* parent, const CommitBloc
   if (duplicate) {
     ++totals_.duplicate_commits;
   } else {
-    state_.CommitBlock(entry, block.block.id);
+    state_.CommitBlock(entry, block.block.id, step);
     ++totals_.committed_blocks;
   }
   state_.Pin(entry);
@@ -283,8 +291,8 @@ std::vector<CopyOrder> PrefixCache::Impl::TakeCopyOuts(size_t max_copies) {
   return copies;
 }
 
-absl::Status PrefixCache::Impl::CopyDone(uint64_t copy_id) {
-  if (!state_.EndCopy(copy_id)) {
+absl::Status PrefixCache::Impl::CopyDone(uint64_t copy_id, uint64_t step) {
+  if (!state_.EndCopy(copy_id, StepOrUnknown(step))) {
     return absl::FailedPreconditionError(fmt::format("no copy {} is under way", copy_id));
   }
   return absl::OkStatus();
@@ -384,11 +392,30 @@ uint64_t PrefixCache::Impl::Flush(const std::optional<std::string>& salt) {
     roots.push_back(root);
   }
   uint64_t num_flushed = 0;
-  for (CacheEntry* const root : roots) {
-    auto entries = PrefixIndex::Descendants(*root);
-    std::ranges::reverse(entries);
-    for (CacheEntry* const entry : entries) state_.Flush(entry);
-    num_flushed += entries.size();
+  for (CacheEntry* const root : roots) num_flushed += FlushEntries(PrefixIndex::Descendants(*root));
+  return num_flushed;
+}
+
+uint64_t PrefixCache::Impl::FlushEntries(std::vector<CacheEntry*> entries) {
+  for (CacheEntry* const entry : entries | std::views::reverse) state_.Flush(entry);
+  return entries.size();
+}
+
+uint64_t PrefixCache::Impl::DistrustSteps(uint64_t first_step) {
+  CHECK(first_step > 0, "first_step={}", first_step);
+  uint64_t num_flushed = 0;
+  for (CacheEntry* const root : state_.index().AllRoots()) {
+    std::vector<CacheEntry*> flushed;
+    absl::flat_hash_set<const CacheEntry*> is_flushed;
+    for (CacheEntry* const entry : PrefixIndex::Descendants(*root)) {
+      if (is_flushed.contains(entry->parent) || state_.IsWrittenSince(*entry, first_step)) {
+        is_flushed.insert(entry);
+        flushed.push_back(entry);
+      } else {
+        state_.DropHostCopyMadeSince(entry, first_step);
+      }
+    }
+    num_flushed += FlushEntries(std::move(flushed));
   }
   return num_flushed;
 }
@@ -425,7 +452,9 @@ absl::Status PrefixCache::Return(std::span<const PoolBlock> blocks) {
 std::vector<CopyOrder> PrefixCache::TakeCopyOuts(size_t max_copies) {
   return impl_->TakeCopyOuts(max_copies);
 }
-absl::Status PrefixCache::CopyDone(uint64_t copy_id) { return impl_->CopyDone(copy_id); }
+absl::Status PrefixCache::CopyDone(uint64_t copy_id, uint64_t step) {
+  return impl_->CopyDone(copy_id, step);
+}
 absl::Status PrefixCache::Reconcile(std::span<const PinCount> pins,
                                     std::span<const PoolBlock> leased) {
   return impl_->Reconcile(pins, leased);
@@ -433,6 +462,9 @@ absl::Status PrefixCache::Reconcile(std::span<const PinCount> pins,
 void PrefixCache::EndSession() { impl_->EndSession(); }
 void PrefixCache::Fence() { impl_->Fence(); }
 uint64_t PrefixCache::Flush(const std::optional<std::string>& salt) { return impl_->Flush(salt); }
+uint64_t PrefixCache::DistrustSteps(uint64_t first_step) {
+  return impl_->DistrustSteps(first_step);
+}
 uint32_t PrefixCache::num_available() const { return impl_->state().num_available(); }
 PrefixCacheStats PrefixCache::stats() const { return impl_->stats(); }
 std::vector<CacheEvent> PrefixCache::TakeEvents(uint64_t* lost) {

@@ -51,6 +51,7 @@ constexpr uint32_t DefaultWriteBackAhead(uint32_t num_blocks, uint32_t num_host_
 //             COMMITTED   -> COPYING_OUT  TakeCopyOuts; matchable all the time
 //             COPYING_OUT -> COMMITTED    CopyDone; Fence after EndSession
 //             COMMITTED   -> FREE         evicted (unpinned leaf, least recently released); flushed
+//                                         or distrusted
 //             QUARANTINED -> FREE         Fence; CopyDone of the cancelled copy
 // Identity:   an entry is its parent entry plus its block_size_tokens token ids, compared exactly;
 //             XXH3-128 of the chain is only the way to find it. A chain starts at a root, one per
@@ -66,6 +67,9 @@ constexpr uint32_t DefaultWriteBackAhead(uint32_t num_blocks, uint32_t num_host_
 //             slot leaves the device, host copies below it go too.
 // Copies:     neither a block nor a host slot that a copy reads or writes is given to anyone else
 //             before CopyDone or, for a cancelled copy, Fence.
+// Trust:      an entry's block and its host copy each carry the newest step that wrote them: that
+//             of the Commit, or of the CopyDone that filled them, and never an older one than what
+//             was copied. Step 0 is unknown and counts as newer than any.
 // Invariant:  the block states sum up to num_blocks after every call; CheckInvariants() verifies
 //             all of the above.
 // Threading:  thread-compatible. Time is counted in calls; there is no clock.
@@ -130,8 +134,8 @@ class PrefixCache {
 
   // The copy has run on every rank, in whatever order. An entry whose ancestor is being restored
   // stays RESTORING until that copy is done too. Of a cancelled copy: its block and slot are freed
-  // without waiting for Fence. FAILED_PRECONDITION: no such copy.
-  absl::Status CopyDone(uint64_t copy_id);
+  // without waiting for Fence. `step`: the newest that ran it. FAILED_PRECONDITION: no such copy.
+  absl::Status CopyDone(uint64_t copy_id, uint64_t step = 0);
 
   // The session states what it holds after a reconnect; all other pins and leases are dropped (the
   // blocks become FREE: whatever a plan under way names must be claimed).
@@ -143,11 +147,10 @@ class PrefixCache {
   // not hold, or an entry being restored without its parent. Names it; nothing has changed.
   absl::Status Reconcile(std::span<const PinCount> pins, std::span<const PoolBlock> leased);
 
-  // The session has ended, and another one may follow on the same pool: drops all pins and cancels
-  // all copies. LEASED and RESTORING blocks and filling host slots become QUARANTINED; COPYING_OUT
-  // blocks, which are only read, stay so and matchable. For a pool that outlives its API server. In
-  // this version an API server that dies ends the instance, so PoolOwner drops the pool instead,
-  // and only the simulator and tests, which hold the fences to the same account, get here.
+  // The session has ended, and that of another API server may follow on the same pool: drops all
+  // pins and cancels all copies. LEASED and RESTORING blocks and filling host slots become
+  // QUARANTINED; COPYING_OUT blocks, which are only read, stay so and matchable. What was never
+  // committed is not indexed. Saying it again changes nothing.
   void EndSession();
   // Every process that could write to quarantined memory, or could run a cancelled copy, has gone
   // or has drained. Copies of a session that goes on are not affected.
@@ -157,6 +160,13 @@ class PrefixCache {
   // copies are freed at once, the others when the last of them goes. Returns the number of entries
   // dropped from the index.
   uint64_t Flush(const std::optional<std::string>& salt);
+
+  // What the steps from `first_step` on have written is wrong. As by Flush, entries match no more
+  // whose block is of such a step, or without a block their host copy, or that are being restored,
+  // and their descendants. Of the other entries host copies that are of such a step, or being made,
+  // are dropped. A copy under way stays so until CopyDone, though nothing comes of it. Returns the
+  // number of entries dropped from the index. REQUIRES: first_step > 0.
+  uint64_t DistrustSteps(uint64_t first_step);
 
   // Blocks that Lease could give now: FREE and evictable ones.
   uint32_t num_available() const;
@@ -168,8 +178,8 @@ class PrefixCache {
   std::vector<CacheEvent> TakeEvents(uint64_t* lost);
 
   // INTERNAL describes the first broken invariant: block states and generations, holders of blocks
-  // and slots, copies, pins (I2), chains without orphans (I10), orders of eviction. For tests and
-  // audits, linear in the pool's size.
+  // and slots, copies, what is quarantined (I5), pins (I2), chains without orphans (I10), orders of
+  // eviction. For tests and audits, linear in the pool's size.
   absl::Status CheckInvariants() const;
 
  private:

@@ -29,6 +29,8 @@ struct CacheEntry {
   // Copies and use; kept by CacheState.
   std::optional<int32_t> block;
   std::optional<uint32_t> host_slot;
+  uint64_t block_step = 0;  // the newest step that wrote the block; nothing while RESTORING
+  uint64_t slot_step = 0;   // the same of the host slot; nothing while it is FILLING
   uint32_t pins = 0;
   uint64_t last_release = 0;
   uint64_t restore_copy = 0;  // while RESTORING: the copy that writes its block

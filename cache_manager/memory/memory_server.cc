@@ -8,9 +8,9 @@
 #include <algorithm>
 #include <utility>
 
-#include "cache_manager/memory/token.h"
 #include "common/log.h"
 #include "common/status_macros.h"
+#include "common/token.h"
 #include "proto/cache.pb.h"
 
 namespace wintserve {

@@ -7,15 +7,16 @@
 
 #include <chrono>
 #include <deque>
+#include <functional>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
 
-#include "absl/strings/escaping.h"
-#include "cache_manager/memory/token.h"
 #include "common/log.h"
 #include "common/log_limit.h"
 #include "common/mutex.h"
+#include "common/transport/queue_transport.h"
 #include "proto/cache.grpc.pb.h"
 
 namespace wintserve {
@@ -31,8 +32,12 @@ grpc::Status ToGrpcStatus(const absl::Status& status) {
   return {static_cast<grpc::StatusCode>(status.code()), std::string(status.message())};
 }
 
-grpc::Status Unauthenticated() {
-  return {grpc::StatusCode::UNAUTHENTICATED, "the cache queue demands the instance token"};
+template <typename Message>
+grpc::ByteBuffer ToByteBuffer(const Message& message) {
+  grpc::ByteBuffer buffer;
+  bool owned = false;
+  grpc::SerializationTraits<Message>::Serialize(message, &buffer, &owned);
+  return buffer;
 }
 
 // Counts the live streams, so that the server outlives the last of them.
@@ -59,7 +64,7 @@ class StreamCount {
   int count_ GUARDED_BY(mu_) = 0;
 };
 
-// Drops the pool when its grace ends.
+// Ends the session when its grace ends.
 class GraceTimer {
  public:
   explicit GraceTimer(PoolOwner* owner) : owner_(owner), thread_([this] { Run(); }) {}
@@ -82,7 +87,7 @@ class GraceTimer {
  private:
   void Run() EXCLUDES(mu_) {
     while (true) {
-      const auto next = owner_->DropExpired();
+      const auto next = owner_->EndExpiredSession();
       MutexLock lock(&mu_);
       const auto news = [this]() REQUIRES(mu_) { return woken_ || stopping_; };
       if (next.has_value()) {
@@ -105,8 +110,19 @@ class GraceTimer {
 
 // What all streams share.
 struct ServerState {
-  explicit ServerState(PoolOwner* pool_owner) : owner(pool_owner) {}
+  ServerState(const std::string& token, PoolOwner* pool_owner)
+      : token_value(TokenMetadataValue(token)), owner(pool_owner) {}
 
+  // Says no in the log, too.
+  bool Authenticate(const grpc::CallbackServerContext& context) {
+    if (HasToken(context, token_value)) return true;
+    if (const auto more = stranger_log.Admit()) {
+      LOG_WARNING("refused a call from {}: wrong or missing token{}", context.peer(), *more);
+    }
+    return false;
+  }
+
+  const std::string token_value;
   PoolOwner* const owner;
   GraceTimer timer{owner};
   StreamCount streams;
@@ -204,7 +220,8 @@ class SessionStream : public grpc::ServerBidiReactor<proto::CacheRequest, proto:
 };
 
 // One reader of the cache's events. The events wait in a bounded queue; the first is being written.
-class WatchStream : public grpc::ServerWriteReactor<proto::CacheEvent>, public CacheWatcher {
+// WatchRequest has no field, so it is not read.
+class WatchStream : public grpc::ServerGenericBidiReactor, public CacheWatcher {
  public:
   explicit WatchStream(ServerState* state) : state_(state) {
     state_->streams.Add();
@@ -220,7 +237,7 @@ class WatchStream : public grpc::ServerWriteReactor<proto::CacheEvent>, public C
     if (ended_) return;
     if (queue_.size() == kMaxQueuedEvents) return End(FellBehind());
     queue_.push_back(std::move(event));
-    if (queue_.size() == 1) StartWrite(queue_.front().get());
+    if (queue_.size() == 1) WriteFront();
   }
 
   void OnLostEvents() override EXCLUDES(mu_) {
@@ -233,7 +250,7 @@ class WatchStream : public grpc::ServerWriteReactor<proto::CacheEvent>, public C
     queue_.pop_front();
     if (ended_) return;
     if (!ok) return End(grpc::Status::CANCELLED);
-    if (!queue_.empty()) StartWrite(queue_.front().get());
+    if (!queue_.empty()) WriteFront();
   }
 
   void OnCancel() override EXCLUDES(mu_) {
@@ -255,6 +272,11 @@ class WatchStream : public grpc::ServerWriteReactor<proto::CacheEvent>, public C
                         kMaxQueuedEvents)};
   }
 
+  void WriteFront() REQUIRES(mu_) {
+    message_ = ToByteBuffer(*queue_.front());
+    StartWrite(&message_);
+  }
+
   void End(const grpc::Status& status) REQUIRES(mu_) {
     if (std::exchange(ended_, true)) return;
     if (queue_.size() > 1) queue_.resize(1);  // a write under way keeps its event
@@ -264,83 +286,99 @@ class WatchStream : public grpc::ServerWriteReactor<proto::CacheEvent>, public C
   ServerState* const state_;
   Mutex mu_;
   std::deque<std::shared_ptr<const proto::CacheEvent>> queue_ GUARDED_BY(mu_);
+  grpc::ByteBuffer message_ GUARDED_BY(mu_);  // the first, being written
   bool ended_ GUARDED_BY(mu_) = false;
 };
 
-// A stream of any kind that ends at once.
-template <typename Reactor>
-class RefusedStream : public Reactor {
+// A call of one request and one reply.
+template <typename Request, typename Reply>
+class UnaryCall : public grpc::ServerGenericBidiReactor {
  public:
-  RefusedStream() { this->Finish(Unauthenticated()); }
+  using Handler = std::function<absl::StatusOr<Reply>(const Request&)>;
+
+  UnaryCall(StreamCount* streams, Handler handler)
+      : streams_(streams), handler_(std::move(handler)) {
+    streams_->Add();
+    StartRead(&message_);
+  }
+
+  void OnReadDone(bool ok) override {
+    if (!ok) return Finish({grpc::StatusCode::INVALID_ARGUMENT, "the call has no request"});
+    Request request;
+    const grpc::Status read = grpc::SerializationTraits<Request>::Deserialize(&message_, &request);
+    if (!read.ok()) return Finish({grpc::StatusCode::INVALID_ARGUMENT, read.error_message()});
+    const absl::StatusOr<Reply> reply = handler_(request);
+    if (!reply.ok()) return Finish(ToGrpcStatus(reply.status()));
+    message_ = ToByteBuffer(*reply);
+    StartWriteAndFinish(&message_, grpc::WriteOptions(), grpc::Status::OK);
+  }
+
+  void OnDone() override {
+    StreamCount* const streams = streams_;
+    delete this;
+    streams->Remove();
+  }
+
+ private:
+  StreamCount* const streams_;
+  const Handler handler_;
+  grpc::ByteBuffer message_;
+};
+
+// A session of a stranger.
+class RefusedSession : public grpc::ServerBidiReactor<proto::CacheRequest, proto::CacheReply> {
+ public:
+  RefusedSession() { Finish(Unauthenticated()); }
   void OnDone() override { delete this; }
 };
 
-class CacheService : public proto::Cache::CallbackService {
+// The service's Session. The other methods are CacheCalls'.
+using SessionService = proto::Cache::WithCallbackMethod_Session<
+    proto::Cache::WithGenericMethod_Stats<proto::Cache::WithGenericMethod_Watch<
+        proto::Cache::WithGenericMethod_Admin<proto::Cache::Service>>>>;
+
+class CacheService : public SessionService {
  public:
-  // Metadata is text, so the token travels as hexadecimal digits.
-  CacheService(const std::string& token, PoolOwner* owner)
-      : token_hex_(absl::BytesToHexString(token)), state_(owner) {}
+  explicit CacheService(ServerState* state) : state_(state) {}
 
   grpc::ServerBidiReactor<proto::CacheRequest, proto::CacheReply>* Session(
       grpc::CallbackServerContext* context) override {
-    if (!Authenticate(*context)) {
-      return new RefusedStream<grpc::ServerBidiReactor<proto::CacheRequest, proto::CacheReply>>;
-    }
-    return new SessionStream(state_.owner->NewSession(), context, &state_);
+    if (!state_->Authenticate(*context)) return new RefusedSession;
+    return new SessionStream(state_->owner->NewSession(), context, state_);
   }
-
-  grpc::ServerWriteReactor<proto::CacheEvent>* Watch(grpc::CallbackServerContext* context,
-                                                     const proto::WatchRequest*) override {
-    if (!Authenticate(*context)) {
-      return new RefusedStream<grpc::ServerWriteReactor<proto::CacheEvent>>;
-    }
-    return new WatchStream(&state_);
-  }
-
-  grpc::ServerUnaryReactor* Stats(grpc::CallbackServerContext* context, const proto::StatsRequest*,
-                                  proto::StatsReply* reply) override {
-    grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-    if (!Authenticate(*context)) {
-      reactor->Finish(Unauthenticated());
-      return reactor;
-    }
-    *reply = state_.owner->Stats();
-    reactor->Finish(grpc::Status::OK);
-    return reactor;
-  }
-
-  grpc::ServerUnaryReactor* Admin(grpc::CallbackServerContext* context,
-                                  const proto::AdminRequest* request,
-                                  proto::AdminReply* reply) override {
-    grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-    if (!Authenticate(*context)) {
-      reactor->Finish(Unauthenticated());
-      return reactor;
-    }
-    auto result = state_.owner->Admin(*request);
-    if (result.ok()) *reply = *std::move(result);
-    reactor->Finish(ToGrpcStatus(result.status()));
-    return reactor;
-  }
-
-  void WaitForStreams() { state_.streams.WaitForNone(); }
 
  private:
-  bool Authenticate(const grpc::CallbackServerContext& context) {
-    const auto& metadata = context.client_metadata();
-    const auto presented = metadata.find("wintserve-token");
-    if (presented != metadata.end() &&
-        TokensEqual(token_hex_, {presented->second.data(), presented->second.size()})) {
-      return true;
+  ServerState* const state_;
+};
+
+// Stats, Watch, Admin. gRPC itself would take in a call's only request, 64 MiB of it, before it
+// asks the service; so these come as calls whose requests are read once the caller is known.
+class CacheCalls : public UnknownMethods {
+ public:
+  explicit CacheCalls(ServerState* state) : UnknownMethods(state->token_value), state_(state) {}
+
+  grpc::ServerGenericBidiReactor* CreateReactor(
+      grpc::GenericCallbackServerContext* context) override {
+    if (!state_->Authenticate(*context)) return new EndedCall(Unauthenticated());
+    PoolOwner* const owner = state_->owner;
+    if (context->method() == kMethodPrefix + "Watch") return new WatchStream(state_);
+    if (context->method() == kMethodPrefix + "Stats") {
+      return new UnaryCall<proto::StatsRequest, proto::StatsReply>(
+          &state_->streams, [owner](const proto::StatsRequest&) { return owner->Stats(); });
     }
-    if (const auto more = state_.stranger_log.Admit()) {
-      LOG_WARNING("refused a call from {}: wrong or missing token{}", context.peer(), *more);
+    if (context->method() == kMethodPrefix + "Admin") {
+      return new UnaryCall<proto::AdminRequest, proto::AdminReply>(
+          &state_->streams,
+          [owner](const proto::AdminRequest& request) { return owner->Admin(request); });
     }
-    return false;
+    return UnknownMethods::CreateReactor(context);
   }
 
-  const std::string token_hex_;
-  ServerState state_;
+ private:
+  static inline const std::string kMethodPrefix =
+      fmt::format("/{}/", proto::Cache::service_full_name());
+
+  ServerState* const state_;
 };
 
 void SetChannelArguments(grpc::ServerBuilder* builder) {
@@ -361,18 +399,20 @@ void SetChannelArguments(grpc::ServerBuilder* builder) {
 class CacheServer::Impl {
  public:
   Impl(const CacheServerOptions& options, PoolOwner* owner)
-      : unix_path_(options.unix_path), service_(options.token, owner) {}
+      : unix_path_(options.unix_path), state_(options.token, owner) {}
 
   absl::Status Listen(const CacheServerOptions& options) {
     grpc::ServerBuilder builder;
     SetChannelArguments(&builder);
+    LimitStrangers(&builder);
     builder.RegisterService(&service_);
+    builder.RegisterCallbackGenericService(&calls_);
     int unix_bound = 0;
     builder.AddListeningPort(fmt::format("{}:{}", options.host, options.port),
-                             grpc::InsecureServerCredentials(), &port_);
+                             QueueServerCredentials(options.tls), &port_);
     builder.AddListeningPort("unix:" + unix_path_, grpc::InsecureServerCredentials(), &unix_bound);
     server_ = builder.BuildAndStart();
-    if (server_ != nullptr) return absl::OkStatus();
+    if (server_ != nullptr) return MakeSocketPrivate(unix_path_);
     if (port_ == 0) {
       return absl::UnavailableError(
           fmt::format("cannot listen on {}:{}, is the port taken? Choose another with "
@@ -387,7 +427,7 @@ class CacheServer::Impl {
     // Sessions are open-ended: waiting for them to end by themselves would only cost the deadline.
     server_->Shutdown(std::chrono::system_clock::now());
     server_->Wait();
-    service_.WaitForStreams();
+    state_.streams.WaitForNone();
     ::unlink(unix_path_.c_str());
   }
 
@@ -395,7 +435,9 @@ class CacheServer::Impl {
 
  private:
   const std::string unix_path_;
-  CacheService service_;
+  ServerState state_;
+  CacheService service_{&state_};
+  CacheCalls calls_{&state_};
   int port_ = 0;
   std::unique_ptr<grpc::Server> server_;
 };

@@ -6,6 +6,7 @@
 
 #include "absl/status/statusor.h"
 #include "cache_manager/service/pool_owner.h"
+#include "common/transport/tls_files.h"
 
 namespace wintserve {
 
@@ -13,7 +14,8 @@ struct CacheServerOptions {
   std::string host = "127.0.0.1";
   int port = 0;           // 0: a free one, see CacheServer::port()
   std::string unix_path;  // a socket that a dead cache manager has left there is replaced
-  std::string token;      // of the instance; a stream without it is refused
+  TlsIdentity tls = {};   // of the port
+  std::string token;      // of the instance; a call without it is refused before it is read
 };
 
 // Carries the messages between streams and a PoolOwner, and ends the grace of a session that broke.

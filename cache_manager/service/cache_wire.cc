@@ -88,7 +88,12 @@ absl::Status CheckDistinct(const char* request, const char* field, const WireIds
 absl::Status CheckOpenPool(const proto::OpenPool& request) {
   constexpr char kName[] = "OpenPool";
   if (request.api_epoch() == 0) return absl::InvalidArgumentError("OpenPool: api_epoch is 0");
-  RETURN_IF_ERROR(CheckRange(kName, "num_blocks", request.num_blocks(), 1u, kMaxId));
+  const bool adopts = request.adopt_pool_epoch() != 0;
+  if (adopts && !request.resume_only()) {
+    return absl::InvalidArgumentError(fmt::format(
+        "OpenPool: adopt_pool_epoch is {:#x} without resume_only", request.adopt_pool_epoch()));
+  }
+  RETURN_IF_ERROR(CheckRange(kName, "num_blocks", request.num_blocks(), adopts ? 0u : 1u, kMaxId));
   const int num_ranks = request.block_bytes_by_rank_size();
   RETURN_IF_ERROR(CheckRange(kName, "the number of block_bytes_by_rank", num_ranks, 1, kMaxRanks));
   for (int rank = 0; rank < num_ranks; ++rank) {
@@ -134,7 +139,8 @@ absl::StatusOr<CommitRequest> ReadCommit(const proto::Commit& request, const Poo
   }
   RETURN_IF_ERROR(CheckTokens(kName, request.tokens()));
 
-  CommitRequest read{.parent = request.parent(), .salt = request.salt(), .blocks = {}};
+  CommitRequest read{
+      .parent = request.parent(), .salt = request.salt(), .blocks = {}, .step = request.step()};
   read.blocks.reserve(blocks.size());
   auto tokens = request.tokens().begin();
   for (const PoolBlock& block : blocks) {
@@ -159,6 +165,12 @@ absl::StatusOr<std::vector<uint64_t>> ReadCopyDone(const proto::CopyDone& reques
       CheckRange("CopyDone", "the number of copy_ids", request.copy_ids_size(), 0, kMaxCopyIds));
   RETURN_IF_ERROR(CheckDistinct("CopyDone", "copy_id", request.copy_ids()));
   return ReadIds("CopyDone", "copy_ids", request.copy_ids());
+}
+
+absl::StatusOr<uint64_t> ReadDistrustSteps(const proto::DistrustSteps& request) {
+  RETURN_IF_ERROR(CheckRange("DistrustSteps", "first_step", request.first_step(), uint64_t{1},
+                             std::numeric_limits<uint64_t>::max()));
+  return request.first_step();
 }
 
 absl::StatusOr<HeldState> ReadReconcile(const proto::Reconcile& request, const PoolLimits& limits) {

@@ -43,6 +43,7 @@ absl::StatusOr<std::vector<uint64_t>> ReadRelease(const proto::Release& request)
 absl::StatusOr<std::vector<PoolBlock>> ReadReturn(const proto::ReturnBlocks& request,
                                                   const PoolLimits& limits);
 absl::StatusOr<std::vector<uint64_t>> ReadCopyDone(const proto::CopyDone& request);
+absl::StatusOr<uint64_t> ReadDistrustSteps(const proto::DistrustSteps& request);
 
 struct HeldState {
   std::vector<PinCount> pins;

@@ -1,21 +1,16 @@
 #include "cache_manager/service/pool_owner.h"
 
 #include <fmt/format.h>
-#include <fmt/ranges.h>
-#include <openssl/rand.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <fstream>
-#include <limits>
-#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/numbers.h"
-#include "cache_manager/memory/available_memory.h"
 #include "cache_manager/service/cache_wire.h"
 #include "common/check.h"
 #include "common/log.h"
@@ -24,28 +19,6 @@
 
 namespace wintserve {
 namespace {
-
-// What states and index cost beside the tokens; generous, to refuse a pool of absurdly many tiny
-// blocks before it exhausts this process.
-constexpr double kIndexBytesPerBlock = 512;
-
-// Never 0, which an unset field would name.
-uint64_t NewEpoch() {
-  uint64_t epoch = 0;
-  while (epoch == 0) {
-    CHECK(RAND_bytes(reinterpret_cast<unsigned char*>(&epoch), sizeof(epoch)) == 1,
-          "the random generator failed");
-  }
-  return epoch;
-}
-
-// REQUIRES: CheckOpenPool has accepted the request, so no sum overflows.
-uint32_t NumHostSlots(const proto::OpenPool& request, uint64_t host_bytes) {
-  const uint64_t block_bytes = std::accumulate(request.block_bytes_by_rank().begin(),
-                                               request.block_bytes_by_rank().end(), uint64_t{0});
-  constexpr uint64_t kMaxSlots = std::numeric_limits<int32_t>::max();
-  return static_cast<uint32_t>(std::min(host_bytes / block_bytes, kMaxSlots));
-}
 
 // The file holds the bytes in decimal. None: no such file, or not a size.
 std::optional<uint64_t> ReadResize(const std::string& path) {
@@ -74,19 +47,6 @@ absl::Status WriteResize(const std::string& path, uint64_t host_bytes) {
   return absl::OkStatus();
 }
 
-// What the session of this api_epoch opened before must be what it opens now.
-absl::Status CheckSameSpec(const proto::OpenPool& opened, const proto::OpenPool& request) {
-  const bool same =
-      opened.num_blocks() == request.num_blocks() &&
-      std::equal(opened.block_bytes_by_rank().begin(), opened.block_bytes_by_rank().end(),
-                 request.block_bytes_by_rank().begin(), request.block_bytes_by_rank().end()) &&
-      opened.root_seed() == request.root_seed() && opened.host_bytes() == request.host_bytes() &&
-      opened.block_size_tokens() == request.block_size_tokens();
-  if (same) return absl::OkStatus();
-  return absl::FailedPreconditionError(fmt::format(
-      "OpenPool: api_epoch {:#x} has opened its pool with other parameters", opened.api_epoch()));
-}
-
 }  // namespace
 
 PoolOwner::PoolOwner(MemoryServer* memory_server, std::string resize_path,
@@ -100,6 +60,7 @@ PoolOwner::PoolOwner(MemoryServer* memory_server, std::string resize_path,
 std::vector<proto::CacheReply> PoolOwner::Handle(uint64_t session_id,
                                                  const proto::CacheRequest& request) {
   std::vector<proto::CacheReply> replies(1);
+  if (request.has_open()) MakeRoomFor(request.open());
   MutexLock lock(&mu_);
   const absl::Status status = Dispatch(session_id, request, &replies[0]);
   if (!status.ok()) {
@@ -180,94 +141,20 @@ absl::Status PoolOwner::DispatchToPool(Pool* pool, const proto::CacheRequest& re
     case proto::CacheRequest::kCopyDone:
       reply->mutable_done();
       return CopyDone(pool, request.copy_done());
+    case proto::CacheRequest::kDistrustSteps: {
+      reply->mutable_done();
+      ASSIGN_OR_RETURN(const uint64_t first_step, ReadDistrustSteps(request.distrust_steps()));
+      const uint64_t num_entries = pool->cache->DistrustSteps(first_step);
+      LOG_INFO("session {}: steps from {} on are not trusted: {} entries match no more",
+               pool->session_id, first_step, num_entries);
+      return absl::OkStatus();
+    }
     default:
       CHECK(request.has_fence(), "request_case={}", static_cast<int>(request.request_case()));
       reply->mutable_done();
       pool->cache->Fence();
       return absl::OkStatus();
   }
-}
-
-absl::StatusOr<proto::PoolOpened> PoolOwner::Open(uint64_t session_id,
-                                                  const proto::OpenPool& request) {
-  RETURN_IF_ERROR(CheckOpenPool(request));
-  const bool resumed = pool_.has_value();
-  if (resumed) {
-    if (pool_->session_id == session_id) {
-      return absl::FailedPreconditionError("OpenPool: this session has the pool open already");
-    }
-    if (pool_->spec.api_epoch() != request.api_epoch()) {
-      return absl::FailedPreconditionError(fmt::format(
-          "OpenPool: the session of api_epoch {:#x} has the pool {}", pool_->spec.api_epoch(),
-          pool_->grace_end.has_value() ? "for a few seconds more, should it reconnect" : "open"));
-    }
-    RETURN_IF_ERROR(CheckSameSpec(pool_->spec, request));
-    LOG_INFO("session {}: takes up pool {:#x} from session {}", session_id, pool_->pool_epoch,
-             pool_->session_id);
-    pool_->session_id = session_id;
-    pool_->must_reconcile = true;
-    if (!pool_->grace_end.has_value()) pool_->grace_end = now_() + kGrace;
-  } else if (request.resume_only()) {
-    return absl::NotFoundError(
-        fmt::format("OpenPool: no pool of api_epoch {:#x}", request.api_epoch()));
-  } else {
-    RETURN_IF_ERROR(CreatePool(session_id, request));
-  }
-  proto::PoolOpened opened;
-  opened.set_pool_epoch(pool_->pool_epoch);
-  opened.set_memory_socket(memory_server_->socket_path());
-  opened.set_num_blocks(request.num_blocks());
-  opened.set_num_host_slots(pool_->num_host_slots);
-  opened.set_resumed(resumed);
-  return opened;
-}
-
-absl::Status PoolOwner::CreatePool(uint64_t session_id, const proto::OpenPool& request) {
-  const uint64_t host_bytes = resized_host_bytes_.value_or(request.host_bytes());
-  uint32_t num_host_slots = NumHostSlots(request, host_bytes);
-  absl::StatusOr<std::unique_ptr<PoolMemory>> memory = CreateMemory(request, num_host_slots);
-  if (absl::IsResourceExhausted(memory.status()) && host_bytes > request.host_bytes()) {
-    // The instance can go on with what it was started with.
-    const std::string why(memory.status().message());
-    num_host_slots = NumHostSlots(request, request.host_bytes());
-    memory = CreateMemory(request, num_host_slots);
-    if (memory.ok()) {
-      LOG_WARNING("the host tier of {} bytes that an Admin asked for is left aside: {}", host_bytes,
-                  why);
-    }
-  }
-  RETURN_IF_ERROR(memory.status());
-  Pool pool;
-  pool.spec = request;
-  pool.session_id = session_id;
-  pool.pool_epoch = NewEpoch();
-  pool.num_host_slots = num_host_slots;
-  pool.cache = std::make_unique<PrefixCache>(
-      PrefixCacheConfig{.num_blocks = request.num_blocks(),
-                        .num_host_slots = num_host_slots,
-                        .block_size_tokens = static_cast<int>(request.block_size_tokens()),
-                        .root_seed = request.root_seed()});
-  pool_ = std::move(pool);
-  memory_server_->Publish(pool_->pool_epoch, *std::move(memory));
-  LOG_INFO("session {}: opened by api_epoch {:#x}", session_id, request.api_epoch());
-  LOG_INFO("pool {:#x}: created, {} blocks and {} host slots, bytes of a block by rank: {}",
-           pool_->pool_epoch, request.num_blocks(), num_host_slots,
-           fmt::join(request.block_bytes_by_rank(), ", "));
-  return absl::OkStatus();
-}
-
-absl::StatusOr<std::unique_ptr<PoolMemory>> PoolOwner::CreateMemory(const proto::OpenPool& request,
-                                                                    uint32_t num_host_slots) const {
-  ASSIGN_OR_RETURN(const int64_t available_bytes, AvailableMemoryBytes());
-  const double index_bytes = (static_cast<double>(request.num_blocks()) + num_host_slots) *
-                             (kIndexBytesPerBlock + sizeof(int32_t) * request.block_size_tokens());
-  const int64_t left_bytes =
-      std::max<int64_t>(0, available_bytes - static_cast<int64_t>(index_bytes));
-  return make_memory_({.num_blocks = request.num_blocks(),
-                       .block_bytes_by_rank = {request.block_bytes_by_rank().begin(),
-                                               request.block_bytes_by_rank().end()},
-                       .num_host_slots = num_host_slots},
-                      left_bytes);
 }
 
 absl::Status PoolOwner::Match(Pool* pool, const proto::Match& request, proto::Matched* reply) {
@@ -287,11 +174,15 @@ absl::Status PoolOwner::CopyDone(Pool* pool, const proto::CopyDone& request) {
       return absl::FailedPreconditionError(
           fmt::format("CopyDone: no copy {} was ordered", copy_id));
     }
+    if (copy_id <= pool->last_copy_id_of_others) {
+      return absl::FailedPreconditionError(fmt::format(
+          "CopyDone: copy {} was ordered from a session that is over; Fence ends it", copy_id));
+    }
   }
   for (const uint64_t copy_id : copy_ids) {
     pool->write_backs.erase(copy_id);
     // One that is no longer under way was reported before a session broke, or fenced.
-    pool->cache->CopyDone(copy_id).IgnoreError();
+    pool->cache->CopyDone(copy_id, request.step()).IgnoreError();
   }
   return absl::OkStatus();
 }
@@ -357,33 +248,50 @@ uint32_t PoolOwner::NumAvailable(uint64_t session_id) {
 void PoolOwner::SuspendSession(uint64_t session_id) {
   MutexLock lock(&mu_);
   const auto pool = PoolOf(session_id);
-  if (!pool.ok() || (*pool)->grace_end.has_value()) return;
-  (*pool)->grace_end = now_() + kGrace;
+  if (!pool.ok()) return;
+  (*pool)->has_stream = false;
+  if (!(*pool)->grace_end.has_value()) (*pool)->grace_end = now_() + kGrace;
 }
 
 void PoolOwner::EndSession(uint64_t session_id) {
-  DroppedPool dropped;  // goes after the lock
   MutexLock lock(&mu_);
-  if (PoolOf(session_id).ok()) dropped = DropPool("ended");
+  if (const auto pool = PoolOf(session_id); pool.ok()) Orphan(*pool, "ended");
 }
 
-std::optional<PoolOwner::Clock::time_point> PoolOwner::DropExpired() {
-  DroppedPool dropped;  // goes after the lock
+std::optional<PoolOwner::Clock::time_point> PoolOwner::EndExpiredSession() {
   MutexLock lock(&mu_);
   if (!pool_.has_value() || !pool_->grace_end.has_value()) return std::nullopt;
   if (now_() < *pool_->grace_end) return pool_->grace_end;
-  dropped = DropPool("broke and was not taken up again");
+  Orphan(&*pool_, "broke and was not taken up again");
   return std::nullopt;
 }
 
-PoolOwner::DroppedPool PoolOwner::DropPool(const char* why) {
-  DroppedPool dropped = {memory_server_->Withdraw(), std::move(pool_->cache)};
-  const PrefixCacheStats stats = dropped.cache->stats();
-  LOG_INFO("session {}: {}; pool {:#x} dropped: {} blocks leased, {} pinned, {} entries",
-           pool_->session_id, why, pool_->pool_epoch, stats.num_leased, stats.num_committed_pinned,
-           stats.num_entries);
+void PoolOwner::Orphan(Pool* pool, const char* why) {
+  const PrefixCacheStats stats = pool->cache->stats();
+  LOG_INFO("session {}: {}; pool {:#x} waits for another one: {} blocks were leased, {} pinned",
+           pool->session_id, why, pool->pool_epoch, stats.num_leased, stats.num_committed_pinned);
+  pool->cache->EndSession();
+  pool->session_id = kNoSession;
+  pool->has_stream = false;
+  pool->must_reconcile = false;
+  pool->grace_end.reset();
+  pool->last_copy_id_of_others = pool->last_copy_id;
+  pool->write_backs.clear();
+  pool->lost_write_backs.clear();
+}
+
+void PoolOwner::MakeRoomFor(const proto::OpenPool& request) {
+  // What is left of a pool. Freeing it takes long, so that is done without the lock.
+  std::shared_ptr<const void> memory;
+  std::unique_ptr<PrefixCache> cache;
+  MutexLock lock(&mu_);
+  if (!pool_.has_value() || pool_->session_id != kNoSession) return;
+  if (request.resume_only() || !CheckOpenPool(request).ok()) return;
+  LOG_INFO("pool {:#x}: nobody has adopted it; it makes room for another one: {} entries dropped",
+           pool_->pool_epoch, pool_->cache->stats().num_entries);
+  memory = memory_server_->Withdraw();
+  cache = std::move(pool_->cache);
   pool_.reset();
-  return dropped;
 }
 
 proto::StatsReply PoolOwner::Stats() {

@@ -34,16 +34,22 @@ class CacheWatcher {
 
 // Owns the KV pool: the states and the index of its blocks here, its bytes in the memory server.
 //
-//   no pool --OpenPool--> open --stream breaks--> grace (5 s) --ends--> no pool
-//                          |  ^                     |
-//                  session |  `---- Reconcile ------' OpenPool of the same api_epoch ("resumed")
-//                    ends  `--> no pool
+//   no pool --OpenPool--> open --stream breaks--> grace (5 s) --ends--> orphan
+//                          |  ^                     |  |                 |  |
+//                          |  `---- Reconcile ------'  |                 |  | OpenPool that adopts
+//                          it
+//                  session |   OpenPool of the same    `-----> open <----'--'
+//                    ends  |   api_epoch ("resumed")     OpenPool that adopts it
+//                          `--> orphan
 //
 // One session at a time has the pool. The same api_epoch may take it up on another stream, even
-// before the old one is known to be broken; the grace goes on until Reconcile is done. A request
-// that is malformed or comes at the wrong time gets a Refusal and changes nothing. Without a pool
-// its memory is withdrawn. Threading: any thread. One mutex guards all state, and nothing waits
-// while it is held, nor is memory unmapped.
+// before the old one is known to be broken; the grace goes on until Reconcile is done. When the
+// session is over, its pins are gone, what it had leased is quarantined, and the pool waits for as
+// long as this process lives: for the API server of another api_epoch that adopts it by its
+// pool_epoch, during the grace too if the stream is known to be broken; or for one that opens
+// another pool, and drops it with its memory. A request that is malformed or comes at the wrong
+// time gets a Refusal and changes nothing. Threading: any thread. One mutex guards all state, and
+// nothing waits while it is held, nor is memory unmapped.
 class PoolOwner {
  public:
   using Clock = std::chrono::steady_clock;
@@ -65,12 +71,13 @@ class PoolOwner {
   std::vector<proto::CacheReply> Handle(uint64_t session_id, const proto::CacheRequest& request)
       EXCLUDES(mu_);
 
-  // The stream with this id broke: the grace begins. Whoever has the timer calls DropExpired.
+  // The stream with this id broke: the grace begins. Whoever has the timer calls
+  // EndExpiredSession.
   void SuspendSession(uint64_t session_id) EXCLUDES(mu_);
-  // The client has ended the session: drops the pool. Has no effect the second time.
+  // The client has ended the session. Has no effect the second time.
   void EndSession(uint64_t session_id) EXCLUDES(mu_);
-  // Drops the pool once its grace has ended. Returns when to call again, if a grace goes on.
-  std::optional<Clock::time_point> DropExpired() EXCLUDES(mu_);
+  // Ends the session once its grace has ended. Returns when to call again, if a grace goes on.
+  std::optional<Clock::time_point> EndExpiredSession() EXCLUDES(mu_);
 
   proto::StatsReply Stats() EXCLUDES(mu_);
   absl::StatusOr<proto::AdminReply> Admin(const proto::AdminRequest& request) EXCLUDES(mu_);
@@ -81,17 +88,21 @@ class PoolOwner {
   void Unwatch(CacheWatcher* watcher) EXCLUDES(mu_);
 
  private:
+  static constexpr uint64_t kNoSession = 0;
+
   struct Pool {
-    proto::OpenPool spec;
-    uint64_t session_id = 0;
+    proto::OpenPool spec;  // its api_epoch is that of the session that has it, or had it
+    uint64_t session_id = kNoSession;  // none: an orphan
+    bool has_stream = false;           // the session's is not known to be broken
     uint64_t pool_epoch = 0;
     uint32_t num_host_slots = 0;
     std::unique_ptr<PrefixCache> cache;
     uint64_t last_copy_id = 0;                   // that was ordered
+    uint64_t last_copy_id_of_others = 0;         // from sessions that are over
     std::map<uint64_t, CopyOrder> write_backs;   // under way, by copy_id
     std::deque<CopyOrder> lost_write_backs;      // of them, to be ordered again
     bool must_reconcile = false;                 // before anything else
-    std::optional<Clock::time_point> grace_end;  // none: open
+    std::optional<Clock::time_point> grace_end;  // none: open, or an orphan
   };
 
   absl::Status Dispatch(uint64_t session_id, const proto::CacheRequest& request,
@@ -100,6 +111,12 @@ class PoolOwner {
                               proto::CacheReply* reply) REQUIRES(mu_);
   absl::StatusOr<proto::PoolOpened> Open(uint64_t session_id, const proto::OpenPool& request)
       REQUIRES(mu_);
+  static absl::Status IsTaken(const Pool& pool);
+  absl::Status TakeUp(Pool* pool, uint64_t session_id, const proto::OpenPool& request)
+      REQUIRES(mu_);
+  // NOT_FOUND: no pool of that epoch. FAILED_PRECONDITION: its session's stream is there, or it is
+  // laid out otherwise.
+  absl::Status Adopt(uint64_t session_id, const proto::OpenPool& request) REQUIRES(mu_);
   absl::Status CreatePool(uint64_t session_id, const proto::OpenPool& request) REQUIRES(mu_);
   // RESOURCE_EXHAUSTED: it does not fit into the memory that is available, its index included.
   absl::StatusOr<std::unique_ptr<PoolMemory>> CreateMemory(const proto::OpenPool& request,
@@ -114,12 +131,10 @@ class PoolOwner {
   absl::StatusOr<Pool*> PoolOf(uint64_t session_id) REQUIRES(mu_);
   uint32_t NumAvailable(uint64_t session_id) REQUIRES(mu_);
   void TellWatchers() REQUIRES(mu_);
-  // What is left of a pool. Freeing it takes long, so that is done without the lock.
-  struct DroppedPool {
-    std::shared_ptr<const void> memory;
-    std::unique_ptr<PrefixCache> cache;
-  };
-  [[nodiscard]] DroppedPool DropPool(const char* why) REQUIRES(mu_);
+  // Ends the pool's session, for the reason that the log is told.
+  void Orphan(Pool* pool, const char* why) REQUIRES(mu_);
+  // Drops an orphan that such a request would replace, before the new pool asks for memory.
+  void MakeRoomFor(const proto::OpenPool& request) EXCLUDES(mu_);
 
   MemoryServer* const memory_server_;
   const std::string resize_path_;

@@ -1,8 +1,5 @@
-#include "cache_manager/service/pool_owner.h"
-
 #include <fmt/format.h>
 #include <gmock/gmock.h>
-#include <google/protobuf/text_format.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -11,6 +8,8 @@
 #include <fstream>
 #include <string>
 
+#include "cache_manager/service/pool_owner_test_util.h"
+
 namespace wintserve {
 namespace {
 
@@ -18,92 +17,6 @@ using std::chrono::milliseconds;
 using std::chrono::seconds;
 using ::testing::HasSubstr;
 using ::testing::SizeIs;
-
-constexpr uint64_t kMe = 1;  // session ids
-constexpr uint64_t kLater = 2;
-
-proto::CacheRequest Parse(const std::string& text) {
-  proto::CacheRequest request;
-  EXPECT_TRUE(google::protobuf::TextFormat::ParseFromString(text, &request)) << text;
-  return request;
-}
-
-class Watcher : public CacheWatcher {
- public:
-  void OnEvent(std::shared_ptr<const proto::CacheEvent> event) override {
-    kinds += fmt::format("{}{} ", event->kind() == proto::CacheEvent::KIND_STORED ? "+" : "-",
-                         event->entry());
-  }
-  void OnLostEvents() override { ++num_lost; }
-
-  std::string kinds;
-  int num_lost = 0;
-};
-
-class PoolOwnerTest : public testing::Test {
- protected:
-  PoolOwnerTest() {
-    auto server =
-        MemoryServer::Start(testing::TempDir() + "/owner_" + std::to_string(::getpid()), "token");
-    EXPECT_TRUE(server.ok()) << server.status();
-    memory_server_ = *std::move(server);
-    StartOwner();
-  }
-
-  void StartOwner(const std::string& resize_path = "") {
-    owner_ = std::make_unique<PoolOwner>(memory_server_.get(), resize_path, make_memory_,
-                                         [this] { return now_; });
-  }
-
-  std::vector<proto::CacheReply> HandleAll(uint64_t session, const std::string& text) {
-    return owner_->Handle(session, Parse(text));
-  }
-  proto::CacheReply Handle(uint64_t session, const std::string& text) {
-    return HandleAll(session, text)[0];
-  }
-  // The refusal's text; empty: done.
-  std::string Refusal(uint64_t session, const std::string& text) {
-    return Handle(session, text).refusal().text();
-  }
-  void Open(uint64_t session = kMe, const std::string& more = "") {
-    ASSERT_EQ(Refusal(session, kOpen + more + "}"), "");
-  }
-  // 4 blocks of 2 tokens.
-  static constexpr char kOpen[] =
-      "open { api_epoch: 10 num_blocks: 4 block_bytes_by_rank: 4096 block_size_tokens: 2 ";
-
-  // Leases `count` blocks and commits them as tokens 0, 1, 2, …; returns their entries.
-  std::vector<uint64_t> Store(uint64_t session, int count) {
-    const auto leased = Handle(session, fmt::format("lease {{ count: {} }}", count));
-    EXPECT_EQ(leased.leased().blocks_size(), count) << leased.DebugString();
-    std::string commit = "commit { ";
-    for (const auto& block : leased.leased().blocks()) {
-      commit += fmt::format("blocks {{ id: {} generation: {} }}", block.id(), block.generation());
-    }
-    for (int i = 0; i < 2 * count; ++i) commit += fmt::format(" tokens: {}", i);
-    const auto committed = Handle(session, commit + "}");
-    EXPECT_EQ(committed.refusal().text(), "");
-    return {committed.committed().entry().begin(), committed.committed().entry().end()};
-  }
-  static std::string Release(const std::vector<uint64_t>& entries) {
-    std::string text = "release {";
-    for (const uint64_t entry : entries) text += fmt::format(" entries: {}", entry);
-    return text + "}";
-  }
-
-  static std::string CopyDone(const proto::CacheReply& push) {
-    std::string text = "copy_done {";
-    for (const auto& copy : push.copy_out().copies()) {
-      text += fmt::format(" copy_ids: {}", copy.copy_id());
-    }
-    return text + "}";
-  }
-
-  PoolMemoryMaker make_memory_ = &HostPoolMemory::Create;
-  PoolOwner::Clock::time_point now_;
-  std::unique_ptr<MemoryServer> memory_server_;
-  std::unique_ptr<PoolOwner> owner_;
-};
 
 // What a maker of pools is asked for, and what becomes of what it makes.
 class CountedMemory final : public PoolMemory {
@@ -124,6 +37,7 @@ TEST_F(PoolOwnerTest, MemoryIsMadeToTheSizeOfThePoolAndGoesWithIt) {
   int num_alive = 0;
   make_memory_ = [&](const PoolSize& size, int64_t) -> absl::StatusOr<std::unique_ptr<PoolMemory>> {
     asked.push_back(size);
+    EXPECT_EQ(num_alive, 0) << "the memory of the pool before is wanted for this one";
     return std::make_unique<CountedMemory>(&num_alive);
   };
   StartOwner();
@@ -134,6 +48,13 @@ TEST_F(PoolOwnerTest, MemoryIsMadeToTheSizeOfThePoolAndGoesWithIt) {
   EXPECT_EQ(asked[0].num_host_slots, 3u);
   EXPECT_EQ(num_alive, 1);
   owner_->EndSession(kMe);
+  EXPECT_EQ(num_alive, 1) << "it waits for whoever adopts the pool";
+  Open(kLater);
+  EXPECT_EQ(asked.size(), 2u);
+  EXPECT_EQ(num_alive, 1);
+  owner_->EndSession(kLater);
+  owner_.reset();
+  memory_server_.reset();
   EXPECT_EQ(num_alive, 0);
 }
 
@@ -228,6 +149,7 @@ TEST_F(PoolOwnerTest, RefusesHostileRequestsInOneClearLineAndNothingChanges) {
       {"copy_done { copy_ids: [5, 5] }", "CopyDone: copy_id 5 is named twice"},
       {"copy_done { copy_ids: 0 }", "CopyDone: copy_ids[0] is 0, which names none"},
       {"copy_done { copy_ids: 5 }", "CopyDone: no copy 5 was ordered"},
+      {"distrust_steps {}", "DistrustSteps: first_step is 0; allowed: 1 to 18446744073709551615"},
       {"reconcile {}", "Reconcile: comes once, after an OpenPool whose answer says resumed"},
       {"open { api_epoch: 10 }", "OpenPool: num_blocks is 0; allowed: 1 to 2147483647"},
       {std::string(kOpen) + "}", "OpenPool: this session has the pool open already"},
@@ -268,6 +190,11 @@ TEST_F(PoolOwnerTest, RefusesPoolsThatCannotBe) {
       {"api_epoch: 1 num_blocks: 1048576 block_bytes_by_rank: 1073741824 block_size_tokens: 64",
        "KV pool of 1048576.00 GiB does not fit into the"},
       {"api_epoch: 1 num_blocks: 1 block_bytes_by_rank: 1 block_size_tokens: 1 "
+       "adopt_pool_epoch: 5",
+       "OpenPool: adopt_pool_epoch is 0x5 without resume_only"},
+      {"api_epoch: 1 resume_only: true block_bytes_by_rank: 1 block_size_tokens: 1",
+       "num_blocks is 0; allowed: 1 to 2147483647"},
+      {"api_epoch: 1 num_blocks: 1 block_bytes_by_rank: 1 block_size_tokens: 1 "
        "host_bytes: 1125899906842624",
        "lower --swap-space"},
       // The index of that many blocks would not fit, though their bytes would.
@@ -284,9 +211,15 @@ TEST_F(PoolOwnerTest, RefusesPoolsThatCannotBe) {
 }
 
 TEST_F(PoolOwnerTest, NothingIsServedBeforeOpenPoolAndBeforeReconcile) {
-  const char* const requests[] = {
-      "peek { tokens: 1 }",     "match { tokens: 1 }", "lease { count: 1 }",        "commit {}",
-      "release { entries: 1 }", "return_blocks {}",    "copy_done { copy_ids: 1 }", "fence {}"};
+  const char* const requests[] = {"peek { tokens: 1 }",
+                                  "match { tokens: 1 }",
+                                  "lease { count: 1 }",
+                                  "commit {}",
+                                  "release { entries: 1 }",
+                                  "return_blocks {}",
+                                  "copy_done { copy_ids: 1 }",
+                                  "fence {}",
+                                  "distrust_steps { first_step: 1 }"};
   for (const char* request : requests) {
     EXPECT_EQ(Refusal(kMe, request), "this session has no pool open; OpenPool comes first");
   }
@@ -303,15 +236,20 @@ TEST_F(PoolOwnerTest, NothingIsServedBeforeOpenPoolAndBeforeReconcile) {
 
 TEST_F(PoolOwnerTest, TheGraceEndsAfterFiveSecondsAndNotBefore) {
   Open();
+  const uint64_t pool_epoch = owner_->Stats().pool_epoch();
+  ASSERT_EQ(Refusal(kMe, "lease { count: 1 }"), "");
   owner_->SuspendSession(kMe);
-  EXPECT_EQ(owner_->DropExpired(), now_ + seconds(5));
+  EXPECT_EQ(owner_->EndExpiredSession(), now_ + seconds(5));
   now_ += seconds(5) - milliseconds(1);
-  EXPECT_NE(owner_->DropExpired(), std::nullopt);
-  EXPECT_NE(owner_->Stats().pool_epoch(), 0u);
+  EXPECT_NE(owner_->EndExpiredSession(), std::nullopt);
+  EXPECT_EQ(owner_->Stats().num_leased(), 1u);
   now_ += milliseconds(1);
-  EXPECT_EQ(owner_->DropExpired(), std::nullopt);
-  EXPECT_EQ(owner_->Stats().pool_epoch(), 0u);
-  EXPECT_FALSE(Handle(kLater, std::string(kOpen) + "}").opened().resumed());
+  EXPECT_EQ(owner_->EndExpiredSession(), std::nullopt);
+  EXPECT_EQ(owner_->Stats().pool_epoch(), pool_epoch);
+  EXPECT_EQ(owner_->Stats().num_quarantined(), 1u);
+  const proto::CacheReply again = Handle(kLater, std::string(kOpen) + "}");
+  EXPECT_FALSE(again.opened().resumed());
+  EXPECT_NE(again.opened().pool_epoch(), pool_epoch) << "its own is over: it gets another one";
 }
 
 // A7: workers may still map a pool that is gone; whoever asks for it must not get a second one.
@@ -349,7 +287,7 @@ TEST_F(PoolOwnerTest, ASessionThatWasTakenOverCanDoNothingMore) {
   ASSERT_EQ(Refusal(kLater, "reconcile {}"), "");
   owner_->SuspendSession(kMe);
   owner_->EndSession(kMe);
-  EXPECT_EQ(owner_->DropExpired(), std::nullopt);
+  EXPECT_EQ(owner_->EndExpiredSession(), std::nullopt);
   EXPECT_EQ(Handle(kLater, "lease { count: 4 }").leased().blocks_size(), 4);
 }
 
@@ -378,25 +316,28 @@ TEST_F(PoolOwnerTest, ReconcileKeepsWhatIsClaimedAndDropsTheRest) {
   EXPECT_EQ(stats.num_leased(), 1u);
   EXPECT_EQ(stats.num_free(), 1u);
   now_ += seconds(60);
-  EXPECT_EQ(owner_->DropExpired(), std::nullopt) << "the grace is over with the Reconcile";
+  EXPECT_EQ(owner_->EndExpiredSession(), std::nullopt) << "the grace is over with the Reconcile";
 }
 
-TEST_F(PoolOwnerTest, ASessionThatNeverReconcilesLosesThePool) {
+TEST_F(PoolOwnerTest, ASessionThatNeverReconcilesLosesWhatItHeld) {
   Open();
+  ASSERT_EQ(Refusal(kMe, "lease { count: 3 }"), "");
   owner_->SuspendSession(kMe);
   now_ += seconds(3);
   ASSERT_TRUE(Handle(kLater, std::string(kOpen) + "}").opened().resumed());
   owner_->SuspendSession(kLater);  // does not begin another grace
   now_ += seconds(2);
-  owner_->DropExpired();
-  EXPECT_EQ(owner_->Stats().pool_epoch(), 0u);
+  EXPECT_EQ(owner_->EndExpiredSession(), std::nullopt);
+  EXPECT_EQ(owner_->Stats().num_quarantined(), 3u);
+  EXPECT_EQ(Refusal(kLater, "reconcile {}"), "this session has no pool open; OpenPool comes first");
 }
 
 TEST_F(PoolOwnerTest, OtherParametersOfTheSameApiEpochAreRefused) {
   Open();
   owner_->SuspendSession(kMe);
   EXPECT_EQ(Refusal(kLater, kOpen + std::string("root_seed: 'other' }")),
-            "OpenPool: api_epoch 0xa has opened its pool with other parameters");
+            "OpenPool: api_epoch 0xa has opened its pool with other parameters: root_seed is "
+            "another one: its content is that of another model, or is computed in another way");
 }
 
 // 16 blocks of 2 tokens and as many host slots: write-backs run 2 blocks ahead.

@@ -11,6 +11,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "common/config/flag.h"
+#include "common/config/queue_flags.h"
 #include "common/config/yaml_file.h"
 #include "common/exit_code.h"
 #include "common/status_macros.h"
@@ -356,8 +357,15 @@ void FillDefaults(const Draft& draft) {
   if (options.port != 0 && options.metrics_port == options.port) options.metrics_port.reset();
 }
 
+std::optional<BrokenRule> CheckQueues(const ServeOptions& options) {
+  const std::optional<QueueFlagError> error = CheckQueueFlags(options);
+  if (!error.has_value()) return std::nullopt;
+  return BrokenRule{error->flag, error->reason};
+}
+
 std::optional<Failure> CheckTogether(const ServeOptions& options, const Sources& sources) {
   std::optional<BrokenRule> broken = CheckPorts(options);
+  if (!broken.has_value()) broken = CheckQueues(options);
   if (!broken.has_value()) broken = CheckLimits(options);
   if (!broken.has_value()) broken = CheckChunking(options, sources);
   if (!broken.has_value()) broken = CheckDevice(options);
@@ -370,7 +378,7 @@ std::optional<Failure> CheckTogether(const ServeOptions& options, const Sources&
                        fmt::format("{}: {}", source->second.place, broken->reason));
 }
 
-void AddNotes(const std::function<const char*(const char*)>& get_env, Draft* draft) {
+void AddNotes(Draft* draft) {
   ServeOptions& options = draft->command->options;
   if (options.use_cudagraph && options.device == "cpu") {
     draft->Note("use-cudagraph", "there are no CUDA graphs on --device cpu; ignored");
@@ -379,8 +387,8 @@ void AddNotes(const std::function<const char*(const char*)>& get_env, Draft* dra
   if (draft->given.contains("gpu-memory-utilization") && options.device == "cpu") {
     draft->Note("gpu-memory-utilization", "there is no GPU on --device cpu; ignored");
   }
-  if (get_env("FD_LOG_DIR") != nullptr) {
-    draft->command->notes.push_back("FD_LOG_DIR: logs go to stderr; ignored");
+  for (std::string& warning : QueueFlagWarnings(options)) {
+    draft->command->notes.push_back(std::move(warning));
   }
 }
 
@@ -460,6 +468,10 @@ CommandLine ParseVerb(Verb verb, const std::vector<std::string>& args,
   if (const char* keys = get_env("FD_API_KEY"); keys != nullptr && verb == Verb::kServe) {
     sources.emplace("api-key", Source{absl::StrSplit(keys, ',', absl::SkipEmpty()), "FD_API_KEY"});
   }
+  const char* log_dir = get_env("FD_LOG_DIR");
+  if (log_dir != nullptr && *log_dir != '\0') {
+    sources.emplace("log-dir", Source{{log_dir}, "FD_LOG_DIR"});
+  }
 
   CommandLine command;
   command.verb = verb;
@@ -488,7 +500,7 @@ CommandLine ParseVerb(Verb verb, const std::vector<std::string>& args,
   if (verb == Verb::kGenerate && command.generate.prompt.empty()) {
     return Failure(kExitUsage, "--prompt: needs a text").ToCommandLine();
   }
-  AddNotes(get_env, &draft);
+  AddNotes(&draft);
   return command;
 }
 

@@ -79,6 +79,8 @@ TEST(CommandLine, WithoutFlagsTheDefaultsOfTheCpuHold) {
   EXPECT_EQ(command.options.max_num_seqs, 16);
   EXPECT_EQ(command.options.max_num_batched_tokens, 256);
   EXPECT_EQ(command.options.drain_timeout_ms, 55'000);
+  EXPECT_EQ(command.options.orphan_timeout_ms, 120'000);
+  EXPECT_EQ(command.options.fault_hold_ms, 60'000);
   EXPECT_TRUE(command.options.enable_prefix_caching);
   EXPECT_TRUE(command.options.enable_chunked_prefill);
   EXPECT_EQ(command.options.async_depth, 1);
@@ -147,11 +149,31 @@ TEST(CommandLine, ApiKeysAddUpAndWinOverTheEnvironment) {
   EXPECT_THAT(Serve({}).options.api_keys, IsEmpty());
 }
 
+TEST(CommandLine, TheQueuePortsStayOnLoopbackUnlessTheyAreSafeElsewhere) {
+  EXPECT_EQ(Serve({}).options.queue_host, "127.0.0.1");
+  EXPECT_EQ(Serve({"--host=0.0.0.0"}).options.queue_host, "127.0.0.1");
+  EXPECT_EQ(Serve({"--queue-host=localhost"}).options.queue_host, "127.0.0.1");
+  EXPECT_EQ(Serve({"--queue-host=127.9.9.9"}).options.queue_host, "127.9.9.9");
+  const CommandLine with_tls =
+      Serve({"--queue-host=10.0.0.1", "--queue-tls-cert=c", "--queue-tls-key=k"});
+  EXPECT_EQ(with_tls.options.queue_host, "10.0.0.1");
+  EXPECT_THAT(with_tls.notes, IsEmpty());
+
+  const CommandLine insecure = Serve({"--queue-host=10.0.0.1", "--insecure-bind"});
+  EXPECT_EQ(insecure.options.queue_host, "10.0.0.1");
+  EXPECT_THAT(insecure.notes,
+              ElementsAre(HasSubstr("--insecure-bind: the queue ports on 10.0.0.1 have no TLS")));
+  EXPECT_THAT(Serve({"--insecure-bind"}).notes,
+              ElementsAre("--insecure-bind: the queue ports are safe without it; ignored"));
+}
+
 TEST(CommandLine, SetsWhatTheFlagSays) {
   EXPECT_THAT(Serve({"--served-model-name", "a, b,c"}).options.served_model_name,
               ElementsAre("a", "b", "c"));
   EXPECT_EQ(Serve({"--host", "localhost"}).options.host, "127.0.0.1");
   EXPECT_EQ(Serve({"--drain-timeout", "1.5"}).options.drain_timeout_ms, 1500);
+  EXPECT_EQ(Serve({"--orphan-timeout", "2.5"}).options.orphan_timeout_ms, 2500);
+  EXPECT_EQ(Serve({"--fault-hold", "0"}).options.fault_hold_ms, 0);
   EXPECT_EQ(Serve({"--timeout-graceful-shutdown", "7"}).options.drain_timeout_ms, 7000);
   EXPECT_EQ(Serve({"--timeout-graceful-shutdown", "0"}).options.drain_timeout_ms, 55'000);
   EXPECT_EQ(
@@ -312,6 +334,8 @@ TEST(CommandLine, OneLineSaysWhatIsWrong) {
       {{"--gpu-memory-utilization", "nan"}, "must be 0..1 (got nan)"},
       {{"--swap-space", "x"}, "error: --swap-space: must be a number, 0..1048576 (got x)"},
       {{"--drain-timeout", "-1"}, "error: --drain-timeout: must be 0..86400 (got -1)"},
+      {{"--orphan-timeout", "0"}, "error: --orphan-timeout: must be 1..86400 (got 0)"},
+      {{"--fault-hold", "86401"}, "error: --fault-hold: must be 0..86400 (got 86401)"},
       {{"--host", "::1"}, "error: --host: must be an IPv4 address or localhost (got ::1)"},
       {{"--served-model-name", "a,"}, "must be a name, or names separated by commas (got a,)"},
       {{"--quantization", "wint4"}, "error: --quantization: the checkpoint decides; must be wint2"},
@@ -330,6 +354,16 @@ TEST(CommandLine, OneLineSaysWhatIsWrong) {
        "error: --cache-queue-port: must differ from --metrics-port (both 7000)"},
       {{"--engine-worker-queue-port=8000"},
        "error: --engine-worker-queue-port: must differ from --port (both 8000)"},
+      {{"--queue-host", "::1"},
+       "error: --queue-host: must be an IPv4 address or localhost (got ::1)"},
+      {{"--queue-host=0.0.0.0"},
+       "error: --queue-host: beyond loopback the queue ports need --queue-tls-cert and "
+       "--queue-tls-key (with --queue-tls-ca for mutual TLS), or --insecure-bind (got 0.0.0.0)"},
+      {{"--queue-host=10.0.0.1", "--queue-token-file=t"}, "error: --queue-host: beyond loopback"},
+      {{"--queue-tls-cert=c"}, "error: --queue-tls-cert: needs --queue-tls-key, too"},
+      {{"--queue-tls-key=k"}, "error: --queue-tls-key: needs --queue-tls-cert, too"},
+      {{"--queue-tls-ca=a"},
+       "error: --queue-tls-ca: needs --queue-tls-cert and --queue-tls-key, too"},
   };
   for (const Case& c : cases) {
     const CommandLine command = Serve(c.args);
@@ -465,8 +499,14 @@ TEST(CommandLine, AFeatureThatIsNotBuiltSaysSoOnce) {
                                "--enable-mm=false", "--revision=master"}) {
     EXPECT_THAT(Serve({harmless}).notes, IsEmpty()) << harmless;
   }
-  EXPECT_THAT(Serve({}, {{"FD_LOG_DIR", "/log"}}).notes,
-              ElementsAre("FD_LOG_DIR: logs go to stderr; ignored"));
+}
+
+TEST(CommandLine, TheLogDirectoryIsTheFlagsOrTheEnvironments) {
+  EXPECT_EQ(Serve({}).options.log_dir, "");
+  EXPECT_EQ(Serve({"--log-dir=a"}).options.log_dir, "a");
+  EXPECT_EQ(Serve({}, {{"FD_LOG_DIR", "/log"}}).options.log_dir, "/log");
+  EXPECT_EQ(Serve({}, {{"FD_LOG_DIR", ""}}).options.log_dir, "");
+  EXPECT_EQ(Serve({"--log-dir=a"}, {{"FD_LOG_DIR", "/log"}}).options.log_dir, "a");
 }
 
 TEST(CommandLine, MoreLogprobsThanThereAreSaysSo) {

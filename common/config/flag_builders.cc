@@ -1,5 +1,6 @@
 #include "common/config/flag_builders.h"
 
+#include <arpa/inet.h>
 #include <fmt/format.h>
 
 namespace wintserve {
@@ -39,6 +40,21 @@ Flag Text(const char* name, const char* group, std::string ServeOptions::*field,
                      });
   flag.choices = std::move(choices);
   return flag;
+}
+
+Flag Address(const char* name, const char* group, std::string ServeOptions::*field,
+             const char* help) {
+  return Custom(name, group, FlagType::kText, ServeOptions().*field, help,
+                [field](const FlagValue& value, Draft& draft) {
+                  const std::string host = value.text == "localhost" ? "127.0.0.1" : value.text;
+                  in_addr address;
+                  if (::inet_pton(AF_INET, host.c_str(), &address) != 1) {
+                    return absl::InvalidArgumentError(fmt::format(
+                        "must be an IPv4 address or localhost (got {})", ForErrorLine(value.text)));
+                  }
+                  Options(draft).*field = host;
+                  return absl::OkStatus();
+                });
 }
 
 Flag Switch(const char* name, const char* group, bool ServeOptions::*field, const char* help) {

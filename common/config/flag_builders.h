@@ -26,6 +26,9 @@ Flag Custom(const char* name, const char* group, FlagType type, std::string defa
 // These set one field of the options, whose default the help shows.
 Flag Text(const char* name, const char* group, std::string ServeOptions::*field, const char* help,
           std::vector<std::string> choices = {});
+// An IPv4 address, or localhost, which becomes one.
+Flag Address(const char* name, const char* group, std::string ServeOptions::*field,
+             const char* help);
 Flag Switch(const char* name, const char* group, bool ServeOptions::*field, const char* help);
 Flag Integer(const char* name, const char* group, int64_t min, int64_t max,
              int ServeOptions::*field, const char* help);
@@ -48,5 +51,8 @@ inline int64_t MillisecondsOf(double seconds) {
 
 // FastDeploy's flags that set nothing here.
 void AddCompatibilityFlags(std::vector<Flag>* flags);
+
+// Who may reach the queue ports, and how: queue_flags.cc.
+void AddQueueFlags(const char* group, std::vector<Flag>* flags);
 
 }  // namespace wintserve

@@ -1,6 +1,5 @@
 // The flags that set something, by group. Those of FastDeploy that set nothing here are in
 // compatibility_flags.cc.
-#include <arpa/inet.h>
 #include <fmt/format.h>
 
 #include <nlohmann/json.hpp>
@@ -26,17 +25,6 @@ constexpr int kMaxNumSeqs = 256;
 constexpr double kMaxTimeoutSeconds = 86'400;
 
 // ---- What single flags do beyond setting a field.
-
-absl::Status ApplyHost(const FlagValue& value, Draft& draft) {
-  const std::string host = value.text == "localhost" ? "127.0.0.1" : value.text;
-  in_addr address;
-  if (::inet_pton(AF_INET, host.c_str(), &address) != 1) {
-    return absl::InvalidArgumentError(
-        fmt::format("must be an IPv4 address or localhost (got {})", ForErrorLine(value.text)));
-  }
-  Options(draft).host = host;
-  return absl::OkStatus();
-}
 
 absl::Status ApplyServedModelName(const FlagValue& value, Draft& draft) {
   std::vector<std::string> names;
@@ -111,8 +99,8 @@ void AddModelFlags(std::vector<Flag>* flags) {
 }
 
 void AddListeningFlags(std::vector<Flag>* flags) {
-  flags->push_back(ServeOnly(Custom("host", kListening, Type::kText, ServeOptions().host,
-                                    "IPv4 address to listen on", ApplyHost)));
+  flags->push_back(
+      ServeOnly(Address("host", kListening, &ServeOptions::host, "IPv4 address to listen on")));
   flags->push_back(ServeOnly(
       Integer("port", kListening, 0, 65535, &ServeOptions::port, "HTTP port; 0: a free one")));
   flags->push_back(ServeOnly(Bounded(
@@ -124,10 +112,11 @@ void AddListeningFlags(std::vector<Flag>* flags) {
              }))));
   flags->push_back(ServeOnly(Integer(
       "engine-worker-queue-port", kListening, 0, 65535, &ServeOptions::engine_worker_queue_port,
-      "Port of the queue to the engine workers, on 127.0.0.1; 0: a free one")));
+      "Port of the queue to the engine workers, on --queue-host; 0: a free one")));
   flags->push_back(
       ServeOnly(Integer("cache-queue-port", kListening, 0, 65535, &ServeOptions::cache_queue_port,
-                        "Port of the cache manager, on 127.0.0.1; 0: a free one")));
+                        "Port of the cache manager, on --queue-host; 0: a free one")));
+  AddQueueFlags(kListening, flags);
   flags->push_back(ServeOnly(Repeatable(
       Custom("api-key", kListening, Type::kText, "",
              "Key that requests must carry; repeatable; default: FD_API_KEY (comma separated)",
@@ -271,6 +260,9 @@ void AddOperationFlags(std::vector<Flag>* flags) {
   flags->push_back(Text("log-level", kOperation, &ServeOptions::log_level,
                         "debug, info, warning or error; debug shows prompts",
                         {"debug", "info", "warning", "error"}));
+  flags->push_back(ServeOnly(
+      Text("log-dir", kOperation, &ServeOptions::log_dir,
+           "Directory of a log file for each process; default: FD_LOG_DIR; none: stderr only")));
   // Before --drain-timeout, which wins when both are given.
   flags->push_back(
       ServeOnly(Bounded(0, kMaxTimeoutSeconds,
@@ -284,6 +276,12 @@ void AddOperationFlags(std::vector<Flag>* flags) {
   flags->push_back(ServeOnly(Seconds("drain-timeout", kOperation, 0, kMaxTimeoutSeconds,
                                      &ServeOptions::drain_timeout_ms,
                                      "Seconds that open requests may take to finish on SIGTERM")));
+  flags->push_back(ServeOnly(
+      Seconds("orphan-timeout", kOperation, 1, kMaxTimeoutSeconds, &ServeOptions::orphan_timeout_ms,
+              "Seconds that engine workers keep their weights without an API server")));
+  flags->push_back(ServeOnly(
+      Seconds("fault-hold", kOperation, 0, kMaxTimeoutSeconds, &ServeOptions::fault_hold_ms,
+              "Seconds that requests wait for a lost engine worker; then 503")));
 }
 
 void AddGenerationFlags(std::vector<Flag>* flags) {

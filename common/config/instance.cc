@@ -46,6 +46,7 @@ absl::StatusOr<Instance> FromJson(const nlohmann::json& json) {
   instance.token = FromHex(json.at("token").get<std::string>());
   instance.runtime_dir = json.at("runtime_dir").get<std::string>();
   instance.rank = json.at("rank").get<int>();
+  instance.worker_id = json.at("worker_id").get<uint64_t>();
   instance.http_fd = json.at("http_fd").get<int>();
   instance.metrics_fd = json.at("metrics_fd").get<int>();
   instance.mode = json.at("mode").get<std::string>();
@@ -62,6 +63,7 @@ absl::StatusOr<UniqueFd> WriteInstance(const Instance& instance) {
                           {"token", ToHex(instance.token)},
                           {"runtime_dir", instance.runtime_dir},
                           {"rank", instance.rank},
+                          {"worker_id", instance.worker_id},
                           {"http_fd", instance.http_fd},
                           {"metrics_fd", instance.metrics_fd},
                           {"mode", instance.mode},

@@ -32,6 +32,12 @@ Instance UnusualInstance() {
   options.metrics_port = 2;
   options.engine_worker_queue_port = 3;
   options.cache_queue_port = 4;
+  options.queue_host = "10.0.0.1";
+  options.queue_tls_cert = "/cert.pem";
+  options.queue_tls_key = "/key.pem";
+  options.queue_tls_ca = "/ca.pem";
+  options.queue_token_file = "/token";
+  options.insecure_bind = true;
   options.api_keys = {"key,with=signs"};
   options.device = "cuda";
   options.kv_cache_dtype = "int8";
@@ -61,10 +67,14 @@ Instance UnusualInstance() {
   options.num_gpu_blocks_override = 11;
   options.swap_space_gib = 0.1;
   options.log_level = "debug";
+  options.log_dir = "/log";
   options.drain_timeout_ms = int64_t{1} << 40;
+  options.orphan_timeout_ms = 20;
+  options.fault_hold_ms = 21;
   instance.token = std::string("\0\xff\x80 token", 9);
   instance.runtime_dir = "/run/wintserve-1";
   instance.rank = 3;
+  instance.worker_id = 0xfedcba9876543210;
   instance.http_fd = 4;
   instance.metrics_fd = 5;
   instance.mode = "generate";
@@ -96,6 +106,7 @@ TEST(Instance, EveryFieldSurvivesTheTrip) {
   EXPECT_EQ(got->token, sent.token);
   EXPECT_EQ(got->runtime_dir, sent.runtime_dir);
   EXPECT_EQ(got->rank, sent.rank);
+  EXPECT_EQ(got->worker_id, sent.worker_id);
   EXPECT_EQ(got->http_fd, sent.http_fd);
   EXPECT_EQ(got->metrics_fd, sent.metrics_fd);
   EXPECT_EQ(got->mode, sent.mode);
@@ -146,7 +157,7 @@ TEST(Instance, RefusesWhatItDidNotWrite) {
       {"option of another type", changed([](auto& j) { j["options"]["port"] = "x"; }), kAllSeals,
        "options.port: wrong type"},
       {"option of a newer version", changed([](auto& j) { j["options"]["new"] = 1; }), kAllSeals,
-       "43 fields, expected 42"},
+       "52 fields, expected 51"},
       {"list of the wrong thing", changed([](auto& j) { j["options"]["api_keys"] = {1}; }),
        kAllSeals, "options.api_keys: wrong type"},
       {"an array", "[]", kAllSeals, "array"},

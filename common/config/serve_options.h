@@ -25,6 +25,12 @@ struct ServeOptions {
   std::optional<int> metrics_port;   // unset: /metrics on `port`
   int engine_worker_queue_port = 0;  // 0: pick a free one
   int cache_queue_port = 0;
+  std::string queue_host = "127.0.0.1";  // IPv4 address of the two queue ports
+  std::string queue_tls_cert;            // PEM files; empty: no TLS on the queue ports
+  std::string queue_tls_key;
+  std::string queue_tls_ca;      // empty: clients of the queue ports need no certificate
+  std::string queue_token_file;  // empty: the launcher draws the token
+  bool insecure_bind = false;    // a queue_host that is not loopback needs no TLS
   std::vector<std::string> api_keys;
 
   // Parallelism and device
@@ -62,7 +68,10 @@ struct ServeOptions {
 
   // Operation
   std::string log_level = "info";
+  std::string log_dir;  // a log file for each process, made if missing; empty: the console only
   int64_t drain_timeout_ms = 55'000;
+  int64_t orphan_timeout_ms = 120'000;  // how long engine workers wait for a new API server
+  int64_t fault_hold_ms = 60'000;       // how long requests wait for lost ranks; beyond: 503
 };
 
 }  // namespace wintserve

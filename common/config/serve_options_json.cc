@@ -25,6 +25,12 @@ void VisitFields(Options& options, Visit&& visit) {
   visit("metrics_port", options.metrics_port);
   visit("engine_worker_queue_port", options.engine_worker_queue_port);
   visit("cache_queue_port", options.cache_queue_port);
+  visit("queue_host", options.queue_host);
+  visit("queue_tls_cert", options.queue_tls_cert);
+  visit("queue_tls_key", options.queue_tls_key);
+  visit("queue_tls_ca", options.queue_tls_ca);
+  visit("queue_token_file", options.queue_token_file);
+  visit("insecure_bind", options.insecure_bind);
   visit("api_keys", options.api_keys);
   visit("device", options.device);
   visit("tensor_parallel_size", options.tensor_parallel_size);
@@ -54,7 +60,10 @@ void VisitFields(Options& options, Visit&& visit) {
   visit("num_gpu_blocks_override", options.num_gpu_blocks_override);
   visit("swap_space_gib", options.swap_space_gib);
   visit("log_level", options.log_level);
+  visit("log_dir", options.log_dir);
   visit("drain_timeout_ms", options.drain_timeout_ms);
+  visit("orphan_timeout_ms", options.orphan_timeout_ms);
+  visit("fault_hold_ms", options.fault_hold_ms);
 }
 
 template <typename T>

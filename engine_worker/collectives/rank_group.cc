@@ -13,17 +13,31 @@ absl::Status NotBound() {
 
 }  // namespace
 
+void RankGroup::BeginJoin() {
+  MutexLock lock(&mutex_);
+  is_aborted_ = false;
+}
+
+void RankGroup::SetJoinAbort(std::function<void()> abort) {
+  MutexLock lock(&mutex_);
+  if (is_aborted_) abort();
+  join_abort_ = std::move(abort);
+}
+
 void RankGroup::Bind(std::unique_ptr<Collective> group) {
   CHECK(group->rank() == rank_ && group->world_size() == world_size_, "rank {} of {}, not {} of {}",
         group->rank(), group->world_size(), rank_, world_size_);
   MutexLock lock(&mutex_);
   group_ = std::move(group);
+  join_abort_ = nullptr;
+  if (is_aborted_) group_->Abort();
 }
 
 void RankGroup::Unbind() {
   std::unique_ptr<Collective> group;  // may take its time to go: not under the lock
   MutexLock lock(&mutex_);
   group = std::move(group_);
+  join_abort_ = nullptr;
 }
 
 absl::Status RankGroup::AllReduceSum(float* data, int64_t count) {
@@ -45,6 +59,8 @@ absl::Status RankGroup::DeviceStatus() {
 
 void RankGroup::Abort() {
   MutexLock lock(&mutex_);
+  is_aborted_ = true;
+  if (join_abort_ != nullptr) join_abort_();
   if (group_ != nullptr) group_->Abort();
 }
 

@@ -22,11 +22,14 @@ constexpr int64_t kSlotBytes = 512 << 10;
 
 absl::StatusOr<std::unique_ptr<ShmCollective>> JoinThroughMemory(const GroupPlace& place,
                                                                  int64_t slot_bytes) {
-  ASSIGN_OR_RETURN(
-      MappedMemory memory,
+  absl::StatusOr<MappedMemory> memory =
       FetchGroupMemory(place.supervisor_socket, place.token, place.group_epoch,
-                       ShmGroupMemoryBytes(place.world_size, slot_bytes), kMemoryTimeoutMs));
-  return ShmCollective::Create(std::make_shared<MappedMemory>(std::move(memory)),
+                       ShmGroupMemoryBytes(place.world_size, slot_bytes), kMemoryTimeoutMs);
+  if (absl::IsUnavailable(memory.status())) {
+    return absl::DeadlineExceededError(memory.status().message());
+  }
+  RETURN_IF_ERROR(memory.status());
+  return ShmCollective::Create(std::make_shared<MappedMemory>(*std::move(memory)),
                                {.group_epoch = place.group_epoch,
                                 .rank = place.rank,
                                 .world_size = place.world_size,
@@ -35,13 +38,15 @@ absl::StatusOr<std::unique_ptr<ShmCollective>> JoinThroughMemory(const GroupPlac
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Collective>> JoinGroup(const GroupPlace& place,
-                                                      const kernels::Backend& backend) {
+absl::StatusOr<std::unique_ptr<Collective>> JoinGroup(
+    const GroupPlace& place, const kernels::Backend& backend,
+    [[maybe_unused]] const std::function<void(std::function<void()> abort)>& on_waiting) {
   if (place.world_size == 1) return MakeSingleRankCollective();
   if (backend.uses_host_memory()) return JoinThroughMemory(place, kSlotBytes);
 #ifdef WINTSERVE_HAS_CUDA
   ASSIGN_OR_RETURN(std::unique_ptr<ShmCollective> control,
                    JoinThroughMemory(place, kNcclControlSlotBytes));
+  on_waiting(control->AbortFunction());
   return NcclCollective::Create(std::move(control), {.stream = kernels::cuda::StreamOf(backend)});
 #else
   return absl::UnimplementedError("this build has no collectives for a device of its own memory");

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -19,9 +20,12 @@ struct GroupPlace {
   int world_size = 1;
 };
 
-// Waits for the other ranks where the backend's devices have to meet first. The backend outlives
-// the collective. Errors: those of FetchGroupMemory, and of the collective's creation.
-absl::StatusOr<std::unique_ptr<Collective>> JoinGroup(const GroupPlace& place,
-                                                      const kernels::Backend& backend);
+// Waits for the other ranks where the backend's devices have to meet first; `on_waiting` gets what
+// ends that wait, from any thread. The backend outlives the collective. UNAVAILABLE: another rank
+// is gone, or the wait was ended. Other errors: those of the collective's creation, and of
+// FetchGroupMemory, whose UNAVAILABLE is DEADLINE_EXCEEDED here.
+absl::StatusOr<std::unique_ptr<Collective>> JoinGroup(
+    const GroupPlace& place, const kernels::Backend& backend,
+    const std::function<void(std::function<void()> abort)>& on_waiting);
 
 }  // namespace wintserve

@@ -3,6 +3,8 @@
 #include <chrono>
 #include <utility>
 
+#include "common/check.h"
+
 namespace wintserve {
 
 StepFinisher::StepFinisher(std::function<void(const absl::StatusOr<StepDone>&)> done)
@@ -37,6 +39,12 @@ bool StepFinisher::DrainFor(int64_t timeout_ms) {
   MutexLock lock(&mutex_);
   return changed_.WaitFor(&mutex_, std::chrono::milliseconds(timeout_ms),
                           [this]() NO_THREAD_SAFETY_ANALYSIS { return steps_.empty(); });
+}
+
+void StepFinisher::Restart() {
+  MutexLock lock(&mutex_);
+  CHECK(steps_.empty(), "{} steps", steps_.size());
+  has_failed_ = false;
 }
 
 bool StepFinisher::IsIdle() {

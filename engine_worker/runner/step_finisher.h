@@ -16,7 +16,7 @@
 namespace wintserve {
 
 // Hands the results of steps on in the order in which they were added. After one that failed
-// nothing more is handed on.
+// nothing more is handed on until Restart().
 //
 // Threading: thread-safe but for Add, which is for one thread. `done` is called on the adding
 // thread, for a step that is done when it is added and has none before it, or on the finisher's
@@ -32,6 +32,9 @@ class StepFinisher {
   void Drain() EXCLUDES(mutex_);
   // The same, but false after timeout_ms.
   bool DrainFor(int64_t timeout_ms) EXCLUDES(mutex_);
+
+  // Forgets that a step has failed. For the adding thread, after Drain().
+  void Restart() EXCLUDES(mutex_);
 
  private:
   void Finish(PendingStep* step) EXCLUDES(mutex_);

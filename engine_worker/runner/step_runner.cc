@@ -104,20 +104,22 @@ absl::Status StepRunner::AllocateMemory(void* host_tier) {
 absl::Status StepRunner::WarmUp() {
   CHECK(chain_.step == config_.chain.step, "a warm-up after step {}", chain_.step);
   graphs_.Clear();
-  RETURN_IF_ERROR(WarmUpRows(1));
+  ASSIGN_OR_RETURN(const std::unique_ptr<kernels::Buffer> block,
+                   backend_->Allocate(model_->kv_block_bytes()));
+  RETURN_IF_ERROR(WarmUpRows(1, *block));
   if (config_.use_graphs) RETURN_IF_ERROR(CaptureGraphs());
   RETURN_IF_ERROR(backend_->Record()->Wait());
   return collective_->DeviceStatus();
 }
 
-absl::Status StepRunner::WarmUpRows(int64_t num_rows) {
+absl::Status StepRunner::WarmUpRows(int64_t num_rows, const kernels::Buffer& kv_block) {
   const int32_t block = 0;
   batch_.tokens = {0};
   batch_.rows = {{.position = 0, .length = 1, .block_table = {&block, 1}, .want_logits = true}};
   batch_.num_padding_rows = static_cast<int32_t>(num_rows - 1);
   batch_logit_rows_ = 1;
   num_device_ids_ = 0;
-  return RunBatch();
+  return RunBatch(kv_block.data());
 }
 
 absl::Status StepRunner::CaptureGraphs() {
@@ -126,13 +128,15 @@ absl::Status StepRunner::CaptureGraphs() {
   constexpr int64_t kMaxRows = 1024;
   const int64_t max_rows = std::min<int64_t>(
       {config_.max_slots, model_->max_batch_tokens(), model_->max_logit_rows(), kMaxRows});
+  ASSIGN_OR_RETURN(const std::unique_ptr<kernels::Buffer> block,
+                   backend_->Allocate(model_->kv_block_bytes()));
   return graphs_.CaptureUpTo(
       max_rows,
-      [this](int64_t num_rows,
-             kernels::ConstRows* logits) -> absl::StatusOr<std::function<absl::Status()>> {
-        RETURN_IF_ERROR(WarmUpRows(num_rows));
+      [&](int64_t num_rows,
+          kernels::ConstRows* logits) -> absl::StatusOr<std::function<absl::Status()>> {
+        RETURN_IF_ERROR(WarmUpRows(num_rows, *block));
         int32_t* const ids = result_layout_.ids(device_results_->data());
-        return [this, ids, logits] { return ComputeIds(ids, logits); };
+        return [this, ids, logits] { return ComputeIds(kv_pool_, ids, logits); };
       });
 }
 
@@ -178,7 +182,8 @@ absl::Status StepRunner::CheckChain(const StepPlan& plan) const {
     return absl::FailedPreconditionError(fmt::format(
         "plan of pool epoch {:x}, the mapped pool is {:x}", plan.pool_epoch, config_.pool_epoch));
   }
-  if (plan.step != chain_.step + 1) {
+  const bool is_first = chain_.step == 0;
+  if (is_first ? plan.step == 0 : plan.step != chain_.step + 1) {
     return absl::FailedPreconditionError(
         fmt::format("plan of step {} after step {}", plan.step, chain_.step));
   }
@@ -201,10 +206,10 @@ absl::Status StepRunner::RunRows(const StepPlan& plan) {
       const auto length = static_cast<uint32_t>(std::min<size_t>(row.length - offset, free_tokens));
       AddToBatch(row, offset, length);
       offset += length;
-      if (BatchIsFull()) RETURN_IF_ERROR(RunBatch());
+      if (BatchIsFull()) RETURN_IF_ERROR(RunBatch(kv_pool_));
     }
   }
-  if (!batch_.rows.empty()) RETURN_IF_ERROR(RunBatch());
+  if (!batch_.rows.empty()) RETURN_IF_ERROR(RunBatch(kv_pool_));
   CHECK(num_device_ids_ == std::ssize(sampled_));
   return absl::OkStatus();
 }
@@ -263,7 +268,7 @@ const StepGraphs::Entry* StepRunner::GraphForBatch() const {
   return graphs_.Find(std::ssize(batch_.rows));
 }
 
-absl::Status StepRunner::RunBatch() {
+absl::Status StepRunner::RunBatch(void* kv_pool) {
   const StepGraphs::Entry* const graph = GraphForBatch();
   if (graph != nullptr) {
     batch_.num_padding_rows = static_cast<int32_t>(graph->num_rows - std::ssize(batch_.rows));
@@ -281,7 +286,7 @@ absl::Status StepRunner::RunBatch() {
     RETURN_IF_ERROR(backend_->Launch(*graph->graph));
     logits = graph->logits;
   } else {
-    RETURN_IF_ERROR(ComputeIds(ids, &logits));
+    RETURN_IF_ERROR(ComputeIds(kv_pool, ids, &logits));
   }
   // Few ask for them, so they are no part of a graph.
   if (wants_logprobs) {
@@ -293,8 +298,8 @@ absl::Status StepRunner::RunBatch() {
   return absl::OkStatus();
 }
 
-absl::Status StepRunner::ComputeIds(int32_t* ids, kernels::ConstRows* logits) {
-  ASSIGN_OR_RETURN(*logits, model_->Forward(*device_batch_, kv_pool_));
+absl::Status StepRunner::ComputeIds(void* kv_pool, int32_t* ids, kernels::ConstRows* logits) {
+  ASSIGN_OR_RETURN(*logits, model_->Forward(*device_batch_, kv_pool));
   const int64_t num_ids = device_batch_->num_logit_rows();
   if (num_ids == 0) return absl::OkStatus();
   if (samples()) {

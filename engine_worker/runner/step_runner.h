@@ -17,7 +17,8 @@
 
 namespace wintserve {
 
-// A place in a group's chain of plans: the plan that a rank executed last. 0, 0: none yet.
+// A place in a group's chain of plans: the plan that a rank executed last. 0, 0: none yet, and the
+// first may be of any step, because steps count on over groups.
 struct PlanChain {
   uint64_t step = 0;
   uint64_t plan_hash = 0;
@@ -71,13 +72,14 @@ class StepRunner {
                                                             Model* model, Collective* collective,
                                                             void* kv_pool, void* host_tier);
 
-  // One small forward pass on block 0, on all ranks together, so that the first request does not
-  // pay for what happens once. Then, with use_graphs, CaptureGraphs. Before the first plan only: it
-  // overwrites the block.
+  // One small forward pass, on all ranks together, so that the first request does not pay for what
+  // happens once. Then, with use_graphs, CaptureGraphs. Before the first plan only. The pool stays
+  // as it is, since it may hold what sequences of an earlier group have computed.
+  // RESOURCE_EXHAUSTED: no memory for a block beside the pool. Other errors: those of Begin.
   absl::Status WarmUp();
 
-  // Makes the graphs anew; on all ranks together. Overwrites block 0, and what slot 0 has sampled
-  // last, so before the first plan or when every slot is free. Errors: those of Begin, and of
+  // Makes the graphs anew; on all ranks together. Overwrites what slot 0 has sampled last, so
+  // before the first plan or when every slot is free. Errors: those of WarmUp, and of
   // kernels::Backend::Capture.
   absl::Status CaptureGraphs();
   // Steps run without graphs until CaptureGraphs. To be called before the end of whatever the
@@ -104,12 +106,13 @@ class StepRunner {
   void StartSlots(const StepPlan& plan);
   void AddToBatch(const PlanRow& row, uint32_t offset, uint32_t length);
   bool BatchIsFull() const;
-  absl::Status RunBatch();
+  // kv_pool: the pool, or what stands for it in a warm-up.
+  absl::Status RunBatch(void* kv_pool);
   // The operators of a pass over device_batch_: from its tokens to ids that every rank has and
   // keeps. `logits`: of rank 0, until the next pass; for log-probabilities.
-  absl::Status ComputeIds(int32_t* ids, kernels::ConstRows* logits);
+  absl::Status ComputeIds(void* kv_pool, int32_t* ids, kernels::ConstRows* logits);
   const StepGraphs::Entry* GraphForBatch() const;
-  absl::Status WarmUpRows(int64_t num_rows);
+  absl::Status WarmUpRows(int64_t num_rows, const kernels::Buffer& block);
   kernels::SampleParams SampleParamsOf(const PlanRow& row) const;
   bool samples() const { return collective_->rank() == 0; }
 

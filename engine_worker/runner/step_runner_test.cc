@@ -377,6 +377,43 @@ TEST(StepRunner, APlanWithoutRowsIsAStep) {
   EXPECT_EQ(rank.model().num_forwards(), 0);
 }
 
+TEST(StepRunner, TheFirstPlanOfAGroupMayBeOfAnyStepButTheNextFollowsIt) {
+  const auto collective = MakeSingleRankCollective();
+  FakeModel model(collective.get());
+  std::vector<int32_t> pool(kConfig.num_blocks * FakeModel::kBlockTokens);
+  StepRunnerConfig config = kConfig;
+  config.num_host_slots = 0;
+  auto runner = StepRunner::Create(config, &model, collective.get(), pool.data(), nullptr);
+  ASSERT_TRUE(runner.ok());
+  StepPlan plan = {.group_epoch = 0xa, .pool_epoch = 0xb, .step = 0};
+  EXPECT_EQ((*runner)->Apply(plan, 1).status().message(), "plan of step 0 after step 0");
+  plan.step = 1000;
+  plan.previous_plan_hash = 5;
+  EXPECT_EQ((*runner)->Apply(plan, 1).status().message(),
+            "step 1000 follows a plan with hash 5, this rank executed one with 0");
+  plan.previous_plan_hash = 0;
+  EXPECT_TRUE((*runner)->Apply(plan, 0xbeef).ok());
+  plan = {.group_epoch = 0xa, .pool_epoch = 0xb, .step = 1002, .previous_plan_hash = 0xbeef};
+  EXPECT_EQ((*runner)->Apply(plan, 1).status().message(), "plan of step 1002 after step 1000");
+}
+
+TEST(StepRunner, AWarmUpLeavesThePoolAsItIs) {
+  for (const bool use_graphs : {false, true}) {
+    SCOPED_TRACE(use_graphs);
+    StepRunnerConfig config = kConfig;
+    config.use_graphs = use_graphs;
+    Rank rank(MakeSingleRankCollective(), 512, config);
+    for (uint32_t id = 0; id < kConfig.num_blocks; ++id) {
+      std::fill(rank.block(id).begin(), rank.block(id).end(), 77);
+    }
+    ASSERT_TRUE(rank.runner().WarmUp().ok());
+    EXPECT_GT(rank.model().num_forwards(), 0);
+    for (uint32_t id = 0; id < kConfig.num_blocks; ++id) {
+      EXPECT_THAT(rank.block(id), testing::Each(77)) << "block " << id;
+    }
+  }
+}
+
 TEST(StepRunner, WarmUpDoesNotCountAsAStep) {
   Rank rank;
   ASSERT_TRUE(rank.runner().WarmUp().ok());

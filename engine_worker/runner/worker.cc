@@ -19,11 +19,11 @@ constexpr std::chrono::milliseconds kHeartbeatPeriod(250);
 // Processes that are stopped together do not get their signals together: a peer or an API server
 // that is gone already need not be a fault.
 constexpr int64_t kStopSkewMs = 1000;
+// Of one look for an API server: also how long a stop may wait for it.
+constexpr int64_t kAttachSliceMs = 250;
 
 FaultKind KindOf(const absl::Status& status) {
   switch (status.code()) {
-    case absl::StatusCode::kUnavailable:
-      return FaultKind::kCollective;
     case absl::StatusCode::kResourceExhausted:
       return FaultKind::kOutOfMemory;
     default:
@@ -42,29 +42,31 @@ uint64_t ResidentBytes() {
   return num_read == 2 ? resident_pages * ::sysconf(_SC_PAGESIZE) : 0;
 }
 
-absl::Status CheckSize(const char* what, const SharedMemory& memory, uint32_t count,
-                       const char* unit, int64_t block_bytes) {
+absl::Status CheckSize(const char* what, int64_t size_bytes, uint32_t count, const char* unit,
+                       int64_t block_bytes) {
   const int64_t expected_bytes = int64_t{count} * block_bytes;
-  if (memory.size_bytes == expected_bytes) return absl::OkStatus();
+  if (size_bytes == expected_bytes) return absl::OkStatus();
   return absl::InvalidArgumentError(fmt::format("{} has {} bytes, {} {} of {} bytes need {}", what,
-                                                memory.size_bytes, count, unit, block_bytes,
+                                                size_bytes, count, unit, block_bytes,
                                                 expected_bytes));
 }
 
 }  // namespace
 
 Worker::Worker(Model* model, RankGroup* group, WorkQueueClient* queue, WorkerLinks links,
-               bool use_graphs)
+               const WorkerOptions& options)
     : model_(model),
       group_(group),
-      queue_(queue),
       links_(std::move(links)),
-      use_graphs_(use_graphs),
+      options_(options),
+      queue_(queue, [](WorkQueueClient*) {}),  // borrowed
       finisher_([this](const absl::StatusOr<StepDone>& done) { Report(done); }) {}
 
 absl::Status Worker::Run() {
+  UseQueue(Queue());
   std::thread heartbeat([this] { BeatUntilEnd(); });
   absl::Status status = Serve();
+  Queue()->SetInterrupt(nullptr);
   finisher_.Drain();
   runner_.reset();
   group_->Unbind();  // before the device that the model's owner takes away
@@ -79,13 +81,17 @@ absl::Status Worker::Run() {
 
 absl::Status Worker::Serve() {
   while (true) {
-    const absl::StatusOr<ServerEvent> event = queue_->Next();
+    const absl::StatusOr<ServerEvent> event = Queue()->Next();
     // Plans follow each other while the device is still at work on the first; all else waits for
     // it.
     const bool is_plan = event.ok() && std::holds_alternative<ReceivedPlan>(*event);
     if (!is_plan) finisher_.Drain();
     RETURN_IF_ERROR(StepError());
-    if (!event.ok()) return WaitForStop(kStopSkewMs) ? absl::OkStatus() : event.status();
+    if (!event.ok()) {
+      ASSIGN_OR_RETURN(const bool go_on, AttachAgain(event.status()));
+      if (go_on) continue;
+      return absl::OkStatus();
+    }
     if (std::holds_alternative<ShutdownWorker>(*event)) return absl::OkStatus();
     if (!BeginWork(is_plan ? Work::kPlan : Work::kPreparation)) {
       finisher_.Drain();
@@ -98,9 +104,10 @@ absl::Status Worker::Serve() {
     finisher_.Drain();
     RETURN_IF_ERROR(StepError());
     if (status.ok()) return absl::OkStatus();
-    if (absl::IsUnavailable(status) && WaitForStop(kStopSkewMs)) return absl::OkStatus();
     // The stream may be gone as well; the caller logs the status in any case.
-    queue_->SendFault(KindOf(status), std::string(status.message())).IgnoreError();
+    Queue()
+        ->SendFault(KindOf(status), std::string(status.message()), /*kv_trusted=*/false)
+        .IgnoreError();
     return absl::Status(absl::StatusCode::kInternal, status.message());
   }
 }
@@ -144,6 +151,11 @@ bool Worker::EndWork() {
   return !stopping_;
 }
 
+bool Worker::IsStopping() {
+  MutexLock lock(&mutex_);
+  return stopping_;
+}
+
 bool Worker::WaitForStop(int64_t timeout_ms) {
   MutexLock lock(&mutex_);
   return changed_.WaitFor(&mutex_, std::chrono::milliseconds(timeout_ms),
@@ -154,42 +166,198 @@ void Worker::BeatUntilEnd() {
   bool ended = false;
   while (!ended) {
     // A heartbeat that cannot be sent tells nobody anything; Next() reports the end of the stream.
-    queue_->SendHeartbeat(step_started_, step_done_, ResidentBytes()).IgnoreError();
+    Queue()->SendHeartbeat(step_started_, step_done_, ResidentBytes()).IgnoreError();
     MutexLock lock(&mutex_);
+    LimitTheWaitForAnAbort();
     ended = changed_.WaitFor(&mutex_, kHeartbeatPeriod,
                              [this]() NO_THREAD_SAFETY_ANALYSIS { return ended_; });
   }
 }
 
+void Worker::LimitTheWaitForAnAbort() {
+  if (!lost_at_.has_value()) return;
+  const auto limit = *lost_at_ + std::chrono::milliseconds(options_.orphan_timeout_ms);
+  if (std::chrono::steady_clock::now() < limit) return;
+  waited_too_long_ = true;
+  queue_->Close();
+}
+
 absl::Status Worker::Handle(const ServerEvent& event) {
-  if (const auto* configure = std::get_if<ConfigureWorker>(&event)) return Configure(*configure);
-  if (const auto* attach = std::get_if<AttachPool>(&event)) return MapPool(*attach);
-  if (const auto* detach = std::get_if<DetachPool>(&event)) return UnmapPool(*detach);
-  return Execute(std::get<ReceivedPlan>(event));
+  const auto handle = [&] {
+    if (const auto* configure = std::get_if<ConfigureWorker>(&event)) return Configure(*configure);
+    if (const auto* attach = std::get_if<AttachPool>(&event)) return MapPool(*attach);
+    if (const auto* detach = std::get_if<DetachPool>(&event)) return UnmapPool(*detach);
+    if (const auto* abort = std::get_if<AbortGroup>(&event)) return Abort(*abort);
+    return Execute(std::get<ReceivedPlan>(event));
+  };
+  const absl::Status status = handle();
+  // A peer that is gone, or an abort: no fault of this rank.
+  return absl::IsUnavailable(status) ? LoseGroup(status) : status;
 }
 
 absl::Status Worker::Configure(const ConfigureWorker& configure) {
-  if (config_.has_value()) {
-    return absl::FailedPreconditionError("the worker is configured already");
+  if (config_.has_value() || awaited_abort_.has_value()) {
+    return absl::FailedPreconditionError(config_.has_value()
+                                             ? "the worker is configured already"
+                                             : "a configuration before the abort of the group");
   }
   if (static_cast<int>(configure.world_size) != group_->world_size()) {
     return absl::InvalidArgumentError(
         fmt::format("configured for {} ranks, the model was loaded for {}", configure.world_size,
                     group_->world_size()));
   }
+  config_ = configure;
+  if (!BeginGroup(configure.group_epoch)) {
+    return absl::UnavailableError("it was aborted before it was joined");
+  }
   ASSIGN_OR_RETURN(std::unique_ptr<Collective> group, links_.join_group(configure));
   group_->Bind(std::move(group));
-  config_ = configure;
   return absl::OkStatus();
 }
 
+bool Worker::BeginGroup(uint64_t group_epoch) {
+  MutexLock lock(&mutex_);
+  if (stream_has_ended_ || interrupted_.contains(group_epoch)) return false;
+  group_epoch_ = group_epoch;
+  group_->BeginJoin();
+  return true;
+}
+
+void Worker::Interrupt(uint64_t group_epoch) {
+  MutexLock lock(&mutex_);
+  if (group_epoch == 0) {
+    stream_has_ended_ = true;
+  } else {
+    interrupted_.insert(group_epoch);
+  }
+  if (group_epoch_ != 0 && (group_epoch == 0 || group_epoch == group_epoch_)) group_->Abort();
+}
+
+bool Worker::GroupIsOver() {
+  MutexLock lock(&mutex_);
+  return stream_has_ended_ || lost_at_.has_value() || interrupted_.contains(group_epoch_);
+}
+
+// NCCL demands this order: the abort is carried out by a thread of the collective's own while this
+// one waits for the device and destroys the graphs, which hold the communicator.
+absl::Status Worker::LeaveGroup() {
+  group_->Abort();
+  finisher_.Drain();
+  runner_.reset();
+  // Also what a step had called when it failed, and so is in no PendingStep.
+  const absl::Status drained = model_->backend()->Record()->Wait();
+  group_->Unbind();
+  finisher_.Restart();
+  config_.reset();
+  chain_ = {};
+  pool_is_attached_ = false;
+  {
+    MutexLock lock(&mutex_);
+    group_epoch_ = 0;
+  }
+  return drained;
+}
+
+absl::Status Worker::LoseGroup(const absl::Status& reason) {
+  LOG_WARNING("group {:x} is over: {}", config_->group_epoch, std::string(reason.message()));
+  awaited_abort_ = config_->group_epoch;
+  {
+    MutexLock lock(&mutex_);
+    if (!lost_at_.has_value()) lost_at_ = std::chrono::steady_clock::now();
+  }
+  return LeaveGroup();
+}
+
+absl::Status Worker::Abort(const AbortGroup& abort) {
+  // Of an epoch that it is not in, nothing runs here.
+  const bool is_in_it = config_.has_value() && config_->group_epoch == abort.group_epoch;
+  if (is_in_it) RETURN_IF_ERROR(LeaveGroup());
+  const bool was_awaited = awaited_abort_ == abort.group_epoch;
+  if (was_awaited) awaited_abort_.reset();
+  {
+    MutexLock lock(&mutex_);
+    if (is_in_it || was_awaited) lost_at_.reset();
+    interrupted_.erase(abort.group_epoch);
+  }
+  LOG_INFO("left group {:x}: {}", abort.group_epoch, abort.reason);
+  Queue()->SendAborted(abort.group_epoch).IgnoreError();
+  return absl::OkStatus();
+}
+
+absl::StatusOr<bool> Worker::AttachAgain(const absl::Status& end) {
+  if (IsStopping()) return false;
+  {
+    MutexLock lock(&mutex_);
+    if (waited_too_long_) {
+      return absl::DeadlineExceededError(
+          fmt::format("the group is over, and the API server has not aborted it for {} ms",
+                      options_.orphan_timeout_ms));
+    }
+  }
+  if (links_.attach_again == nullptr || !absl::IsUnavailable(end)) {
+    return WaitForStop(kStopSkewMs) ? absl::StatusOr<bool>(false) : end;
+  }
+  if (!BeginWork(Work::kPreparation)) return false;
+  LOG_WARNING("{}; keeping weights and pool for up to {} ms", std::string(end.message()),
+              options_.orphan_timeout_ms);
+  RETURN_IF_ERROR(LeaveGroup());
+  awaited_abort_.reset();
+  if (pool_ == nullptr) pool_epoch_.reset();
+  absl::StatusOr<std::unique_ptr<WorkQueueClient>> queue = FindServer();
+  if (!queue.ok()) return IsStopping() ? absl::StatusOr<bool>(false) : queue.status();
+  UseQueue(*std::move(queue));
+  LOG_INFO("attached to the next API server");
+  return EndWork();
+}
+
+absl::StatusOr<std::unique_ptr<WorkQueueClient>> Worker::FindServer() {
+  const auto deadline =
+      std::chrono::steady_clock::now() + std::chrono::milliseconds(options_.orphan_timeout_ms);
+  while (true) {
+    absl::StatusOr<std::unique_ptr<WorkQueueClient>> queue =
+        links_.attach_again(pool_epoch_.value_or(0), kAttachSliceMs);
+    if (!absl::IsUnavailable(queue.status())) return queue;
+    if (std::chrono::steady_clock::now() >= deadline) {
+      return absl::UnavailableError(fmt::format("{}; no other came within {} ms",
+                                                std::string(queue.status().message()),
+                                                options_.orphan_timeout_ms));
+    }
+    if (WaitForStop(/*timeout_ms=*/10)) return queue;
+  }
+}
+
+void Worker::UseQueue(std::shared_ptr<WorkQueueClient> queue) {
+  std::shared_ptr<WorkQueueClient> before;
+  {
+    MutexLock lock(&mutex_);
+    before = std::exchange(queue_, queue);
+    interrupted_.clear();
+    stream_has_ended_ = false;
+    lost_at_.reset();
+  }
+  queue->SetInterrupt([this](uint64_t group_epoch) { Interrupt(group_epoch); });
+}
+
+std::shared_ptr<WorkQueueClient> Worker::Queue() {
+  MutexLock lock(&mutex_);
+  return queue_;
+}
+
 absl::Status Worker::MapPool(const AttachPool& attach) {
-  if (!config_.has_value() || pool_epoch_.has_value()) {
-    return absl::FailedPreconditionError(config_.has_value() ? "a pool is attached already"
-                                                             : "a pool before the configuration");
+  if (awaited_abort_.has_value()) {
+    if (!pool_epoch_.has_value()) pool_epoch_ = attach.pool_epoch;
+    return absl::OkStatus();
+  }
+  if (!config_.has_value()) {
+    return absl::FailedPreconditionError("a pool before the configuration");
+  }
+  if (pool_is_attached_ || (pool_epoch_.has_value() && *pool_epoch_ != attach.pool_epoch)) {
+    return absl::FailedPreconditionError("a pool is attached already");
   }
   pool_epoch_ = attach.pool_epoch;
+  pool_is_attached_ = true;
   const absl::Status mapped = MapTiers(attach);
+  if (!mapped.ok()) UnmapTiers();
   // UNAVAILABLE would be a peer of the group, or the API server.
   if (absl::IsUnavailable(mapped)) return absl::DeadlineExceededError(mapped.message());
   if (!mapped.ok() && !absl::IsNotFound(mapped)) return mapped;
@@ -200,6 +368,10 @@ absl::Status Worker::MapPool(const AttachPool& attach) {
     UnmapTiers();
     return absl::OkStatus();  // the API server hears of the loss itself, and detaches
   }
+  return MakeRunner(attach);
+}
+
+absl::Status Worker::MakeRunner(const AttachPool& attach) {
   const StepRunnerConfig config = {.group_epoch = config_->group_epoch,
                                    .pool_epoch = attach.pool_epoch,
                                    .num_blocks = attach.num_blocks,
@@ -209,13 +381,13 @@ absl::Status Worker::MapPool(const AttachPool& attach) {
                                    .max_sequence_tokens = config_->max_sequence_tokens,
                                    .sampled_vocab_size = config_->sampled_vocab_size,
                                    .stop_ids = config_->stop_ids,
-                                   .use_graphs = use_graphs_,
+                                   .use_graphs = options_.use_graphs,
                                    .chain = chain_};
   ASSIGN_OR_RETURN(runner_,
                    StepRunner::Create(config, model_, group_, pool_->data(),
                                       host_tier_ == nullptr ? nullptr : host_tier_->data()));
   RETURN_IF_ERROR(runner_->WarmUp());
-  if (use_graphs_) {
+  if (options_.use_graphs) {
     const StepGraphs& graphs = runner_->graphs();
     LOG_INFO("decode steps run as {} graphs, captured in {:.2f} s", graphs.size(),
              graphs.capture_seconds());
@@ -223,20 +395,26 @@ absl::Status Worker::MapPool(const AttachPool& attach) {
   LOG_INFO("ready: {} slots, {} blocks and {} host slots of {} bytes", config.max_slots,
            config.num_blocks, config.num_host_slots, model_->kv_block_bytes());
   // Next() reports why, should the stream have ended.
-  queue_->SendReady(config.group_epoch, config.pool_epoch).IgnoreError();
+  Queue()->SendReady(config.group_epoch, config.pool_epoch).IgnoreError();
   return absl::OkStatus();
 }
 
 absl::Status Worker::MapTiers(const AttachPool& attach) {
   kernels::Backend& backend = *model_->backend();
   const int64_t block_bytes = model_->kv_block_bytes();
+  if (pool_ != nullptr) {
+    const int64_t host_bytes = host_tier_ == nullptr ? 0 : host_tier_->size_bytes();
+    RETURN_IF_ERROR(
+        CheckSize("the pool", pool_->size_bytes(), attach.num_blocks, "blocks", block_bytes));
+    return CheckSize("the host tier", host_bytes, attach.num_host_slots, "slots", block_bytes);
+  }
   ASSIGN_OR_RETURN(SharedMemory pool, links_.fetch_pool(attach));
-  RETURN_IF_ERROR(CheckSize("the pool", pool, attach.num_blocks, "blocks", block_bytes));
+  RETURN_IF_ERROR(CheckSize("the pool", pool.size_bytes, attach.num_blocks, "blocks", block_bytes));
   ASSIGN_OR_RETURN(pool_, backend.MapDeviceMemory(std::move(pool)));
   if (attach.num_host_slots == 0) return absl::OkStatus();
   ASSIGN_OR_RETURN(SharedMemory host_tier, links_.fetch_host_tier(attach));
-  RETURN_IF_ERROR(
-      CheckSize("the host tier", host_tier, attach.num_host_slots, "slots", block_bytes));
+  RETURN_IF_ERROR(CheckSize("the host tier", host_tier.size_bytes, attach.num_host_slots, "slots",
+                            block_bytes));
   ASSIGN_OR_RETURN(host_tier_, backend.MapHostMemory(std::move(host_tier)));
   return absl::OkStatus();
 }
@@ -259,6 +437,11 @@ absl::StatusOr<bool> Worker::AllMapped(bool mapped) {
 }
 
 absl::Status Worker::UnmapPool(const DetachPool& detach) {
+  if (!pool_epoch_.has_value() && !config_.has_value()) {
+    // A replacement, to which nobody has given a pool yet.
+    Queue()->SendPoolDetached(detach.pool_epoch).IgnoreError();
+    return absl::OkStatus();
+  }
   if (!pool_epoch_.has_value()) {
     return absl::FailedPreconditionError(
         fmt::format("detach of pool epoch {:x}, but no pool is attached", detach.pool_epoch));
@@ -271,12 +454,15 @@ absl::Status Worker::UnmapPool(const DetachPool& detach) {
   runner_.reset();
   UnmapTiers();
   pool_epoch_.reset();
+  pool_is_attached_ = false;
   LOG_INFO("detached from pool epoch {:x} after step {}", detach.pool_epoch, chain_.step);
-  queue_->SendPoolDetached(detach.pool_epoch).IgnoreError();
+  Queue()->SendPoolDetached(detach.pool_epoch).IgnoreError();
   return absl::OkStatus();
 }
 
 absl::Status Worker::Execute(const ReceivedPlan& received) {
+  if (awaited_abort_.has_value()) return absl::OkStatus();  // nobody waits for it any more
+  if (GroupIsOver()) return absl::UnavailableError("it was aborted");
   if (runner_ == nullptr) {
     return absl::FailedPreconditionError(
         fmt::format("plan of step {}, but no pool is mapped", received.plan.step));
@@ -290,21 +476,24 @@ absl::Status Worker::Execute(const ReceivedPlan& received) {
 
 void Worker::Report(const absl::StatusOr<StepDone>& done) {
   if (!done.ok()) {
-    // A group that ends because its ranks are stopped is no fault.
-    if (absl::IsUnavailable(done.status()) && WaitForStop(kStopSkewMs)) {
-      queue_->Close();
-      return;
-    }
     {
       MutexLock lock(&mutex_);
+      if (absl::IsUnavailable(done.status())) {
+        if (!lost_at_.has_value()) lost_at_ = std::chrono::steady_clock::now();
+        return;  // the thread that serves leaves the group with the next that comes
+      }
       step_error_ = absl::InternalError(done.status().message());
     }
-    queue_->SendFault(KindOf(done.status()), std::string(done.status().message())).IgnoreError();
-    queue_->Close();  // the thread that serves may be waiting there
+    const auto queue = Queue();
+    queue
+        ->SendFault(KindOf(done.status()), std::string(done.status().message()),
+                    /*kv_trusted=*/false)
+        .IgnoreError();
+    queue->Close();  // the thread that serves may be waiting there
     return;
   }
   step_done_ = done->step;
-  queue_->SendStepDone(*done).IgnoreError();
+  Queue()->SendStepDone(*done).IgnoreError();
 }
 
 absl::Status Worker::StepError() {

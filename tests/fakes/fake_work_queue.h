@@ -2,6 +2,7 @@
 #pragma once
 
 #include <deque>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,7 @@ class FakeWorkQueue : public WorkQueueClient {
   struct Fault {
     FaultKind kind;
     std::string text;
+    bool kv_trusted;
   };
   struct Beat {
     uint64_t step_started;
@@ -28,30 +30,41 @@ class FakeWorkQueue : public WorkQueueClient {
   void EndStream();
 
   absl::StatusOr<ServerEvent> Next() override;
+  void SetInterrupt(std::function<void(uint64_t group_epoch)> interrupt) override;
   absl::Status SendReady(uint64_t group_epoch, uint64_t pool_epoch) override;
   absl::Status SendPoolDetached(uint64_t pool_epoch) override;
   absl::Status SendStepDone(const StepDone& done) override;
   absl::Status SendHeartbeat(uint64_t step_started, uint64_t step_done,
                              uint64_t resident_bytes) override;
-  absl::Status SendFault(FaultKind kind, const std::string& text) override;
-  void Close() override { EndStream(); }
+  absl::Status SendAborted(uint64_t group_epoch) override;
+  absl::Status SendFault(FaultKind kind, const std::string& text, bool kv_trusted) override;
+  void Close() override;
 
   // Wait until the worker has sent that many.
   std::vector<StepDone> WaitForSteps(size_t count);
   std::vector<Beat> WaitForBeats(size_t count);
 
   std::vector<uint64_t> WaitForDetached(size_t count);  // pool epochs
+  std::vector<uint64_t> WaitForAborted(size_t count);   // group epochs
+
+  void WaitForReady(int count);
 
   int num_ready();
+  size_t num_steps();
+  size_t num_aborted();
   std::vector<Fault> faults();
 
  private:
+  Mutex interrupt_mutex_;  // before mutex_
+  std::function<void(uint64_t)> interrupt_ GUARDED_BY(interrupt_mutex_);
+
   Mutex mutex_;
   CondVar changed_;
   std::deque<ServerEvent> events_ GUARDED_BY(mutex_);
   bool ended_ GUARDED_BY(mutex_) = false;
   int num_ready_ GUARDED_BY(mutex_) = 0;
   std::vector<uint64_t> detached_ GUARDED_BY(mutex_);
+  std::vector<uint64_t> aborted_ GUARDED_BY(mutex_);
   std::vector<StepDone> steps_ GUARDED_BY(mutex_);
   std::vector<Beat> beats_ GUARDED_BY(mutex_);
   std::vector<Fault> faults_ GUARDED_BY(mutex_);

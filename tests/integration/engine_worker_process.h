@@ -19,6 +19,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -110,7 +111,14 @@ class Inbox {
             [this](uint32_t, const FaultMessage& fault) {
               Note([&]() NO_THREAD_SAFETY_ANALYSIS { fault_ = fault.text; });
             },
-        .on_disconnected = [](uint32_t, const std::string&) {},
+        .on_aborted =
+            [this](uint32_t rank, const AbortedMessage& aborted) {
+              Note([&]() NO_THREAD_SAFETY_ANALYSIS { aborted_[aborted.group_epoch].insert(rank); });
+            },
+        .on_detached =
+            [this](uint32_t, uint64_t worker_id, const absl::Status&) {
+              Note([&]() NO_THREAD_SAFETY_ANALYSIS { gone_.insert(worker_id); });
+            },
         .on_refused = [](const std::string& reason) { CHECK(false, "refused: {}", reason); }};
   }
 
@@ -127,6 +135,15 @@ class Inbox {
     MutexLock lock(&mutex_);
     CHECK(WaitFor([&]() NO_THREAD_SAFETY_ANALYSIS { return num_detached_ == count; }));
   }
+  void WaitForAborted(uint64_t group_epoch, uint32_t rank) {
+    MutexLock lock(&mutex_);
+    CHECK(
+        WaitFor([&]() NO_THREAD_SAFETY_ANALYSIS { return aborted_[group_epoch].contains(rank); }));
+  }
+  void WaitForTheEndOf(uint64_t worker_id) {
+    MutexLock lock(&mutex_);
+    CHECK(WaitFor([&]() NO_THREAD_SAFETY_ANALYSIS { return gone_.contains(worker_id); }));
+  }
   // By rank.
   std::map<uint32_t, StepDone> WaitForStep(uint64_t step, size_t num_ranks) {
     MutexLock lock(&mutex_);
@@ -137,6 +154,10 @@ class Inbox {
   bool HasStep(uint64_t step) {
     MutexLock lock(&mutex_);
     return steps_.contains(step);
+  }
+  bool HasFault() {
+    MutexLock lock(&mutex_);
+    return !fault_.empty();
   }
   std::string WaitForFault() {
     MutexLock lock(&mutex_);
@@ -162,6 +183,8 @@ class Inbox {
   int num_ready_ GUARDED_BY(mutex_) = 0;
   int num_detached_ GUARDED_BY(mutex_) = 0;
   std::map<uint64_t, std::map<uint32_t, StepDone>> steps_ GUARDED_BY(mutex_);
+  std::map<uint64_t, std::set<uint32_t>> aborted_ GUARDED_BY(mutex_);  // ranks by group epoch
+  std::set<uint64_t> gone_ GUARDED_BY(mutex_);  // worker ids of streams that have ended
   std::string fault_ GUARDED_BY(mutex_);
 };
 
@@ -191,13 +214,17 @@ class EngineWorkerProcess : public testing::Test {
     auto memory_server = MemoryServer::Start(instance_.memory_socket(), instance_.token);
     CHECK(memory_server.ok());
     memory_server_ = *std::move(memory_server);
+    StartServer(world_size);
+    for (int rank = 0; rank < world_size; ++rank) Spawn(rank);
+  }
+
+  void StartServer(int world_size) {
     auto server = WorkQueueServer::Start({.unix_socket = instance_.work_queue_socket(),
                                           .token = instance_.token,
                                           .world_size = static_cast<uint32_t>(world_size)},
                                          inbox_.Events());
     CHECK(server.ok(), "{}", server.status().ToString());
     server_ = *std::move(server);
-    for (int rank = 0; rank < world_size; ++rank) Spawn(rank);
   }
 
   void Spawn(int rank) {
@@ -225,8 +252,18 @@ class EngineWorkerProcess : public testing::Test {
   }
 
   void Configure(int world_size) {
+    WaitForWorkers(world_size);
+    SendConfigure(world_size);
+  }
+
+  void WaitForWorkers(int world_size) {
     hellos_ = inbox_.WaitForHellos(world_size);
-    server_->Send(ConfigureWorker{.group_epoch = kGroupEpoch,
+    std::sort(hellos_.begin(), hellos_.end(),
+              [](const WorkerHello& a, const WorkerHello& b) { return a.rank < b.rank; });
+  }
+
+  void SendConfigure(int world_size) {
+    server_->Send(ConfigureWorker{.group_epoch = group_epoch_,
                                   .world_size = static_cast<uint32_t>(world_size),
                                   .max_slots = 16,
                                   .max_tokens = 2048,
@@ -256,7 +293,7 @@ class EngineWorkerProcess : public testing::Test {
 
   // Numbers and chains the plan. Returns its step.
   uint64_t SendPlan(StepPlan plan) {
-    plan.group_epoch = kGroupEpoch;
+    plan.group_epoch = group_epoch_;
     plan.pool_epoch = pool_epoch_;
     plan.step = ++step_;
     plan.previous_plan_hash = plan_hash_;
@@ -327,7 +364,8 @@ class EngineWorkerProcess : public testing::Test {
   std::unique_ptr<MemoryServer> memory_server_;
   std::unique_ptr<WorkQueueServer> server_;
   std::vector<pid_t> children_;
-  std::vector<WorkerHello> hellos_;
+  std::vector<WorkerHello> hellos_;  // by rank
+  uint64_t group_epoch_ = kGroupEpoch;
   uint64_t pool_epoch_ = 0;
   uint64_t step_ = 0;
   uint64_t plan_hash_ = 0;

@@ -228,12 +228,14 @@ TEST_F(EngineWorkerProcess, ExitsCleanlyOnSigtermBetweenPlans) {
   EXPECT_THAT(Log(0), HasSubstr("stopped"));
 }
 
-TEST_F(EngineWorkerProcess, ALostServerEndsItWithTheReason) {
+TEST_F(EngineWorkerProcess, ALostServerEndsItWithTheReasonWhenNoOtherComes) {
+  instance_.options.orphan_timeout_ms = 300;
   Start(1);
   MakeReady(1);
   server_->Stop(0);
   EXPECT_EQ(WaitForExit(), kExitInternal);
   EXPECT_THAT(Log(0), HasSubstr("work_queue.sock is gone"));
+  EXPECT_THAT(Log(0), HasSubstr("no other came within 300 ms"));
 }
 
 TEST_F(EngineWorkerProcess, WhatGrpcLogsStandsInOurLogForDebugging) {

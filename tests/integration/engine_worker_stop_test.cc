@@ -52,12 +52,7 @@ class StopAtStart : public EngineWorkerProcess {
 
   void StartServer(uint32_t world_size) {
     instance_.options.tensor_parallel_size = static_cast<int>(world_size);
-    auto server = WorkQueueServer::Start({.unix_socket = instance_.work_queue_socket(),
-                                          .token = instance_.token,
-                                          .world_size = world_size},
-                                         inbox_.Events());
-    CHECK(server.ok());
-    server_ = *std::move(server);
+    EngineWorkerProcess::StartServer(static_cast<int>(world_size));
   }
 
   // Tells rank 0 what it would be told if all ranks were there.

@@ -130,6 +130,11 @@ void CacheProcess::Handle(const CacheRequest& request) {
     CheckDone("Reconcile", pool_->Reconcile(held->pins, held->leased));
     // The session has forgotten them.
     for (const auto& [id, copy] : write_backs_) copies.push_back(copy);
+  } else if (const auto* distrust = std::get_if<DistrustRequest>(&request)) {
+    const uint64_t num_entries = pool_->DistrustSteps(distrust->first_step);
+    report_.Trace("cache: steps from {} on are not trusted, {} entries go", distrust->first_step,
+                  num_entries);
+    reply = Distrusted{};
   } else {
     pool_->Fence();
   }
@@ -173,7 +178,7 @@ CacheReply CacheProcess::Answer(const CacheCommand& command) {
             return Done{};
           },
           [this](const CopyDoneCommand& copies) -> CacheReply {
-            for (const uint64_t id : copies.copy_ids) FinishCopy(id);
+            for (const uint64_t id : copies.copy_ids) FinishCopy(id, copies.step);
             return Done{};
           },
       },
@@ -189,9 +194,9 @@ void CacheProcess::Reply(CacheReply reply) {
 }
 
 // One that is no longer under way was cancelled by a Reconcile and then fenced.
-void CacheProcess::FinishCopy(uint64_t copy_id) {
+void CacheProcess::FinishCopy(uint64_t copy_id, uint64_t step) {
   write_backs_.erase(copy_id);
-  pool_->CopyDone(copy_id).IgnoreError();
+  pool_->CopyDone(copy_id, step).IgnoreError();
 }
 
 void CacheProcess::CheckDone(const char* request, const absl::Status& status) {

@@ -20,8 +20,11 @@
 namespace wintserve::simulation {
 
 struct FenceRequest {};
+struct DistrustRequest {
+  uint64_t first_step = 0;
+};
 // HeldBlocks is the Reconcile of a session that was taken up again.
-using CacheRequest = std::variant<CacheCommand, HeldBlocks, FenceRequest>;
+using CacheRequest = std::variant<CacheCommand, HeldBlocks, FenceRequest, DistrustRequest>;
 
 struct Peeked {
   uint64_t tag = 0;
@@ -42,8 +45,9 @@ struct Committed {
 struct CopyOut {
   std::vector<CopyOrder> copies;
 };
+struct Distrusted {};
 struct Done {};
-using CacheReply = std::variant<Done, Peeked, Matched, Leased, Committed, CopyOut>;
+using CacheReply = std::variant<Done, Peeked, Matched, Leased, Committed, CopyOut, Distrusted>;
 
 class CacheProcess {
  public:
@@ -85,7 +89,7 @@ class CacheProcess {
   void Handle(const CacheRequest& request);
   CacheReply Answer(const CacheCommand& command);
   void Reply(CacheReply reply);
-  void FinishCopy(uint64_t copy_id);
+  void FinishCopy(uint64_t copy_id, uint64_t step);
   void CheckDone(const char* request, const absl::Status& status);
   void CheckPool(const char* after);
   int64_t LatencyUs();

@@ -44,7 +44,7 @@ class Checks : public testing::Test {
       request.max_tokens = 3;
       references.Add(request);
     }
-    rank.AttachPool(/*pool_epoch=*/1, config.scheduler.num_blocks);
+    rank.AttachPool(/*pool_epoch=*/1, &memory);
   }
 
   void Lease(std::vector<PoolBlock> blocks) {
@@ -80,6 +80,7 @@ class Checks : public testing::Test {
   Report report{&clock, Report::Tracing::kOff};
   References references{config};
   Ledger ledger{config, &references, &report};
+  RankMemory memory{config, /*pool_epoch=*/1, config.scheduler.num_blocks};
   SimulatedRank rank{config, 0, &references, &report};
 };
 

@@ -47,6 +47,20 @@ SchedulerConfig RandomSchedulerConfig(const SimulationConfig& config, Random* ra
   return scheduler;
 }
 
+void AddWorkerFaults(SimulationConfig* config, Random* random) {
+  config->scheduler.first_step = random->Chance(0.5) ? 1 : random->Between(2, 1'000'000);
+  if (random->Chance(0.5)) config->num_worker_kills = static_cast<int>(random->Between(1, 4));
+  if (random->Chance(0.3)) config->num_worker_crashes = static_cast<int>(random->Between(1, 3));
+  if (random->Chance(0.15)) config->num_worker_hangs = static_cast<int>(random->Between(1, 2));
+  config->abort_hang_chance = random->Pick({0.0, 0.0, 0.1});
+  config->max_reap_us = random->Pick({100, 5'000, 60'000});
+  config->max_restart_us = random->Pick({500, 20'000, 300'000});
+  config->abort_timeout_us = random->Between(5'000, 50'000);
+  config->step_deadline_us = random->Between(10'000, 100'000);
+  config->num_bad_steps = random->Pick({1, 5, 256});
+  config->isolation_chance = random->Pick({0.0, 0.5});
+}
+
 }  // namespace
 
 SimulationConfig RandomConfig(uint64_t seed) {
@@ -83,6 +97,7 @@ SimulationConfig RandomConfig(uint64_t seed) {
   if (random.Chance(0.3)) config.num_deaths = static_cast<int>(random.Between(1, 3));
   if (random.Chance(0.3)) config.num_flushes = static_cast<int>(random.Between(1, 5));
   config.bypass_chance = random.Pick({0.05, 0.05, 0.5});
+  AddWorkerFaults(&config, &random);
   return config;
 }
 
@@ -90,11 +105,14 @@ std::string SimulationConfig::ToString() const {
   return fmt::format(
       "seed {}: {} ranks, {} blocks of {} tokens, {} host slots, {} slots, budget {}, async depth "
       "{}, chunked prefill {}, prefix caching {}; {} requests, one every {} us, prompts up to {}, "
-      "answers up to {}; cache latency {} us, {} drops, {} deaths, {} flushes",
+      "answers up to {}; cache latency {} us, {} drops, {} deaths, {} flushes; workers: {} kills, "
+      "{} "
+      "crashes, {} hangs",
       seed, num_ranks, scheduler.num_blocks, scheduler.block_size_tokens, num_host_slots,
       scheduler.max_num_seqs, scheduler.max_num_batched_tokens, scheduler.async_depth,
       scheduler.chunked_prefill, scheduler.prefix_caching, num_requests, mean_interarrival_us,
-      max_prompt_tokens, max_answer_tokens, cache_latency_us, num_drops, num_deaths, num_flushes);
+      max_prompt_tokens, max_answer_tokens, cache_latency_us, num_drops, num_deaths, num_flushes,
+      num_worker_kills, num_worker_crashes, num_worker_hangs);
 }
 
 }  // namespace wintserve::simulation

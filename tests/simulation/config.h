@@ -2,11 +2,14 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "api_server/scheduler/scheduler.h"
 
 namespace wintserve::simulation {
+
+enum class WorkerFailure { kKilled, kCrashed, kHangs };
 
 struct SimulationConfig {
   uint64_t seed = 0;
@@ -42,6 +45,22 @@ struct SimulationConfig {
   int num_flushes = 0;
   int64_t grace_us = 0;  // pins and leases outlive a session by this much
   int64_t max_outage_us = 0;
+
+  // Faults of engine workers.
+  int num_worker_kills = 0;      // from outside: their KV is trusted
+  int num_worker_crashes = 0;    // their own fault: it is not
+  int num_worker_hangs = 0;      // until they are killed
+  double abort_hang_chance = 0;  // of a survivor that is told to leave its group
+  int64_t max_reap_us = 0;       // a dying process may write to memory for this long
+  int64_t max_restart_us = 0;    // until its replacement is attached
+  int64_t abort_timeout_us = 0;  // then a rank that has not left its group is killed
+  int64_t step_deadline_us = 0;  // then a rank is found to hang
+  uint64_t num_bad_steps = 1;    // newest steps that a rank that crashed did wrong, at most
+  double isolation_chance = 0;   // of a request in flight when a rank crashes
+  // Not random: one rank fails after that many events.
+  std::optional<uint64_t> fail_at_event = {};
+  int failing_rank = 0;
+  WorkerFailure failure = WorkerFailure::kKilled;
 
   int64_t arrivals_us() const { return num_requests * mean_interarrival_us; }
   std::string ToString() const;

@@ -1,5 +1,6 @@
 #include "tests/simulation/instance.h"
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <utility>
@@ -30,9 +31,11 @@ Instance::Instance(const SimulationConfig& config, Report::Tracing tracing)
               .on_pool_gone = [this] { OnPoolGone(); },
               .on_pool_opened = [this](int num_blocks) { OnPoolOpened(num_blocks); }}),
       ranks_(config_, &references_, &clock_, &report_,
-             [this](uint64_t step, const std::vector<SampledToken>& sampled, int64_t step_us) {
-               OnStepDone(step, sampled, step_us);
-             }),
+             {.on_done = [this](uint64_t step, const std::vector<SampledToken>& sampled,
+                                int64_t step_us) { OnStepDone(step, sampled, step_us); },
+              .on_frozen = [this] { OnGroupFrozen(); },
+              .on_fenced = [this](bool kv_trusted) { OnGroupFenced(kv_trusted); },
+              .on_ready = [this] { OnGroupReady(); }}),
       clients_(config_, &references_, &clock_, &report_,
                {.submit =
                     [this](const ScheduledRequest& request) {
@@ -40,7 +43,10 @@ Instance::Instance(const SimulationConfig& config, Report::Tracing tracing)
                     },
                 .cancel_request = [this](uint64_t request) { scheduler_.Cancel(request); },
                 .cancel_choice = [this](const SequenceKey& key) { scheduler_.Cancel(key); },
-                .done = [this] { Pump(); }}) {
+                .done = [this] { Pump(); }}),
+      last_step_(config_.scheduler.first_step - 1),
+      last_done_step_(last_step_),
+      random_(config_.seed, /*stream=*/7) {
   ranks_.AttachPool(pool_epoch_, config_.scheduler.num_blocks);
 }
 
@@ -52,6 +58,9 @@ void Instance::Run() {
     if (++report_.counters.events > kMaxEvents || clock_.now_us() > last_us) {
       report_.Violation("I8", "the run does not come to an end");
     }
+    if (report_.counters.events == config_.fail_at_event) {
+      ranks_.Fail(config_.failing_rank, config_.failure);
+    }
   }
   if (report_.ok()) CheckQuiescent();
   const SchedulerStats stats = scheduler_.stats();
@@ -59,6 +68,8 @@ void Instance::Run() {
   report_.counters.overshoot_rows = stats.overshoot_rows;
   report_.counters.device_hit_tokens = stats.device_hit_tokens;
   report_.counters.host_hit_tokens = stats.host_hit_tokens;
+  report_.counters.resumed_sequences = stats.resumed_sequences;
+  report_.counters.recomputed_sequences = stats.recomputed_sequences;
   cache_.AddTotals(&report_.counters);
 }
 
@@ -76,6 +87,15 @@ void Instance::ScheduleFaults() {
     if (random.Chance(0.5)) salt = config_.num_salts > 1 ? "s1" : "";
     clock_.At(random.Between(0, last_us), [this, salt] { cache_.Flush(salt); });
   }
+  const auto fail_workers = [&](int count, WorkerFailure failure) {
+    for (int i = 0; i < count; ++i) {
+      const auto rank = static_cast<int>(random.Between(0, config_.num_ranks - 1));
+      clock_.At(random.Between(0, last_us), [this, rank, failure] { ranks_.Fail(rank, failure); });
+    }
+  };
+  fail_workers(config_.num_worker_kills, WorkerFailure::kKilled);
+  fail_workers(config_.num_worker_crashes, WorkerFailure::kCrashed);
+  fail_workers(config_.num_worker_hangs, WorkerFailure::kHangs);
 }
 
 void Instance::Pump() {
@@ -109,8 +129,7 @@ void Instance::Send(const CacheCommand& command) {
 
 void Instance::Send(StepPlan plan) {
   if (report_.tracing()) report_.Trace("-> ranks: {}", Describe(plan));
-  if (waiting_ != Waiting::kForNothing)
-    report_.Violation("plan", "step {} is made while paused", plan.step);
+  if (IsPaused()) report_.Violation("plan", "step {} is made while paused", plan.step);
   if (plan.step != ++last_step_) {
     report_.Violation("I6", "step {} is made after step {}", plan.step, last_step_ - 1);
   }
@@ -151,6 +170,9 @@ void Instance::OnCacheReply(const CacheReply& reply, uint32_t num_available) {
     }
     if (!clients_.IsWanted(match->salt, match->tokens)) ++report_.counters.tombstones;
   }
+  if (std::holds_alternative<Distrusted>(reply) && --num_distrusts_unanswered_ == 0) {
+    first_bad_step_.reset();
+  }
   scheduler_.OnAvailable(num_available);
   ledger_.OnReply(reply);
   if (const auto* peeked = std::get_if<Peeked>(&reply)) {
@@ -169,9 +191,11 @@ void Instance::OnCacheReply(const CacheReply& reply, uint32_t num_available) {
 
 void Instance::OnCacheLost() {
   report_.Trace("the session is lost");
+  if (!ranks_.ready()) ++report_.counters.cache_losses_in_recovery;
   has_session_ = false;
+  num_distrusts_unanswered_ = 0;
   waiting_ = Waiting::kForNothing;
-  scheduler_.SetPaused(false);
+  UpdatePause();
   ledger_.OnSessionLost();
   scheduler_.OnCacheLost();
   Pump();
@@ -179,21 +203,20 @@ void Instance::OnCacheLost() {
 
 void Instance::OnCacheResumed() {
   waiting_ = Waiting::kToResume;
-  Pause();
+  UpdatePause();
+  CarryOnIfDrained();
 }
 
 void Instance::OnPoolGone() {
   waiting_ = Waiting::kToOpenPool;
-  Pause();
+  UpdatePause();
+  CarryOnIfDrained();
 }
 
-void Instance::Pause() {
-  scheduler_.SetPaused(true);
-  if (ranks_.num_plans_in_flight() == 0) OnDrained();
-}
-
-void Instance::OnDrained() {
+void Instance::CarryOnIfDrained() {
+  if (ranks_.num_plans_in_flight() > 0 || ranks_.aborting()) return;
   if (waiting_ == Waiting::kToOpenPool) {
+    waiting_ = Waiting::kForPool;
     cache_.OpenPool();
   } else if (waiting_ == Waiting::kToResume) {
     waiting_ = Waiting::kForNothing;
@@ -202,8 +225,9 @@ void Instance::OnDrained() {
     ledger_.OnSessionResumed(held);
     has_session_ = true;
     cache_.Send(std::move(held));
+    if (first_bad_step_.has_value()) Distrust();
     cache_.Send(FenceRequest{});
-    scheduler_.SetPaused(false);
+    UpdatePause();
     Pump();
   }
 }
@@ -215,7 +239,45 @@ void Instance::OnPoolOpened(int num_blocks) {
   ledger_.OnPoolReplaced(num_blocks);
   scheduler_.OnPoolReplaced(num_blocks);
   has_session_ = true;
-  scheduler_.SetPaused(false);
+  first_bad_step_.reset();
+  UpdatePause();
+  Pump();
+}
+
+void Instance::OnGroupFrozen() {
+  UpdatePause();
+  Pump();
+}
+
+// The order matters: the cache manager hears of the bad steps before it is asked for anything else,
+// and the scheduler gives nothing back before the ranks are fenced.
+void Instance::OnGroupFenced(bool kv_trusted) {
+  if (!kv_trusted) {
+    ++report_.counters.groups_distrusted;
+    const uint64_t window = config_.num_bad_steps;
+    const uint64_t first = last_done_step_ >= window ? last_done_step_ - window + 1 : 1;
+    first_bad_step_ = std::min(first, first_bad_step_.value_or(first));
+    if (has_session_) Distrust();
+    const std::vector<uint64_t> suspects = scheduler_.RequestsInFlight();
+    if (!suspects.empty() && random_.Chance(config_.isolation_chance)) {
+      scheduler_.SetIsolated(random_.Pick(suspects));
+      if (scheduler_.isolated().has_value()) ++report_.counters.isolations;
+    }
+  }
+  scheduler_.OnGroupLost(kv_trusted);
+  ledger_.OnGroupLost(kv_trusted);
+  CarryOnIfDrained();
+  Pump();
+}
+
+void Instance::Distrust() {
+  report_.Trace("-> cache: steps from {} on are not trusted", *first_bad_step_);
+  ++num_distrusts_unanswered_;
+  cache_.Send(DistrustRequest{*first_bad_step_});
+}
+
+void Instance::OnGroupReady() {
+  UpdatePause();
   Pump();
 }
 
@@ -223,6 +285,7 @@ void Instance::OnStepDone(uint64_t step, const std::vector<SampledToken>& sample
                           int64_t step_us) {
   report_.Trace("<- ranks: step {} is done", step);
   ledger_.OnPlanDone(step);
+  last_done_step_ = step;
   absl::StatusOr<std::vector<SequenceToken>> tokens =
       scheduler_.OnStepDone(step, sampled, step_us, clock_.now_us());
   if (!tokens.ok()) {
@@ -231,7 +294,7 @@ void Instance::OnStepDone(uint64_t step, const std::vector<SampledToken>& sample
   }
   for (const SequenceToken& token : *tokens) clients_.OnToken(token);
   Pump();
-  if (ranks_.num_plans_in_flight() == 0) OnDrained();
+  CarryOnIfDrained();
 }
 
 void Instance::CheckScheduler() {
@@ -245,6 +308,7 @@ void Instance::CheckScheduler() {
 
 void Instance::CheckQuiescent() {
   clients_.CheckAllEnded();
+  if (!ranks_.ready()) report_.Violation("I8", "nothing is left to do, and no rank group is there");
   const SchedulerStats stats = scheduler_.stats();
   if (stats.num_running != 0 || stats.num_waiting != 0 || stats.num_waiting_tokens != 0 ||
       stats.num_matching != 0 || stats.num_restoring != 0 || stats.num_plans_in_flight != 0 ||

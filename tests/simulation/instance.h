@@ -13,6 +13,7 @@
 #include "tests/simulation/config.h"
 #include "tests/simulation/event_queue.h"
 #include "tests/simulation/ledger.h"
+#include "tests/simulation/random.h"
 #include "tests/simulation/rank_group.h"
 #include "tests/simulation/reference.h"
 #include "tests/simulation/report.h"
@@ -42,9 +43,14 @@ class Instance {
   void OnPoolGone();
   void OnPoolOpened(int num_blocks);
   void OnStepDone(uint64_t step, const std::vector<SampledToken>& sampled, int64_t step_us);
-  // What had to wait until no plan was in flight.
-  void OnDrained();
-  void Pause();
+  void OnGroupFrozen();
+  void OnGroupFenced(bool kv_trusted);
+  void Distrust();
+  void OnGroupReady();
+  // What had to wait until no plan was in flight, and nothing of a group that is given up.
+  void CarryOnIfDrained();
+  bool IsPaused() const { return waiting_ != Waiting::kForNothing || !ranks_.ready(); }
+  void UpdatePause() { scheduler_.SetPaused(IsPaused()); }
 
   void CheckScheduler();
   void CheckQuiescent();
@@ -59,12 +65,17 @@ class Instance {
   RankGroup ranks_;
   Clients clients_;
 
-  enum class Waiting { kForNothing, kToResume, kToOpenPool };
+  enum class Waiting { kForNothing, kToResume, kToOpenPool, kForPool };
 
   bool has_session_ = true;                 // as the scheduler was told
-  Waiting waiting_ = Waiting::kForNothing;  // until no plan is in flight; paused meanwhile
+  Waiting waiting_ = Waiting::kForNothing;  // the scheduler is paused meanwhile
   uint64_t pool_epoch_ = 1;
   uint64_t last_step_ = 0;
+  uint64_t last_done_step_ = 0;
+  // The cache manager may not have heard yet that the steps from this one on are not trusted.
+  std::optional<uint64_t> first_bad_step_;
+  int num_distrusts_unanswered_ = 0;  // in this session
+  Random random_;
   std::optional<int64_t> armed_deadline_us_;
 };
 

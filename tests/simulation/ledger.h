@@ -33,6 +33,8 @@ class Ledger {
 
   void OnPlan(const StepPlan& plan);
   void OnPlanDone(uint64_t step);
+  // Every rank of the group is fenced.
+  void OnGroupLost(bool kv_trusted);
 
   // Nobody holds anything but the scheduler, which has `num_leased_ahead` blocks in stock.
   void CheckQuiescent(int num_leased_ahead) const;

@@ -163,6 +163,18 @@ void Ledger::OnPlanDone(uint64_t step) {
   in_flight_.pop_front();
 }
 
+void Ledger::OnGroupLost(bool kv_trusted) {
+  in_flight_.clear();
+  slots_.clear();
+  for (auto& [id, copy] : copies_) {
+    if (copy.step == 0 || copy.done) continue;
+    copy.step = 0;  // and has to be planned again
+    if (!copy.cancelled) ++report_.counters.copies_lost;
+  }
+  if (kv_trusted) return;
+  for (Block& block : blocks_) block.acknowledged_tokens = 0;
+}
+
 size_t Ledger::NumReaders(int32_t block) const {
   std::set<SequenceKey> readers;
   for (const InFlight& flight : in_flight_) {

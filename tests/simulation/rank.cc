@@ -54,25 +54,46 @@ SimulatedRank::SimulatedRank(const SimulationConfig& config, int rank, const Ref
       report_(*report),
       block_size_(static_cast<uint32_t>(config.scheduler.block_size_tokens)) {}
 
-void SimulatedRank::AttachPool(uint64_t pool_epoch, int num_blocks) {
+RankMemory::RankMemory(const SimulationConfig& config, uint64_t pool_epoch, int num_blocks) {
+  const Block garbage(static_cast<size_t>(config.scheduler.block_size_tokens),
+                      Cell{.history = MixBits(pool_epoch, 77)});
+  blocks.assign(static_cast<size_t>(num_blocks), garbage);
+  host_slots.assign(static_cast<size_t>(config.num_host_slots), garbage);
+}
+
+void RankMemory::SpoilSince(uint64_t first_step) {
+  for (std::vector<Block>* tier : {&blocks, &host_slots}) {
+    for (Block& block : *tier) {
+      for (Cell& cell : block) {
+        if (cell.step >= first_step) cell.history = MixBits(cell.history, 99);
+      }
+    }
+  }
+}
+
+void SimulatedRank::AttachPool(uint64_t pool_epoch, RankMemory* memory) {
   pool_epoch_ = pool_epoch;
+  memory_ = memory;
   slots_.assign(static_cast<size_t>(config_.scheduler.max_num_seqs), Slot{});
-  const Block garbage(block_size_, Cell{.history = MixBits(pool_epoch, 77)});
-  blocks_.assign(static_cast<size_t>(num_blocks), garbage);
-  host_slots_.assign(static_cast<size_t>(config_.num_host_slots), garbage);
+}
+
+void SimulatedRank::JoinGroup() {
+  slots_.assign(static_cast<size_t>(config_.scheduler.max_num_seqs), Slot{});
+  last_step_.reset();
+  plan_digest_ = 0;
 }
 
 RankResult SimulatedRank::Execute(const StepPlan& plan) {
   RankResult result;
-  if (plan.step != last_step_ + 1) {
-    report_.Violation("I6", "rank {}: step {} comes after step {}", rank_, plan.step, last_step_);
+  if (last_step_.has_value() && plan.step != *last_step_ + 1) {
+    report_.Violation("I6", "rank {}: step {} comes after step {}", rank_, plan.step, *last_step_);
   }
   if (plan.pool_epoch != pool_epoch_) {
     report_.Violation("I3", "rank {}: step {} names pool {}, mapped is pool {}", rank_, plan.step,
                       plan.pool_epoch, pool_epoch_);
   }
-  last_step_ = plan.step;
-  for (const BlockCopy& copy : plan.copies) RunCopy(copy);
+  last_step_ = last_executed_ = plan.step;
+  for (const BlockCopy& copy : plan.copies) RunCopy(copy, plan.step);
   for (const SlotInit& init : plan.slot_init) Init(init);
   for (const BlockAppend& append : plan.block_append) {
     if (InUse("block_append", append.slot)) Append(append.slot, append.blocks);
@@ -84,7 +105,7 @@ RankResult SimulatedRank::Execute(const StepPlan& plan) {
       report_.Violation("plan", "step {}: two rows of slot {}", plan.step, row.slot);
     }
     num_tokens += row.length;
-    if (CheckRow(row)) RunRow(row, &result);
+    if (CheckRow(row)) RunRow(row, plan.step, &result);
   }
   const auto max_tokens = static_cast<uint64_t>(config_.scheduler.max_num_batched_tokens);
   if (num_tokens > max_tokens) {
@@ -97,18 +118,37 @@ RankResult SimulatedRank::Execute(const StepPlan& plan) {
   return result;
 }
 
-void SimulatedRank::RunCopy(const BlockCopy& copy) {
+void SimulatedRank::Scribble(const StepPlan& plan) {
+  const auto spoil = [&plan](Cell* cell) {
+    *cell = Cell{.history = MixBits(plan.step, 98), .step = plan.step};
+  };
+  for (const BlockCopy& copy : plan.copies) {
+    Block& target = copy.to_device ? memory_->blocks[static_cast<size_t>(copy.block)]
+                                   : memory_->host_slots[copy.host_slot];
+    for (Cell& cell : target) spoil(&cell);
+  }
+  for (const SlotInit& init : plan.slot_init) Init(init);
+  for (const BlockAppend& append : plan.block_append) {
+    if (InUse("block_append", append.slot)) Append(append.slot, append.blocks);
+  }
+  for (const PlanRow& row : plan.rows) {
+    if (!InUse("row", row.slot)) continue;
+    for (uint32_t i = 0; i < row.length; ++i) spoil(&CellAt(slots_[row.slot], row.position + i));
+  }
+}
+
+void SimulatedRank::RunCopy(const BlockCopy& copy, uint64_t step) {
   const auto block = static_cast<size_t>(copy.block);
-  if (block >= blocks_.size() || copy.host_slot >= host_slots_.size()) {
+  if (block >= memory_->blocks.size() || copy.host_slot >= memory_->host_slots.size()) {
     report_.Violation("plan", "a copy between block {} and host slot {}; there are {} and {}",
-                      block, copy.host_slot, blocks_.size(), host_slots_.size());
+                      block, copy.host_slot, memory_->blocks.size(), memory_->host_slots.size());
     return;
   }
-  if (copy.to_device) {
-    blocks_[block] = host_slots_[copy.host_slot];
-  } else {
-    host_slots_[copy.host_slot] = blocks_[block];
-  }
+  Block& on_device = memory_->blocks[block];
+  Block& on_host = memory_->host_slots[copy.host_slot];
+  Block& target = copy.to_device ? on_device : on_host;
+  target = copy.to_device ? on_host : on_device;
+  for (Cell& cell : target) cell.step = step;
 }
 
 void SimulatedRank::Init(const SlotInit& init) {
@@ -166,9 +206,9 @@ void SimulatedRank::Append(uint32_t index, const std::vector<BlockId>& blocks) {
   std::vector<int32_t>& table = slots_[index].table;
   for (const BlockId block : blocks) {
     const auto id = static_cast<int32_t>(block);
-    if (id < 0 || static_cast<size_t>(id) >= blocks_.size()) {
+    if (id < 0 || static_cast<size_t>(id) >= memory_->blocks.size()) {
       report_.Violation("plan", "slot {}: block {} is not in 0 … {}", index, id,
-                        blocks_.size() - 1);
+                        memory_->blocks.size() - 1);
       return;
     }
     table.push_back(id);
@@ -232,7 +272,7 @@ bool SimulatedRank::CheckMemory(const Slot& slot, uint32_t position) const {
   return true;
 }
 
-void SimulatedRank::RunRow(const PlanRow& row, RankResult* result) {
+void SimulatedRank::RunRow(const PlanRow& row, uint64_t step, RankResult* result) {
   Slot& slot = slots_[row.slot];
   uint64_t history = row.position == 0 ? kEmptyHistory : CellAt(slot, row.position - 1).history;
   for (uint32_t i = 0; i < row.length; ++i) {
@@ -244,7 +284,8 @@ void SimulatedRank::RunRow(const PlanRow& row, RankResult* result) {
                         position, slot.sequence->tokens[position]);
     }
     history = ExtendHistory(history, token);
-    CellAt(slot, position) = Cell{.position = position, .token = token, .history = history};
+    CellAt(slot, position) =
+        Cell{.position = position, .token = token, .history = history, .step = step};
   }
   slot.next_position = row.position + row.length;
   slot.last_token.reset();
@@ -266,11 +307,13 @@ void SimulatedRank::Release(uint32_t slot) {
 }
 
 SimulatedRank::Cell& SimulatedRank::CellAt(const Slot& slot, uint32_t position) {
-  return blocks_[static_cast<size_t>(slot.table[position / block_size_])][position % block_size_];
+  const auto block = static_cast<size_t>(slot.table[position / block_size_]);
+  return memory_->blocks[block][position % block_size_];
 }
 
 const SimulatedRank::Cell& SimulatedRank::CellAt(const Slot& slot, uint32_t position) const {
-  return blocks_[static_cast<size_t>(slot.table[position / block_size_])][position % block_size_];
+  const auto block = static_cast<size_t>(slot.table[position / block_size_]);
+  return memory_->blocks[block][position % block_size_];
 }
 
 }  // namespace wintserve::simulation

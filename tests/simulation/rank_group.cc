@@ -8,25 +8,45 @@
 namespace wintserve::simulation {
 
 RankGroup::RankGroup(const SimulationConfig& config, const References* references,
-                     EventQueue* events, Report* report, DoneFunction on_done)
+                     EventQueue* events, Report* report, Events notify)
     : config_(config),
+      references_(*references),
       events_(*events),
       report_(*report),
-      on_done_(std::move(on_done)),
-      random_(config.seed, /*stream=*/2) {
-  for (int rank = 0; rank < config.num_ranks; ++rank) {
-    Member& member = members_.emplace_back();
-    member.rank = std::make_unique<SimulatedRank>(config, rank, references, report);
-    member.slowness = static_cast<double>(random_.Between(80, 150)) / 100;
+      notify_(std::move(notify)),
+      random_(config.seed, /*stream=*/2),
+      fault_random_(config.seed, /*stream=*/6) {
+  members_.resize(static_cast<size_t>(config.num_ranks));
+  for (size_t rank = 0; rank < members_.size(); ++rank) {
+    Launch(rank);
+    members_[rank].slowness = static_cast<double>(random_.Between(80, 150)) / 100;
   }
 }
 
+void RankGroup::Launch(size_t rank) {
+  Member& member = members_[rank];
+  member.process =
+      std::make_unique<SimulatedRank>(config_, static_cast<int>(rank), &references_, &report_);
+  ++member.process_id;
+  member.dying = false;
+  member.hangs = false;
+  member.to_rank = {};
+  member.from_rank = {};
+  member.free_at_us = events_.now_us();
+}
+
 void RankGroup::AttachPool(uint64_t pool_epoch, int num_blocks) {
-  CHECK(in_flight_.empty());
-  for (Member& member : members_) member.rank->AttachPool(pool_epoch, num_blocks);
+  CHECK(in_flight_.empty() && !aborting());
+  pool_epoch_ = pool_epoch;
+  for (Member& member : members_) {
+    member.memory = std::make_unique<RankMemory>(config_, pool_epoch, num_blocks);
+    DropPending(&member);
+    if (member.process) member.process->AttachPool(pool_epoch, member.memory.get());
+  }
 }
 
 void RankGroup::Send(StepPlan plan) {
+  if (!ready()) report_.Violation("plan", "step {} is sent to no group", plan.step);
   in_flight_.push_back(
       InFlight{.step = plan.step, .sent_at_us = events_.now_us(), .results = {}, .sampled = {}});
   const auto shared = std::make_shared<const StepPlan>(std::move(plan));
@@ -34,18 +54,29 @@ void RankGroup::Send(StepPlan plan) {
     Member& member = members_[rank];
     const int64_t arrival = member.to_rank.Arrival(
         events_.now_us(), random_.Around(static_cast<double>(config_.worker_latency_us)));
-    member.free_at_us = std::max(member.free_at_us, arrival) + DurationUs(*shared, member.slowness);
-    events_.At(member.free_at_us, [this, rank, shared] { Run(rank, shared); });
+    const int64_t start_us = std::max(member.free_at_us, arrival);
+    member.free_at_us = start_us + DurationUs(*shared, member.slowness);
+    if (!member.process || member.dying) continue;
+    member.pending.push_back({shared, group_epoch_, start_us});
+    if (member.hangs) continue;
+    events_.At(member.free_at_us, [this, rank, num_drops = member.num_drops] {
+      if (members_[rank].num_drops == num_drops) Run(rank);
+    });
   }
 }
 
-void RankGroup::Run(size_t rank, std::shared_ptr<const StepPlan> plan) {
+// The oldest one that it has received.
+void RankGroup::Run(size_t rank) {
   Member& member = members_[rank];
-  RankResult result = member.rank->Execute(*plan);
+  const Pending pending = std::move(member.pending.front());
+  member.pending.pop_front();
+  if (!CheckMayWrite(rank, pending)) return;
+  RankResult result = member.process->Execute(*pending.plan);
   const int64_t arrival = member.from_rank.Arrival(
       events_.now_us(), random_.Around(static_cast<double>(config_.worker_latency_us)));
-  events_.At(arrival, [this, rank, step = plan->step, result = std::move(result)] {
-    OnResult(rank, step, result);
+  events_.At(arrival, [this, rank, step = pending.plan->step, epoch = pending.group_epoch,
+                       result = std::move(result)] {
+    if (ready() && epoch == group_epoch_) OnResult(rank, step, result);
   });
 }
 
@@ -68,7 +99,7 @@ void RankGroup::OnResult(size_t rank, uint64_t step, RankResult result) {
   in_flight_.pop_front();
   const int64_t step_us = events_.now_us() - std::max(done.sent_at_us, last_done_us_);
   last_done_us_ = events_.now_us();
-  on_done_(done.step, done.sampled, step_us);
+  notify_.on_done(done.step, done.sampled, step_us);
 }
 
 int64_t RankGroup::DurationUs(const StepPlan& plan, double slowness) {
@@ -78,6 +109,14 @@ int64_t RankGroup::DurationUs(const StepPlan& plan, double slowness) {
   us *= static_cast<double>(random_.Between(80, 140)) / 100;
   if (random_.Chance(0.01)) us *= 10;
   return static_cast<int64_t>(us);
+}
+
+// What a fenced group writes could hit a block that somebody else has by now.
+bool RankGroup::CheckMayWrite(size_t rank, const Pending& pending) {
+  if (pending.group_epoch > fenced_epoch_) return true;
+  report_.Violation("I5", "rank {} writes in step {} of group {}, which was fenced", rank,
+                    pending.plan->step, pending.group_epoch);
+  return false;
 }
 
 }  // namespace wintserve::simulation

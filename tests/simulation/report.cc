@@ -40,6 +40,19 @@ constexpr NamedCounter kCounters[] = {
     {"cache resumes", &Counters::cache_resumes},
     {"cache deaths", &Counters::cache_deaths},
     {"pools replaced", &Counters::pools_replaced},
+    {"worker kills", &Counters::worker_kills},
+    {"worker crashes", &Counters::worker_crashes},
+    {"worker hangs", &Counters::worker_hangs},
+    {"workers ended", &Counters::workers_ended},
+    {"late writes", &Counters::late_writes},
+    {"groups lost", &Counters::groups_lost},
+    {"groups distrusted", &Counters::groups_distrusted},
+    {"plans lost", &Counters::plans_lost},
+    {"copies lost", &Counters::copies_lost},
+    {"resumed sequences", &Counters::resumed_sequences},
+    {"recomputed sequences", &Counters::recomputed_sequences},
+    {"isolations", &Counters::isolations},
+    {"cache lost meanwhile", &Counters::cache_losses_in_recovery},
 };
 
 }  // namespace

@@ -44,6 +44,19 @@ struct Counters {
   uint64_t cache_resumes = 0;
   uint64_t cache_deaths = 0;
   uint64_t pools_replaced = 0;
+  uint64_t worker_kills = 0;
+  uint64_t worker_crashes = 0;
+  uint64_t worker_hangs = 0;
+  uint64_t workers_ended = 0;  // that did not leave their group in time
+  uint64_t late_writes = 0;    // plans that a dying or aborting rank ran in part
+  uint64_t groups_lost = 0;
+  uint64_t groups_distrusted = 0;  // of them
+  uint64_t plans_lost = 0;
+  uint64_t copies_lost = 0;
+  uint64_t resumed_sequences = 0;
+  uint64_t recomputed_sequences = 0;
+  uint64_t isolations = 0;
+  uint64_t cache_losses_in_recovery = 0;
 
   void Add(const Counters& other);
   std::string ToString() const;

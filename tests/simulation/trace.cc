@@ -94,6 +94,7 @@ std::string Describe(const CacheReply& reply) {
   if (const auto* copy_out = std::get_if<CopyOut>(&reply)) {
     return fmt::format("copy out {}", ToString(copy_out->copies));
   }
+  if (std::holds_alternative<Distrusted>(reply)) return "distrusted";
   return "done";
 }
 

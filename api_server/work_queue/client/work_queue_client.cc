@@ -6,10 +6,13 @@
 
 #include <deque>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "api_server/work_queue/message_codec.h"
 #include "api_server/work_queue/transport.h"
 #include "common/mutex.h"
+#include "common/transport/queue_transport.h"
 
 namespace wintserve {
 namespace {
@@ -21,10 +24,11 @@ using Stream = grpc::ClientReaderWriter<ByteBuffer, ByteBuffer>;
 // however long the caller is away executing a plan.
 class GrpcWorkQueueClient : public WorkQueueClient {
  public:
-  GrpcWorkQueueClient(const std::string& target, const std::string& token) : target_(target) {
+  GrpcWorkQueueClient(const std::string& target, const std::string& token, const TlsIdentity& tls)
+      : target_(target) {
     grpc::ChannelArguments args;
     ConfigureTransport(&args);
-    channel_ = grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), args);
+    channel_ = grpc::CreateCustomChannel(target, QueueChannelCredentials(target, tls), args);
     context_.AddMetadata(kTokenMetadataKey, TokenMetadataValue(token));
   }
 
@@ -65,6 +69,23 @@ class GrpcWorkQueueClient : public WorkQueueClient {
     return event;
   }
 
+  void SetInterrupt(std::function<void(uint64_t)> interrupt) override {
+    MutexLock interrupt_lock(&interrupt_mutex_);
+    interrupt_ = std::move(interrupt);
+    if (interrupt_ == nullptr) return;
+    std::vector<uint64_t> group_epochs;
+    {
+      MutexLock lock(&mutex_);
+      for (const ServerEvent& event : events_) {
+        if (const auto* abort = std::get_if<AbortGroup>(&event)) {
+          group_epochs.push_back(abort->group_epoch);
+        }
+      }
+      if (!end_.ok()) group_epochs.push_back(0);
+    }
+    for (const uint64_t group_epoch : group_epochs) interrupt_(group_epoch);
+  }
+
   absl::Status SendReady(uint64_t group_epoch, uint64_t pool_epoch) override {
     return Send(ReadyMessage{group_epoch, pool_epoch});
   }
@@ -76,8 +97,11 @@ class GrpcWorkQueueClient : public WorkQueueClient {
                              uint64_t resident_bytes) override {
     return Send(HeartbeatMessage{step_started, step_done, resident_bytes});
   }
-  absl::Status SendFault(FaultKind kind, const std::string& text) override {
-    return Send(FaultMessage{kind, text});
+  absl::Status SendAborted(uint64_t group_epoch) override {
+    return Send(AbortedMessage{group_epoch});
+  }
+  absl::Status SendFault(FaultKind kind, const std::string& text, bool kv_trusted) override {
+    return Send(FaultMessage{kind, text, kv_trusted});
   }
 
   void Close() override { context_.TryCancel(); }
@@ -99,15 +123,30 @@ class GrpcWorkQueueClient : public WorkQueueClient {
         end = event.status();
         break;
       }
-      MutexLock lock(&mutex_);
-      events_.push_back(*std::move(event));
-      arrived_.NotifyOne();
+      HandOut(*std::move(event));
     }
     if (!end.ok()) context_.TryCancel();
     const absl::Status stream_end = FinishStream();
+    MutexLock interrupt_lock(&interrupt_mutex_);
+    if (interrupt_ != nullptr) interrupt_(0);
     MutexLock lock(&mutex_);
     end_ = end.ok() ? stream_end : end;
     arrived_.NotifyAll();
+  }
+
+  void HandOut(ServerEvent event) EXCLUDES(interrupt_mutex_, mutex_) {
+    if (const auto* abort = std::get_if<AbortGroup>(&event)) {
+      MutexLock interrupt_lock(&interrupt_mutex_);
+      if (interrupt_ != nullptr) interrupt_(abort->group_epoch);
+      return Push(std::move(event));  // under the lock: SetInterrupt looks at what is there
+    }
+    Push(std::move(event));
+  }
+
+  void Push(ServerEvent event) EXCLUDES(mutex_) {
+    MutexLock lock(&mutex_);
+    events_.push_back(std::move(event));
+    arrived_.NotifyOne();
   }
 
   // The stream's own status, or UNAVAILABLE for an end that is none of our doing.
@@ -140,6 +179,9 @@ class GrpcWorkQueueClient : public WorkQueueClient {
   Mutex write_mutex_;
   bool finished_ GUARDED_BY(write_mutex_) = false;
 
+  Mutex interrupt_mutex_;  // before mutex_
+  std::function<void(uint64_t)> interrupt_ GUARDED_BY(interrupt_mutex_);
+
   Mutex mutex_;
   CondVar arrived_;
   std::deque<ServerEvent> events_ GUARDED_BY(mutex_);
@@ -151,8 +193,9 @@ class GrpcWorkQueueClient : public WorkQueueClient {
 absl::StatusOr<std::unique_ptr<WorkQueueClient>> WorkQueueClient::Attach(const std::string& target,
                                                                          const std::string& token,
                                                                          const WorkerHello& hello,
-                                                                         int64_t timeout_ms) {
-  auto client = std::make_unique<GrpcWorkQueueClient>(target, token);
+                                                                         int64_t timeout_ms,
+                                                                         const TlsIdentity& tls) {
+  auto client = std::make_unique<GrpcWorkQueueClient>(target, token, tls);
   if (absl::Status status = client->Open(hello, timeout_ms); !status.ok()) return status;
   return client;
 }

@@ -2,7 +2,6 @@
 
 #include <fmt/core.h>
 #include <grpcpp/grpcpp.h>
-#include <openssl/crypto.h>
 
 #include <deque>
 #include <utility>
@@ -10,7 +9,10 @@
 
 #include "api_server/work_queue/message_codec.h"
 #include "api_server/work_queue/transport.h"
+#include "common/log.h"
+#include "common/log_limit.h"
 #include "common/mutex.h"
+#include "common/transport/queue_transport.h"
 #include "proto/work_queue.grpc.pb.h"
 
 namespace wintserve {
@@ -27,7 +29,9 @@ struct Hub {
       : options(options_in),
         token_value(TokenMetadataValue(options_in.token)),
         events(std::move(events_in)),
-        streams(options_in.world_size) {}
+        streams(options_in.world_size),
+        num_admitted(options_in.world_size),
+        num_accepted(options_in.world_size) {}
 
   const WorkQueueServerOptions options;
   const std::string token_value;
@@ -37,8 +41,16 @@ struct Hub {
   absl::Status Admit(const HelloMessage& hello, std::shared_ptr<AttachStream> stream)
       EXCLUDES(mutex);
 
+  // Null: the rank has no stream, or one that was not accepted yet.
+  std::shared_ptr<AttachStream> Accepted(uint32_t rank) REQUIRES(mutex) {
+    const bool accepted = !options.wait_for_accept || num_accepted[rank] == num_admitted[rank];
+    return accepted ? streams[rank] : nullptr;
+  }
+
   Mutex mutex;
   std::vector<std::shared_ptr<AttachStream>> streams GUARDED_BY(mutex);  // by rank; null: absent
+  std::vector<uint64_t> num_admitted GUARDED_BY(mutex);                  // streams so far, by rank
+  std::vector<uint64_t> num_accepted GUARDED_BY(mutex);
 };
 
 // One worker's stream. Keeps itself alive until gRPC calls OnDone.
@@ -69,13 +81,14 @@ class AttachStream : public AttachReactor, public std::enable_shared_from_this<A
 
   const HelloMessage& hello() const { return hello_; }
 
+  // The read side reports the end.
+  void Cut() { context_->TryCancel(); }
+
   void OnReadDone(bool ok) override {
-    if (!ok) return Leave(grpc::Status::OK, "the stream ended");
+    if (!ok) return Leave(absl::UnavailableError("the stream ended"));
     absl::StatusOr<WorkerMessage> message = DecodeWorkerMessage(ToString(incoming_));
     absl::Status status = message.ok() ? Handle(*std::move(message)) : message.status();
-    if (!status.ok()) {
-      return Leave(ToGrpcStatus(status), std::string(status.message()));
-    }
+    if (!status.ok()) return Leave(status);
     StartRead(&incoming_);
   }
 
@@ -108,6 +121,7 @@ class AttachStream : public AttachReactor, public std::enable_shared_from_this<A
       events.on_pool_detached(rank, *detached);
     }
     if (auto* fault = std::get_if<FaultMessage>(&message)) events.on_fault(rank, *fault);
+    if (auto* aborted = std::get_if<AbortedMessage>(&message)) events.on_aborted(rank, *aborted);
     return absl::OkStatus();
   }
 
@@ -125,14 +139,16 @@ class AttachStream : public AttachReactor, public std::enable_shared_from_this<A
     return absl::OkStatus();
   }
 
-  void Leave(const grpc::Status& status, const std::string& reason) EXCLUDES(mutex_) {
+  void Leave(const absl::Status& reason) EXCLUDES(mutex_) {
     if (admitted_) {
-      {
-        MutexLock lock(&hub_->mutex);
-        hub_->streams[hello_.hello.rank].reset();
-      }
-      hub_->events.on_disconnected(hello_.hello.rank, reason);
+      // First: nobody else attaches as this rank before it is known that this one has left.
+      hub_->events.on_detached(hello_.hello.rank, hello_.hello.worker_id, reason);
+      MutexLock lock(&hub_->mutex);
+      hub_->streams[hello_.hello.rank].reset();
     }
+    // An end of the worker's doing is no error of the call.
+    const grpc::Status status =
+        absl::IsUnavailable(reason) ? grpc::Status::OK : ToGrpcStatus(reason);
     {
       MutexLock lock(&mutex_);
       finishing_ = true;
@@ -219,42 +235,34 @@ absl::Status Hub::Admit(const HelloMessage& hello, std::shared_ptr<AttachStream>
     if (absl::Status status = CheckSameGroup(hello, other->hello()); !status.ok()) return status;
   }
   streams[rank] = std::move(stream);
+  ++num_admitted[rank];
   return absl::OkStatus();
 }
-
-// Ends a stream at once.
-class RefusingStream : public AttachReactor {
- public:
-  explicit RefusingStream(const grpc::Status& status) { Finish(status); }
-  void OnDone() override { delete this; }
-};
 
 class Service : public proto::WorkQueue::WithRawCallbackMethod_Attach<proto::WorkQueue::Service> {
  public:
   explicit Service(std::shared_ptr<Hub> hub) : hub_(std::move(hub)) {}
 
   AttachReactor* Attach(grpc::CallbackServerContext* context) override {
-    if (!Authenticated(*context)) {
-      return new RefusingStream(grpc::Status(grpc::StatusCode::UNAUTHENTICATED, ""));
+    if (!HasToken(*context, hub_->token_value)) {
+      if (const auto more = stranger_log_.Admit()) {
+        LOG_WARNING("work queue: refused a call from {}: wrong or missing token{}", context->peer(),
+                    *more);
+      }
+      return new EndedCall(Unauthenticated());
     }
     return std::make_shared<AttachStream>(hub_, context)->Begin();
   }
 
  private:
-  bool Authenticated(const grpc::CallbackServerContext& context) const {
-    const auto& metadata = context.client_metadata();
-    const auto found = metadata.find(kTokenMetadataKey);
-    const std::string& expected = hub_->token_value;
-    return found != metadata.end() && found->second.size() == expected.size() &&
-           CRYPTO_memcmp(found->second.data(), expected.data(), expected.size()) == 0;
-  }
-
   const std::shared_ptr<Hub> hub_;
+  LogLimit stranger_log_;
 };
 
 class GrpcWorkQueueServer : public WorkQueueServer {
  public:
-  explicit GrpcWorkQueueServer(std::shared_ptr<Hub> hub) : hub_(hub), service_(std::move(hub)) {}
+  explicit GrpcWorkQueueServer(std::shared_ptr<Hub> hub)
+      : hub_(hub), service_(hub), unknown_methods_(hub->token_value) {}
   ~GrpcWorkQueueServer() override { Stop(/*grace_ms=*/0); }
 
   absl::Status Listen() {
@@ -262,25 +270,49 @@ class GrpcWorkQueueServer : public WorkQueueServer {
     grpc::ServerBuilder builder;
     builder.AddListeningPort("unix:" + options.unix_socket, grpc::InsecureServerCredentials());
     if (!options.tcp_address.empty()) {
-      builder.AddListeningPort(options.tcp_address, grpc::InsecureServerCredentials());
+      builder.AddListeningPort(options.tcp_address, QueueServerCredentials(options.tls));
     }
     ConfigureTransport(&builder);
+    LimitStrangers(&builder);
     builder.RegisterService(&service_);
+    builder.RegisterCallbackGenericService(&unknown_methods_);
     server_ = builder.BuildAndStart();
     if (server_ == nullptr) {
       return absl::UnavailableError(
           fmt::format("the work queue cannot listen on unix:{}{}{}", options.unix_socket,
                       options.tcp_address.empty() ? "" : " and ", options.tcp_address));
     }
-    return absl::OkStatus();
+    return MakeSocketPrivate(options.unix_socket);
   }
 
+  void Accept(uint32_t rank) override {
+    MutexLock lock(&hub_->mutex);
+    ++hub_->num_accepted[rank];
+  }
+  void Cut(uint32_t rank) override {
+    std::shared_ptr<AttachStream> stream;
+    {
+      MutexLock lock(&hub_->mutex);
+      stream = hub_->Accepted(rank);
+    }
+    if (stream != nullptr) stream->Cut();
+  }
+
+  void Send(uint32_t rank, const DetachPool& detach) override {
+    SendTo(rank, EncodeServerMessage(detach));
+  }
+  void Send(uint32_t rank, const AbortGroup& abort) override {
+    SendTo(rank, EncodeServerMessage(abort));
+  }
   void Send(const ConfigureWorker& configure) override {
     Broadcast(EncodeServerMessage(configure));
   }
   void Send(const AttachPool& attach) override { Broadcast(EncodeServerMessage(attach)); }
   void Send(const DetachPool& detach) override { Broadcast(EncodeServerMessage(detach)); }
-  void Send(const ShutdownWorker& shutdown) override { Broadcast(EncodeServerMessage(shutdown)); }
+  void Send(const AbortGroup& abort) override { Broadcast(EncodeServerMessage(abort)); }
+  void Send(const ShutdownWorker& shutdown) override {
+    Broadcast(EncodeServerMessage(shutdown), /*to_all=*/true);
+  }
 
   uint64_t SendPlan(const StepPlan& plan) override {
     const EncodedPlan encoded = EncodePlanMessage(plan);
@@ -296,12 +328,24 @@ class GrpcWorkQueueServer : public WorkQueueServer {
   }
 
  private:
-  void Broadcast(const std::string& message) {
+  void SendTo(uint32_t rank, const std::string& message) {
+    std::shared_ptr<AttachStream> stream;
+    {
+      MutexLock lock(&hub_->mutex);
+      stream = hub_->Accepted(rank);
+    }
+    if (stream != nullptr) stream->Send(ToByteBuffer(message));
+  }
+
+  // to_all: also to those that were not accepted.
+  void Broadcast(const std::string& message, bool to_all = false) {
     const ByteBuffer buffer = ToByteBuffer(message);  // copies share the bytes
     std::vector<std::shared_ptr<AttachStream>> streams;
     {
       MutexLock lock(&hub_->mutex);
-      streams = hub_->streams;
+      for (uint32_t rank = 0; rank < hub_->options.world_size; ++rank) {
+        streams.push_back(to_all ? hub_->streams[rank] : hub_->Accepted(rank));
+      }
     }
     for (const std::shared_ptr<AttachStream>& stream : streams) {
       if (stream != nullptr) stream->Send(buffer);
@@ -310,6 +354,7 @@ class GrpcWorkQueueServer : public WorkQueueServer {
 
   const std::shared_ptr<Hub> hub_;
   Service service_;
+  UnknownMethods unknown_methods_;
   std::unique_ptr<grpc::Server> server_;
 };
 

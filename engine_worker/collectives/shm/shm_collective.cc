@@ -124,9 +124,16 @@ absl::StatusOr<std::unique_ptr<ShmCollective>> ShmCollective::Create(
   return std::unique_ptr<ShmCollective>(new ShmCollective(std::move(memory), group));
 }
 
-void ShmCollective::Abort() {
-  const uint32_t before = header()->progress.fetch_or(kAborted);
-  if ((before & kAborted) == 0) FutexWakeAll(&header()->progress);
+void ShmCollective::AbortIn(const MappedMemory& memory) {
+  std::atomic<uint32_t>& progress = static_cast<Header*>(memory.data())->progress;
+  const uint32_t before = progress.fetch_or(kAborted);
+  if ((before & kAborted) == 0) FutexWakeAll(&progress);
+}
+
+void ShmCollective::Abort() { AbortIn(*memory_); }
+
+std::function<void()> ShmCollective::AbortFunction() const {
+  return [memory = memory_] { AbortIn(*memory); };
 }
 
 bool ShmCollective::is_aborted() const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 
 #include "absl/status/statusor.h"
@@ -45,6 +46,9 @@ class ShmCollective : public Collective {
   absl::Status Broadcast(void* data, int64_t size_bytes) override;
   void Abort() override;
 
+  // What Abort() does, also while the collective is handed on and when it is gone.
+  std::function<void()> AbortFunction() const;
+
   // For groups whose data goes another way, to which this is what ends them. Any thread.
   bool is_aborted() const;
   // Returns once the group is aborted, at the latest after timeout_ms; whether it is.
@@ -60,6 +64,7 @@ class ShmCollective : public Collective {
 
   ShmCollective(std::shared_ptr<MappedMemory> memory, const ShmGroup& group);
 
+  static void AbortIn(const MappedMemory& memory);
   Header* header() const;
   SlotHeader* slot(int rank) const;  // of the current round
   template <typename T>

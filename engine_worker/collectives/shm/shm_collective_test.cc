@@ -140,6 +140,79 @@ TEST(ShmCollective, SurvivorsOfAKilledPeerReturnOnceTheGroupIsAborted) {
   supervisor.join();
 }
 
+// Rank 1 is killed inside an operation, wherever that finds it; rank 0 and a fresh process go on.
+TEST(ShmCollective, ASurvivorAndAFreshProcessMeetInTheNextGroup) {
+  constexpr int kGroups = 20;
+  const auto run_until_the_end = [](ShmCollective& collective) {
+    std::vector<float> data(2000);  // several rounds
+    absl::Status status;
+    while (status.ok()) status = collective.AllReduceSum(data.data(), std::ssize(data));
+    return status;
+  };
+  for (int group = 0; group < kGroups; ++group) {
+    SCOPED_TRACE(group);
+    const auto memory = NewMemory(2);
+    const pid_t child = ::fork();
+    ASSERT_GE(child, 0);
+    if (child == 0) {
+      const auto peer = Join(memory, 1, 2);
+      (void)run_until_the_end(*peer);
+      ::_exit(1);
+    }
+    const auto survivor = Join(memory, 0, 2);
+    std::thread supervisor([&] {
+      std::this_thread::sleep_for(std::chrono::microseconds(2000 + 317 * group));
+      EXPECT_EQ(::kill(child, SIGKILL), 0);
+      EXPECT_EQ(ExitStatus(child), 128 + SIGKILL);
+      survivor->Abort();
+    });
+    EXPECT_EQ(run_until_the_end(*survivor).code(), absl::StatusCode::kUnavailable);
+    supervisor.join();
+  }
+}
+
+// A process that is stopped holds nobody up, and finds its group ended when it goes on.
+TEST(ShmCollective, AStoppedPeerHoldsNobodyUpAfterAnAbort) {
+  const auto memory = NewMemory(2);
+  const pid_t child = ::fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    const auto peer = Join(memory, 1, 2);
+    float value = 1;
+    absl::Status status;
+    while (status.ok()) status = peer->AllReduceSum(&value, 1);
+    ::_exit(absl::IsUnavailable(status) ? 0 : 1);
+  }
+  const auto self = Join(memory, 0, 2);
+  float value = 1;
+  for (int i = 0; i < 100; ++i) ASSERT_TRUE(self->AllReduceSum(&value, 1).ok());
+  ASSERT_EQ(::kill(child, SIGSTOP), 0);
+  std::thread supervisor([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    self->Abort();
+  });
+  absl::Status status;
+  while (status.ok()) status = self->AllReduceSum(&value, 1);
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+  supervisor.join();
+  ASSERT_EQ(::kill(child, SIGCONT), 0);
+  EXPECT_EQ(ExitStatus(child), 0);
+}
+
+TEST(ShmCollective, ItsAbortFunctionOutlivesIt) {
+  const auto memory = NewMemory(2);
+  const auto second = Join(memory, 1, 2);
+  std::function<void()> abort;
+  {
+    auto first = Join(memory, 0, 2);
+    abort = first->AbortFunction();
+    EXPECT_FALSE(second->is_aborted());
+    abort();
+    EXPECT_TRUE(second->is_aborted());
+  }
+  abort();
+}
+
 TEST(ShmCollective, DifferentOperationsEndTheGroupWithAnErrorThatNamesTheRanks) {
   OnThreads(2, [](ShmCollective& collective) {
     float value = 1;

@@ -1,0 +1,140 @@
+#include "launcher/line_sink.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/resource.h>
+
+#include <chrono>
+#include <sstream>
+#include <thread>
+
+#include "common/read_file.h"
+
+namespace wintserve {
+namespace {
+
+using ::testing::HasSubstr;
+using Clock = std::chrono::steady_clock;
+
+struct Pipe {
+  Pipe() {
+    int fds[2];
+    EXPECT_EQ(::pipe2(fds, O_CLOEXEC), 0);
+    reader.Reset(fds[0]);
+    writer.Reset(fds[1]);
+  }
+  UniqueFd reader;
+  UniqueFd writer;
+};
+
+std::string ReadToEnd(const UniqueFd& fd) {
+  std::string text;
+  char buffer[4096];
+  ssize_t count;
+  while ((count = ::read(fd.get(), buffer, sizeof(buffer))) > 0) text.append(buffer, count);
+  return text;
+}
+
+TEST(LineSink, WritesWhatItGotInOrderBeforeItGoes) {
+  Pipe pipe;
+  std::string expected;
+  {
+    LineSink sink(std::move(pipe.writer));
+    for (int i = 0; i < 100; ++i) {
+      sink.Write(fmt::format("line {}", i));
+      expected += fmt::format("line {}\n", i);
+    }
+  }
+  EXPECT_EQ(ReadToEnd(pipe.reader), expected);
+}
+
+TEST(LineSink, AReaderWhoDoesNotReadHoldsNobodyUpAndLearnsWhatIsMissing) {
+  Pipe pipe;
+  const std::string line(1000, 'x');
+  constexpr int kNumLines = 4000;  // four times the queue
+  auto sink = std::make_unique<LineSink>(std::move(pipe.writer));
+  const auto before = Clock::now();
+  for (int i = 0; i < kNumLines; ++i) sink->Write(line);
+  EXPECT_LT(Clock::now() - before, std::chrono::seconds(2));
+  const int64_t num_dropped = sink->num_dropped();
+  EXPECT_GT(num_dropped, 0);
+
+  std::string text;
+  std::thread reader([&] { text = ReadToEnd(pipe.reader); });
+  sink.reset();
+  reader.join();
+  std::istringstream lines(text);
+  int num_whole = 0;
+  int num_notes = 0;
+  for (std::string read; std::getline(lines, read);) {
+    if (read == line) {
+      ++num_whole;
+    } else {
+      ++num_notes;
+      EXPECT_EQ(read, fmt::format("... {} lines are missing here: they could not be written",
+                                  num_dropped));
+    }
+  }
+  EXPECT_EQ(num_whole, kNumLines - num_dropped);
+  EXPECT_EQ(num_notes, 1);
+}
+
+TEST(LineSink, IsGoneInASecondThoughNobodyReads) {
+  ::signal(SIGPIPE, SIG_IGN);  // the thread that is left behind gets it
+  Pipe pipe;
+  auto sink = std::make_unique<LineSink>(std::move(pipe.writer));
+  for (int i = 0; i < 1000; ++i) sink->Write(std::string(1000, 'x'));
+  const auto before = Clock::now();
+  sink.reset();
+  EXPECT_LT(Clock::now() - before, std::chrono::seconds(5));
+}
+
+TEST(LineSink, AClosedConsoleOrAFullDiskDropsAndCounts) {
+  ::signal(SIGPIPE, SIG_IGN);
+  Pipe pipe;
+  pipe.reader.Reset();
+  UniqueFd full(::open("/dev/full", O_WRONLY | O_CLOEXEC));
+  ASSERT_TRUE(full.valid());
+  for (UniqueFd* fd : {&pipe.writer, &full}) {
+    LineSink sink(std::move(*fd));
+    for (int i = 0; i < 10; ++i) sink.Write("line");
+    for (int i = 0; i < 1000 && sink.num_dropped() < 10; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    EXPECT_EQ(sink.num_dropped(), 10);
+  }
+}
+
+TEST(LineSink, SaysWhatIsMissingOnceTheDiskHasRoomAgain) {
+  // A file that may not grow beyond a limit stands in for a disk: half a line fits.
+  const std::string path = ::testing::TempDir() + fmt::format("line_sink_test.{}", ::getpid());
+  UniqueFd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC, 0600));
+  ASSERT_TRUE(fd.valid());
+  rlimit before = {};
+  ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &before), 0);
+  const auto previous = ::signal(SIGXFSZ, SIG_IGN);
+  const rlimit limited = {15, before.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &limited), 0);
+  {
+    LineSink sink(std::move(fd));
+    for (const char* line : {"0123456789", "half of it", "lost"}) sink.Write(line);
+    for (int i = 0; i < 1000 && sink.num_dropped() < 2; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    EXPECT_EQ(sink.num_dropped(), 2);
+    ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &before), 0);
+    sink.Write("later");
+  }
+  ::signal(SIGXFSZ, previous);
+  const auto text = ReadFile(path);
+  ASSERT_TRUE(text.ok()) << text.status();
+  EXPECT_EQ(*text,
+            "0123456789\nhalf\n... 2 lines are missing here: they could not be written\nlater\n");
+  ::unlink(path.c_str());
+}
+
+}  // namespace
+}  // namespace wintserve
