@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from faults import client_of, greedy, stop_cleanly
+from faults import Stream, client_of, greedy, stop_cleanly, wait_for_tokens
 from server import POET
 
 SHARD = "model-00002-of-00003.safetensors"
@@ -182,7 +182,6 @@ def test_cycles_of_start_and_stop_leave_nothing(start, request, note):
 @pytest.mark.fault(what="kill -9 launcher", when="streaming", holds="all gone in 2 s, the next start is clean; I9")
 @pytest.mark.parametrize("ranks", [1, 2], ids=["1 rank", "2 ranks"])
 def test_a_killed_launcher_takes_all_along(start, ranks):
-    from faults import Stream, wait_for_tokens
     server = start("--tensor-parallel-size", ranks).wait_ready()
     stream = Stream(server, greedy("床前明月光", 1000))
     wait_for_tokens([stream], 5)

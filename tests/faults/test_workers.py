@@ -1,5 +1,6 @@
 """The death of engine workers, by rank, cause and moment: streams go on as if nothing had been."""
 import os
+import shutil
 import signal
 import time
 
@@ -270,7 +271,6 @@ def test_killed_while_blocks_are_copied(start):
 
 @pytest.mark.fault(what="kill -9 worker", when="its checkpoint is gone", holds="the instance ends with 66 or says why it is not ready; I8 I9")
 def test_replacement_cannot_load(start, tmp_path):
-    import shutil
     model = tmp_path / "model"
     shutil.copytree(POET, model)
     server = start("--tensor-parallel-size", 2, *FLAGS, "--fault-hold", 5, model=model).wait_ready()

@@ -94,6 +94,10 @@ class Sessions {
   void Request(uint64_t id, const std::string& bytes) {
     proto::CacheRequest request;
     if (!request.ParseFromString(bytes)) return;
+    // Epochs are random: 1 stands for the open pool's.
+    if (request.open().adopt_pool_epoch() == 1) {
+      request.mutable_open()->set_adopt_pool_epoch(owner_.Stats().pool_epoch());
+    }
     const std::vector<proto::CacheReply> replies = owner_.Handle(id, request);
     CHECK(!replies.empty() && replies.size() <= 2, "{}", replies.size());
     CHECK(replies[0].reply_case() != proto::CacheReply::REPLY_NOT_SET);
