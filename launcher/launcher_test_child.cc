@@ -3,7 +3,7 @@
 // SIGTERM with code 0), "ignore" SIGTERM, "exit:CODE", "exit_on_term:CODE", "abort",
 // "exit_after:MILLISECONDS" (with code 0), "report_hang" (of the cache manager, after 4 s, twice);
 // "later:BEHAVIOUR": "run" the first time, so from the second start on; "talk:BEHAVIOUR": 20,000
-// lines of 100 bytes on stderr before. "abort" leaves a line without end there.
+// lines of 100 bytes on stderr before. "abort" leaves a line without end there (mode "serve").
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <signal.h>
@@ -73,7 +73,7 @@ int main(int argc, char** argv) {
     behaviour = behaviour.substr(5);
   }
   if (behaviour == "abort") {
-    fmt::print(stderr, "last words");
+    if (instance->mode == "serve") fmt::print(stderr, "last words");
     std::abort();
   }
   if (behaviour.starts_with("exit:")) return std::atoi(behaviour.c_str() + 5);

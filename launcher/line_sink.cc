@@ -3,10 +3,12 @@
 #include <fmt/format.h>
 #include <poll.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <deque>
 #include <utility>
+#include <vector>
 
 #include "common/mutex.h"
 
@@ -14,10 +16,17 @@ namespace wintserve {
 namespace {
 
 constexpr std::chrono::seconds kLastWords(1);
+constexpr size_t kBatchBytes = 64 << 10;
 
 struct QueuedLine {
   std::string text;            // with its newline, or empty
   int64_t num_missing_before;  // dropped between the line before and this one
+};
+
+struct Batch {
+  int64_t num_missing_before = 0;
+  std::string text;
+  std::vector<size_t> line_ends;  // in the text
 };
 
 // The number of bytes that were written, all of them unless it fails.
@@ -54,13 +63,28 @@ struct LineSink::State {
   bool closed GUARDED_BY(mu) = false;  // the thread has written what it could
 
   void Run() EXCLUDES(mu);
+  Batch Take() REQUIRES(mu);
 };
 
+// As many lines as follow each other without a gap, up to a limit.
+Batch LineSink::State::Take() {
+  Batch batch;
+  batch.num_missing_before = lines.front().num_missing_before;
+  do {
+    batch.text += lines.front().text;
+    if (!lines.front().text.empty()) batch.line_ends.push_back(batch.text.size());
+    num_queued_bytes -= lines.front().text.size();
+    lines.pop_front();
+  } while (!lines.empty() && lines.front().num_missing_before == 0 &&
+           batch.text.size() < kBatchBytes);
+  return batch;
+}
+
 void LineSink::State::Run() {
-  int64_t num_missing_now = 0;  // before the line in hand
+  int64_t num_missing_now = 0;  // before the batch in hand
   bool in_line = false;         // what was written last is the beginning of a line
   while (true) {
-    QueuedLine line;
+    Batch batch;
     {
       MutexLock lock(&mu);
       changed.Wait(&mu, [this]() NO_THREAD_SAFETY_ANALYSIS { return closing || !lines.empty(); });
@@ -69,25 +93,24 @@ void LineSink::State::Run() {
         changed.NotifyAll();
         return;
       }
-      line = std::move(lines.front());
-      lines.pop_front();
-      num_queued_bytes -= line.text.size();
+      batch = Take();
     }
-    num_missing_now += line.num_missing_before;
-    std::string text = in_line ? "\n" : "";
+    num_missing_now += batch.num_missing_before;
+    std::string head = in_line ? "\n" : "";
     if (num_missing_now > 0) {
-      text += fmt::format("... {} lines are missing here: they could not be written\n",
+      head += fmt::format("... {} lines are missing here: they could not be written\n",
                           num_missing_now);
     }
-    text += line.text;
+    const std::string text = head + batch.text;
     const size_t written = WriteAll(fd.get(), text);
     if (written > 0) in_line = text[written - 1] != '\n';
-    if (written == text.size()) {
-      num_missing_now = 0;
-    } else if (!line.text.empty()) {
-      ++num_missing_now;
+    if (written >= head.size()) num_missing_now = 0;
+    const int64_t num_lost = std::ranges::count_if(
+        batch.line_ends, [&](size_t end) { return head.size() + end > written; });
+    num_missing_now += num_lost;
+    if (num_lost > 0) {
       MutexLock lock(&mu);
-      ++num_dropped;
+      num_dropped += num_lost;
     }
   }
 }

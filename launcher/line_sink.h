@@ -16,7 +16,7 @@ namespace wintserve {
 // comes after one that says how many are missing. Threading: any thread.
 class LineSink {
  public:
-  static constexpr size_t kMaxQueuedBytes = 1 << 20;
+  static constexpr size_t kMaxQueuedBytes = 4 << 20;
 
   explicit LineSink(UniqueFd fd);
   // Gives what is queued a second; then the thread is left behind, with what it has.

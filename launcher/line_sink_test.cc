@@ -54,7 +54,7 @@ TEST(LineSink, WritesWhatItGotInOrderBeforeItGoes) {
 TEST(LineSink, AReaderWhoDoesNotReadHoldsNobodyUpAndLearnsWhatIsMissing) {
   Pipe pipe;
   const std::string line(1000, 'x');
-  constexpr int kNumLines = 4000;  // four times the queue
+  constexpr int kNumLines = 4 * LineSink::kMaxQueuedBytes / 1000;
   auto sink = std::make_unique<LineSink>(std::move(pipe.writer));
   const auto before = Clock::now();
   for (int i = 0; i < kNumLines; ++i) sink->Write(line);
