@@ -103,7 +103,7 @@ int RunEngineWorker(const Instance& instance, StopSignal& stop) {
   InitLog(fmt::format("engine_worker.{}", instance.rank), instance.options.log_level);
   InitGrpcLog();
   RankGroup group(instance.rank, instance.options.tensor_parallel_size);
-  absl::StatusOr<LoadedModel> loaded = LoadModel(instance.options, &group);
+  absl::StatusOr<LoadedModel> loaded = LoadModel(instance.options, &group, instance.restarted);
   if (!loaded.ok()) {
     const bool device_is_at_fault =
         absl::IsUnavailable(loaded.status()) || absl::IsResourceExhausted(loaded.status());

@@ -47,6 +47,7 @@ absl::StatusOr<Instance> FromJson(const nlohmann::json& json) {
   instance.runtime_dir = json.at("runtime_dir").get<std::string>();
   instance.rank = json.at("rank").get<int>();
   instance.worker_id = json.at("worker_id").get<uint64_t>();
+  instance.restarted = json.at("restarted").get<bool>();
   instance.http_fd = json.at("http_fd").get<int>();
   instance.metrics_fd = json.at("metrics_fd").get<int>();
   instance.mode = json.at("mode").get<std::string>();
@@ -64,6 +65,7 @@ absl::StatusOr<UniqueFd> WriteInstance(const Instance& instance) {
                           {"runtime_dir", instance.runtime_dir},
                           {"rank", instance.rank},
                           {"worker_id", instance.worker_id},
+                          {"restarted", instance.restarted},
                           {"http_fd", instance.http_fd},
                           {"metrics_fd", instance.metrics_fd},
                           {"mode", instance.mode},

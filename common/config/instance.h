@@ -17,6 +17,7 @@ struct Instance {
   std::string runtime_dir;     // 0700, holds the Unix sockets below; removed by the launcher
   int rank = 0;                // engine worker only
   uint64_t worker_id = 0;      // engine worker only: of this process, random
+  bool restarted = false;      // engine worker only: its rank had a process before
   int http_fd = -1;            // API server only: bound, listening, inherited
   int metrics_fd = -1;         // API server only: -1 when /metrics is on the HTTP port
   std::string mode = "serve";  // API server only: "serve" or "generate"

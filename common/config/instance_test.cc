@@ -75,6 +75,7 @@ Instance UnusualInstance() {
   instance.runtime_dir = "/run/wintserve-1";
   instance.rank = 3;
   instance.worker_id = 0xfedcba9876543210;
+  instance.restarted = true;
   instance.http_fd = 4;
   instance.metrics_fd = 5;
   instance.mode = "generate";
@@ -107,6 +108,7 @@ TEST(Instance, EveryFieldSurvivesTheTrip) {
   EXPECT_EQ(got->runtime_dir, sent.runtime_dir);
   EXPECT_EQ(got->rank, sent.rank);
   EXPECT_EQ(got->worker_id, sent.worker_id);
+  EXPECT_EQ(got->restarted, sent.restarted);
   EXPECT_EQ(got->http_fd, sent.http_fd);
   EXPECT_EQ(got->metrics_fd, sent.metrics_fd);
   EXPECT_EQ(got->mode, sent.mode);

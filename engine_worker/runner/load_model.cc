@@ -250,7 +250,7 @@ absl::Status ProfileSteps(const ServeOptions& options, Collective* group, Model*
 
 // Loads the model and says what is left for KV blocks.
 absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig& config,
-                                  RankGroup* group, LoadedModel* loaded) {
+                                  RankGroup* group, bool is_replacement, LoadedModel* loaded) {
   kernels::Backend* backend = loaded->backend.get();
   ASSIGN_OR_RETURN(const DeviceMemory at_start, QueryMemory(*backend));
   MemoryProfile profile = {.total = at_start.total,
@@ -275,6 +275,7 @@ absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig
   RETURN_IF_ERROR(profiled);
   profile.group = GroupMemoryBytes(group->world_size());
   for (const std::string& line : DescribeMemory(profile, demand)) LOG_INFO("{}", line);
+  if (is_replacement) return std::max<int64_t>(0, KvBytes(profile, demand));
   RETURN_IF_ERROR(CheckKvFits(profile, demand));
   return KvBytes(profile, demand);
 }
@@ -287,13 +288,15 @@ int CpuThreads(const ServeOptions& options) {
   return std::max(1, num_cores / options.tensor_parallel_size);
 }
 
-absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, RankGroup* group) {
+absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, RankGroup* group,
+                                      bool is_replacement) {
   LoadedModel loaded;
   ASSIGN_OR_RETURN(loaded.backend, CreateBackend(options, group->rank()));
   ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(options.model));
   RETURN_IF_ERROR(CheckTensorParallel(config, group->world_size()));
   if (!loaded.backend->uses_host_memory()) {
-    ASSIGN_OR_RETURN(loaded.kv_bytes_available, LoadOnGpu(options, config, group, &loaded));
+    ASSIGN_OR_RETURN(loaded.kv_bytes_available,
+                     LoadOnGpu(options, config, group, is_replacement, &loaded));
   } else {
     ASSIGN_OR_RETURN(loaded.model, LoadWeights(options, config, loaded.backend.get(), group));
   }

@@ -29,6 +29,10 @@ int CpuThreads(const ServeOptions& options);
 // RESOURCE_EXHAUSTED: the model and the KV cache of one sequence do not fit its memory; if the
 // config alone tells, before anything is loaded. Any other error: the checkpoint; it names the file
 // and the tensor or key.
-absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, RankGroup* group);
+//
+// is_replacement: the KV pool of the process before may be on the device already, in which case
+// next to nothing is left for another, and that is no error.
+absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, RankGroup* group,
+                                      bool is_replacement = false);
 
 }  // namespace wintserve

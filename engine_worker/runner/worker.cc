@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <string>
@@ -21,6 +22,9 @@ constexpr std::chrono::milliseconds kHeartbeatPeriod(250);
 constexpr int64_t kStopSkewMs = 1000;
 // Of one look for an API server: also how long a stop may wait for it.
 constexpr int64_t kAttachSliceMs = 250;
+// For a server that refuses this rank because it has yet to find out that its last stream has
+// ended. Longer than its keepalive takes.
+constexpr std::chrono::milliseconds kRefusalPatience(5'000);
 
 FaultKind KindOf(const absl::Status& status) {
   switch (status.code()) {
@@ -311,18 +315,23 @@ absl::StatusOr<bool> Worker::AttachAgain(const absl::Status& end) {
 }
 
 absl::StatusOr<std::unique_ptr<WorkQueueClient>> Worker::FindServer() {
-  const auto deadline =
-      std::chrono::steady_clock::now() + std::chrono::milliseconds(options_.orphan_timeout_ms);
+  using std::chrono::milliseconds;
+  using std::chrono::steady_clock;
+  const auto begin = steady_clock::now();
+  const milliseconds timeout(options_.orphan_timeout_ms);
   while (true) {
     absl::StatusOr<std::unique_ptr<WorkQueueClient>> queue =
         links_.attach_again(pool_epoch_.value_or(0), kAttachSliceMs);
-    if (!absl::IsUnavailable(queue.status())) return queue;
-    if (std::chrono::steady_clock::now() >= deadline) {
+    const bool is_refused = absl::IsFailedPrecondition(queue.status());
+    if (!absl::IsUnavailable(queue.status()) && !is_refused) return queue;
+    const auto waited = steady_clock::now() - begin;
+    if (is_refused && waited >= std::min(timeout, kRefusalPatience)) return queue;
+    if (waited >= timeout) {
       return absl::UnavailableError(fmt::format("{}; no other came within {} ms",
                                                 std::string(queue.status().message()),
                                                 options_.orphan_timeout_ms));
     }
-    if (WaitForStop(/*timeout_ms=*/10)) return queue;
+    if (WaitForStop(is_refused ? kAttachSliceMs : 10)) return queue;
   }
 }
 

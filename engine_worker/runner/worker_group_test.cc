@@ -480,9 +480,28 @@ TEST(Orphan, EndsAfterTheTimeout) {
 TEST(Orphan, EndsWhenTheNextServerRefusesIt) {
   Lender lender;
   TestWorker worker(&lender, 0,
-                    [](uint64_t, int64_t) { return absl::FailedPreconditionError("other build"); });
+                    [](uint64_t, int64_t) { return absl::FailedPreconditionError("other build"); },
+                    {.orphan_timeout_ms = 50});
   worker.queue().EndStream();
   EXPECT_EQ(worker.End().message(), "other build");
+}
+
+// The end of a stream may reach the server after the next one has begun.
+TEST(Orphan, AsksAgainWhenTheServerStillHoldsItsLastStream) {
+  Lender lender;
+  int num_attempts = 0;
+  TestWorker worker(&lender, 0,
+                    [&](uint64_t, int64_t) -> absl::StatusOr<std::unique_ptr<WorkQueueClient>> {
+                      if (++num_attempts < 3) {
+                        return absl::FailedPreconditionError("engine worker 0 is attached already");
+                      }
+                      auto queue = std::make_unique<FakeWorkQueue>();
+                      queue->Push(ShutdownWorker{});
+                      return queue;
+                    });
+  worker.queue().EndStream();
+  EXPECT_TRUE(worker.End().ok());
+  EXPECT_EQ(num_attempts, 3);
 }
 
 }  // namespace

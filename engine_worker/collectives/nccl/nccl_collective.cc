@@ -305,8 +305,13 @@ void NcclCollective::Abort() { state_->control->Abort(); }
 
 template <typename Call>
 absl::Status NcclCollective::CallNccl(const char* what, const Call& call) {
-  std::shared_lock<std::shared_timed_mutex> lock(state_->calls);
-  if (state_->comm == nullptr || state_->control->is_aborted()) return Aborted();
+  // Not to be waited for: the abort that holds it may itself wait for this thread to destroy
+  // graphs.
+  std::shared_lock<std::shared_timed_mutex> lock(state_->calls, std::try_to_lock);
+  if (!lock.owns_lock()) Abort();
+  if (!lock.owns_lock() || state_->comm == nullptr || state_->control->is_aborted()) {
+    return Aborted();
+  }
   const ncclResult_t result = call(state_->comm);
   if (result == ncclSuccess) return absl::OkStatus();
   if (state_->control->is_aborted()) return Aborted();
@@ -374,8 +379,10 @@ absl::Status NcclCollective::Broadcast(void* data, int64_t size_bytes) {
 
 absl::Status NcclCollective::DeviceStatus() {
   if (state_->is_cut_short.load()) return Aborted();
-  std::shared_lock<std::shared_timed_mutex> lock(state_->calls);
-  if (state_->comm == nullptr) return Aborted();
+  // As in CallNccl: whoever destroys the graphs may be waiting for this step.
+  std::shared_lock<std::shared_timed_mutex> lock(state_->calls, std::try_to_lock);
+  if (!lock.owns_lock()) Abort();
+  if (!lock.owns_lock() || state_->comm == nullptr) return Aborted();
   ncclResult_t error = ncclSuccess;
   const ncclResult_t asked = state_->nccl->CommGetAsyncError(state_->comm, &error);
   const ncclResult_t result = asked == ncclSuccess ? error : asked;
