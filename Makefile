@@ -6,7 +6,8 @@ BUILD := build/$(PRESET)
 .DEFAULT_GOAL := help
 .PHONY: help serve setup python-env build test test-long test-asan test-tsan test-gpu \
         test-gpu-accuracy test-gpu-e2e test-gpu-transformers test-poet-bf16 cuda-check bundle format \
-        format-check tidy bench bench-gpu bench-gpu-shapes bench-scheduling build-cuda clean
+        format-check tidy bench bench-gpu bench-gpu-shapes bench-scheduling build-cuda clean \
+        fuzz fuzz-smoke test-faults
 
 help:  ## Print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -96,6 +97,24 @@ test-tsan: python-env  ## Unit tests with the thread sanitizer
 	$(MAKE) build PRESET=tsan
 	ctest --preset tsan -j$(TEST_JOBS) --no-tests=error
 
+# FAULTS: options of pytest and of tests/faults/conftest.py, like `-k cache --kills 20`.
+FAULTS :=
+test-faults: build python-env  ## Real processes that die, hang or meet hostile peers; writes docs/FAULTS.md
+	WINTSERVE_BIN=$(BUILD)/bin PYTHONPATH=tests/e2e PYTHONDONTWRITEBYTECODE=1 build/venv/bin/python -m pytest -q \
+	  -p no:cacheprovider --fault-report $(BUILD)/faults.json $(FAULTS) tests/faults; code=$$?; \
+	  tests/faults/report $(BUILD)/faults.json > docs/FAULTS.md; exit $$code
+
+# What libFuzzer finds stays in build/fuzz; tests/fuzz/run says how to take it over.
+SECONDS ?= 600
+fuzz:  ## Each fuzz target (tests/fuzz) for SECONDS=600, with clang's libFuzzer and sanitizers
+	@tools/setup/install_packages.sh fuzz
+	@test -f build/fuzz/build.ninja || cmake --preset fuzz
+	@ninja -C build/fuzz fuzz_targets
+	@tests/fuzz/run --seconds $(SECONDS)
+
+fuzz-smoke:  ## The same for a few seconds
+	@$(MAKE) fuzz SECONDS=5
+
 test-poet-bf16: build  ## Tests on the bfloat16 demo checkpoint in MODEL=DIR, which is not in the repository
 	@test -f '$(MODEL)/config.json' || \
 	  { echo "test-poet-bf16: MODEL='$(MODEL)' has no config.json; give MODEL=DIR" >&2; exit 2; }
@@ -134,4 +153,4 @@ bench-scheduling: build  ## Batching and prefix cache through HTTP: JSON and plo
 	@build/bench-venv/bin/python bench/scheduling --build $(BUILD)
 
 clean:  ## Remove the build directories of all presets, keep the Python environment
-	rm -rf build/cpu build/cuda build/cuda-check build/asan build/tsan
+	rm -rf build/cpu build/cuda build/cuda-check build/asan build/tsan build/fuzz

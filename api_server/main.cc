@@ -20,6 +20,7 @@
 #include "common/transport/queue_transport.h"
 #include "common/unix_socket.h"
 #include "launcher/client/supervisor_client.h"
+#include "launcher/client/worker_watch.h"
 
 namespace wintserve {
 namespace {
@@ -134,6 +135,26 @@ void RestartCacheManager(const Instance& instance) {
   if (!status.ok()) LOG_WARNING("{}", std::string(status.message()));
 }
 
+std::string TextOf(const WorkerExitNotice& notice) {
+  if (notice.signal == 0) return fmt::format("exited with code {}", notice.code);
+  return fmt::format("was ended by signal {}", notice.signal);
+}
+
+// The launcher's news of the engine workers' processes, as the engine wants them.
+class LaunchedWorkers : public WorkerProcesses {
+ public:
+  LaunchedWorkers(const Instance& instance, WorkerProcessEvents events)
+      : watch_(instance.supervisor_socket(), instance.token,
+               {.on_watching = std::move(events.on_watching),
+                .on_exit = [on_exit = std::move(events.on_exit)](const WorkerExitNotice& notice) {
+                  on_exit(notice.rank, notice.worker_id, notice.kv_trusted, TextOf(notice));
+                }}) {}
+  void End(uint32_t rank, uint64_t worker_id) override { watch_.EndWorker(rank, worker_id); }
+
+ private:
+  WorkerWatch watch_;
+};
+
 int Main(int argc, char** argv) {
   // Blocked before the first thread exists, so that every thread inherits it and only the main
   // thread's waits see them.
@@ -159,6 +180,9 @@ int Main(int argc, char** argv) {
   LlmOptions llm_options = LlmOptionsFor(*instance);
   llm_options.queue_tls = *std::move(queue_tls);
   llm_options.on_cache_hang = [&instance = *instance] { RestartCacheManager(instance); };
+  llm_options.watch_workers = [&instance = *instance](WorkerProcessEvents events) {
+    return std::make_unique<LaunchedWorkers>(instance, std::move(events));
+  };
   llm_options.on_ready = [] { kill(getpid(), kReadySignal); };
   llm_options.on_fatal = [](const std::string&) { kill(getpid(), kFatalSignal); };
   const auto llm = CreateLlm(std::move(llm_options), registry);

@@ -5,13 +5,12 @@
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/beast/core/flat_buffer.hpp>
 #include <boost/beast/core/tcp_stream.hpp>
-#include <boost/beast/http/parser.hpp>
-#include <boost/beast/http/string_body.hpp>
 #include <string>
 #include <utility>  // before Asio's coroutine header, which needs it
 
 #include "api_server/http/http_server.h"
 #include "api_server/http/message.h"
+#include "api_server/http/request_head.h"
 
 namespace wintserve {
 
@@ -20,7 +19,7 @@ namespace wintserve {
 // ReadHead.
 class Connection {
  public:
-  using Parser = boost::beast::http::request_parser<boost::beast::http::string_body>;
+  using Parser = HttpParser;
   template <typename T>
   using Awaitable = boost::asio::awaitable<T>;
   using ErrorCode = boost::system::error_code;

@@ -294,7 +294,7 @@ awaitable<Outcome> GenerateAndSend(const Exchange& exchange, PreparedRequest& pr
 awaitable<Outcome> Answer(const Exchange& exchange, Endpoint endpoint, std::string body) {
   ServerContext& context = exchange.context;
   const ReadinessReport readiness = context.llm->Readiness();
-  if (!readiness.ready) {
+  if (!readiness.ready && !readiness.is_recovering) {
     const Outcome outcome = co_await SendReply(exchange, NotReadyReply(readiness));
     co_return outcome;
   }

@@ -1,5 +1,3 @@
-#include <fmt/core.h>
-
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/this_coro.hpp>
 #include <boost/beast/http/error.hpp>
@@ -10,6 +8,7 @@
 #include "api_server/http/connection.h"
 #include "api_server/http/endpoints.h"
 #include "api_server/http/generation.h"
+#include "api_server/http/request_head.h"
 #include "api_server/http/reset_prefix_cache.h"
 #include "api_server/http/server_context.h"
 #include "common/log.h"
@@ -38,55 +37,6 @@ class Registration {
   Connection* const connection_;
 };
 
-template <typename Field>
-std::string HeaderValue(const Connection::Parser& parser, Field field) {
-  const auto value = parser.get()[field];
-  return std::string(value.data(), value.size());
-}
-
-RequestHead HeadOf(const Connection::Parser& parser) {
-  const auto& message = parser.get();
-  RequestHead head;
-  head.method = std::string(message.method_string());
-  head.target = std::string(message.target());
-  head.version = static_cast<int>(message.version());
-  head.keep_alive = message.keep_alive();
-  head.has_body = !parser.is_done();
-  head.has_host = message.find(http::field::host) != message.end();
-  head.expect = HeaderValue(parser, http::field::expect);
-  head.expects_continue = boost::beast::iequals(head.expect, "100-continue");
-  head.content_type = HeaderValue(parser, http::field::content_type);
-  head.content_encoding = HeaderValue(parser, http::field::content_encoding);
-  head.authorization = HeaderValue(parser, http::field::authorization);
-  head.request_id = SaneRequestId(HeaderValue(parser, "x-request-id"));
-  return head;
-}
-
-// The peer is gone or said nothing: there is nobody to answer.
-bool IsHangUp(error_code error) {
-  if (!error) return false;
-  return error == http::error::end_of_stream || error == http::error::partial_message ||
-         error == boost::beast::error::timeout ||
-         error.category() == net::error::get_system_category() ||
-         error.category() == net::error::get_misc_category();
-}
-
-Reply MalformedReply(error_code error, const HttpOptions& options) {
-  if (error == http::error::body_limit) {
-    return ErrorReply(413, "body_too_large",
-                      fmt::format("the body is larger than {} bytes", options.max_body_bytes));
-  }
-  if (error == http::error::header_limit || error == http::error::buffer_overflow) {
-    return ErrorReply(431, "header_too_large",
-                      fmt::format("the header is larger than {} bytes", options.max_header_bytes));
-  }
-  if (error == http::error::bad_version) {
-    return ErrorReply(505, "http_version_not_supported", "only HTTP/1.0 and HTTP/1.1 are spoken");
-  }
-  return ErrorReply(400, "invalid_http",
-                    fmt::format("the request is not valid HTTP: {}", error.message()));
-}
-
 class Session {
  public:
   Session(ServerContext& context, Connection& connection, Port port)
@@ -107,8 +57,7 @@ class Session {
   // False: close the connection.
   awaitable<bool> ServeOneRequest() {
     Connection::Parser parser;
-    parser.header_limit(static_cast<std::uint32_t>(context_.options.max_header_bytes));
-    parser.body_limit(static_cast<std::uint64_t>(context_.options.max_body_bytes));
+    SetLimits(context_.options, &parser);
     error_code error = co_await connection_.ReadHead(parser);
     const auto start = std::chrono::steady_clock::now();
     if (IsHangUp(error)) co_return false;

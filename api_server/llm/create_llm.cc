@@ -3,7 +3,6 @@
 #include <fmt/core.h>
 
 #include <atomic>
-#include <random>
 #include <unordered_map>
 #include <utility>
 
@@ -27,12 +26,6 @@ constexpr int64_t kCacheFlushTimeoutMs = 5'000;
 constexpr double kBytesPerGib = 1 << 30;
 constexpr double kMaxSwapSpaceGib = 1 << 20;  // its bytes fit 64 bits
 
-// Not 0, which stands for "none" in a message that lacks the field.
-uint64_t RandomEpoch() {
-  std::random_device random;
-  return (uint64_t{random()} << 32 | random()) | 1;
-}
-
 class LlmImpl : public LLM {
  public:
   LlmImpl(LlmOptions options, std::unique_ptr<Tokenizer> tokenizer, GenerationConfig generation,
@@ -50,7 +43,8 @@ class LlmImpl : public LLM {
 
   absl::StatusOr<RequestHandle> Submit(GenerationRequest request,
                                        std::function<void(GenerationUpdate)> on_update) override {
-    if (const ReadinessReport readiness = engine_->Readiness(); !readiness.ready) {
+    if (const ReadinessReport readiness = engine_->Readiness();
+        !readiness.ready && !readiness.is_recovering) {
       return absl::UnavailableError("not ready: " + readiness.reason);
     }
     const RequestLimits limits = request_limits();
@@ -117,7 +111,8 @@ class LlmImpl : public LLM {
                          .tcp_address = options_.work_queue_address,
                          .tls = options_.queue_tls,
                          .token = options_.token,
-                         .world_size = world_size};
+                         .world_size = world_size,
+                         .wait_for_accept = true};
     config.startup = {.world_size = world_size,
                       .max_model_len = options_.max_model_len,
                       .max_num_seqs = options_.max_num_seqs,
@@ -128,8 +123,7 @@ class LlmImpl : public LLM {
                       .stop_ids = stop_ids,
                       .model_digest = ModelDigest(options_.model_path, *tokenizer_),
                       .host_bytes = static_cast<uint64_t>(options_.swap_space_gib * kBytesPerGib),
-                      .num_blocks_override = options_.num_blocks_override,
-                      .group_epoch = RandomEpoch()};
+                      .num_blocks_override = options_.num_blocks_override};
     config.scheduler = {.max_num_seqs = options_.max_num_seqs,
                         .max_num_batched_tokens = options_.max_num_batched_tokens,
                         .block_size_tokens = options_.block_size_tokens,
@@ -144,6 +138,8 @@ class LlmImpl : public LLM {
                         .max_queue_requests = options_.max_queue_requests,
                         .max_queue_tokens = options_.max_queue_tokens};
     config.connect_cache = std::move(connect_cache);
+    config.watch_workers = options_.watch_workers;
+    config.fault_hold_ms = options_.fault_hold_ms;
     config.on_ready = options_.on_ready;
     config.on_cache_hang = options_.on_cache_hang;
     config.on_fatal = options_.on_fatal;
@@ -241,6 +237,7 @@ LlmOptions LlmOptionsFor(const Instance& instance) {
   out.max_long_partial_prefills = options.max_long_partial_prefills;
   out.long_prefill_token_threshold = options.long_prefill_token_threshold;
   out.request_timeout_ms = options.request_timeout_ms;
+  out.fault_hold_ms = options.fault_hold_ms;
   out.prefix_caching = options.enable_prefix_caching;
   out.chunked_prefill = options.enable_chunked_prefill;
   out.async_depth = options.async_depth;

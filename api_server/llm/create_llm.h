@@ -9,6 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "api_server/llm/llm.h"
+#include "api_server/llm/worker_processes.h"
 #include "common/config/instance.h"
 #include "common/transport/tls_files.h"
 
@@ -45,6 +46,9 @@ struct LlmOptions {
   int max_long_partial_prefills = 1;
   int long_prefill_token_threshold = 0;
   int64_t request_timeout_ms = 0;
+  // While there are no engine workers to compute with, since one has died, a request waits so long;
+  // then it fails with UNAVAILABLE.
+  int64_t fault_hold_ms = 60'000;
 
   // Features; see ServeOptions
   bool prefix_caching = true;
@@ -58,9 +62,13 @@ struct LlmOptions {
   // The cache manager seems to be there without answering: has it started anew if so. From a thread
   // of its own, which may block; the engine goes on meanwhile.
   std::function<void()> on_cache_hang = {};
+  // Begins to watch the processes of the engine workers; called once, at the start. Null: nobody
+  // can be asked about them; then broken streams and deadlines alone tell that a worker is lost,
+  // and nothing that was computed with it is kept.
+  WorkerProcessWatcher watch_workers = {};
   // Called once, from the engine's thread, when the instance can serve no more and has to be
-  // started anew: a worker is lost, the ranks disagree, or no KV pool can be created. `reason` is
-  // one line for the operator. Must not block, nor destroy the LLM.
+  // started anew: a worker does not fit, or no KV pool can be created. `reason` is one line for the
+  // operator. Must not block, nor destroy the LLM.
   std::function<void(const std::string& reason)> on_fatal = {};
 };
 
@@ -69,9 +77,11 @@ LlmOptions LlmOptionsFor(const Instance& instance);
 // Loads the tokenizer and generation_config.json, starts listening for engine workers and returns
 // at once: Readiness() says what is still being waited for. A cache manager that is lost later does
 // not make it unready: sequences go on in the blocks that they hold, and are computed again once a
-// new one has created a pool. Destroying the LLM tells the workers to exit, ends every open request
-// with UNAVAILABLE (on_update is called until then) and joins its threads.
-// NOT_FOUND, INVALID_ARGUMENT: a file of the model, by name, or a limit. UNAVAILABLE: an address.
+// new one has created a pool. An engine worker that is lost makes it unready until another one has
+// taken its place; then sequences go on where they were. Workers that an earlier LLM has left
+// behind are taken over with their pool. Destroying the LLM tells the workers to exit, ends every
+// open request with UNAVAILABLE (on_update is called until then) and joins its threads. NOT_FOUND,
+// INVALID_ARGUMENT: a file of the model, by name, or a limit. UNAVAILABLE: an address.
 absl::StatusOr<std::unique_ptr<LLM>> CreateLlm(LlmOptions options,
                                                std::shared_ptr<prometheus::Registry> registry);
 

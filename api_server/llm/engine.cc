@@ -2,7 +2,9 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <chrono>
+#include <random>
 #include <utility>
 
 #include "common/check.h"
@@ -18,39 +20,33 @@ constexpr int64_t kWorkerExitGraceMs = 2'000;
 
 double Seconds(int64_t microseconds) { return static_cast<double>(microseconds) / 1e6; }
 
+int64_t MicrosecondsOf(steady_clock::time_point time) {
+  return std::chrono::duration_cast<std::chrono::microseconds>(time.time_since_epoch()).count();
+}
+
 std::string TextOf(const absl::Status& status) { return std::string(status.message()); }
 
-const char* NameOf(FaultKind kind) {
-  switch (kind) {
-    case FaultKind::kCheckpoint:
-      return "checkpoint";
-    case FaultKind::kOutOfMemory:
-      return "out of memory";
-    case FaultKind::kCollective:
-      return "collective";
-    case FaultKind::kDevice:
-      return "device";
-    case FaultKind::kInternal:
-      return "internal";
-  }
-  return "unknown";
+// Not 0, which stands for "none" in a message that lacks the field.
+uint64_t RandomEpoch() {
+  std::random_device random;
+  return (uint64_t{random()} << 32 | random()) | 1;
 }
 
 }  // namespace
 
-int64_t EngineNowUs() {
-  return std::chrono::duration_cast<std::chrono::microseconds>(
-             steady_clock::now().time_since_epoch())
-      .count();
-}
+int64_t EngineNowUs() { return MicrosecondsOf(steady_clock::now()); }
 
 Engine::Engine(EngineConfig config, EngineMetrics* metrics)
     : config_(std::move(config)),
       metrics_(metrics),
+      api_epoch_(RandomEpoch()),
       startup_(config_.startup),
+      group_(config_.startup.world_size, RandomEpoch),
       pool_(config_.startup.world_size),
-      steps_(config_.startup.world_size, config_.startup.group_epoch) {
-  SetReadiness(false, startup_.WaitingFor());
+      steps_(config_.startup.world_size, /*group_epoch=*/0),
+      last_beats_us_(std::make_unique<std::atomic<int64_t>[]>(config_.startup.world_size)),
+      is_silent_(config_.startup.world_size) {
+  SetReadiness({.reason = group_.WaitingFor()});
 }
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Start(EngineConfig config, EngineMetrics* metrics) {
@@ -63,7 +59,7 @@ absl::Status Engine::Open() {
   ASSIGN_OR_RETURN(work_queue_, WorkQueueServer::Start(config_.work_queue, WorkerEvents()));
   cache_link_ = std::make_unique<CacheLink>(CacheLinkOptions{
       .connect = config_.connect_cache,
-      .api_epoch = config_.startup.group_epoch,
+      .api_epoch = api_epoch_,
       .events = CacheManagerEvents(),
       .on_connected =
           [this](std::unique_ptr<CacheClient> client) {
@@ -75,6 +71,7 @@ absl::Status Engine::Open() {
                 Broken{fmt::format("no session with the cache manager: {}", TextOf(status))});
           },
       .on_hang = config_.on_cache_hang});
+  if (config_.watch_workers) processes_ = config_.watch_workers(ProcessEvents());
   thread_ = std::thread([this] { Run(); });
   return absl::OkStatus();
 }
@@ -83,6 +80,7 @@ Engine::~Engine() {
   if (!thread_.joinable()) return;  // Open failed
   inbox_.Push(StopEngine{});
   thread_.join();
+  processes_.reset();
   cache_link_.reset();
   work_queue_->Stop(kWorkerExitGraceMs);
   cache_.reset();
@@ -90,7 +88,6 @@ Engine::~Engine() {
 
 // gRPC's and the cache client's threads only push.
 WorkQueueEvents Engine::WorkerEvents() {
-  const auto broken = [this](std::string reason) { inbox_.Push(Broken{std::move(reason)}); };
   return {
       .on_hello = [this](const WorkerHello& hello) { inbox_.Push(WorkerAttached{hello}); },
       .on_ready =
@@ -101,20 +98,23 @@ WorkQueueEvents Engine::WorkerEvents() {
           [this](uint32_t rank, StepDone done) {
             inbox_.Push(WorkerStepDone{rank, std::move(done)});
           },
-      .on_heartbeat = [](uint32_t, const HeartbeatMessage&) {},
+      .on_heartbeat = [this](uint32_t rank,
+                             const HeartbeatMessage&) { last_beats_us_[rank] = EngineNowUs(); },
       .on_pool_detached =
           [this](uint32_t rank, const PoolDetachedMessage& detached) {
-            inbox_.Push(WorkerDetached{rank, detached});
+            inbox_.Push(WorkerLetGo{rank, detached});
           },
       .on_fault =
-          [broken](uint32_t rank, const FaultMessage& fault) {
-            broken(fmt::format("engine worker {} reports a fault ({}): {}", rank,
-                               NameOf(fault.kind), fault.text));
+          [this](uint32_t rank, const FaultMessage& fault) {
+            inbox_.Push(WorkerFault{rank, fault});
           },
-      .on_aborted = [](uint32_t, const AbortedMessage&) {},
+      .on_aborted =
+          [this](uint32_t rank, const AbortedMessage& aborted) {
+            inbox_.Push(WorkerAborted{rank, aborted});
+          },
       .on_detached =
-          [broken](uint32_t rank, uint64_t /*worker_id*/, const absl::Status& status) {
-            broken(fmt::format("engine worker {} is gone: {}", rank, TextOf(status)));
+          [this](uint32_t rank, uint64_t /*worker_id*/, const absl::Status& status) {
+            inbox_.Push(WorkerStreamEnded{rank, TextOf(status)});
           },
       .on_refused =
           [](const std::string& reason) { LOG_ERROR("refused an engine worker: {}", reason); },
@@ -161,9 +161,18 @@ CacheEvents Engine::CacheManagerEvents() {
   };
 }
 
+WorkerProcessEvents Engine::ProcessEvents() {
+  return {.on_watching = [this](bool watching) { inbox_.Push(ExitsAreTold{watching}); },
+          .on_exit =
+              [this](uint32_t rank, uint64_t worker_id, bool kv_trusted, const std::string& text) {
+                inbox_.Push(WorkerExited{rank, worker_id, kv_trusted, text});
+              }};
+}
+
 absl::Status Engine::Submit(std::unique_ptr<ActiveRequest> request) {
   const ReadinessReport readiness = Readiness();
-  if (!readiness.ready) return absl::UnavailableError("not ready: " + readiness.reason);
+  if (!readiness.ready && !readiness.is_recovering)
+    return absl::UnavailableError("not ready: " + readiness.reason);
   if (!inbox_.Push(Arrival{std::move(request)})) return absl::UnavailableError("shutting down");
   return absl::OkStatus();
 }
@@ -180,25 +189,29 @@ EngineLimits Engine::limits() const {
   return limits_;
 }
 
-void Engine::SetReadiness(bool ready, const std::string& reason) {
+void Engine::SetReadiness(ReadinessReport report) {
   MutexLock lock(&readiness_mutex_);
-  readiness_ = {ready, reason};
+  readiness_ = std::move(report);
 }
 
 void Engine::Run() {
   while (!stopping_) {
-    for (Event& event : inbox_.WaitAndTake(NextDeadline())) {
+    const std::optional<steady_clock::time_point> deadline = NextDeadline();
+    std::vector<Event> events = inbox_.WaitAndTake(deadline);
+    late_us_ = deadline.has_value() ? EngineNowUs() - MicrosecondsOf(*deadline) : 0;
+    for (Event& event : events) {
       std::visit([this](auto& body) { Handle(std::move(body)); }, event);
     }
     if (stopping_ || failed_) continue;
-    AdvancePool();
-    if (failed_ || scheduler_ == nullptr) continue;
-    Schedule();
-    DeliverUpdates();
-    step_ended_us_.reset();
-    metrics_->RecordState(scheduler_->stats());
+    Advance();
+    if (!failed_ && scheduler_ != nullptr) {
+      Schedule();
+      DeliverUpdates();
+      step_ended_us_.reset();
+      metrics_->RecordState(scheduler_->stats());
+    }
   }
-  SetReadiness(false, "shutting down");
+  SetReadiness({.reason = "shutting down"});
   const absl::Status error = absl::UnavailableError("the server is shutting down");
   for (Event& event : inbox_.Close()) {
     if (auto* arrival = std::get_if<Arrival>(&event)) arrival->request->output.Fail(error);
@@ -208,9 +221,32 @@ void Engine::Run() {
   if (cache_ != nullptr) cache_->Close();
 }
 
+void Engine::Advance() {
+  const int64_t now_us = EngineNowUs();
+  CheckStepDeadline(now_us);
+  CheckHeartbeats(now_us);
+  while (!failed_ && (AdvanceGroup() || AdvancePool())) {
+  }
+  if (failed_) return;
+  if (scheduler_ != nullptr) {
+    scheduler_->SetPaused(pool_paused_ || !group_.in_use());
+    if (scheduler_->isolated() != poison_guard_.isolated()) {
+      scheduler_->SetIsolated(poison_guard_.isolated());
+    }
+    FailHeldRequests(now_us);
+  }
+  ReportReadiness();
+}
+
 std::optional<steady_clock::time_point> Engine::NextDeadline() const {
-  if (failed_ || scheduler_ == nullptr) return std::nullopt;
-  const std::optional<int64_t> deadline_us = scheduler_->NextDeadlineUs();
+  if (failed_) return std::nullopt;
+  std::optional<int64_t> deadline_us = NextGroupDeadlineUs();
+  if (scheduler_ != nullptr) {
+    const std::optional<int64_t> scheduler_us = scheduler_->NextDeadlineUs();
+    if (scheduler_us.has_value()) {
+      deadline_us = std::min(*scheduler_us, deadline_us.value_or(*scheduler_us));
+    }
+  }
   if (!deadline_us.has_value()) return std::nullopt;
   return steady_clock::time_point(std::chrono::microseconds(*deadline_us));
 }
@@ -230,58 +266,30 @@ void Engine::Handle(Arrival event) {
 }
 
 void Engine::Handle(Cancellation event) {
-  if (requests_.erase(event.request_id) > 0) scheduler_->Cancel(event.request_id);
-}
-
-void Engine::Handle(WorkerAttached event) {
-  LOG_INFO("engine worker {} of {} is attached: {}", event.hello.rank, config_.startup.world_size,
-           event.hello.backend);
-  if (absl::Status status = startup_.OnHello(event.hello); !status.ok()) {
-    return Fatal(TextOf(status));
-  }
-  if (!startup_.all_attached() || std::exchange(configured_, true)) return;
-  work_queue_->Send(startup_.configuration());
-  pool_.OnWorkersAttached();
-}
-
-void Engine::Handle(WorkerReady event) {
-  if (event.ready.group_epoch != config_.startup.group_epoch) {
-    return Fatal(fmt::format("engine worker {} is ready for group epoch {:x}, not {:x}", event.rank,
-                             event.ready.group_epoch, config_.startup.group_epoch));
-  }
-  if (absl::Status status = pool_.OnReady(event.rank, event.ready.pool_epoch); !status.ok()) {
-    Fatal(TextOf(status));
-  }
-}
-
-void Engine::Handle(WorkerDetached event) {
-  if (absl::Status status = pool_.OnDetached(event.rank, event.detached.pool_epoch); !status.ok()) {
-    Fatal(TextOf(status));
-  }
-}
-
-void Engine::Handle(WorkerStepDone event) {
-  if (failed_) return;
-  if (absl::Status status = steps_.Take(event.rank, std::move(event.done)); !status.ok()) {
-    return Fatal(TextOf(status));
-  }
-  FinishSteps();
+  if (requests_.erase(event.request_id) == 0) return;
+  scheduler_->Cancel(event.request_id);
+  poison_guard_.OnEnded(event.request_id);
 }
 
 void Engine::FinishSteps() {
   for (;;) {
     const int64_t now_us = EngineNowUs();
     const absl::StatusOr<std::optional<FinishedStep>> finished = steps_.TakeFinished(now_us);
-    if (!finished.ok()) return Fatal(TextOf(finished.status()));
+    if (!finished.ok()) {
+      return GroupFault(FaultCause::kDivergence, /*kv_trusted=*/false, TextOf(finished.status()));
+    }
     if (!finished->has_value()) return;
     const FinishedStep& step = **finished;
+    last_acknowledged_step_ = step.step;
+    step_deadline_.OnFinished(step.shape, step.running_us);
     metrics_->RecordStep(Seconds(step.latency_us), Seconds(step.execute_us), step.num_sequences,
                          step.num_tokens);
     step_ended_us_ = now_us;
     const absl::StatusOr<std::vector<SequenceToken>> tokens =
         scheduler_->OnStepDone(step.step, step.sampled, step.running_us, now_us);
     if (!tokens.ok()) {
-      return Fatal(fmt::format("engine worker 0 is out of step: {}", TextOf(tokens.status())));
+      return GroupFault(FaultCause::kDivergence, /*kv_trusted=*/false,
+                        fmt::format("engine worker 0 is out of step: {}", TextOf(tokens.status())));
     }
     metrics_->RecordGeneratedTokens(static_cast<int>(tokens->size()));
     for (const SequenceToken& news : *tokens) TakeToken(news, now_us);
@@ -299,6 +307,7 @@ void Engine::TakeToken(const SequenceToken& news, int64_t now_us) {
   }
   const auto [last, is_first] = request.last_token_us.try_emplace(news.sequence.choice, now_us);
   if (!is_first) metrics_->RecordNextToken(Seconds(now_us - std::exchange(last->second, now_us)));
+  poison_guard_.OnToken(news.sequence.request);
   // Before the next plan is made: a choice that met its stop string gets no further row.
   if (request.output.Append(news)) scheduler_->Cancel(news.sequence);
   if (updated_.empty() || updated_.back() != news.sequence.request) {
@@ -322,7 +331,7 @@ void Engine::Schedule() {
 }
 
 void Engine::SendPlan(StepPlan plan) {
-  plan.group_epoch = config_.startup.group_epoch;
+  plan.group_epoch = group_.epoch();
   plan.pool_epoch = pool_.pool().pool_epoch;
   plan.previous_plan_hash = last_plan_hash_;
   last_plan_hash_ = work_queue_->SendPlan(plan);
@@ -358,6 +367,7 @@ void Engine::DeliverUpdates() {
         Seconds(now_us - request.arrived_us), Seconds(now_us - *request.started_us),
         Seconds(now_us - *request.first_token_us), request.output.num_prompt_tokens(),
         request.output.num_completion_tokens());
+    poison_guard_.OnEnded(id);
     requests_.erase(found);
   }
 }
@@ -366,6 +376,7 @@ void Engine::FailRequest(uint64_t request_id, const absl::Status& error) {
   const auto found = requests_.find(request_id);
   if (found == requests_.end()) return;
   scheduler_->Cancel(request_id);
+  poison_guard_.OnEnded(request_id);
   found->second->output.Fail(error);
   requests_.erase(found);
 }
@@ -385,7 +396,7 @@ void Engine::Fatal(const std::string& reason) {
   if (failed_ || stopping_) return;
   failed_ = true;
   LOG_ERROR("the engine stops: {}", reason);
-  SetReadiness(false, reason);
+  SetReadiness({.reason = reason});
   FailAll(absl::UnavailableError(reason));
   if (config_.on_fatal) config_.on_fatal(reason);
 }

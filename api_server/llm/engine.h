@@ -1,7 +1,8 @@
-// The engine's thread: owns the scheduler and every open request, and talks to workers and cache
-// manager.
+// The engine's thread: owns the scheduler and every open request, and talks to workers, cache
+// manager and launcher.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -15,13 +16,17 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "api_server/llm/cache_link.h"
+#include "api_server/llm/group_lifecycle.h"
 #include "api_server/llm/inbox.h"
 #include "api_server/llm/llm_factory.h"
 #include "api_server/llm/metrics.h"
+#include "api_server/llm/poison_guard.h"
 #include "api_server/llm/pool_lifecycle.h"
 #include "api_server/llm/request_output.h"
 #include "api_server/llm/startup.h"
+#include "api_server/llm/step_deadline.h"
 #include "api_server/llm/step_tracker.h"
+#include "api_server/llm/worker_processes.h"
 #include "api_server/scheduler/scheduler.h"
 #include "api_server/work_queue/server/work_queue_server.h"
 #include "cache_manager/client/cache_client.h"
@@ -35,6 +40,9 @@ struct EngineConfig {
   // Policy and limits; what only the workers and the pool can tell is filled in.
   SchedulerConfig scheduler;
   CacheConnector connect_cache;
+  WorkerProcessWatcher watch_workers;  // see LlmOptions
+  // How long a request waits for a rank group, see LlmOptions.
+  int64_t fault_hold_ms = 60'000;
   std::function<void()> on_ready;                           // see LlmOptions
   std::function<void()> on_cache_hang;                      // see LlmOptions
   std::function<void(const std::string& reason)> on_fatal;  // see LlmOptions
@@ -70,7 +78,7 @@ class Engine {
   // Tells the workers to exit, fails every open request, joins the threads.
   ~Engine();
 
-  // UNAVAILABLE: not ready, with the reason, or shutting down.
+  // UNAVAILABLE: was not ready yet or can serve no more, with the reason, or is shutting down.
   absl::Status Submit(std::unique_ptr<ActiveRequest> request);
   void Cancel(uint64_t request_id);
   ReadinessReport Readiness() const EXCLUDES(readiness_mutex_);
@@ -91,9 +99,30 @@ class Engine {
     uint32_t rank;
     ReadyMessage ready;
   };
-  struct WorkerDetached {
+  struct WorkerLetGo {  // of a pool
     uint32_t rank;
     PoolDetachedMessage detached;
+  };
+  struct WorkerAborted {
+    uint32_t rank;
+    AbortedMessage aborted;
+  };
+  struct WorkerFault {
+    uint32_t rank;
+    FaultMessage fault;
+  };
+  struct WorkerStreamEnded {
+    uint32_t rank;
+    std::string reason;
+  };
+  struct WorkerExited {
+    uint32_t rank;
+    uint64_t worker_id;
+    bool kv_trusted;
+    std::string text;
+  };
+  struct ExitsAreTold {
+    bool watching;
   };
   struct WorkerStepDone {
     uint32_t rank;
@@ -115,25 +144,34 @@ class Engine {
   struct CacheLost {
     absl::Status status;
   };
-  struct Broken {  // a worker or the cache manager, for good
+  struct Broken {  // the cache manager, for good
     std::string reason;
   };
   struct StopEngine {};
-  using Event = std::variant<Arrival, Cancellation, WorkerAttached, WorkerReady, WorkerDetached,
-                             WorkerStepDone, CacheConnected, PoolOpened, CacheAnswer,
+  using Event = std::variant<Arrival, Cancellation, WorkerAttached, WorkerReady, WorkerLetGo,
+                             WorkerAborted, WorkerFault, WorkerStreamEnded, WorkerExited,
+                             ExitsAreTold, WorkerStepDone, CacheConnected, PoolOpened, CacheAnswer,
                              BlocksAvailable, CacheLost, Broken, StopEngine>;
 
   Engine(EngineConfig config, EngineMetrics* metrics);
   absl::Status Open();
   WorkQueueEvents WorkerEvents();
   CacheEvents CacheManagerEvents();
+  WorkerProcessEvents ProcessEvents();
 
   void Run();
+  // Does what has become possible with group and pool, and says what is missing.
+  void Advance();
   void Handle(Arrival event);
   void Handle(Cancellation event);
   void Handle(WorkerAttached event);
   void Handle(WorkerReady event);
-  void Handle(WorkerDetached event);
+  void Handle(WorkerLetGo event);
+  void Handle(WorkerAborted event);
+  void Handle(WorkerFault event);
+  void Handle(const WorkerStreamEnded& event);
+  void Handle(const WorkerExited& event);
+  void Handle(ExitsAreTold event);
   void Handle(WorkerStepDone event);
   void Handle(CacheConnected event);
   void Handle(PoolOpened event);
@@ -143,9 +181,26 @@ class Engine {
   void Handle(const Broken& event);
   void Handle(StopEngine event);
 
+  // The rank group: engine_group.cc.
+  bool AdvanceGroup();  // false: there is nothing to do
+  void Perform(GroupLifecycle::Action action);
+  void GroupFault(FaultCause cause, bool kv_trusted, const std::string& text);
+  void EndWorker(uint32_t rank, uint64_t worker_id);
+  void LoseGroup();
+  void DistrustLastSteps();
+  void SuspectRequests(const std::vector<uint64_t>& in_flight);
+  void CheckStepDeadline(int64_t now_us);
+  void CheckHeartbeats(int64_t now_us);
+  void FailHeldRequests(int64_t now_us);
+  std::optional<int64_t> NextHoldEndUs() const;
+  std::optional<int64_t> NextGroupDeadlineUs() const;
+  void ReportReadiness();
+
   // The pool: engine_pool.cc.
-  void AdvancePool();
+  bool AdvancePool();  // false: there is nothing to do
   void Perform(PoolLifecycle::Action action);
+  void OpenPool(PoolLifecycle::Action action);
+  void RetryAdoption(const absl::Status& refusal);
   void UseNewPool();
   SchedulerConfig SchedulerConfigOf(const OpenedPool& pool) const;
   void RecordFacts();
@@ -166,24 +221,35 @@ class Engine {
   void FailAll(const absl::Status& error);  // and no plan is made any more
   // Ends serving: not ready, open requests fail, on_fatal is told once.
   void Fatal(const std::string& reason);
-  void SetReadiness(bool ready, const std::string& reason) EXCLUDES(readiness_mutex_);
+  void SetReadiness(ReadinessReport report) EXCLUDES(readiness_mutex_);
 
   const EngineConfig config_;
   EngineMetrics* const metrics_;
   Inbox<Event> inbox_;
 
   // Of the engine's thread.
+  const uint64_t api_epoch_;
   GroupStartup startup_;
+  GroupLifecycle group_;
   PoolLifecycle pool_;
   std::unique_ptr<CacheClient> cache_;    // null while there is no session
   uint32_t num_blocks_available_ = 0;     // at the cache manager, as last told
   std::unique_ptr<Scheduler> scheduler_;  // null before the engine is ready
-  StepTracker steps_;
+  StepTracker steps_;                     // of the present rank group
+  StepDeadline step_deadline_;
+  PoisonGuard poison_guard_;
+  // Of a session that is lost: what it has to be told once it is resumed.
+  std::optional<uint64_t> first_distrusted_step_;
+  bool pool_paused_ = false;
+  bool is_reported_ready_ = false;
+  int64_t late_us_ = 0;                  // by which this turn of the loop began after its deadline
+  uint64_t last_acknowledged_step_ = 0;  // of any group
+  std::optional<int64_t> first_adoption_try_us_;
+  std::optional<int64_t> next_adoption_try_us_;
   std::map<uint64_t, std::unique_ptr<ActiveRequest>> requests_;
   std::vector<uint64_t> updated_;         // requests with news to deliver
   std::optional<int64_t> step_ended_us_;  // within this turn of the loop
   uint64_t last_plan_hash_ = 0;
-  bool configured_ = false;
   bool failed_ = false;
   bool stopping_ = false;
 
@@ -191,7 +257,12 @@ class Engine {
   ReadinessReport readiness_ GUARDED_BY(readiness_mutex_);
   EngineLimits limits_ GUARDED_BY(readiness_mutex_);
 
+  // By rank: the time of its last heartbeat; and whether its silence has been logged.
+  std::unique_ptr<std::atomic<int64_t>[]> last_beats_us_;
+  std::vector<bool> is_silent_;
+
   std::unique_ptr<WorkQueueServer> work_queue_;
+  std::unique_ptr<WorkerProcesses> processes_;  // null: no launcher in reach, ever
   std::unique_ptr<CacheLink> cache_link_;
   std::thread thread_;
 };

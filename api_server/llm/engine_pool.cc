@@ -2,6 +2,7 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
 #include "api_server/llm/engine.h"
@@ -18,8 +19,22 @@ constexpr double kCopyBytesPerUs = 5'000;
 // A sequence longer than this share of the model length is a long prompt, when no flag says so.
 constexpr double kLongPrefillShare = 0.04;
 
+// A pool that is to be taken over may still be held by the session of an API server that has just
+// died.
+constexpr int64_t kAdoptionPauseUs = 200'000;
+constexpr int64_t kAdoptionPatienceUs = 10'000'000;
+
 // The scheduler drops all copies with a lost session: write-backs come again.
 constexpr uint64_t kCopiesForgotten = 0;
+
+// The cache manager knows by the number of a step when a block was written, and outlives API
+// servers. A microsecond of the wall clock is shorter than any step, so that a later API server
+// begins above all that an earlier one has used, unless somebody sets the clock back.
+uint64_t FirstStep() {
+  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(
+                                   std::chrono::system_clock::now().time_since_epoch())
+                                   .count());
+}
 
 }  // namespace
 
@@ -30,17 +45,43 @@ void Engine::Handle(CacheConnected event) {
 }
 
 void Engine::Handle(PoolOpened event) {
-  if (absl::IsNotFound(event.pool.status()) && pool_.resuming()) return pool_.OnPoolGone();
-  if (!event.pool.ok()) {
-    return Fatal(fmt::format("the cache manager cannot {} the KV pool: {}",
-                             pool_.resuming() ? "resume" : "create",
-                             std::string(event.pool.status().message())));
+  if (failed_) return;
+  const absl::Status& status = event.pool.status();
+  if (absl::IsNotFound(status) && (pool_.resuming() || pool_.adopting())) {
+    LOG_WARNING("the KV pool that the engine workers hold is lost with its cache manager");
+    return pool_.OnPoolGone();
   }
-  if (absl::Status status = pool_.OnOpened(*event.pool); !status.ok()) {
-    return Fatal(std::string(status.message()));
+  if (absl::IsFailedPrecondition(status) && pool_.adopting()) return RetryAdoption(status);
+  if (!status.ok()) {
+    return Fatal(fmt::format("the cache manager cannot {} the KV pool: {}",
+                             pool_.resuming()   ? "resume"
+                             : pool_.adopting() ? "hand over"
+                                                : "create",
+                             std::string(status.message())));
+  }
+  const bool adopted = pool_.adopting();
+  if (absl::Status unasked = pool_.OnOpened(*event.pool); !unasked.ok()) {
+    return Fatal(std::string(unasked.message()));
+  }
+  if (adopted) {
+    LOG_INFO("the KV pool {:016x} of an earlier API server is taken over", event.pool->pool_epoch);
+    // Every rank has attached, so that every worker of the old one has left its group.
+    return cache_->Fence();
   }
   // Of a session that was lost before its answer came: nothing of that pool is held.
   if (event.pool->resumed && !pool_.resuming()) cache_->Reconcile({}, {}, kCopiesForgotten);
+}
+
+void Engine::RetryAdoption(const absl::Status& refusal) {
+  const int64_t now_us = EngineNowUs();
+  if (!first_adoption_try_us_.has_value()) first_adoption_try_us_ = now_us;
+  if (now_us - *first_adoption_try_us_ < kAdoptionPatienceUs) {
+    next_adoption_try_us_ = now_us + kAdoptionPauseUs;
+    return;
+  }
+  LOG_WARNING("the KV pool of an earlier API server cannot be taken over: {}",
+              std::string(refusal.message()));
+  pool_.OnPoolGone();
 }
 
 void Engine::Handle(const CacheAnswer& event) {
@@ -59,20 +100,19 @@ void Engine::Handle(const CacheLost& event) {
               std::string(event.status.message()));
   metrics_->RecordCacheLoss();
   pool_.OnLost();
+  next_adoption_try_us_.reset();
   cache_link_->Reconnect(std::move(cache_), hangs);
 }
 
-// Does what has become possible, and says what is missing.
-void Engine::AdvancePool() {
-  for (;;) {
-    const PoolLifecycle::Action action = pool_.NextAction(steps_.idle());
-    if (action == PoolLifecycle::Action::kNone) break;
-    Perform(action);
-    if (failed_) return;
+bool Engine::AdvancePool() {
+  if (next_adoption_try_us_.has_value() && EngineNowUs() >= *next_adoption_try_us_) {
+    next_adoption_try_us_.reset();
+    OpenPool(PoolLifecycle::Action::kAdoptPool);
   }
-  if (scheduler_ != nullptr) return;  // once ready, a lost pool does not make the engine unready
-  const std::string workers = startup_.WaitingFor();
-  SetReadiness(false, workers.empty() ? pool_.WaitingFor() : workers);
+  const PoolLifecycle::Action action = pool_.NextAction(steps_.idle());
+  if (action == PoolLifecycle::Action::kNone) return false;
+  Perform(action);
+  return true;
 }
 
 void Engine::Perform(PoolLifecycle::Action action) {
@@ -80,20 +120,10 @@ void Engine::Perform(PoolLifecycle::Action action) {
   switch (action) {
     case Action::kNone:
       return;
+    case Action::kAdoptPool:
     case Action::kOpenPool:
-    case Action::kResumePool: {
-      absl::StatusOr<PoolSpec> spec = startup_.pool_spec();
-      if (!spec.ok()) return Fatal(std::string(spec.status().message()));
-      spec->resume_only = action == Action::kResumePool;
-      return cache_->OpenPool(*spec);
-    }
-    case Action::kAttachPool: {
-      const OpenedPool& pool = pool_.pool();
-      return work_queue_->Send(AttachPool{.pool_epoch = pool.pool_epoch,
-                                          .memory_socket = pool.memory_socket,
-                                          .num_blocks = pool.num_blocks,
-                                          .num_host_slots = pool.num_host_slots});
-    }
+    case Action::kResumePool:
+      return OpenPool(action);
     case Action::kUsePool:
       return UseNewPool();
     case Action::kLoseSession:
@@ -101,19 +131,34 @@ void Engine::Perform(PoolLifecycle::Action action) {
     case Action::kReconcile:
       return ReconcileSession();
     case Action::kPause:
-      return scheduler_->SetPaused(true);
+      pool_paused_ = true;
+      return;
     case Action::kContinue:
-      return scheduler_->SetPaused(false);
-    case Action::kDetachPool:
-      LOG_WARNING(
-          "the KV pool is lost with its cache manager: {}",
-          scheduler_ == nullptr ? "another one is created" : "every sequence is computed again");
-      return work_queue_->Send(DetachPool{.pool_epoch = pool_.pool().pool_epoch});
+      pool_paused_ = false;
+      return;
+    case Action::kDetachPool: {
+      const uint64_t pool_epoch = pool_.mapped_pool(pool_.rank());
+      LOG_WARNING("engine worker {} lets go of KV pool {:016x}, which is lost", pool_.rank(),
+                  pool_epoch);
+      return work_queue_->Send(pool_.rank(), DetachPool{.pool_epoch = pool_epoch});
+    }
   }
+}
+
+void Engine::OpenPool(PoolLifecycle::Action action) {
+  absl::StatusOr<PoolSpec> spec = startup_.pool_spec();
+  if (!spec.ok()) return Fatal(std::string(spec.status().message()));
+  spec->resume_only = action != PoolLifecycle::Action::kOpenPool;
+  if (action == PoolLifecycle::Action::kAdoptPool) {
+    spec->adopt_pool_epoch = pool_.adopted_pool();
+    spec->num_blocks = 0;  // as many as it has
+  }
+  cache_->OpenPool(*spec);
 }
 
 void Engine::UseNewPool() {
   const OpenedPool& pool = pool_.pool();
+  pool_paused_ = false;
   if (scheduler_ == nullptr) {
     scheduler_ = std::make_unique<Scheduler>(SchedulerConfigOf(pool));
     scheduler_->OnAvailable(num_blocks_available_);
@@ -121,17 +166,18 @@ void Engine::UseNewPool() {
   }
   LOG_INFO("a new KV pool is in use: {} blocks, {} in host memory", pool.num_blocks,
            pool.num_host_slots);
+  first_distrusted_step_.reset();
   metrics_->RecordPoolReplacement();
   RecordFacts();
   scheduler_->OnPoolReplaced(static_cast<int>(pool.num_blocks));
   scheduler_->OnAvailable(num_blocks_available_);
-  scheduler_->SetPaused(false);
 }
 
 SchedulerConfig Engine::SchedulerConfigOf(const OpenedPool& pool) const {
   SchedulerConfig config = config_.scheduler;
   config.num_blocks = static_cast<int>(pool.num_blocks);
   config.vocab_size = startup_.sampled_vocab_size();
+  config.first_step = FirstStep();
   config.restore_us_per_block =
       static_cast<double>(startup_.largest_block_bytes()) / kCopyBytesPerUs;
   if (config.long_prefill_token_threshold == 0) {
@@ -160,7 +206,7 @@ void Engine::BecomeReady() {
   RecordFacts();
   {
     MutexLock lock(&readiness_mutex_);
-    readiness_ = {.ready = true, .reason = ""};
+    readiness_ = {.ready = true};
     limits_ = {.max_model_len = startup_.max_model_len(), .vocab_size = startup_.vocab_size()};
   }
   LOG_INFO(
@@ -177,7 +223,9 @@ void Engine::ReconcileSession() {
            held.leased.size());
   cache_->Reconcile(std::move(held.pins), std::move(held.leased), kCopiesForgotten);
   cache_->Fence();  // no plan is in flight: no copy of before the loss runs any more
-  scheduler_->SetPaused(false);
+  if (first_distrusted_step_.has_value()) cache_->DistrustSteps(*first_distrusted_step_);
+  first_distrusted_step_.reset();
+  pool_paused_ = false;
 }
 
 void Engine::SendToCache(std::vector<CacheCommand> commands) {
@@ -191,7 +239,7 @@ void Engine::SendToCache(std::vector<CacheCommand> commands) {
     void operator()(CommitCommand& c) const { cache->Commit(c.tag, std::move(c.request)); }
     void operator()(ReleaseCommand& c) const { cache->Release(std::move(c.entries)); }
     void operator()(ReturnCommand& c) const { cache->ReturnBlocks(std::move(c.blocks)); }
-    void operator()(CopyDoneCommand& c) const { cache->CopyDone(std::move(c.copy_ids), 0); }
+    void operator()(CopyDoneCommand& c) const { cache->CopyDone(std::move(c.copy_ids), c.step); }
   };
   CHECK(cache_ != nullptr || commands.empty(), "{} commands without a session", commands.size());
   for (CacheCommand& command : commands) std::visit(Send{cache_.get()}, command);

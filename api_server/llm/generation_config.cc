@@ -7,6 +7,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "common/json_depth.h"
 #include "common/read_file.h"
 #include "common/status_macros.h"
 
@@ -97,6 +98,10 @@ absl::StatusOr<GenerationConfig> LoadGenerationConfig(const std::filesystem::pat
   const absl::StatusOr<std::string> text = ReadFile(path);
   if (absl::IsNotFound(text.status())) return config;
   RETURN_IF_ERROR(text.status());
+  if (IsNestedTooDeep(*text)) {
+    return absl::InvalidArgumentError(
+        fmt::format("{}: is nested deeper than {} levels", path.string(), kMaxJsonDepth));
+  }
   const Json object = Json::parse(*text, nullptr, /*allow_exceptions=*/false);
   if (!object.is_object()) {
     return absl::InvalidArgumentError(fmt::format("{}: is no JSON object", path.string()));

@@ -97,10 +97,12 @@ struct GenerationUpdate {
   absl::Status error = {};
 };
 
-// Why the instance cannot serve yet, or any more. Empty reason: it can.
+// Why the instance cannot serve yet, for a while, or any more. Empty reason: it can.
 struct ReadinessReport {
   bool ready = false;
-  std::string reason;  // "waiting for engine worker 1 of 2"
+  std::string reason = {};  // "waiting for engine worker 1 of 2"
+  // Not ready, but it will be again: open requests go on then, and new ones are taken and wait.
+  bool is_recovering = false;
 };
 
 using RequestHandle = uint64_t;
@@ -111,10 +113,11 @@ class LLM {
   virtual ~LLM() = default;
 
   // INVALID_ARGUMENT: the prompt is longer than max_model_len - 1, or holds an unknown id.
-  // UNAVAILABLE: not ready, or shutting down.
+  // UNAVAILABLE: neither ready nor recovering, or shutting down.
   // The first update has no choices: the request is in the queue. Or it has an error:
   // RESOURCE_EXHAUSTED when the queue is full (RetryAfterSeconds says when to come again),
-  // DEADLINE_EXCEEDED (also later) when its time is up. `on_update` is called from the engine's
+  // DEADLINE_EXCEEDED (also later) when its time is up; UNAVAILABLE when recovery takes too long;
+  // INTERNAL: the engine workers failed whenever it ran. `on_update` is called from the engine's
   // thread, in order, until one has finished == true; it must not block. One call may still be
   // under way when Cancel returns, none starts afterwards.
   virtual absl::StatusOr<RequestHandle> Submit(GenerationRequest request,

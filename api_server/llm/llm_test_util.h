@@ -21,6 +21,7 @@
 #include "tests/fakes/fake_cache.h"
 #include "tests/fakes/fake_tokenizer.h"
 #include "tests/fakes/fake_worker.h"
+#include "tests/fakes/fake_worker_processes.h"
 
 namespace wintserve {
 
@@ -126,6 +127,7 @@ class LlmTest : public testing::Test {
     options_.max_model_len = 200;
     options_.max_num_seqs = 4;
     options_.max_num_batched_tokens = 64;
+    options_.watch_workers = processes_.Watcher();
     options_.on_fatal = [this](const std::string& reason) {
       MutexLock lock(&mutex_);
       fatal_ = reason;
@@ -149,10 +151,22 @@ class LlmTest : public testing::Test {
     return {.target = "unix:" + options_.work_queue_socket,
             .token = options_.token,
             .hello = FakeHello(rank, options_.world_size),
-            .next_token = NextLetter};
+            .next_token = NextLetter,
+            .memory = memory_[rank]};
   }
   void AddWorker(FakeWorkerOptions options) {
     workers_.push_back(std::make_unique<FakeWorker>(std::move(options)));
+  }
+  // workers_[index] dies, and the launcher says so.
+  void Kill(size_t index, bool kv_trusted = true) {
+    workers_[index]->Kill();
+    const WorkerHello& hello = workers_[index]->hello();
+    processes_.TellExit(hello.rank, hello.worker_id, kv_trusted);
+  }
+  // Another process in place of that of the same rank.
+  void Replace(size_t index, FakeWorkerOptions options) {
+    options.hello.worker_id = ++last_worker_id_;
+    workers_[index] = std::make_unique<FakeWorker>(std::move(options));
   }
   // One rank, ready.
   void StartServing() { StartServing(WorkerOptions()); }
@@ -214,6 +228,10 @@ class LlmTest : public testing::Test {
   std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
   FakeTokenizer tokenizer_;
   FakeCache cache_;
+  FakeWorkerProcesses processes_;
+  std::map<uint32_t, std::shared_ptr<FakePoolMemory>> memory_ = {
+      {0, std::make_shared<FakePoolMemory>()}, {1, std::make_shared<FakePoolMemory>()}};
+  uint64_t last_worker_id_ = 1000;
   Mutex mutex_;
   CondVar changed_;
   std::string fatal_;

@@ -6,6 +6,7 @@
 #include <prometheus/registry.h>
 
 #include <algorithm>
+#include <map>
 #include <string>
 #include <utility>
 
@@ -26,6 +27,9 @@ const Buckets kStepSeconds = {.0001, .00025, .0005, .001, .0025, .005, .01, .025
 const Buckets kScheduleSeconds = {.00001, .000025, .00005, .0001, .00025,
                                   .0005,  .001,    .0025,  .005,  .01};
 
+const Buckets kRecoverySeconds = {.1, .2, .3,  .5, .75, 1,  1.5, 2,  3,
+                                  4,  5,  7.5, 10, 20,  40, 60,  120};
+
 // Prometheus counts in double, which is exact up to 2^53.
 double AsDouble(uint64_t count) { return static_cast<double>(count); }
 
@@ -38,6 +42,15 @@ prometheus::Gauge& Gauge(prometheus::Registry* registry, const char* name, const
 prometheus::Histogram& Histogram(prometheus::Registry* registry, const char* name, const char* help,
                                  const Buckets& buckets) {
   return prometheus::BuildHistogram().Name(name).Help(help).Register(*registry).Add({}, buckets);
+}
+
+std::map<FaultCause, prometheus::Counter*> CountersOf(
+    prometheus::Family<prometheus::Counter>* family) {
+  std::map<FaultCause, prometheus::Counter*> counters;
+  for (const FaultCause cause : kFaultCauses) {
+    counters[cause] = &family->Add({{"cause", NameOf(cause)}});
+  }
+  return counters;
 }
 
 }  // namespace
@@ -118,6 +131,31 @@ struct EngineMetrics::Series {
   prometheus::Counter& pool_replacements =
       Counter(registry.get(), "wintserve:kv_pool_replacements_total",
               "KV pools that a new cache manager created in place of a lost one.");
+
+  prometheus::Family<prometheus::Counter>& group_faults =
+      prometheus::BuildCounter()
+          .Name("wintserve:group_faults_total")
+          .Help("Rank groups that were lost, by what was noticed first.")
+          .Register(*registry);
+  std::map<FaultCause, prometheus::Counter*> group_faults_by_cause = CountersOf(&group_faults);
+  prometheus::Histogram& recovery_seconds =
+      Histogram(registry.get(), "wintserve:recovery_seconds",
+                "From the fault of a rank group until another one computes.", kRecoverySeconds);
+  prometheus::Family<prometheus::Counter>& resumed =
+      prometheus::BuildCounter()
+          .Name("wintserve:resumed_sequences_total")
+          .Help(
+              "Sequences that ran when a rank group was lost and went on: from their KV, or "
+              "computed again.")
+          .Register(*registry);
+  prometheus::Counter& resumed_from_kv = resumed.Add({{"from", "kv"}});
+  prometheus::Counter& resumed_by_recompute = resumed.Add({{"from", "recompute"}});
+  prometheus::Counter& stale_messages =
+      Counter(registry.get(), "wintserve:stale_messages_total",
+              "Messages of engine workers that were of an earlier rank group or pool.");
+  prometheus::Counter& poison_requests =
+      Counter(registry.get(), "wintserve:poison_requests_total",
+              "Requests that failed since the rank group was lost whenever they ran.");
 
   prometheus::Histogram& step_seconds =
       Histogram(registry.get(), "wintserve:step_seconds",
@@ -215,6 +253,18 @@ void EngineMetrics::RecordCacheLoss() { series_->cache_losses.Increment(); }
 
 void EngineMetrics::RecordPoolReplacement() { series_->pool_replacements.Increment(); }
 
+void EngineMetrics::RecordGroupLoss(FaultCause cause) {
+  series_->group_faults_by_cause[cause]->Increment();
+}
+
+void EngineMetrics::RecordRecovery(double recovery_seconds) {
+  series_->recovery_seconds.Observe(recovery_seconds);
+}
+
+void EngineMetrics::RecordStaleMessage() { series_->stale_messages.Increment(); }
+
+void EngineMetrics::RecordPoisonRequest() { series_->poison_requests.Increment(); }
+
 void EngineMetrics::RecordState(const SchedulerStats& stats) {
   SetGauges(stats);
   RecordTotals(stats);
@@ -247,6 +297,9 @@ void EngineMetrics::RecordTotals(const SchedulerStats& stats) {
   const SchedulerStats last = std::exchange(series_->last, stats);
   series_->preemptions.Increment(AsDouble(stats.preemptions - last.preemptions));
   series_->overshoot_rows.Increment(AsDouble(stats.overshoot_rows - last.overshoot_rows));
+  series_->resumed_from_kv.Increment(AsDouble(stats.resumed_sequences - last.resumed_sequences));
+  series_->resumed_by_recompute.Increment(
+      AsDouble(stats.recomputed_sequences - last.recomputed_sequences));
   if (stats.queried_tokens == last.queried_tokens) return;
   const uint64_t device_hits = stats.device_hit_tokens - last.device_hit_tokens;
   const uint64_t host_hits = stats.host_hit_tokens - last.host_hit_tokens;

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "api_server/llm/group_lifecycle.h"
 #include "api_server/scheduler/scheduler.h"
 
 namespace prometheus {
@@ -54,6 +55,14 @@ class EngineMetrics {
   // The session with the cache manager ended; its pool was replaced by a new one.
   void RecordCacheLoss();
   void RecordPoolReplacement();
+  // A rank group was lost to `cause`. Recovery: from its first fault until a group was in use
+  // again.
+  void RecordGroupLoss(FaultCause cause);
+  void RecordRecovery(double recovery_seconds);
+  // A worker's message of a group or pool that is over.
+  void RecordStaleMessage();
+  // A request failed, since the group was lost whenever it ran.
+  void RecordPoisonRequest();
 
  private:
   struct Series;

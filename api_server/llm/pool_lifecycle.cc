@@ -6,21 +6,8 @@
 #include <utility>
 
 #include "common/check.h"
-#include "common/status_macros.h"
 
 namespace wintserve {
-namespace {
-
-bool All(const std::vector<bool>& done) {
-  return std::all_of(done.begin(), done.end(), [](bool rank_done) { return rank_done; });
-}
-
-int64_t FirstMissing(const std::vector<bool>& done) {
-  return std::find(done.begin(), done.end(), false) - done.begin();
-}
-
-}  // namespace
-
 absl::Status PoolLifecycle::OnOpened(const OpenedPool& pool) {
   if (resuming()) {
     if (pool.pool_epoch != pool_->pool_epoch) {
@@ -35,39 +22,38 @@ absl::Status PoolLifecycle::OnOpened(const OpenedPool& pool) {
     return absl::InternalError(fmt::format(
         "the cache manager opened pool {:016x}, which was not asked for", pool.pool_epoch));
   }
+  if (adopted_pool_ != 0 && pool.pool_epoch != adopted_pool_) {
+    return absl::InternalError(
+        fmt::format("the cache manager opened pool {:016x}, to be taken over was {:016x}",
+                    pool.pool_epoch, adopted_pool_));
+  }
   pool_ = pool;
   has_session_ = true;
-  state_ = State::kOpened;
+  may_adopt_ = all_ready_ = false;
+  state_ = State::kAttaching;
   return absl::OkStatus();
 }
 
 void PoolLifecycle::OnPoolGone() {
-  CHECK(resuming(), "state={}", static_cast<int>(state_));
-  resume_asked_ = false;
-  state_ = State::kDraining;
+  CHECK(resuming() || adopting(), "state={}", static_cast<int>(state_));
+  resume_asked_ = may_adopt_ = false;
+  state_ = adopting() ? State::kNoPool : State::kDraining;
 }
 
-absl::Status PoolLifecycle::OnReady(uint32_t rank, uint64_t pool_epoch) {
-  const bool expected =
-      state_ == State::kAttaching || state_ == State::kDraining || state_ == State::kDetaching;
-  return Mark(expected, "is ready for", rank, pool_epoch, &ready_);
+void PoolLifecycle::OnHello(uint32_t rank, uint64_t mapped_pool_epoch) {
+  ranks_[rank] = {.attached = true, .mapped_pool = mapped_pool_epoch};
 }
 
-absl::Status PoolLifecycle::OnDetached(uint32_t rank, uint64_t pool_epoch) {
-  RETURN_IF_ERROR(Mark(state_ == State::kDetaching, "has let go of", rank, pool_epoch, &detached_));
-  ready_[rank] = true;  // too late from now on
-  return absl::OkStatus();
+void PoolLifecycle::OnPoolSent() {
+  for (Rank& rank : ranks_) rank.mapped_pool = pool_->pool_epoch;
 }
 
-absl::Status PoolLifecycle::Mark(bool expected, const char* what, uint32_t rank,
-                                 uint64_t pool_epoch, std::vector<bool>* done) const {
-  CHECK(rank < done->size(), "rank={}", rank);
-  if (!expected || !pool_.has_value() || pool_epoch != pool_->pool_epoch || (*done)[rank]) {
-    return absl::InternalError(fmt::format(
-        "engine worker {} {} pool {:016x}, which it was not asked for", rank, what, pool_epoch));
-  }
-  (*done)[rank] = true;
-  return absl::OkStatus();
+bool PoolLifecycle::OnDetached(uint32_t rank, uint64_t pool_epoch) {
+  Rank& r = ranks_[rank];
+  if (!r.told_to_detach || r.mapped_pool != pool_epoch) return false;
+  r.told_to_detach = false;
+  r.mapped_pool = 0;
+  return true;
 }
 
 void PoolLifecycle::OnLost() {
@@ -76,10 +62,6 @@ void PoolLifecycle::OnLost() {
   if (!std::exchange(has_session_, false)) {
     // The request may or may not have arrived: it is made again.
     if (state_ == State::kOpening) state_ = State::kNoPool;
-    return;
-  }
-  if (state_ == State::kOpened) {
-    state_ = State::kNoPool;
   } else if (state_ == State::kAttaching) {
     state_ = State::kDraining;
   } else {
@@ -90,16 +72,11 @@ void PoolLifecycle::OnLost() {
 PoolLifecycle::Action PoolLifecycle::NextAction(bool idle) {
   switch (state_) {
     case State::kNoPool:
-      if (!workers_attached_ || !connected_) return Action::kNone;
-      state_ = State::kOpening;
-      return Action::kOpenPool;
-    case State::kOpened:
-      state_ = State::kAttaching;
-      std::fill(ready_.begin(), ready_.end(), false);
-      std::fill(detached_.begin(), detached_.end(), false);
-      return Action::kAttachPool;
+      return NextActionWithoutPool();
+    case State::kOpening:
+      return Action::kNone;
     case State::kAttaching:
-      if (!All(ready_)) return Action::kNone;
+      if (!all_ready_) return NextDetach(pool_->pool_epoch);
       state_ = State::kHeld;
       paused_ = false;
       return Action::kUsePool;
@@ -109,18 +86,31 @@ PoolLifecycle::Action PoolLifecycle::NextAction(bool idle) {
       if (!std::exchange(paused_, true)) return Action::kPause;
       if (!idle) return Action::kNone;
       state_ = State::kDetaching;
-      return Action::kDetachPool;
+      return NextAction(idle);
     case State::kDetaching:
-      if (!All(detached_)) return Action::kNone;
+      if (const Action detach = NextDetach(0); detach != Action::kNone) return detach;
+      if (!NoneIsMappedBut(0)) return Action::kNone;
       state_ = State::kNoPool;
       return NextAction(idle);
-    case State::kOpening:
-      return Action::kNone;
   }
   return Action::kNone;
 }
 
+PoolLifecycle::Action PoolLifecycle::NextActionWithoutPool() {
+  if (!workers_attached_) return Action::kNone;
+  adopted_pool_ = may_adopt_ ? OnlyMappedPool() : 0;
+  if (adopted_pool_ == 0) {
+    if (const Action detach = NextDetach(0); detach != Action::kNone) return detach;
+    if (!NoneIsMappedBut(0)) return Action::kNone;
+  }
+  if (!connected_) return Action::kNone;
+  state_ = State::kOpening;
+  return adopted_pool_ != 0 ? Action::kAdoptPool : Action::kOpenPool;
+}
+
 PoolLifecycle::Action PoolLifecycle::NextActionWhileHeld(bool idle) {
+  // Of one that comes back with a pool of before.
+  if (const Action detach = NextDetach(pool_->pool_epoch); detach != Action::kNone) return detach;
   if (std::exchange(loss_is_news_, false)) return Action::kLoseSession;
   if (has_session_) return Action::kNone;
   if (!connected_) return std::exchange(paused_, false) ? Action::kContinue : Action::kNone;
@@ -133,23 +123,54 @@ PoolLifecycle::Action PoolLifecycle::NextActionWhileHeld(bool idle) {
   return Action::kReconcile;
 }
 
+PoolLifecycle::Action PoolLifecycle::NextDetach(uint64_t kept_pool) {
+  for (uint32_t rank = 0; rank < ranks_.size(); ++rank) {
+    Rank& r = ranks_[rank];
+    if (!r.attached || r.mapped_pool == 0 || r.mapped_pool == kept_pool) continue;
+    if (std::exchange(r.told_to_detach, true)) continue;
+    rank_ = rank;
+    return Action::kDetachPool;
+  }
+  return Action::kNone;
+}
+
+bool PoolLifecycle::NoneIsMappedBut(uint64_t pool_epoch) const {
+  return std::all_of(ranks_.begin(), ranks_.end(), [pool_epoch](const Rank& rank) {
+    return rank.mapped_pool == 0 || rank.mapped_pool == pool_epoch;
+  });
+}
+
+uint64_t PoolLifecycle::OnlyMappedPool() const {
+  uint64_t pool_epoch = 0;
+  for (const Rank& rank : ranks_) pool_epoch = std::max(pool_epoch, rank.mapped_pool);
+  return NoneIsMappedBut(pool_epoch) ? pool_epoch : 0;
+}
+
+uint64_t PoolLifecycle::attachable_pool() const {
+  if (state_ != State::kAttaching && state_ != State::kHeld) return 0;
+  return NoneIsMappedBut(pool_->pool_epoch) ? pool_->pool_epoch : 0;
+}
+
 const OpenedPool& PoolLifecycle::pool() const {
   CHECK(pool_.has_value());
   return *pool_;
 }
 
 std::string PoolLifecycle::WaitingFor() const {
+  for (size_t rank = 0; rank < ranks_.size(); ++rank) {
+    if (!ranks_[rank].told_to_detach) continue;
+    return fmt::format("engine worker {} holds a KV pool that is lost", rank);
+  }
   switch (state_) {
     case State::kNoPool:
       return "waiting for the cache manager";
     case State::kOpening:
-    case State::kOpened:
-      return "waiting for the cache manager to create the KV pool";
-    case State::kAttaching:
-      return fmt::format("engine worker {} is warming up", FirstMissing(ready_));
+      return fmt::format("waiting for the cache manager to {} the KV pool",
+                         adopted_pool_ != 0 ? "hand over" : "create");
     case State::kDraining:
     case State::kDetaching:
-      return fmt::format("engine worker {} holds a KV pool that is lost", FirstMissing(detached_));
+      return "a KV pool is lost that a worker may still hold";
+    case State::kAttaching:
     case State::kHeld:
       return "";
   }

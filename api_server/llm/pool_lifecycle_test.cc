@@ -24,28 +24,36 @@ std::vector<Action> Actions(PoolLifecycle* pool, bool idle = true) {
   }
 }
 
-// Both of two ranks answer, for the pool of that epoch.
+// Both of two ranks have mapped what was sent to them, and are ready.
 void BothAreReady(PoolLifecycle* pool, uint64_t epoch) {
-  EXPECT_TRUE(pool->OnReady(0, epoch).ok());
-  EXPECT_TRUE(pool->OnReady(1, epoch).ok());
+  EXPECT_EQ(pool->attachable_pool(), epoch);
+  pool->OnPoolSent();
+  pool->OnPoolAttached();
 }
 void BothLetGo(PoolLifecycle* pool, uint64_t epoch) {
-  EXPECT_TRUE(pool->OnDetached(0, epoch).ok());
-  EXPECT_TRUE(pool->OnDetached(1, epoch).ok());
+  EXPECT_TRUE(pool->OnDetached(0, epoch));
+  EXPECT_TRUE(pool->OnDetached(1, epoch));
 }
+PoolLifecycle WithWorkers(uint64_t mapped0 = 0, uint64_t mapped1 = 0) {
+  PoolLifecycle pool(2);
+  pool.OnHello(0, mapped0);
+  pool.OnHello(1, mapped1);
+  pool.OnWorkersAttached();
+  return pool;
+}
+const auto kDetachBoth = ElementsAre(Action::kDetachPool, Action::kDetachPool);
 
 // The cache manager opens the pool that was asked for, both ranks map it.
 void OpenAndAttach(PoolLifecycle* pool, const OpenedPool& opened) {
   ASSERT_TRUE(pool->OnOpened(opened).ok());
-  EXPECT_THAT(Actions(pool), ElementsAre(Action::kAttachPool));
+  EXPECT_THAT(Actions(pool), IsEmpty());
   BothAreReady(pool, opened.pool_epoch);
   EXPECT_THAT(Actions(pool), ElementsAre(Action::kUsePool));
 }
 
 // Two ranks hold pool 1, served.
 PoolLifecycle Held() {
-  PoolLifecycle pool(2);
-  pool.OnWorkersAttached();
+  PoolLifecycle pool = WithWorkers();
   pool.OnConnected();
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
   OpenAndAttach(&pool, Pool(1));
@@ -64,20 +72,169 @@ PoolLifecycle Resuming() {
 TEST(PoolLifecycle, AtTheStartAPoolIsOpenedAndAttachedOnceAllAreThere) {
   PoolLifecycle pool(2);
   EXPECT_EQ(pool.WaitingFor(), "waiting for the cache manager");
+  pool.OnHello(0, 0);
+  pool.OnHello(1, 0);
   pool.OnWorkersAttached();
   EXPECT_THAT(Actions(&pool), IsEmpty());
   pool.OnConnected();
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
   EXPECT_EQ(pool.WaitingFor(), "waiting for the cache manager to create the KV pool");
+  EXPECT_EQ(pool.attachable_pool(), 0u);
   ASSERT_TRUE(pool.OnOpened(Pool(1)).ok());
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kAttachPool));
-  EXPECT_EQ(pool.WaitingFor(), "engine worker 0 is warming up");
-  ASSERT_TRUE(pool.OnReady(0, 1).ok());
   EXPECT_THAT(Actions(&pool), IsEmpty());
-  EXPECT_EQ(pool.WaitingFor(), "engine worker 1 is warming up");
-  ASSERT_TRUE(pool.OnReady(1, 1).ok());
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kUsePool));
+  EXPECT_EQ(pool.attachable_pool(), 1u);
   EXPECT_EQ(pool.WaitingFor(), "");
+  pool.OnPoolSent();
+  EXPECT_THAT(Actions(&pool), IsEmpty());
+  pool.OnPoolAttached();
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kUsePool));
+  EXPECT_EQ(pool.attachable_pool(), 1u);
+}
+
+// Groups come and go; the pool stays, and is used without more ado.
+TEST(PoolLifecycle, ARankThatIsReplacedAttachesToThePoolThatIsHeld) {
+  PoolLifecycle pool = Held();
+  pool.OnDisconnected(1);
+  pool.OnGone(1);
+  EXPECT_THAT(Actions(&pool), IsEmpty());
+  pool.OnHello(1, 0);
+  EXPECT_EQ(pool.attachable_pool(), 1u);
+  pool.OnPoolSent();
+  pool.OnPoolAttached();
+  EXPECT_THAT(Actions(&pool), IsEmpty());
+}
+
+TEST(PoolLifecycle, ARankThatDiesBeforeThePoolIsInUseChangesNothing) {
+  PoolLifecycle pool = WithWorkers();
+  pool.OnConnected();
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
+  pool.OnGone(0);
+  ASSERT_TRUE(pool.OnOpened(Pool(1)).ok());
+  pool.OnHello(0, 0);
+  pool.OnPoolSent();
+  pool.OnGone(1);
+  EXPECT_THAT(Actions(&pool), IsEmpty());
+  pool.OnHello(1, 0);
+  BothAreReady(&pool, 1);
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kUsePool));
+}
+
+// A cache manager dies, and a rank with it.
+TEST(PoolLifecycle, WhoIsGoneNeedNotLetGoOfTheLostPool) {
+  PoolLifecycle pool = Resuming();
+  pool.OnPoolGone();
+  pool.OnDisconnected(1);
+  // Its plans are in flight until the group is lost.
+  EXPECT_THAT(Actions(&pool, /*idle=*/false), ElementsAre(Action::kPause));
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kDetachPool));
+  EXPECT_EQ(pool.rank(), 0u);
+  EXPECT_TRUE(pool.OnDetached(0, 1));
+  EXPECT_THAT(Actions(&pool), IsEmpty());  // it may still map it
+  EXPECT_EQ(pool.WaitingFor(), "a KV pool is lost that a worker may still hold");
+  pool.OnGone(1);
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
+  OpenAndAttach(&pool, Pool(2));
+}
+
+TEST(PoolLifecycle, WhoDiesInsteadOfLettingGoHasLetGo) {
+  PoolLifecycle pool = Resuming();
+  pool.OnPoolGone();
+  EXPECT_THAT(Actions(&pool),
+              ElementsAre(Action::kPause, Action::kDetachPool, Action::kDetachPool));
+  EXPECT_TRUE(pool.OnDetached(0, 1));
+  pool.OnGone(1);
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
+}
+
+// Its stream broke before it could be told, or could answer; the worker itself lives.
+TEST(PoolLifecycle, AWorkerThatComesBackWithTheLostPoolIsToldAgain) {
+  PoolLifecycle pool = Resuming();
+  pool.OnPoolGone();
+  EXPECT_THAT(Actions(&pool),
+              ElementsAre(Action::kPause, Action::kDetachPool, Action::kDetachPool));
+  EXPECT_TRUE(pool.OnDetached(0, 1));
+  pool.OnDisconnected(1);
+  pool.OnHello(1, 1);
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kDetachPool));
+  EXPECT_EQ(pool.rank(), 1u);
+  EXPECT_TRUE(pool.OnDetached(1, 1));
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
+}
+
+TEST(PoolLifecycle, AWorkerThatComesBackWithAnotherPoolLetsGoOfItFirst) {
+  PoolLifecycle pool = Held();
+  pool.OnDisconnected(1);
+  pool.OnHello(1, 9);
+  EXPECT_EQ(pool.attachable_pool(), 0u);
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kDetachPool));
+  EXPECT_EQ(pool.mapped_pool(1), 9u);
+  EXPECT_EQ(pool.WaitingFor(), "engine worker 1 holds a KV pool that is lost");
+  EXPECT_FALSE(pool.OnDetached(1, 1));
+  EXPECT_TRUE(pool.OnDetached(1, 9));
+  EXPECT_EQ(pool.attachable_pool(), 1u);
+}
+
+TEST(PoolLifecycle, ThePoolOfAnEarlierApiServerIsTakenOver) {
+  PoolLifecycle pool = WithWorkers(7, 7);
+  pool.OnConnected();
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kAdoptPool));
+  EXPECT_TRUE(pool.adopting());
+  EXPECT_EQ(pool.adopted_pool(), 7u);
+  EXPECT_EQ(pool.WaitingFor(), "waiting for the cache manager to hand over the KV pool");
+  OpenAndAttach(&pool, Pool(7));
+  EXPECT_FALSE(pool.adopting());
+  // From then on it is like any other.
+  pool.OnLost();
+  pool.OnConnected();
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kLoseSession, Action::kResumePool));
+}
+
+TEST(PoolLifecycle, OneWorkerOfAnEarlierApiServerIsEnoughToTakeThePoolOver) {
+  PoolLifecycle pool = WithWorkers(0, 7);
+  pool.OnConnected();
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kAdoptPool));
+  OpenAndAttach(&pool, Pool(7));
+}
+
+TEST(PoolLifecycle, APoolThatCannotBeTakenOverIsReplaced) {
+  PoolLifecycle pool = WithWorkers(7, 7);
+  pool.OnConnected();
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kAdoptPool));
+  pool.OnPoolGone();
+  EXPECT_FALSE(pool.adopting());
+  EXPECT_THAT(Actions(&pool), kDetachBoth);
+  BothLetGo(&pool, 7);
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
+  EXPECT_FALSE(pool.adopting());
+  OpenAndAttach(&pool, Pool(8));
+}
+
+TEST(PoolLifecycle, ALossBeforeThePoolIsHandedOverAsksAgain) {
+  PoolLifecycle pool = WithWorkers(7, 7);
+  pool.OnConnected();
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kAdoptPool));
+  pool.OnLost();
+  EXPECT_THAT(Actions(&pool), IsEmpty());
+  pool.OnConnected();
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kAdoptPool));
+}
+
+TEST(PoolLifecycle, WorkersThatHoldDifferentPoolsLetGoOfThem) {
+  PoolLifecycle pool = WithWorkers(7, 8);
+  EXPECT_THAT(Actions(&pool), kDetachBoth);
+  pool.OnConnected();
+  EXPECT_THAT(Actions(&pool), IsEmpty());
+  EXPECT_TRUE(pool.OnDetached(0, 7));
+  EXPECT_TRUE(pool.OnDetached(1, 8));
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
+}
+
+TEST(PoolLifecycle, RefusesAnotherPoolThanIsToBeTakenOver) {
+  PoolLifecycle pool = WithWorkers(7, 7);
+  pool.OnConnected();
+  Actions(&pool);
+  EXPECT_THAT(std::string(pool.OnOpened(Pool(8)).message()),
+              HasSubstr("opened pool 0000000000000008, to be taken over was 0000000000000007"));
 }
 
 TEST(PoolLifecycle, APoolThatIsStillThereIsReconciledAndNothingElseHappens) {
@@ -102,18 +259,17 @@ TEST(PoolLifecycle, ANewPoolIsCreatedOnlyAfterEveryRankHasLetGoOfTheOldOne) {
   PoolLifecycle pool = Resuming();
   pool.OnPoolGone();
   EXPECT_THAT(Actions(&pool, /*idle=*/false), ElementsAre(Action::kPause));
-  EXPECT_THAT(Actions(&pool, /*idle=*/true), ElementsAre(Action::kDetachPool));
-  ASSERT_TRUE(pool.OnDetached(1, 1).ok());
+  EXPECT_THAT(Actions(&pool, /*idle=*/true), kDetachBoth);
+  ASSERT_TRUE(pool.OnDetached(1, 1));
   EXPECT_THAT(Actions(&pool), IsEmpty());
-  ASSERT_TRUE(pool.OnDetached(0, 1).ok());
+  ASSERT_TRUE(pool.OnDetached(0, 1));
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
   OpenAndAttach(&pool, Pool(2));
   EXPECT_EQ(pool.pool().pool_epoch, 2u);
 }
 
 TEST(PoolLifecycle, ALossBeforeTheAnswerAsksAgain) {
-  PoolLifecycle pool(1);
-  pool.OnWorkersAttached();
+  PoolLifecycle pool = WithWorkers();
   pool.OnConnected();
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
   pool.OnLost();
@@ -121,8 +277,7 @@ TEST(PoolLifecycle, ALossBeforeTheAnswerAsksAgain) {
   pool.OnConnected();
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
   // The first request had arrived after all.
-  ASSERT_TRUE(pool.OnOpened(Pool(1, /*resumed=*/true)).ok());
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kAttachPool));
+  OpenAndAttach(&pool, Pool(1, /*resumed=*/true));
 }
 
 TEST(PoolLifecycle, ALossWhileAskingForThePoolAsksAgain) {
@@ -147,23 +302,24 @@ TEST(PoolLifecycle, ALossBetweenTheAnswerAndReconcileAsksAgain) {
 
 // At the first start, two ranks were told to map pool 1.
 PoolLifecycle Attaching() {
-  PoolLifecycle pool(2);
-  pool.OnWorkersAttached();
+  PoolLifecycle pool = WithWorkers();
   pool.OnConnected();
   Actions(&pool);
   EXPECT_TRUE(pool.OnOpened(Pool(1)).ok());
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kAttachPool));
+  EXPECT_THAT(Actions(&pool), IsEmpty());
+  pool.OnPoolSent();
   return pool;
 }
 
 TEST(PoolLifecycle, ALossWhileWorkersAttachForTheFirstTimeReplacesThePool) {
   PoolLifecycle pool = Attaching();
   pool.OnLost();
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kDetachPool));  // and no kPause: there is no plan
+  EXPECT_EQ(pool.attachable_pool(), 0u);
+  EXPECT_THAT(Actions(&pool), kDetachBoth);  // and no kPause: there is no plan
   EXPECT_EQ(pool.WaitingFor(), "engine worker 0 holds a KV pool that is lost");
-  ASSERT_TRUE(pool.OnDetached(0, 1).ok());
+  ASSERT_TRUE(pool.OnDetached(0, 1));
   EXPECT_EQ(pool.WaitingFor(), "engine worker 1 holds a KV pool that is lost");
-  ASSERT_TRUE(pool.OnDetached(1, 1).ok());
+  ASSERT_TRUE(pool.OnDetached(1, 1));
   EXPECT_THAT(Actions(&pool), IsEmpty());
   EXPECT_EQ(pool.WaitingFor(), "waiting for the cache manager");
   pool.OnConnected();
@@ -171,42 +327,29 @@ TEST(PoolLifecycle, ALossWhileWorkersAttachForTheFirstTimeReplacesThePool) {
   OpenAndAttach(&pool, Pool(2));
 }
 
-TEST(PoolLifecycle, ALossWhileWorkersAttachToANewPoolReplacesItToo) {
-  PoolLifecycle pool = Resuming();
-  pool.OnPoolGone();
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kPause, Action::kDetachPool));
-  BothLetGo(&pool, 1);
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
-  ASSERT_TRUE(pool.OnOpened(Pool(2)).ok());
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kAttachPool));
+TEST(PoolLifecycle, ALossBeforeAnyWorkerWasSentThePoolOpensAnotherOne) {
+  PoolLifecycle pool = WithWorkers();
+  pool.OnConnected();
+  Actions(&pool);
+  ASSERT_TRUE(pool.OnOpened(Pool(1)).ok());
   pool.OnLost();
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kDetachPool));  // still paused
-  BothLetGo(&pool, 2);
   pool.OnConnected();
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
 }
 
-TEST(PoolLifecycle, ARankMayBecomeReadyForALostPoolBeforeItLetsGoOfIt) {
-  PoolLifecycle pool = Attaching();
-  ASSERT_TRUE(pool.OnReady(0, 1).ok());
-  pool.OnLost();
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kDetachPool));
-  EXPECT_FALSE(pool.OnReady(0, 1).ok());
-  EXPECT_TRUE(pool.OnReady(1, 1).ok());
+TEST(PoolLifecycle, ALossWhileWorkersAttachToANewPoolReplacesItToo) {
+  PoolLifecycle pool = Resuming();
+  pool.OnPoolGone();
+  EXPECT_THAT(Actions(&pool),
+              ElementsAre(Action::kPause, Action::kDetachPool, Action::kDetachPool));
   BothLetGo(&pool, 1);
-  EXPECT_THAT(std::string(pool.OnReady(1, 1).message()),
-              HasSubstr("engine worker 1 is ready for pool 0000000000000001"));
-}
-
-// The loss and the answers of ranks may come together, before any action is asked for.
-TEST(PoolLifecycle, ARankMayBecomeReadyBetweenTheLossAndTheOrderToLetGo) {
-  PoolLifecycle pool = Attaching();
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
+  ASSERT_TRUE(pool.OnOpened(Pool(2)).ok());
+  EXPECT_THAT(Actions(&pool), IsEmpty());
+  pool.OnPoolSent();
   pool.OnLost();
-  EXPECT_TRUE(pool.OnReady(0, 1).ok());
-  EXPECT_FALSE(pool.OnReady(0, 1).ok());
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kDetachPool));
-  EXPECT_TRUE(pool.OnReady(1, 1).ok());
-  BothLetGo(&pool, 1);
+  EXPECT_THAT(Actions(&pool), kDetachBoth);  // still paused
+  BothLetGo(&pool, 2);
   pool.OnConnected();
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
 }
@@ -216,7 +359,7 @@ TEST(PoolLifecycle, APoolThatOutlivesALossWhileWorkersAttachIsAttachedOnceMore) 
   PoolLifecycle pool = Attaching();
   pool.OnLost();
   pool.OnConnected();
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kDetachPool));
+  EXPECT_THAT(Actions(&pool), kDetachBoth);
   BothLetGo(&pool, 1);
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
   OpenAndAttach(&pool, Pool(1, /*resumed=*/true));
@@ -225,7 +368,8 @@ TEST(PoolLifecycle, APoolThatOutlivesALossWhileWorkersAttachIsAttachedOnceMore) 
 TEST(PoolLifecycle, ALossWhileTheOldPoolIsGivenUpChangesNothingButTheWait) {
   PoolLifecycle pool = Resuming();
   pool.OnPoolGone();
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kPause, Action::kDetachPool));
+  EXPECT_THAT(Actions(&pool),
+              ElementsAre(Action::kPause, Action::kDetachPool, Action::kDetachPool));
   pool.OnLost();
   BothLetGo(&pool, 1);
   EXPECT_THAT(Actions(&pool), IsEmpty());
@@ -237,20 +381,16 @@ TEST(PoolLifecycle, RefusesWhatWasNotAskedFor) {
   PoolLifecycle pool(2);
   EXPECT_THAT(std::string(pool.OnOpened(Pool(1)).message()),
               HasSubstr("opened pool 0000000000000001, which was not asked for"));
-  EXPECT_FALSE(pool.OnReady(0, 1).ok());
   pool = Held();
-  EXPECT_THAT(std::string(pool.OnReady(1, 1).message()),
-              HasSubstr("engine worker 1 is ready for pool 0000000000000001"));
-  EXPECT_FALSE(pool.OnDetached(0, 1).ok());
+  EXPECT_FALSE(pool.OnDetached(0, 1));
   pool = Resuming();
   EXPECT_THAT(std::string(pool.OnOpened(Pool(7, true)).message()),
               HasSubstr("resumed pool 0000000000000007, asked for was 0000000000000001"));
   pool.OnPoolGone();
   Actions(&pool);
-  EXPECT_FALSE(pool.OnDetached(0, 2).ok());
-  ASSERT_TRUE(pool.OnDetached(0, 1).ok());
-  EXPECT_THAT(std::string(pool.OnDetached(0, 1).message()),
-              HasSubstr("engine worker 0 has let go of pool 0000000000000001"));
+  EXPECT_FALSE(pool.OnDetached(0, 2));
+  EXPECT_TRUE(pool.OnDetached(0, 1));
+  EXPECT_FALSE(pool.OnDetached(0, 1));
 }
 
 }  // namespace

@@ -53,25 +53,21 @@ absl::Status GroupStartup::OnHello(const WorkerHello& hello) {
     return Unfit(hello, fmt::format("runs {} tokens in a step, {} for {}", hello.max_tokens, cause,
                                     max_plan_tokens()));
   }
-  hellos_[hello.rank] = hello;
+  std::optional<WorkerHello>& known = hellos_[hello.rank];
+  const uint64_t first_available = known.has_value() ? known->kv_bytes_available : 0;
+  known = hello;
+  known->kv_bytes_available = std::max(known->kv_bytes_available, first_available);
   return absl::OkStatus();
 }
 
-bool GroupStartup::all_attached() const {
+bool GroupStartup::every_hello_has_come() const {
   return std::all_of(hellos_.begin(), hellos_.end(),
                      [](const auto& hello) { return hello.has_value(); });
 }
 
-std::string GroupStartup::WaitingFor() const {
-  const auto attached = std::count_if(hellos_.begin(), hellos_.end(),
-                                      [](const auto& hello) { return hello.has_value(); });
-  if (all_attached()) return "";
-  return fmt::format("waiting for engine workers: {} of {} connected", attached, hellos_.size());
-}
-
-ConfigureWorker GroupStartup::configuration() const {
-  CHECK(all_attached());
-  ConfigureWorker configure{.group_epoch = config_.group_epoch,
+ConfigureWorker GroupStartup::configuration(uint64_t group_epoch) const {
+  CHECK(every_hello_has_come());
+  ConfigureWorker configure{.group_epoch = group_epoch,
                             .world_size = config_.world_size,
                             .max_slots = static_cast<uint32_t>(config_.max_num_seqs),
                             .max_tokens = max_plan_tokens(),
@@ -84,7 +80,7 @@ ConfigureWorker GroupStartup::configuration() const {
 }
 
 absl::StatusOr<PoolSpec> GroupStartup::pool_spec() const {
-  CHECK(all_attached());
+  CHECK(every_hello_has_come());
   PoolSpec spec;
   spec.root_seed = root_seed();
   spec.host_bytes = config_.host_bytes;
@@ -112,21 +108,21 @@ std::string GroupStartup::root_seed() const {
 }
 
 uint64_t GroupStartup::block_bytes() const {
-  CHECK(all_attached());
+  CHECK(every_hello_has_come());
   uint64_t bytes = 0;
   for (const auto& hello : hellos_) bytes += hello->kv_block_bytes;
   return bytes;
 }
 
 uint64_t GroupStartup::largest_block_bytes() const {
-  CHECK(all_attached());
+  CHECK(every_hello_has_come());
   uint64_t bytes = 0;
   for (const auto& hello : hellos_) bytes = std::max(bytes, hello->kv_block_bytes);
   return bytes;
 }
 
 int GroupStartup::vocab_size() const {
-  CHECK(all_attached());
+  CHECK(every_hello_has_come());
   return static_cast<int>(hellos_[0]->vocab_size);
 }
 

@@ -1,5 +1,5 @@
-// The group of engine workers from the first Hello to one that can be configured: who has come, who
-// is missing, what the group is told.
+// What the Hellos of the engine workers say together: whether they fit the configuration, what a
+// group of them is told, what pool they need.
 #pragma once
 
 #include <cstdint>
@@ -26,24 +26,21 @@ struct StartupConfig {
   std::string model_digest = {};  // of what the workers' digests leave out; see PoolSpec::root_seed
   uint64_t host_bytes = 0;        // of the cache's host tier over all ranks
   std::optional<int> num_blocks_override = {};
-  uint64_t group_epoch = 0;  // not 0
 };
 
-// Pure; of the engine's thread. Order: every worker's Hello, then Configure to all, then the pool,
-// see PoolLifecycle. Errors end the start-up: they are one line for the operator.
+// Pure; of the engine's thread. Who of them is there, and when, is GroupLifecycle's affair. Errors
+// end the instance: they are one line for the operator.
 class GroupStartup {
  public:
   explicit GroupStartup(const StartupConfig& config);
 
+  // Of a rank's first process, or of one that has replaced it: in a pool that is created anew it
+  // then gets as much as the first one had to give, which had no pool beside it.
   // INVALID_ARGUMENT: the worker cannot serve this configuration.
   absl::Status OnHello(const WorkerHello& hello);
 
-  bool all_attached() const;
-  // "waiting for engine workers: 1 of 2 connected"; empty when all are.
-  std::string WaitingFor() const;
-
-  // REQUIRES: all_attached().
-  ConfigureWorker configuration() const;
+  // REQUIRES: every rank has said Hello, from here on.
+  ConfigureWorker configuration(uint64_t group_epoch) const;
   absl::StatusOr<PoolSpec> pool_spec() const;
   uint64_t block_bytes() const;          // over all ranks
   uint64_t largest_block_bytes() const;  // of one rank
@@ -52,6 +49,7 @@ class GroupStartup {
   int sampled_vocab_size() const;  // ids that may be sampled
 
  private:
+  bool every_hello_has_come() const;
   uint32_t max_plan_tokens() const;
   std::string root_seed() const;
 

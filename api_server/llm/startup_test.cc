@@ -19,19 +19,7 @@ StartupConfig Config() {
           .tokenizer_vocab_size = 900,
           .stop_ids = {2, 950, 7},
           .model_digest = "abc",
-          .host_bytes = 123,
-          .group_epoch = 5};
-}
-
-TEST(GroupStartup, GoesFromTheFirstHelloToTheLast) {
-  GroupStartup startup(Config());
-  EXPECT_EQ(startup.WaitingFor(), "waiting for engine workers: 0 of 2 connected");
-  ASSERT_TRUE(startup.OnHello(FakeHello(1, 2)).ok());
-  EXPECT_EQ(startup.WaitingFor(), "waiting for engine workers: 1 of 2 connected");
-  EXPECT_FALSE(startup.all_attached());
-  ASSERT_TRUE(startup.OnHello(FakeHello(0, 2)).ok());
-  EXPECT_TRUE(startup.all_attached());
-  EXPECT_EQ(startup.WaitingFor(), "");
+          .host_bytes = 123};
 }
 
 TEST(GroupStartup, ThePoolSpecNamesWhatMakesKvComparable) {
@@ -56,7 +44,7 @@ TEST(GroupStartup, WithoutChunkedPrefillTheWorkersTakeTheLongestPromptWhole) {
   hello.max_position = 1000;
   ASSERT_TRUE(startup.OnHello(hello).ok());
   ASSERT_TRUE(startup.OnHello(FakeHello(1, 2)).ok());
-  const ConfigureWorker configure = startup.configuration();
+  const ConfigureWorker configure = startup.configuration(/*group_epoch=*/5);
   EXPECT_EQ(configure.max_sequence_tokens, 1000u);
   EXPECT_EQ(configure.max_tokens, 1000u);
   EXPECT_EQ(configure.max_slots, 16u);
@@ -69,7 +57,7 @@ TEST(GroupStartup, WithChunkedPrefillTheBudgetIsTheMost) {
   GroupStartup startup(Config());
   ASSERT_TRUE(startup.OnHello(FakeHello(0, 2)).ok());
   ASSERT_TRUE(startup.OnHello(FakeHello(1, 2)).ok());
-  EXPECT_EQ(startup.configuration().max_tokens, 256u);
+  EXPECT_EQ(startup.configuration(/*group_epoch=*/5).max_tokens, 256u);
 }
 
 TEST(GroupStartup, SizesThePoolByTheMemoryThatTheWorkersHaveFound) {
@@ -77,6 +65,18 @@ TEST(GroupStartup, SizesThePoolByTheMemoryThatTheWorkersHaveFound) {
   WorkerHello hello = FakeHello(1, 2);
   hello.kv_bytes_available = uint64_t{4} * 100 * 2 * hello.kv_block_bytes;
   ASSERT_TRUE(startup.OnHello(FakeHello(0, 2)).ok());
+  ASSERT_TRUE(startup.OnHello(hello).ok());
+  EXPECT_EQ(startup.pool_spec()->num_blocks, 100u);
+}
+
+// Its measurement has the pool beside it, that is to be replaced.
+TEST(GroupStartup, AReplacementDoesNotShrinkThePool) {
+  GroupStartup startup(Config());
+  WorkerHello hello = FakeHello(1, 2);
+  hello.kv_bytes_available = uint64_t{4} * 100 * 2 * hello.kv_block_bytes;
+  ASSERT_TRUE(startup.OnHello(FakeHello(0, 2)).ok());
+  ASSERT_TRUE(startup.OnHello(hello).ok());
+  hello.kv_bytes_available /= 2;
   ASSERT_TRUE(startup.OnHello(hello).ok());
   EXPECT_EQ(startup.pool_spec()->num_blocks, 100u);
 }

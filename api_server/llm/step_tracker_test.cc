@@ -69,6 +69,45 @@ TEST(StepTracker, TheSlowestRankSaysHowLongAStepTook) {
   EXPECT_EQ(step.sampled[0].token, 77);
 }
 
+// Numbers count on over groups; those of a new group begin anywhere.
+TEST(StepTracker, TheFirstPlanSaysWhereTheNumbersBegin) {
+  StepTracker tracker(2, kEpoch);
+  EXPECT_EQ(tracker.last_finished_step(), 0u);
+  tracker.Add(Plan(7000), 11, 0);
+  EXPECT_EQ(tracker.last_finished_step(), 6999u);
+  tracker.Add(Plan(7001), 12, 0);
+  ASSERT_TRUE(tracker.Take(0, Done(7000, 11)).ok());
+  ASSERT_TRUE(tracker.Take(0, Done(7001, 12)).ok());
+  EXPECT_FALSE(tracker.Take(1, Done(7001, 12)).ok());
+  EXPECT_FALSE(tracker.Take(1, Done(1, 11)).ok());
+  ASSERT_TRUE(tracker.Take(1, Done(7000, 11)).ok());
+  EXPECT_EQ(tracker.TakeFinished(1)->value().step, 7000u);
+  EXPECT_EQ(tracker.last_finished_step(), 7000u);
+  ASSERT_TRUE(tracker.Take(1, Done(7001, 12)).ok());
+  EXPECT_EQ(tracker.TakeFinished(1)->value().step, 7001u);
+}
+
+TEST(StepTracker, SaysWhatRunsSinceWhenAndWhoIsMissing) {
+  StepTracker tracker(2, kEpoch);
+  EXPECT_FALSE(tracker.running().has_value());
+  StepPlan plan = Plan(1, {1, 30, 1});
+  plan.copies.resize(4);
+  tracker.Add(plan, 11, 100);
+  tracker.Add(Plan(2), 12, 150);
+  ASSERT_TRUE(tracker.Take(0, Done(1, 11)).ok());
+  const RunningStep running = *tracker.running();
+  EXPECT_EQ(running.step, 1u);
+  EXPECT_EQ(running.shape,
+            (StepShape{.num_decodes = 2, .num_prefill_tokens = 30, .num_copies = 4}));
+  EXPECT_EQ(running.began_us, 100);
+  EXPECT_EQ(running.missing_rank, 1u);
+  ASSERT_TRUE(tracker.Take(1, Done(1, 11)).ok());
+  EXPECT_EQ((**tracker.TakeFinished(180)).shape, running.shape);
+  EXPECT_EQ(tracker.running()->began_us, 180);
+  tracker.RestartClock(900);
+  EXPECT_EQ(tracker.running()->began_us, 900);
+}
+
 TEST(StepTracker, RefusesAStepThatIsNotTheNextOfThatRank) {
   StepTracker tracker(2, kEpoch);
   EXPECT_THAT(std::string(tracker.Take(1, Done(1, 0)).message()),

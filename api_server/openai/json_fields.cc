@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "api_server/openai/api_error.h"
+#include "common/json_depth.h"
 
 namespace wintserve {
 namespace {
@@ -18,27 +19,6 @@ constexpr size_t kMaxQuotedBytes = 64;
 absl::Status InvalidJson(std::string_view what) {
   return StatusWithCode(absl::StatusCode::kInvalidArgument, "invalid_json",
                         fmt::format("The request body is not a valid JSON object: {}", what));
-}
-
-// Looked at before parsing, because a body of 8 MiB of '[' would cost a hundred times that in
-// memory.
-bool IsNestedTooDeep(std::string_view body) {
-  int depth = 0;
-  bool in_string = false;
-  for (size_t i = 0; i < body.size(); ++i) {
-    const char c = body[i];
-    if (in_string) {
-      if (c == '\\') ++i;
-      if (c == '"') in_string = false;
-    } else if (c == '"') {
-      in_string = true;
-    } else if (c == '[' || c == '{') {
-      if (++depth > kMaxJsonDepth) return true;
-    } else if (c == ']' || c == '}') {
-      --depth;
-    }
-  }
-  return false;
 }
 
 // The library's text without its "[json.exception.parse_error.101] " in front.

@@ -12,11 +12,9 @@
 
 namespace wintserve {
 
-inline constexpr int kMaxJsonDepth = 64;
-
 // The body as an object; the last of duplicate keys wins. INVALID_ARGUMENT with code invalid_json:
-// not JSON, trailing text, NaN or Infinity, invalid UTF-8, nested deeper than kMaxJsonDepth, no
-// object.
+// not JSON, trailing text, NaN or Infinity, invalid UTF-8, nested too deep (common/json_depth.h),
+// no object.
 absl::StatusOr<nlohmann::json> ParseJsonObject(std::string_view body);
 
 // Null pointer: absent or null. REQUIRES: object.is_object().

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "absl/strings/numbers.h"
+#include "common/json_depth.h"
 #include "common/read_file.h"
 #include "common/status_macros.h"
 #include "nlohmann/json.hpp"
@@ -23,6 +24,10 @@ constexpr int64_t kMaxTokenId = (1 << 20) - 1;
 
 absl::StatusOr<json> ReadJsonObject(const std::filesystem::path& path) {
   ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  if (IsNestedTooDeep(text)) {
+    return absl::InvalidArgumentError(
+        fmt::format("{}: is nested deeper than {} levels", path.string(), kMaxJsonDepth));
+  }
   json document;
   try {
     document = json::parse(text);

@@ -62,7 +62,7 @@ struct ReceivedPlan {
 
 struct AbortGroup {
   uint64_t group_epoch = 0;  // not 0
-  std::string reason;
+  std::string reason = {};
 };
 
 struct AbortedMessage {

@@ -395,5 +395,37 @@ TEST_F(WorkQueueTest, EchoesAThousandPlansInOrder) {
              rtt_us[kPlans * 99 / 100]);
 }
 
+// The owner of the server acts on events in their order: what it sends before it has seen a Hello
+// is not for the stream that came with it.
+TEST_F(WorkQueueTest, AStreamIsSentNothingBeforeItIsAccepted) {
+  auto server = WorkQueueServer::Start({.unix_socket = directory_ / "q.sock",
+                                        .token = token_,
+                                        .world_size = 1,
+                                        .wait_for_accept = true},
+                                       LogTo(&log_));
+  ASSERT_TRUE(server.ok()) << server.status();
+  server_ = *std::move(server);
+  auto first = Attach(HelloOfRank(0, 1));
+  ASSERT_TRUE(first.ok()) << first.status();
+  log_.WaitFor(1);
+  server_->Accept(0);
+  server_->Send(DetachPool{.pool_epoch = 1});
+  EXPECT_EQ(std::get<DetachPool>(*(*first)->Next()).pool_epoch, 1u);
+  first->reset();
+  log_.WaitFor(2);
+  auto second = Attach(HelloOfRank(0, 1));
+  ASSERT_TRUE(second.ok()) << second.status();
+  log_.WaitFor(3);
+  server_->Send(DetachPool{.pool_epoch = 2});
+  server_->Send(0, AbortGroup{.group_epoch = 3, .reason = "of the first"});
+  server_->Cut(0);
+  server_->Accept(0);
+  server_->Send(0, AbortGroup{.group_epoch = 4, .reason = "of the second"});
+  EXPECT_EQ(std::get<AbortGroup>(*(*second)->Next()).group_epoch, 4u);
+  server_->Cut(0);
+  EXPECT_FALSE((*second)->Next().ok());
+  EXPECT_THAT(log_.WaitFor(4).back(), HasSubstr("gone 0 (100)"));
+}
+
 }  // namespace
 }  // namespace wintserve

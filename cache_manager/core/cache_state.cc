@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <iterator>
-#include <ranges>
 #include <tuple>
 #include <utility>
 
@@ -366,7 +365,8 @@ void CacheState::Remove(CacheEntry* entry) {
   std::vector<CacheEntry*> doomed = {entry};
   const auto descendants = PrefixIndex::Descendants(*entry);
   doomed.insert(doomed.end(), descendants.begin(), descendants.end());
-  for (CacheEntry* e : doomed | std::views::reverse) {
+  std::ranges::reverse(doomed);
+  for (CacheEntry* e : doomed) {
     CHECK(!e->block.has_value() && e->pins == 0, "entry={} pins={}", e->handle, e->pins);
     if (e->host_slot.has_value()) {
       DiscardSlot(e);

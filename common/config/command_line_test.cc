@@ -602,6 +602,13 @@ TEST(ConfigFile, OneLineSaysWhatIsWrongAndWhere) {
       {"port: [1\n", ":2: "},
       {"port: {a: 1}\n", ":1: port: must be an integer, 0..65535 (got {\"a\":1})"},
       {"api_key: [[1]]\n", ":1: api_key: a list may hold plain values only"},
+      {"x: &x [1, 2]\nport: &all {a: *all}\n", ":2: port: more than 100000 values"},
+      {"a: &a [0,0,0,0,0,0,0,0,0,0]\nb: &b {p: *a, q: *a, r: *a, s: *a, t: *a, u: *a, v: *a}\n"
+       "c: &c {p: *b, q: *b, r: *b, s: *b, t: *b, u: *b, v: *b}\n"
+       "d: &d {p: *c, q: *c, r: *c, s: *c, t: *c, u: *c, v: *c}\n"
+       "e: &e {p: *d, q: *d, r: *d, s: *d, t: *d, u: *d, v: *d}\n"
+       "f: {p: *e, q: *e, r: *e, s: *e, t: *e, u: *e, v: *e}\n",
+       ":6: f: more than 100000 values"},
       {"[1, 2]: 3\n", ":1: a key must be the name of a setting"},
       {"model: \xff\xfe\n", "must be UTF-8"},
       {"max_num_seqs: 9\nmax_num_batched_tokens: 8\n",

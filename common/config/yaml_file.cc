@@ -17,18 +17,30 @@ namespace wintserve {
 namespace {
 
 constexpr int64_t kMaxFileBytes = 1 << 20;
+// Of all settings together, and how deep a mapping may be: through aliases a small file can stand
+// for any number of values, and a mapping can hold itself.
+constexpr int kMaxValues = 100'000;
+constexpr int kMaxDepth = 64;
 
-// A plain scalar keeps YAML's meaning (true, 1, 0.5); a quoted one is text.
-nlohmann::json ToJson(const YAML::Node& node) {
+// A plain scalar keeps YAML's meaning (true, 1, 0.5); a quoted one is text. Null once there are
+// more than *num_values_left or it is nested deeper than depth_left.
+nlohmann::json ToJson(const YAML::Node& node, int depth_left, int* num_values_left) {
+  if (depth_left == 0) *num_values_left = 0;
+  if (*num_values_left == 0) return nullptr;
+  --*num_values_left;
   switch (node.Type()) {
     case YAML::NodeType::Map: {
       nlohmann::json object = nlohmann::json::object();
-      for (const auto& entry : node) object[entry.first.Scalar()] = ToJson(entry.second);
+      for (const auto& entry : node) {
+        object[entry.first.Scalar()] = ToJson(entry.second, depth_left - 1, num_values_left);
+      }
       return object;
     }
     case YAML::NodeType::Sequence: {
       nlohmann::json array = nlohmann::json::array();
-      for (const YAML::Node& element : node) array.push_back(ToJson(element));
+      for (const YAML::Node& element : node) {
+        array.push_back(ToJson(element, depth_left - 1, num_values_left));
+      }
       return array;
     }
     case YAML::NodeType::Scalar: {
@@ -64,7 +76,7 @@ absl::StatusOr<std::string> ReadText(const std::string& path) {
 }
 
 absl::StatusOr<YamlEntry> ToEntry(const std::string& path, const YAML::Node& key,
-                                  const YAML::Node& value) {
+                                  const YAML::Node& value, int* num_values_left) {
   YamlEntry entry;
   entry.line = key.Mark().line + 1;
   if (!key.IsScalar()) {
@@ -75,15 +87,23 @@ absl::StatusOr<YamlEntry> ToEntry(const std::string& path, const YAML::Node& key
   if (value.IsScalar()) {
     entry.values.push_back(value.Scalar());
   } else if (value.IsMap()) {
-    entry.values.push_back(ToJson(value).dump());
+    entry.values.push_back(ToJson(value, kMaxDepth, num_values_left).dump());
   } else if (value.IsSequence()) {
     for (const YAML::Node& element : value) {
       if (!element.IsScalar()) {
         return absl::InvalidArgumentError(fmt::format(
             "{}:{}: {}: a list may hold plain values only", path, entry.line, entry.key));
       }
+      if (*num_values_left > 0) --*num_values_left;
+      if (*num_values_left == 0) break;
       entry.values.push_back(element.Scalar());
     }
+  }
+  if (*num_values_left == 0) {
+    return absl::InvalidArgumentError(
+        fmt::format("{}:{}: {}: more than {} values in the file, or nested deeper than {} levels; "
+                    "does an alias stand for what it is in?",
+                    path, entry.line, entry.key, kMaxValues, kMaxDepth));
   }
   return entry;
 }
@@ -100,8 +120,9 @@ absl::StatusOr<std::vector<YamlEntry>> ReadYamlFile(const std::string& path) {
       return absl::InvalidArgumentError(
           fmt::format("{}:1: must be a mapping, one `name: value` a line", path));
     }
+    int num_values_left = kMaxValues;
     for (const auto& item : root) {
-      ASSIGN_OR_RETURN(YamlEntry entry, ToEntry(path, item.first, item.second));
+      ASSIGN_OR_RETURN(YamlEntry entry, ToEntry(path, item.first, item.second, &num_values_left));
       entries.push_back(std::move(entry));
     }
   } catch (const YAML::Exception& error) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "common/json_depth.h"
 #include "common/read_file.h"
 #include "common/status_macros.h"
 #include "engine_worker/config/json_object.h"
@@ -207,6 +208,10 @@ absl::Status CheckTiles(const std::string& file, const ModelConfig& config) {
 }
 
 absl::StatusOr<ModelConfig> Parse(const std::string& text, const std::string& file) {
+  if (IsNestedTooDeep(text)) {
+    return absl::InvalidArgumentError(fmt::format(
+        "{}: nested deeper than {} levels; allowed: one JSON object", file, kMaxJsonDepth));
+  }
   const nlohmann::json root = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!root.is_object()) {
     return absl::InvalidArgumentError(

@@ -180,6 +180,14 @@ INSTANTIATE_TEST_SUITE_P(
                 [](const ModelConfig& c) { EXPECT_TRUE(c.dense_is_wint8); }}),
     [](const auto& info) { return info.param.name; });
 
+TEST(ModelConfig, ADeeplyNestedFileIsRefusedBeforeItsStackIs) {
+  const absl::Status status = LoadText(R"({"hidden_size": )" + std::string(1'000'000, '[') +
+                                       std::string(1'000'000, ']') + "}")
+                                  .status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("nested deeper than 64 levels"));
+}
+
 struct Refusal {
   const char* name;
   const char* patch;

@@ -13,6 +13,7 @@
 #include <set>
 #include <utility>
 
+#include "common/json_depth.h"
 #include "common/status_macros.h"
 #include "common/unique_fd.h"
 
@@ -45,6 +46,10 @@ struct ParsedHeader {
 
 ParsedHeader ParseJson(std::string_view text) {
   ParsedHeader parsed;
+  if (IsNestedTooDeep(text)) {
+    parsed.error = fmt::format("the header is nested deeper than {} levels", kMaxJsonDepth);
+    return parsed;
+  }
   std::set<std::string> names;
   const auto on_event = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
     if (depth == 1 && event == nlohmann::json::parse_event_t::key) {

@@ -85,6 +85,10 @@ INSTANTIATE_TEST_SUITE_P(
     All, CorruptFile,
     ::testing::Values(
         Corruption{"Empty", "", {"found 0 bytes"}},
+        Corruption{
+            "Nested",
+            File("{\"w\":" + std::string(1'000'000, '[') + std::string(1'000'000, ']') + "}", ""),
+            {"nested deeper than 64 levels"}},
         Corruption{"ShorterThanTheLength", "abc", {"found 3 bytes"}},
         Corruption{
             "HeaderLengthBeyondTheFile", File("{}", "", 1), {"header length of 3", "at most 2"}},

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
+#include "common/json_depth.h"
 #include "common/read_file.h"
 #include "common/status_macros.h"
 
@@ -30,10 +31,13 @@ bool HasPaddleParameters(const std::filesystem::path& dir) {
 // Tensor name -> file name, both as the index has them.
 absl::StatusOr<std::map<std::string, std::string>> ReadIndex(const std::filesystem::path& path) {
   ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
-  const nlohmann::json root = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
   const auto corrupt = [&](std::string_view message) {
     return absl::DataLossError(fmt::format("{}: {}", path.string(), message));
   };
+  if (IsNestedTooDeep(text)) {
+    return corrupt(fmt::format("nested deeper than {} levels", kMaxJsonDepth));
+  }
+  const nlohmann::json root = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!root.is_object()) return corrupt("not valid JSON, or not an object");
   if (!root.contains("weight_map") || !root["weight_map"].is_object()) {
     return corrupt("weight_map is missing or not an object");

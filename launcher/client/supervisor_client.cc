@@ -16,13 +16,8 @@ absl::StatusOr<Packet> Exchange(const std::string& socket_path, const std::strin
   return ReceivePacket(socket.get(), timeout_ms);
 }
 
-}  // namespace
-
-absl::Status RequestCacheManagerRestart(const std::string& socket_path, const std::string& token,
-                                        int64_t timeout_ms) {
-  proto::SupervisorRequest request;
-  request.set_token(token);
-  request.mutable_restart_cache_manager();
+absl::Status Ask(const std::string& socket_path, const proto::SupervisorRequest& request,
+                 int64_t timeout_ms) {
   const auto packet = Exchange(socket_path, request.SerializeAsString(), timeout_ms);
   if (!packet.ok()) {
     return absl::UnavailableError(
@@ -35,6 +30,25 @@ absl::Status RequestCacheManagerRestart(const std::string& socket_path, const st
   }
   return absl::Status(static_cast<absl::StatusCode>(reply.status_code()),
                       reply.status_code() == 0 ? "" : reply.text());
+}
+
+}  // namespace
+
+absl::Status RequestCacheManagerRestart(const std::string& socket_path, const std::string& token,
+                                        int64_t timeout_ms) {
+  proto::SupervisorRequest request;
+  request.set_token(token);
+  request.mutable_restart_cache_manager();
+  return Ask(socket_path, request, timeout_ms);
+}
+
+absl::Status RequestEndOfWorker(const std::string& socket_path, const std::string& token,
+                                uint32_t rank, uint64_t worker_id, int64_t timeout_ms) {
+  proto::SupervisorRequest request;
+  request.set_token(token);
+  request.mutable_end_worker()->set_rank(rank);
+  request.mutable_end_worker()->set_worker_id(worker_id);
+  return Ask(socket_path, request, timeout_ms);
 }
 
 }  // namespace wintserve

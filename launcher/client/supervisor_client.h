@@ -13,4 +13,8 @@ namespace wintserve {
 absl::Status RequestCacheManagerRestart(const std::string& socket_path, const std::string& token,
                                         int64_t timeout_ms);
 
+// Has the launcher kill that process, unless the rank's process is another one by now. As above.
+absl::Status RequestEndOfWorker(const std::string& socket_path, const std::string& token,
+                                uint32_t rank, uint64_t worker_id, int64_t timeout_ms);
+
 }  // namespace wintserve

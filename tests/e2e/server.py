@@ -92,16 +92,17 @@ def wait_for(condition, timeout_s, what):
 
 
 class Server:
-    """`wintserve serve` on free ports with a runtime directory of its own."""
+    """`wintserve serve` on free ports with a runtime directory of its own, or that of another one before it.
+    prefix: of the command, for example of a name space; log: where the output goes, by default into a file."""
 
-    def __init__(self, tmp_path, *flags, model=POET):
+    def __init__(self, tmp_path, *flags, model=POET, runtime=None, prefix=(), log=None):
         self.id = uuid.uuid4().hex
-        self.runtime = tmp_path / f"run-{self.id[:8]}"
-        self.runtime.mkdir(mode=0o700)
+        self.runtime = runtime or tmp_path / f"run-{self.id[:8]}"
+        self.runtime.mkdir(mode=0o700, exist_ok=True)
         self.port, self.metrics_port, self.queue_port, self.cache_port = self.ports = [PORTS.take() for _ in range(4)]
-        self.log_path = tmp_path / f"log-{self.id[:8]}.txt"
+        self.log_path = log or tmp_path / f"log-{self.id[:8]}.txt"
         self.log_file = self.log_path.open("w")
-        command = [BIN / "wintserve", "serve", "--model", model, "--device", DEVICE, "--port", self.port,
+        command = [*prefix, BIN / "wintserve", "serve", "--model", model, "--device", DEVICE, "--port", self.port,
                    "--metrics-port", self.metrics_port, "--engine-worker-queue-port", self.queue_port,
                    "--cache-queue-port", self.cache_port, *DEVICE_FLAGS, *flags]
         self.process = subprocess.Popen(
@@ -113,7 +114,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def log(self):
-        return self.log_path.read_text()
+        return self.log_path.read_text() if self.log_path.is_file() else ""
 
     def get(self, path, port=None):
         """(status, body) or (None, reason) when nobody answers."""

@@ -67,22 +67,8 @@ def test_signal_during_start_up_exits_0(start):
     server.assert_runtime_dir_empty()
 
 
-NOT_REPLACED = [name for name in PROCESS_NAMES if name != "wintserve-cache-manager"]
-
-
-@pytest.mark.parametrize("name", NOT_REPLACED)
-def test_killed_child_ends_the_instance_with_70_and_says_who(start, name):
-    server = start("--tensor-parallel-size", 2).wait_ready()
-    os.kill(server.pids_of(name)[-1], signal.SIGKILL)
-    assert server.process.wait(20) == 70, server.log()
-    server.assert_nothing_left()
-    server.assert_runtime_dir_empty()
-    assert any(name.removeprefix("wintserve-") in line.replace(" ", "-") and "signal 9" in line
-               for line in server.log().splitlines()), server.log()
-
-
-def test_every_open_request_gets_an_error_when_a_worker_dies(start):
-    server = start("--max-model-len", 8192, "--max-num-seqs", 4).wait_ready()
+def test_without_a_fault_hold_every_open_request_gets_an_error_when_a_worker_dies(start):
+    server = start("--max-model-len", 8192, "--max-num-seqs", 4, "--fault-hold", 0).wait_ready()
     num_requests = 200
 
     def lines(stream):
@@ -101,18 +87,17 @@ def test_every_open_request_gets_an_error_when_a_worker_dies(start):
         os.kill(server.pids_of("wintserve-engine-worker")[0], signal.SIGKILL)
         for i, answer in enumerate(answers):
             error, *end = answer.result()[-4 if i % 2 == 0 else -1:]
-            assert "engine worker 0 is gone" in json.loads(error.removeprefix("data: "))["error"]["message"]
+            assert "engine worker 0 " in json.loads(error.removeprefix("data: "))["error"]["message"]
             assert end == (["", "data: [DONE]", ""] if i % 2 == 0 else [])
-    assert server.process.wait(20) == 70, server.log()
+    server.wait_ready()
 
 
-@pytest.mark.parametrize("name", NOT_REPLACED)
-def test_child_killed_while_loading_ends_the_instance(start, name):
+@pytest.mark.parametrize("name", PROCESS_NAMES)
+def test_child_killed_while_loading_is_started_again(start, name):
     server = start()
     wait_for(lambda: server.pids_of(name), 10, f"{name} exists")
     os.kill(server.pids_of(name)[0], signal.SIGKILL)
-    assert server.process.wait(20) == 70, server.log()
-    server.assert_nothing_left()
+    server.wait_ready()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hanging"])

@@ -313,6 +313,9 @@ absl::StatusOr<OpenedPool> FakeCache::TryOpen(const Session& session, const Pool
   if (pool_.session == &session) {
     return absl::FailedPreconditionError("this session has the pool open already");
   }
+  if (spec.resume_only && spec.adopt_pool_epoch != 0 && pool_.api_epoch != session.api_epoch) {
+    return Adopt(session, spec);
+  }
   const bool taken = pool_.cache != nullptr && pool_.resumable;
   if (taken && pool_.api_epoch != session.api_epoch) {
     return absl::FailedPreconditionError("another session has the pool open");
@@ -341,6 +344,37 @@ absl::StatusOr<OpenedPool> FakeCache::TryOpen(const Session& session, const Pool
                     .resumed = taken};
 }
 
+absl::StatusOr<OpenedPool> FakeCache::Adopt(const Session& session, const PoolSpec& spec) {
+  if (pool_.cache == nullptr || !pool_.adoptable || pool_.pool_epoch != spec.adopt_pool_epoch) {
+    return absl::NotFoundError(fmt::format("no pool of pool_epoch {:x}", spec.adopt_pool_epoch));
+  }
+  if (pool_.session != nullptr) {
+    return absl::FailedPreconditionError("another session has the pool open");
+  }
+  if (spec.root_seed != pool_.spec.root_seed || spec.host_bytes != pool_.spec.host_bytes ||
+      spec.block_bytes_by_rank != pool_.spec.block_bytes_by_rank ||
+      spec.block_size_tokens != pool_.spec.block_size_tokens) {
+    return absl::FailedPreconditionError("the pool is laid out otherwise");
+  }
+  if (pool_.resumable) EndSessionOfPool();
+  pool_.api_epoch = session.api_epoch;
+  pool_.session = &session;
+  pool_.resumable = true;
+  return OpenedPool{.pool_epoch = pool_.pool_epoch,
+                    .memory_socket = "unused",
+                    .num_blocks = pool_.spec.num_blocks,
+                    .num_host_slots = pool_.num_host_slots};
+}
+
+void FakeCache::EndSessionOfPool() {
+  pool_.session = nullptr;
+  pool_.resumable = false;
+  pool_.must_reconcile = false;
+  pool_.write_backs.clear();
+  pool_.num_lost_write_backs = 0;
+  pool_.cache->EndSession();
+}
+
 void FakeCache::TellAvailable(const Session& session) {
   const uint32_t available = pool_.session == &session ? pool_.cache->num_available() : 0;
   Tell(!session.closing, session.events.on_available, available);
@@ -364,9 +398,7 @@ void FakeCache::PushCopyOuts(const Session& session) {
 
 void FakeCache::EndSession(Session* session) {
   session->ended = true;
-  if (pool_.session != session) return;
-  pool_.session = nullptr;
-  pool_.resumable = false;
+  if (pool_.session == session) EndSessionOfPool();
 }
 
 void FakeCache::BreakSession(const char* reason, bool resumable) {
@@ -377,6 +409,7 @@ void FakeCache::BreakSession(const char* reason, bool resumable) {
   requests_.clear();
   pool_.session = nullptr;
   pool_.resumable = pool_.resumable && resumable;
+  pool_.adoptable = pool_.adoptable && resumable;
   changed_.NotifyAll();
 }
 

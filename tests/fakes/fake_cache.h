@@ -22,9 +22,9 @@
 namespace wintserve {
 
 // Behaves as the service does: one session has the pool, the same api_epoch may take it up again,
-// a request out of order is refused, write-backs are pushed after a request. Answers come from a
-// thread of its own. Outlives the clients that it makes. Thread-safe, but no method may be called
-// from an event.
+// another one adopts it after that, a request out of order is refused, write-backs are pushed after
+// a request. Answers come from a thread of its own. Outlives the clients that it makes.
+// Thread-safe, but no method may be called from an event.
 class FakeCache {
  public:
   // The type of CacheConnector (api_server/llm/llm_factory.h).
@@ -87,6 +87,7 @@ class FakeCache {
     std::unique_ptr<PrefixCache> cache;
     const Session* session = nullptr;  // null: broken, or over
     bool resumable = true;             // false: the session is over, or the process died
+    bool adoptable = true;             // false: the process died
     bool must_reconcile = false;
     std::map<uint64_t, CopyOrder> write_backs;  // under way, by copy_id
     size_t num_lost_write_backs = 0;            // the last ones of them, to be ordered again
@@ -104,6 +105,8 @@ class FakeCache {
   void Check(const absl::Status& status, const char* request) REQUIRES(mutex_);
   void Open(const Session& session, const PoolSpec& spec) REQUIRES(mutex_);
   absl::StatusOr<OpenedPool> TryOpen(const Session& session, const PoolSpec& spec) REQUIRES(mutex_);
+  absl::StatusOr<OpenedPool> Adopt(const Session& session, const PoolSpec& spec) REQUIRES(mutex_);
+  void EndSessionOfPool() REQUIRES(mutex_);
   void TellAvailable(const Session& session) REQUIRES(mutex_);
   void PushCopyOuts(const Session& session) REQUIRES(mutex_);
   void EndSession(Session* session) REQUIRES(mutex_);

@@ -40,6 +40,20 @@ std::optional<SampledLogprobs> LogprobsOf(int32_t token, const SamplingParams& s
 
 }  // namespace
 
+absl::StatusOr<std::shared_ptr<FakePoolMemory::Pool>> FakePoolMemory::Map(
+    const AttachPool& attach) {
+  MutexLock lock(&mutex_);
+  std::shared_ptr<Pool> pool = pools_[attach.pool_epoch].lock();
+  if (pool == nullptr) {
+    pool = std::make_shared<Pool>();
+    ASSIGN_OR_RETURN(pool->blocks, TokenMemory(attach.num_blocks));
+    ASSIGN_OR_RETURN(pool->host_tier, TokenMemory(attach.num_host_slots));
+    pools_[attach.pool_epoch] = pool;
+  }
+  last_ = pool;
+  return pool;
+}
+
 WorkerHello FakeHello(uint32_t rank, uint32_t world_size) {
   return {.worker_id = 1 + rank,
           .rank = rank,
@@ -57,6 +71,7 @@ WorkerHello FakeHello(uint32_t rank, uint32_t world_size) {
 
 FakeWorker::FakeWorker(FakeWorkerOptions options)
     : options_(std::move(options)), backend_(kernels::cpu::CreateCpuBackend({})) {
+  if (options_.hello.mapped_pool_epoch != 0) pool_epoch_ = options_.hello.mapped_pool_epoch;
   auto client =
       WorkQueueClient::Attach(options_.target, options_.token, options_.hello, kAttachTimeoutMs);
   CHECK(client.ok(), "{}", client.status().ToString());
@@ -99,26 +114,45 @@ void FakeWorker::Run() {
 
 absl::Status FakeWorker::Handle(const ServerEvent& event) {
   if (const auto* configure = std::get_if<ConfigureWorker>(&event)) {
+    if (config_.has_value()) return Wrong("Configure before AbortGroup");
     config_ = *configure;
+    last_step_.reset();
+    last_plan_hash_ = 0;
     return absl::OkStatus();
   }
+  if (const auto* abort = std::get_if<AbortGroup>(&event)) return Abort(*abort);
   if (const auto* attach = std::get_if<AttachPool>(&event)) return Attach(*attach);
   if (const auto* detach = std::get_if<DetachPool>(&event)) return Detach(*detach);
   return Execute(std::get<ReceivedPlan>(event));
 }
 
-absl::Status FakeWorker::Attach(const AttachPool& attach) {
-  if (!config_.has_value() || pool_epoch_.has_value()) {
-    return Wrong("AttachPool of pool epoch {:x} {}", attach.pool_epoch,
-                 config_.has_value() ? "before DetachPool" : "before Configure");
+absl::Status FakeWorker::Abort(const AbortGroup& abort) {
+  if (!config_.has_value() || config_->group_epoch != abort.group_epoch) {
+    return Wrong("AbortGroup of group epoch {:x}, which it is not in", abort.group_epoch);
   }
+  if (options_.before_abort && !options_.before_abort()) return absl::OkStatus();
+  config_.reset();
+  pool_.reset();
+  (void)client_->SendAborted(abort.group_epoch);
+  return absl::OkStatus();
+}
+
+absl::Status FakeWorker::Attach(const AttachPool& attach) {
+  if (!config_.has_value()) {
+    return Wrong("AttachPool of pool epoch {:x} before Configure", attach.pool_epoch);
+  }
+  if (pool_.has_value() || pool_epoch_.value_or(attach.pool_epoch) != attach.pool_epoch) {
+    return Wrong("AttachPool of pool epoch {:x} before DetachPool", attach.pool_epoch);
+  }
+  if (!pool_epoch_.has_value()) ++num_mappings_;
   pool_epoch_ = attach.pool_epoch;
   if (options_.can_map && !options_.can_map(attach)) return absl::OkStatus();
-  ASSIGN_OR_RETURN(MappedMemory blocks, TokenMemory(attach.num_blocks));
-  ASSIGN_OR_RETURN(MappedMemory host_tier, TokenMemory(attach.num_host_slots));
-  const BlockTiers tiers{.pool = blocks.data(),
+  if (options_.memory == nullptr) options_.memory = std::make_shared<FakePoolMemory>();
+  ASSIGN_OR_RETURN(const std::shared_ptr<FakePoolMemory::Pool> memory,
+                   options_.memory->Map(attach));
+  const BlockTiers tiers{.pool = memory->blocks.data(),
                          .num_blocks = attach.num_blocks,
-                         .host_tier = host_tier.data(),
+                         .host_tier = memory->host_tier.data(),
                          .num_host_slots = attach.num_host_slots,
                          .block_bytes = kBlockTokens * sizeof(int32_t)};
   ASSIGN_OR_RETURN(std::unique_ptr<BlockCopier> copier, BlockCopier::Create(backend_.get(), tiers));
@@ -128,8 +162,8 @@ absl::Status FakeWorker::Attach(const AttachPool& attach) {
                           .num_blocks = attach.num_blocks,
                           .block_size_tokens = kBlockTokens,
                           .vocab_size = static_cast<int32_t>(options_.hello.vocab_size)};
-  pool_.emplace(Pool{std::move(blocks), std::move(host_tier), std::move(copier), SlotTable(limits),
-                     std::vector<int32_t>(config_->max_slots)});
+  pool_.emplace(
+      Pool{memory, std::move(copier), SlotTable(limits), std::vector<int32_t>(config_->max_slots)});
   if (!options_.never_ready) (void)client_->SendReady(config_->group_epoch, attach.pool_epoch);
   return absl::OkStatus();
 }
@@ -154,9 +188,10 @@ absl::Status FakeWorker::CheckChain(const StepPlan& plan) const {
     return Wrong("step {} is of group epoch {:x}, not {:x}", plan.step, plan.group_epoch,
                  config_->group_epoch);
   }
-  if (plan.step != last_step_ + 1 || plan.previous_plan_hash != last_plan_hash_) {
+  const uint64_t expected_step = last_step_.has_value() ? *last_step_ + 1 : plan.step;
+  if (plan.step != expected_step || plan.previous_plan_hash != last_plan_hash_) {
     return Wrong("step {} after a plan with hash {:x}, here it was step {} with {:x}", plan.step,
-                 plan.previous_plan_hash, last_step_, last_plan_hash_);
+                 plan.previous_plan_hash, expected_step - 1, last_plan_hash_);
   }
   return absl::OkStatus();
 }
@@ -194,7 +229,7 @@ absl::Status FakeWorker::Execute(const ReceivedPlan& received) {
 
 absl::StatusOr<std::vector<int32_t>> FakeWorker::RunRow(const PlanRow& row) {
   const Slot& slot = pool_->slots.slot(row.slot);
-  auto* const memory = static_cast<int32_t*>(pool_->blocks.data());
+  auto* const memory = static_cast<int32_t*>(pool_->memory->blocks.data());
   const auto entry = [&](uint32_t position) -> int32_t& {
     return memory[int64_t{slot.block_table[position / kBlockTokens]} * kBlockTokens +
                   position % kBlockTokens];

@@ -39,12 +39,7 @@ class FakeWorkerTest : public testing::Test {
                           .next_token = [](const std::vector<int32_t>& history) {
                             return std::accumulate(history.begin(), history.end(), 0) % 1000;
                           }});
-    server_->Send(ConfigureWorker{.group_epoch = kGroupEpoch,
-                                  .max_slots = 4,
-                                  .max_tokens = 512,
-                                  .max_sequence_tokens = 512,
-                                  .sampled_vocab_size = 1000,
-                                  .stop_ids = {6, 7}});
+    Configure(kGroupEpoch);
     Attach(1);
   }
   ~FakeWorkerTest() override {
@@ -53,6 +48,30 @@ class FakeWorkerTest : public testing::Test {
     std::filesystem::remove_all(directory_);
   }
 
+  void Configure(uint64_t group_epoch) {
+    group_epoch_ = group_epoch;
+    server_->Send(ConfigureWorker{.group_epoch = group_epoch,
+                                  .max_slots = 4,
+                                  .max_tokens = 512,
+                                  .max_sequence_tokens = 512,
+                                  .sampled_vocab_size = 1000,
+                                  .stop_ids = {6, 7}});
+  }
+  // What the worker says that it has left is the group before. Steps count on.
+  uint64_t JoinNextGroup() {
+    server_->Send(AbortGroup{.group_epoch = group_epoch_});
+    {
+      MutexLock lock(&mutex_);
+      CHECK(changed_.WaitFor(&mutex_, kPatience, [&]() NO_THREAD_SAFETY_ANALYSIS {
+        return aborted_ == group_epoch_ || !fault_.empty();
+      }));
+      CHECK(fault_.empty(), "{}", fault_);
+    }
+    Configure(group_epoch_ + 1);
+    plan_hash_ = 0;
+    Attach(pool_epoch_);
+    return group_epoch_;
+  }
   void Attach(uint64_t pool_epoch) {
     pool_epoch_ = pool_epoch;
     server_->Send(AttachPool{
@@ -72,7 +91,7 @@ class FakeWorkerTest : public testing::Test {
     return tokens;
   }
   void SendPlan(StepPlan plan) {
-    plan.group_epoch = kGroupEpoch;
+    plan.group_epoch = group_epoch_;
     plan.pool_epoch = pool_epoch_;
     plan.step = ++step_;
     plan.previous_plan_hash = plan_hash_;
@@ -117,7 +136,10 @@ class FakeWorkerTest : public testing::Test {
                 [this, note](uint32_t, const FaultMessage& fault) {
                   note([&]() NO_THREAD_SAFETY_ANALYSIS { fault_ = fault.text; });
                 },
-            .on_aborted = [](uint32_t, const AbortedMessage&) {},
+            .on_aborted =
+                [this, note](uint32_t, const AbortedMessage& aborted) {
+                  note([&]() NO_THREAD_SAFETY_ANALYSIS { aborted_ = aborted.group_epoch; });
+                },
             .on_detached = [](uint32_t, uint64_t, const absl::Status&) {},
             .on_refused = [](const std::string&) {}};
   }
@@ -128,6 +150,7 @@ class FakeWorkerTest : public testing::Test {
 
  private:
   std::filesystem::path directory_;
+  uint64_t group_epoch_ = 0;
   uint64_t pool_epoch_ = 0;
   uint64_t step_ = 0;
   uint64_t plan_hash_ = 0;
@@ -135,6 +158,7 @@ class FakeWorkerTest : public testing::Test {
   CondVar changed_;
   std::map<uint64_t, StepDone> steps_ GUARDED_BY(mutex_);
   uint64_t detached_ GUARDED_BY(mutex_) = 0;
+  uint64_t aborted_ GUARDED_BY(mutex_) = 0;
   std::string fault_ GUARDED_BY(mutex_);
 };
 
@@ -181,6 +205,19 @@ TEST_F(FakeWorkerTest, GoesOnWithTheChainOnANewPoolThatHoldsNothing) {
               ElementsAre(4));
   EXPECT_EQ(FaultOf({.slot_init = {{1, {}, {BlockId{4}}}}, .rows = {{1, 1, 1, true, {4}}}}),
             "slot 1: position 0 was never written");
+}
+
+TEST_F(FakeWorkerTest, LeavesItsGroupWithEmptySlotsAndJoinsTheNextOneWithItsKv) {
+  Execute({.slot_init = {{0, {}, {BlockId{3}}}}, .rows = {{0, 0, 2, true, {1, 5}}}});
+  EXPECT_EQ(JoinNextGroup(), kGroupEpoch + 1);
+  EXPECT_THAT(Execute({.slot_init = {{0, {}, {BlockId{3}}}}, .rows = {{0, 2, 1, true, {4}}}}),
+              ElementsAre(10));
+  EXPECT_EQ(worker_->num_mappings(), 1);
+}
+
+TEST_F(FakeWorkerTest, RefusesToLeaveAnotherGroup) {
+  server_->Send(AbortGroup{.group_epoch = 77});
+  EXPECT_EQ(WaitForFault(), "AbortGroup of group epoch 4d, which it is not in");
 }
 
 TEST_F(FakeWorkerTest, RefusesAPlanOfADetachedPool) {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the build, the tests and the formatter need, by name, from Debian 12. Takes a few
-# milliseconds when everything is there.
+# milliseconds when everything is there. `install_packages.sh fuzz`: what `make fuzz` needs, too.
 set -euo pipefail
 
 packages=(
@@ -17,6 +17,7 @@ packages=(
   # Formatter and linter
   clang-format clang-tidy
 )
+if [[ "${1:-}" == fuzz ]]; then packages+=(clang libclang-rt-14-dev); fi
 
 fail() {
   echo "install_packages: $*" >&2

@@ -29,7 +29,9 @@ struct Hub {
       : options(options_in),
         token_value(TokenMetadataValue(options_in.token)),
         events(std::move(events_in)),
-        streams(options_in.world_size) {}
+        streams(options_in.world_size),
+        num_admitted(options_in.world_size),
+        num_accepted(options_in.world_size) {}
 
   const WorkQueueServerOptions options;
   const std::string token_value;
@@ -39,8 +41,16 @@ struct Hub {
   absl::Status Admit(const HelloMessage& hello, std::shared_ptr<AttachStream> stream)
       EXCLUDES(mutex);
 
+  // Null: the rank has no stream, or one that was not accepted yet.
+  std::shared_ptr<AttachStream> Accepted(uint32_t rank) REQUIRES(mutex) {
+    const bool accepted = !options.wait_for_accept || num_accepted[rank] == num_admitted[rank];
+    return accepted ? streams[rank] : nullptr;
+  }
+
   Mutex mutex;
   std::vector<std::shared_ptr<AttachStream>> streams GUARDED_BY(mutex);  // by rank; null: absent
+  std::vector<uint64_t> num_admitted GUARDED_BY(mutex);                  // streams so far, by rank
+  std::vector<uint64_t> num_accepted GUARDED_BY(mutex);
 };
 
 // One worker's stream. Keeps itself alive until gRPC calls OnDone.
@@ -70,6 +80,9 @@ class AttachStream : public AttachReactor, public std::enable_shared_from_this<A
   }
 
   const HelloMessage& hello() const { return hello_; }
+
+  // The read side reports the end.
+  void Cut() { context_->TryCancel(); }
 
   void OnReadDone(bool ok) override {
     if (!ok) return Leave(absl::UnavailableError("the stream ended"));
@@ -222,6 +235,7 @@ absl::Status Hub::Admit(const HelloMessage& hello, std::shared_ptr<AttachStream>
     if (absl::Status status = CheckSameGroup(hello, other->hello()); !status.ok()) return status;
   }
   streams[rank] = std::move(stream);
+  ++num_admitted[rank];
   return absl::OkStatus();
 }
 
@@ -271,13 +285,34 @@ class GrpcWorkQueueServer : public WorkQueueServer {
     return MakeSocketPrivate(options.unix_socket);
   }
 
+  void Accept(uint32_t rank) override {
+    MutexLock lock(&hub_->mutex);
+    ++hub_->num_accepted[rank];
+  }
+  void Cut(uint32_t rank) override {
+    std::shared_ptr<AttachStream> stream;
+    {
+      MutexLock lock(&hub_->mutex);
+      stream = hub_->Accepted(rank);
+    }
+    if (stream != nullptr) stream->Cut();
+  }
+
+  void Send(uint32_t rank, const DetachPool& detach) override {
+    SendTo(rank, EncodeServerMessage(detach));
+  }
+  void Send(uint32_t rank, const AbortGroup& abort) override {
+    SendTo(rank, EncodeServerMessage(abort));
+  }
   void Send(const ConfigureWorker& configure) override {
     Broadcast(EncodeServerMessage(configure));
   }
   void Send(const AttachPool& attach) override { Broadcast(EncodeServerMessage(attach)); }
   void Send(const DetachPool& detach) override { Broadcast(EncodeServerMessage(detach)); }
   void Send(const AbortGroup& abort) override { Broadcast(EncodeServerMessage(abort)); }
-  void Send(const ShutdownWorker& shutdown) override { Broadcast(EncodeServerMessage(shutdown)); }
+  void Send(const ShutdownWorker& shutdown) override {
+    Broadcast(EncodeServerMessage(shutdown), /*to_all=*/true);
+  }
 
   uint64_t SendPlan(const StepPlan& plan) override {
     const EncodedPlan encoded = EncodePlanMessage(plan);
@@ -293,12 +328,24 @@ class GrpcWorkQueueServer : public WorkQueueServer {
   }
 
  private:
-  void Broadcast(const std::string& message) {
+  void SendTo(uint32_t rank, const std::string& message) {
+    std::shared_ptr<AttachStream> stream;
+    {
+      MutexLock lock(&hub_->mutex);
+      stream = hub_->Accepted(rank);
+    }
+    if (stream != nullptr) stream->Send(ToByteBuffer(message));
+  }
+
+  // to_all: also to those that were not accepted.
+  void Broadcast(const std::string& message, bool to_all = false) {
     const ByteBuffer buffer = ToByteBuffer(message);  // copies share the bytes
     std::vector<std::shared_ptr<AttachStream>> streams;
     {
       MutexLock lock(&hub_->mutex);
-      streams = hub_->streams;
+      for (uint32_t rank = 0; rank < hub_->options.world_size; ++rank) {
+        streams.push_back(to_all ? hub_->streams[rank] : hub_->Accepted(rank));
+      }
     }
     for (const std::shared_ptr<AttachStream>& stream : streams) {
       if (stream != nullptr) stream->Send(buffer);

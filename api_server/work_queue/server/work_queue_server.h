@@ -19,6 +19,8 @@ struct WorkQueueServerOptions {
   TlsIdentity tls = {};          // of the TCP port
   std::string token = {};  // streams without it end with UNAUTHENTICATED and learn nothing more
   uint32_t world_size = 1;
+  // A stream is sent nothing, but for ShutdownWorker, before Accept of its rank.
+  bool wait_for_accept = false;
 };
 
 // Called from gRPC's threads, in order for one rank; must not block. A rank is known by its number
@@ -50,6 +52,14 @@ class WorkQueueServer {
       const WorkQueueServerOptions& options, WorkQueueEvents events);
   virtual ~WorkQueueServer() = default;  // Stop(0)
 
+  // With wait_for_accept: to be called once for every on_hello of the rank, when it has been taken
+  // note of. What is sent until then was meant for the stream before.
+  virtual void Accept(uint32_t rank) = 0;
+  // Ends the rank's stream; on_detached follows.
+  virtual void Cut(uint32_t rank) = 0;
+
+  virtual void Send(uint32_t rank, const DetachPool& detach) = 0;
+  virtual void Send(uint32_t rank, const AbortGroup& abort) = 0;
   // To every attached rank.
   virtual void Send(const ConfigureWorker& configure) = 0;
   virtual void Send(const AttachPool& attach) = 0;

@@ -1,0 +1,434 @@
+// What a client sees when engine workers die, hang or disagree: the text of a run without faults.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <chrono>
+#include <thread>
+
+#include "api_server/llm/llm_test_util.h"
+
+namespace wintserve {
+namespace {
+
+using std::chrono::milliseconds;
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::Pair;
+
+class RecoveryTest : public LlmTest {
+ protected:
+  ~RecoveryTest() override {
+    if (llm_ != nullptr) {
+      EXPECT_TRUE(cache_.WaitUntilAllAvailable());
+      llm_.reset();  // before the streams that it tells
+    }
+    EXPECT_THAT(cache_.refusals(), testing::IsEmpty());
+    EXPECT_TRUE(cache_.CheckInvariants().ok()) << cache_.CheckInvariants();
+    EXPECT_EQ(fatal_, expected_fatal_);
+  }
+  FakeWorkerOptions SlowWorker(uint32_t rank = 0) {
+    FakeWorkerOptions worker = WorkerOptions(rank);
+    worker.step_delay = milliseconds(1);
+    return worker;
+  }
+  // Of two ranks.
+  void StartTwo() { StartTwo(SlowWorker(0), SlowWorker(1)); }
+  void StartTwo(FakeWorkerOptions first, FakeWorkerOptions second) {
+    options_.world_size = 2;
+    first.hello.world_size = second.hello.world_size = 2;
+    Create();
+    AddWorker(std::move(first));
+    AddWorker(std::move(second));
+    ASSERT_TRUE(WaitUntilReady()) << llm_->Readiness().reason;
+  }
+  // Six of them, for four slots.
+  void SubmitStreams() {
+    for (int i = 0; i < 6; ++i) {
+      streams_.push_back(std::make_unique<Updates>());
+      Submit(Request(std::string(70 + i, 'x'), 120), streams_[i].get());
+    }
+  }
+  void ExpectStreamsAsWithoutFaults() {
+    for (int i = 0; i < 6; ++i) {
+      ASSERT_TRUE(streams_[i]->WaitFinished()) << llm_->Readiness().reason;
+      EXPECT_TRUE(streams_[i]->last().error.ok()) << streams_[i]->last().error;
+      EXPECT_EQ(streams_[i]->choice(0).text, Letters(70 + i, 120));
+      EXPECT_EQ(streams_[i]->choice(0).num_tokens, 120);
+    }
+  }
+  bool IsRecovering() { return llm_->Readiness().is_recovering; }
+
+  std::vector<std::unique_ptr<Updates>> streams_;
+  std::string expected_fatal_;
+};
+
+TEST_F(RecoveryTest, StreamsGoOnFromTheirKvWhenARankIsKilled) {
+  for (const size_t rank : {0u, 1u}) {
+    SCOPED_TRACE(rank);
+    StartTwo();
+    SubmitStreams();
+    ASSERT_TRUE(streams_[0]->WaitForTokens(20));
+    Kill(rank);
+    ASSERT_TRUE(WaitFor([&] { return IsRecovering(); }));
+    EXPECT_FALSE(llm_->Readiness().ready);
+    EXPECT_THAT(llm_->Readiness().reason, HasSubstr("engine worker"));
+    Replace(rank, SlowWorker(rank));
+    ExpectStreamsAsWithoutFaults();
+    EXPECT_TRUE(WaitUntilReady());
+    EXPECT_EQ(workers_[1 - rank]->num_mappings(), 1);  // the survivor keeps what it maps
+    EXPECT_EQ(cache_.num_pools(), rank + 1);
+    EXPECT_NE(Metric("wintserve:resumed_sequences_total{from=\"kv\"}"), "0");
+    EXPECT_EQ(Metric("wintserve:resumed_sequences_total{from=\"recompute\"}"), "0");
+    EXPECT_EQ(Metric("wintserve:recovery_seconds_count"), "1");
+    llm_.reset();
+    workers_.clear();
+    streams_.clear();
+    registry_ = std::make_shared<prometheus::Registry>();
+  }
+}
+
+TEST_F(RecoveryTest, AtOneRankToo) {
+  StartServing(SlowWorker());
+  SubmitStreams();
+  for (int kill = 0; kill < 5; ++kill) {
+    ASSERT_TRUE(streams_[0]->WaitForTokens(10 + 15 * kill));
+    Kill(0);
+    Replace(0, SlowWorker());
+  }
+  ExpectStreamsAsWithoutFaults();
+  EXPECT_EQ(std::stoi(Metric("wintserve:group_faults_total{cause=\"exit\"}")) +
+                std::stoi(Metric("wintserve:group_faults_total{cause=\"stream\"}")),
+            5);
+}
+
+// A9: what a crashed process wrote last may be wrong, so all is computed again, from what had been
+// committed before the last 256 steps.
+TEST_F(RecoveryTest, A9AfterACrashEverythingIsComputedAgain) {
+  StartTwo();
+  SubmitStreams();
+  ASSERT_TRUE(streams_[0]->WaitForTokens(20));
+  Kill(1, /*kv_trusted=*/false);
+  Replace(1, SlowWorker(1));
+  ExpectStreamsAsWithoutFaults();
+  EXPECT_EQ(Metric("wintserve:resumed_sequences_total{from=\"kv\"}"), "0");
+  EXPECT_NE(Metric("wintserve:resumed_sequences_total{from=\"recompute\"}"), "0");
+  // Nothing that was committed before is matched.
+  EXPECT_EQ(cache_.num_pools(), 1u);
+}
+
+// A12: the plan hash cannot see a device that went wrong, the digest of the sampled ids does.
+TEST_F(RecoveryTest, A12RanksThatWentOnWithDifferentTokensStartOver) {
+  FakeWorkerOptions astray = SlowWorker(1);
+  auto spoilt = std::make_shared<std::atomic<int>>(0);
+  astray.spoil = [spoilt](StepDone* done) {
+    if (++*spoilt == 30) done->sampled_digest ^= 1;
+  };
+  StartTwo(SlowWorker(0), astray);
+  SubmitStreams();
+  ExpectStreamsAsWithoutFaults();
+  EXPECT_EQ(Metric("wintserve:group_faults_total{cause=\"divergence\"}"), "1");
+  EXPECT_NE(Metric("wintserve:resumed_sequences_total{from=\"recompute\"}"), "0");
+}
+
+TEST_F(RecoveryTest, ARankThatRanAnotherPlanStartsOver) {
+  FakeWorkerOptions astray = SlowWorker(0);
+  auto spoilt = std::make_shared<std::atomic<int>>(0);
+  astray.spoil = [spoilt](StepDone* done) {
+    if (++*spoilt == 10) done->plan_hash ^= 1;
+    if (*spoilt == 20) done->sampled[0].token = 5000;
+  };
+  StartTwo(astray, SlowWorker(1));
+  SubmitStreams();
+  ExpectStreamsAsWithoutFaults();
+  EXPECT_EQ(Metric("wintserve:group_faults_total{cause=\"divergence\"}"), "2");
+}
+
+TEST_F(RecoveryTest, AReportedFaultIsRecoveredFrom) {
+  StartTwo();
+  SubmitStreams();
+  ASSERT_TRUE(streams_[0]->WaitForTokens(20));
+  ASSERT_TRUE(workers_[1]->SendFault(FaultKind::kDevice, "an illegal address").ok());
+  ASSERT_TRUE(WaitFor([&] { return IsRecovering(); }));
+  EXPECT_THAT(llm_->Readiness().reason,
+              HasSubstr("engine worker 1 reports a fault (device): an illegal address"));
+  Kill(1);
+  Replace(1, SlowWorker(1));
+  ExpectStreamsAsWithoutFaults();
+  EXPECT_EQ(Metric("wintserve:group_faults_total{cause=\"reported\"}"), "1");
+  EXPECT_EQ(Metric("wintserve:resumed_sequences_total{from=\"kv\"}"), "0");
+}
+
+// The fence: plans of the new group must not meet a write of the old one.
+TEST_F(RecoveryTest, A1NothingIsPlannedBeforeEveryRankHasLeftTheOldGroup) {
+  auto may_leave = std::make_shared<std::atomic<bool>>(false);
+  auto is_told = std::make_shared<std::atomic<bool>>(false);
+  FakeWorkerOptions slow = SlowWorker(0);
+  slow.before_abort = [may_leave, is_told] {
+    *is_told = true;
+    while (!*may_leave) std::this_thread::sleep_for(milliseconds(1));
+    return true;
+  };
+  StartTwo(slow, SlowWorker(1));
+  SubmitStreams();
+  ASSERT_TRUE(streams_[0]->WaitForTokens(20));
+  Kill(1);
+  Replace(1, SlowWorker(1));
+  ASSERT_TRUE(WaitFor([&] { return is_told->load(); }));
+  std::this_thread::sleep_for(milliseconds(100));
+  EXPECT_TRUE(IsRecovering());
+  EXPECT_THAT(llm_->Readiness().reason,
+              HasSubstr("waiting for engine workers to leave their group: 1 of 2 have"));
+  *may_leave = true;
+  ExpectStreamsAsWithoutFaults();
+}
+
+TEST_F(RecoveryTest, ARankThatDoesNotLeaveIsEndedAndReplaced) {
+  FakeWorkerOptions deaf = SlowWorker(0);
+  deaf.before_abort = [] { return false; };
+  StartTwo(deaf, SlowWorker(1));
+  SubmitStreams();
+  ASSERT_TRUE(streams_[0]->WaitForTokens(20));
+  Kill(1);
+  Replace(1, SlowWorker(1));
+  EXPECT_THAT(processes_.WaitForEnds(1), ElementsAre(Pair(0, 1)));
+  Kill(0);
+  Replace(0, SlowWorker(0));
+  ExpectStreamsAsWithoutFaults();
+}
+
+// Its heartbeats and its stream are all right: only the step's deadline tells.
+TEST_F(RecoveryTest, AStepThatHangsIsOverdue) {
+  FakeWorkerOptions hanging = SlowWorker(1);
+  auto steps = std::make_shared<std::atomic<int>>(0);
+  hanging.before_step = [steps](const StepPlan&) { return ++*steps < 40 || *steps > 1000; };
+  hanging.before_abort = [steps] {
+    *steps = 1000;
+    return true;
+  };
+  StartTwo(SlowWorker(0), hanging);
+  SubmitStreams();
+  ExpectStreamsAsWithoutFaults();
+  EXPECT_EQ(Metric("wintserve:group_faults_total{cause=\"deadline\"}"), "1");
+  EXPECT_EQ(Metric("wintserve:resumed_sequences_total{from=\"recompute\"}"), "0");
+}
+
+TEST_F(RecoveryTest, WithoutALauncherABrokenStreamIsEnoughButTheKvIsNotKept) {
+  StartTwo();
+  processes_.SetWatching(false);
+  SubmitStreams();
+  ASSERT_TRUE(streams_[0]->WaitForTokens(20));
+  const auto start = std::chrono::steady_clock::now();
+  workers_[1]->Kill();
+  ASSERT_TRUE(WaitForMetric("wintserve:group_faults_total{cause=\"stream\"}", "1"));
+  EXPECT_GE(std::chrono::steady_clock::now() - start, milliseconds(1900));
+  Replace(1, SlowWorker(1));
+  ExpectStreamsAsWithoutFaults();
+  EXPECT_EQ(Metric("wintserve:resumed_sequences_total{from=\"kv\"}"), "0");
+}
+
+// A worker whose stream broke attaches anew by itself, with its weights and its pool.
+TEST_F(RecoveryTest, AWorkerThatComesBackIsASurvivor) {
+  StartTwo();
+  SubmitStreams();
+  ASSERT_TRUE(streams_[0]->WaitForTokens(20));
+  workers_[1]->Kill();
+  FakeWorkerOptions again = SlowWorker(1);
+  again.hello.mapped_pool_epoch = 99;
+  workers_[1] = std::make_unique<FakeWorker>(again);
+  ExpectStreamsAsWithoutFaults();
+  EXPECT_EQ(workers_[1]->num_mappings(), 0);
+  EXPECT_EQ(Metric("wintserve:resumed_sequences_total{from=\"recompute\"}"), "0");
+}
+
+TEST_F(RecoveryTest, DeathsAtAnyMomentLoseNoToken) {
+  StartTwo();
+  SubmitStreams();
+  for (int i = 0; i < 12; ++i) {
+    std::this_thread::sleep_for(milliseconds(5 * i));
+    const size_t rank = i % 3 == 0 ? 0 : 1;
+    Kill(rank, /*kv_trusted=*/i % 4 != 3);
+    if (i % 5 == 4) {
+      Kill(1 - rank);
+      Replace(1 - rank, SlowWorker(1 - rank));
+    }
+    Replace(rank, SlowWorker(rank));
+  }
+  ExpectStreamsAsWithoutFaults();
+}
+
+TEST_F(RecoveryTest, TheCacheManagerAndARankMayDieTogether) {
+  StartTwo();
+  SubmitStreams();
+  ASSERT_TRUE(streams_[0]->WaitForTokens(20));
+  Kill(0);
+  cache_.Die();
+  std::this_thread::sleep_for(milliseconds(20));
+  Replace(0, SlowWorker(0));
+  ASSERT_TRUE(streams_[0]->WaitForTokens(60));
+  cache_.Die();
+  std::this_thread::sleep_for(milliseconds(3));
+  Kill(1, /*kv_trusted=*/false);
+  Replace(1, SlowWorker(1));
+  ASSERT_TRUE(streams_[0]->WaitForTokens(90));
+  cache_.DropSession();
+  Kill(1, /*kv_trusted=*/false);
+  Replace(1, SlowWorker(1));
+  ExpectStreamsAsWithoutFaults();
+}
+
+// A rank dies while pools are replaced: it has let go of the lost one by that.
+TEST_F(RecoveryTest, ARankMayDieInsteadOfLettingGoOfALostPool) {
+  FakeWorkerOptions dying = SlowWorker(1);
+  auto is_told = std::make_shared<std::atomic<bool>>(false);
+  dying.before_detach = [is_told] {
+    *is_told = true;
+    std::this_thread::sleep_for(milliseconds(200));
+  };
+  dying.never_detached = true;
+  StartTwo(SlowWorker(0), dying);
+  SubmitStreams();
+  ASSERT_TRUE(streams_[0]->WaitForTokens(20));
+  cache_.Die();
+  ASSERT_TRUE(WaitFor([&] { return is_told->load(); }));
+  Kill(1);
+  Replace(1, SlowWorker(1));
+  ExpectStreamsAsWithoutFaults();
+  EXPECT_EQ(cache_.num_pools(), 2u);
+}
+
+TEST_F(RecoveryTest, ARankThatDiesBeforeTheFirstGroupComputesIsWaitedFor) {
+  options_.world_size = 2;
+  Create();
+  AddWorker(SlowWorker(0));
+  FakeWorkerOptions second = SlowWorker(1);
+  second.never_ready = true;
+  AddWorker(second);
+  ASSERT_TRUE(WaitForReason("engine worker 1 is warming up"));
+  Kill(1);
+  ASSERT_TRUE(WaitForReadiness([](const ReadinessReport& report) {
+    return report.reason.find("waiting for engine workers: 1 of 2 connected") != std::string::npos;
+  }));
+  EXPECT_FALSE(IsRecovering());  // no request is taken before it was ready for the first time
+  Replace(1, SlowWorker(1));
+  ASSERT_TRUE(WaitUntilReady());
+  SubmitStreams();
+  ExpectStreamsAsWithoutFaults();
+}
+
+TEST_F(RecoveryTest, RequestsThatComeMeanwhileWait) {
+  StartServing(SlowWorker());
+  Kill(0);
+  ASSERT_TRUE(WaitFor([&] { return IsRecovering(); }));
+  SubmitStreams();
+  std::this_thread::sleep_for(milliseconds(50));
+  EXPECT_EQ(streams_[0]->choice(0).num_tokens, 0);
+  Replace(0, SlowWorker());
+  ExpectStreamsAsWithoutFaults();
+}
+
+TEST_F(RecoveryTest, NobodyWaitsLongerThanTheFaultHold) {
+  options_.fault_hold_ms = 300;
+  StartServing(SlowWorker());
+  Updates running;
+  Submit(Request("abc", 150), &running);
+  ASSERT_TRUE(running.WaitForTokens(3));
+  Kill(0);
+  ASSERT_TRUE(WaitFor([&] { return IsRecovering(); }));
+  std::this_thread::sleep_for(milliseconds(100));
+  Updates late;
+  const auto start = std::chrono::steady_clock::now();
+  Submit(Request("abc", 30), &late);
+  ASSERT_TRUE(running.WaitFinished());
+  EXPECT_EQ(running.last().error.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(running.last().error.message()), HasSubstr("have not recovered within"));
+  EXPECT_FALSE(late.last().finished);
+  ASSERT_TRUE(late.WaitFinished());
+  EXPECT_EQ(late.last().error.code(), absl::StatusCode::kUnavailable);
+  EXPECT_GE(std::chrono::steady_clock::now() - start, milliseconds(300));
+  Replace(0, SlowWorker());
+  ASSERT_TRUE(WaitUntilReady());
+  SubmitStreams();
+  ExpectStreamsAsWithoutFaults();
+}
+
+// Whoever runs a prompt that begins with 'P' crashes at its 75th token.
+TEST_F(RecoveryTest, APoisonRequestFailsAloneAndTheOthersFinish) {
+  auto must_die = std::make_shared<std::atomic<bool>>(false);
+  const auto poisoned = [&] {
+    FakeWorkerOptions worker = SlowWorker();
+    worker.next_token = [must_die](const std::vector<int32_t>& history) {
+      if (history[0] == FakeTokenizer::IdOfByte('P') && history.size() == 75) {
+        *must_die = true;
+        while (*must_die) std::this_thread::sleep_for(milliseconds(1));
+      }
+      return NextLetter(history);
+    };
+    return worker;
+  };
+  StartServing(poisoned());
+  SubmitStreams();
+  Updates poison;
+  Submit(Request("P" + std::string(69, 'x'), 120), &poison);
+  int num_deaths = 0;
+  while (!poison.last().finished && num_deaths < 10) {
+    ASSERT_TRUE(WaitFor([&] { return must_die->load() || poison.last().finished; }));
+    if (!*must_die) break;
+    ++num_deaths;
+    workers_[0]->Kill();
+    *must_die = false;
+    processes_.TellExit(0, workers_[0]->hello().worker_id, /*kv_trusted=*/false);
+    Replace(0, poisoned());
+  }
+  ASSERT_TRUE(poison.WaitFinished());
+  EXPECT_EQ(poison.last().error.code(), absl::StatusCode::kInternal);
+  EXPECT_EQ(poison.choice(0).text, Letters(70, 5));
+  EXPECT_EQ(num_deaths, 3);
+  ExpectStreamsAsWithoutFaults();
+  EXPECT_EQ(Metric("wintserve:poison_requests_total"), "1");
+}
+
+// The workers of an API server that has died attach to the next one, which finds their KV cached.
+TEST_F(RecoveryTest, AnotherApiServerTakesOverWorkersAndPool) {
+  StartTwo();
+  Updates first;
+  Submit(Request(std::string(130, 'x'), 30), &first);
+  ASSERT_TRUE(first.WaitFinished());
+  const std::string prompt = std::string(130, 'x');
+  llm_.reset();
+  for (auto& worker : workers_) worker->WaitForShutdown();
+  workers_.clear();
+  registry_ = std::make_shared<prometheus::Registry>();
+  Create();
+  for (const uint32_t rank : {0u, 1u}) {
+    FakeWorkerOptions again = SlowWorker(rank);
+    again.hello.mapped_pool_epoch = 99;
+    AddWorker(again);
+  }
+  ASSERT_TRUE(WaitUntilReady()) << llm_->Readiness().reason;
+  EXPECT_EQ(cache_.num_pools(), 1u);
+  EXPECT_EQ(workers_[0]->num_mappings(), 0);
+  Updates second;
+  Submit(Request(prompt, 30), &second);
+  ASSERT_TRUE(second.WaitFinished());
+  EXPECT_EQ(second.choice(0).text, Letters(130, 30));
+  EXPECT_EQ(second.last().num_cached_tokens, 128);
+}
+
+TEST_F(RecoveryTest, WithoutTheirPoolWorkersOfAnotherApiServerGetANewOne) {
+  options_.world_size = 2;
+  Create();
+  for (const uint32_t rank : {0u, 1u}) {
+    FakeWorkerOptions again = SlowWorker(rank);
+    again.hello.mapped_pool_epoch = 7;
+    AddWorker(again);
+  }
+  ASSERT_TRUE(WaitUntilReady()) << llm_->Readiness().reason;
+  EXPECT_EQ(cache_.num_pools(), 1u);
+  EXPECT_EQ(workers_[0]->num_mappings(), 1);
+  SubmitStreams();
+  ExpectStreamsAsWithoutFaults();
+}
+
+}  // namespace
+}  // namespace wintserve

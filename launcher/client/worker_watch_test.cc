@@ -1,0 +1,146 @@
+#include "launcher/client/worker_watch.h"
+
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+
+#include <chrono>
+#include <filesystem>
+#include <thread>
+
+#include "common/unix_socket.h"
+#include "proto/supervisor.pb.h"
+
+namespace wintserve {
+namespace {
+
+using testing::ElementsAre;
+
+constexpr int64_t kTimeoutMs = 10'000;
+
+// A launcher's socket, served by hand from the test's thread.
+class WorkerWatchTest : public testing::Test {
+ protected:
+  WorkerWatchTest() {
+    std::string path = (std::filesystem::temp_directory_path() / "worker_watch_XXXXXX").string();
+    EXPECT_NE(::mkdtemp(path.data()), nullptr);
+    directory_ = path;
+  }
+  ~WorkerWatchTest() override { std::filesystem::remove_all(directory_); }
+
+  std::string path() const { return (directory_ / "supervisor.sock").string(); }
+  void Listen() {
+    auto listener = ListenUnix(path());
+    ASSERT_TRUE(listener.ok()) << listener.status();
+    listener_ = *std::move(listener);
+  }
+  WorkerWatchEvents Events() {
+    return {.on_watching = [this](bool watching) { Add(watching ? "watching" : "lost"); },
+            .on_exit =
+                [this](const WorkerExitNotice& notice) {
+                  Add(fmt::format("exit {} {} signal {} code {} {}", notice.rank, notice.worker_id,
+                                  notice.signal, notice.code, notice.kv_trusted));
+                }};
+  }
+  void Add(const std::string& line) {
+    MutexLock lock(&mutex_);
+    lines_.push_back(line);
+    changed_.NotifyAll();
+  }
+  std::vector<std::string> WaitFor(size_t count) {
+    MutexLock lock(&mutex_);
+    changed_.WaitFor(&mutex_, std::chrono::milliseconds(kTimeoutMs),
+                     [&]() NO_THREAD_SAFETY_ANALYSIS { return lines_.size() >= count; });
+    return lines_;
+  }
+  // A connection and what it asks for, answered.
+  std::pair<UniqueFd, proto::SupervisorRequest> Serve() {
+    auto peer = AcceptUnix(listener_.get());
+    EXPECT_TRUE(peer.ok()) << peer.status();
+    const auto packet = ReceivePacket(peer->get(), kTimeoutMs);
+    EXPECT_TRUE(packet.ok()) << packet.status();
+    proto::SupervisorRequest request;
+    EXPECT_TRUE(request.ParseFromString(packet->bytes));
+    EXPECT_EQ(request.token(), "secret");
+    proto::SupervisorReply reply;
+    reply.set_text("ok");
+    EXPECT_TRUE(SendPacket(peer->get(), reply.SerializeAsString()).ok());
+    return {*std::move(peer), request};
+  }
+  static void TellExit(int fd, uint32_t rank, uint64_t worker_id) {
+    proto::WorkerExit notice;
+    notice.set_rank(rank);
+    notice.set_worker_id(worker_id);
+    notice.set_signal(9);
+    notice.set_kv_trusted(true);
+    EXPECT_TRUE(SendPacket(fd, notice.SerializeAsString()).ok());
+  }
+
+  std::filesystem::path directory_;
+  UniqueFd listener_;
+  Mutex mutex_;
+  CondVar changed_;
+  std::vector<std::string> lines_;
+};
+
+TEST_F(WorkerWatchTest, TellsEveryExitAndComesBackWhenTheConnectionBreaks) {
+  Listen();
+  WorkerWatch watch(path(), "secret", Events());
+  {
+    const auto [connection, request] = Serve();
+    EXPECT_TRUE(request.has_watch_workers());
+    TellExit(connection.get(), 0, 7);
+    TellExit(connection.get(), 1, 8);
+    EXPECT_THAT(WaitFor(3), ElementsAre("watching", "exit 0 7 signal 9 code 0 true",
+                                        "exit 1 8 signal 9 code 0 true"));
+  }
+  EXPECT_EQ(WaitFor(4).back(), "lost");
+  const auto [connection, request] = Serve();
+  EXPECT_TRUE(request.has_watch_workers());
+  EXPECT_EQ(WaitFor(5).back(), "watching");
+  TellExit(connection.get(), 1, 9);
+  EXPECT_EQ(WaitFor(6).back(), "exit 1 9 signal 9 code 0 true");
+}
+
+TEST_F(WorkerWatchTest, HasAWorkerEndedWhileItWatches) {
+  Listen();
+  WorkerWatch watch(path(), "secret", Events());
+  const auto watching = Serve();
+  WaitFor(1);
+  watch.EndWorker(1, 0xabc);
+  const auto [connection, request] = Serve();
+  ASSERT_TRUE(request.has_end_worker());
+  EXPECT_EQ(request.end_worker().rank(), 1u);
+  EXPECT_EQ(request.end_worker().worker_id(), 0xabcu);
+  TellExit(watching.first.get(), 1, 0xabc);
+  EXPECT_EQ(WaitFor(2).back(), "exit 1 2748 signal 9 code 0 true");
+}
+
+TEST_F(WorkerWatchTest, ALauncherThatIsNotThereIsWaitedForAndStoppingIsQuick) {
+  {
+    WorkerWatch watch(path(), "secret", Events());
+    watch.EndWorker(0, 1);
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    Listen();
+    while (!Serve().second.has_watch_workers()) {
+    }
+    EXPECT_EQ(WaitFor(1).front(), "watching");
+  }
+  const auto start = std::chrono::steady_clock::now();
+  { WorkerWatch watch((directory_ / "nobody.sock").string(), "secret", Events()); }
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+}
+
+TEST_F(WorkerWatchTest, WhatIsNoExitEndsTheConnection) {
+  Listen();
+  WorkerWatch watch(path(), "secret", Events());
+  const auto connection = Serve();
+  WaitFor(1);
+  EXPECT_TRUE(SendPacket(connection.first.get(), "rubbish").ok());
+  EXPECT_EQ(WaitFor(2).back(), "lost");
+}
+
+}  // namespace
+}  // namespace wintserve

@@ -1,0 +1,92 @@
+"""Options, servers and the record of results. `make test-faults` runs everything and writes docs/FAULTS.md."""
+import json
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from server import ROOT, Server
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cycles", type=int, default=100, help="start/stop cycles")
+    parser.addoption("--disconnects", type=int, default=1000, help="clients that leave at once")
+    parser.addoption("--kills", type=int, default=200, help="of random engine workers, at each number of ranks")
+    parser.addoption("--campaign-streams", type=int, default=16, help="that run while workers are killed")
+    parser.addoption("--seed", type=int, default=None, help="of what is random; printed by a case that fails")
+    parser.addoption("--fault-report", type=Path, default=None, help="JSON to add the results to; see report")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "fault(what, when, holds): a row of docs/FAULTS.md")
+    config.fault_results = {}
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    report = outcome.get_result()
+    marker = item.get_closest_marker("fault")
+    if marker is None:
+        return
+    row = item.config.fault_results.setdefault(item.nodeid.split("tests/faults/")[-1], {
+        **marker.kwargs, "case": getattr(getattr(item, "callspec", None), "id", ""), "result": "passed", "seconds": 0.0})
+    row["seconds"] += report.duration
+    row["notes"] = [text for name, text in report.user_properties if name == "note"]
+    if report.skipped and row["result"] == "passed":
+        row["result"] = "skipped"
+        row["notes"] = [str(report.longrepr[2]).removeprefix("Skipped: ")]
+    if report.failed:
+        row["result"] = "failed"
+
+
+def machine():
+    """What the numbers were measured on."""
+    model = next((line.split(": ", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")), platform.machine())
+    cores = len(__import__("os").sched_getaffinity(0))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    return {"machine": f"{cores} cores of {model}", "commit": commit.strip(), "date": time.strftime("%Y-%m-%d")}
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--fault-report")
+    if path is None or not session.config.fault_results:
+        return
+    old = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**machine(), "rows": {**old["rows"], **session.config.fault_results}},
+                               ensure_ascii=False, indent=1))
+
+
+@pytest.fixture
+def note(record_property):
+    """note("p50 1.2 s"): stands in the table beside the result."""
+    return lambda text: record_property("note", text)
+
+
+@pytest.fixture
+def seed(request):
+    """Of what is random in a case; shown with its failure."""
+    given = request.config.getoption("--seed")
+    value = time.time_ns() % (1 << 32) if given is None else given
+    print(f"--seed {value}")
+    return value
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(*flags, model=…) -> Server; every server is stopped at the end of the test and leaves nothing."""
+    servers = []
+
+    def start_one(*flags, **kwargs):
+        servers.append(Server(tmp_path, *flags, **kwargs))
+        return servers[-1]
+
+    yield start_one
+    for server in servers:
+        if server.process.poll() is None:
+            server.stop()
+        server.assert_nothing_left()
