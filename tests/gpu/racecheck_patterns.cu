@@ -100,9 +100,8 @@ WINTSERVE_DEVICE void Announce(uint32_t full) {
   }
 }
 
-// source: [round][lane][4] words; sums: [lane]. Two warps. kLoads: the second warp's reads are
-// loads; else there are none, as for a tool that does not see what wgmma reads.
-template <Full kFull, Empty kEmpty, Race kRace, bool kLoads>
+// source: [round][lane][4] words; sums: [lane]. Two warps.
+template <Full kFull, Empty kEmpty, Race kRace>
 __global__ void Ring(const uint8_t* source, uint32_t* sums) {
   const uint32_t places = SharedBase();
   const uint32_t barriers = places + kPlaces * kPlaceBytes;
@@ -139,9 +138,9 @@ __global__ void Ring(const uint8_t* source, uint32_t* sums) {
     for (int round = 0; round < kRounds; ++round) {
       const uint32_t word =
           places + round % kPlaces * kPlaceBytes + (lane + 1) % kLanes * kPieceBytes;
-      if (kLoads && kRace == Race::kReadsEarly) sum += LoadShared(word);
+      if (kRace == Race::kReadsEarly) sum += LoadShared(word);
       WaitAtBarrier(full(round), Parity(round / kPlaces));
-      if (kLoads && kRace != Race::kReadsEarly) sum += LoadShared(word);
+      if (kRace != Race::kReadsEarly) sum += LoadShared(word);
       Arrive(kEmpty == Empty::kOneLane, empty(round));
     }
     sums[lane] = sum;
@@ -269,11 +268,9 @@ template <Full kFull, Empty kEmpty>
 void RunRing(Runner* runner) {
   const std::string name = "Ring<" + std::to_string(static_cast<int>(kFull)) + ", " +
                            std::to_string(static_cast<int>(kEmpty)) + ", ";
-  runner->Run(name + "0>", false, Ring<kFull, kEmpty, Race::kNone, true>, 2, 1);
-  runner->Run(name + "1>", true, Ring<kFull, kEmpty, Race::kWritesEarly, true>, 2, 1);
-  runner->Run(name + "2>", true, Ring<kFull, kEmpty, Race::kReadsEarly, true>, 2, 1);
-  runner->Run(name + "0, unread>", false, Ring<kFull, kEmpty, Race::kNone, false>, 2, 0);
-  runner->Run(name + "1, unread>", true, Ring<kFull, kEmpty, Race::kWritesEarly, false>, 2, 0);
+  runner->Run(name + "0>", false, Ring<kFull, kEmpty, Race::kNone>, 2, 1);
+  runner->Run(name + "1>", true, Ring<kFull, kEmpty, Race::kWritesEarly>, 2, 1);
+  runner->Run(name + "2>", true, Ring<kFull, kEmpty, Race::kReadsEarly>, 2, 1);
 }
 
 template <Full kFull>
