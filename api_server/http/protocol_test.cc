@@ -134,6 +134,17 @@ TEST(Routes, HealthIs503WithTheReasonUntilTheLlmIsReady) {
   EXPECT_EQ(Fetch(server.port(), ChatPost()).status, 200);
 }
 
+// A process has died and is being replaced: a client that waits is answered, a probe is told.
+TEST(Routes, WhileTheLlmRecoversHealthIs503AndRequestsAreTaken) {
+  TestServer server;
+  server.llm().SetReadiness(
+      {.ready = false, .reason = "engine worker 1 was ended by signal 9", .is_recovering = true});
+  const Response health = Fetch(server.port(), Get("/health"));
+  EXPECT_EQ(health.status, 503);
+  EXPECT_THAT(ErrorOf(health)["message"], HasSubstr("engine worker 1 was ended by signal 9"));
+  EXPECT_EQ(Fetch(server.port(), ChatPost()).status, 200);
+}
+
 TEST(Routes, HeadIsGetWithoutTheBody) {
   TestServer server;
   RawClient client(server.port());
