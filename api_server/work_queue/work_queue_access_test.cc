@@ -55,7 +55,7 @@ class WorkQueueAccess : public testing::Test {
   void Start(const TlsIdentity& tls = {}) {
     WorkQueueEvents events;
     events.on_hello = [this](const WorkerHello&) { ++num_attached_; };
-    events.on_disconnected = [this](uint32_t, const std::string&) { --num_attached_; };
+    events.on_detached = [this](uint32_t, uint64_t, const absl::Status&) { --num_attached_; };
     events.on_ready = [](uint32_t, const ReadyMessage&) {};
     events.on_step_done = [](uint32_t, const StepDone&) {};
     events.on_heartbeat = [](uint32_t, const HeartbeatMessage&) {};

@@ -30,7 +30,7 @@ class CacheHostile : public SessionTest {
     client->LeaseBlocks(1, 2);
     EXPECT_EQ(recorder.Leased(1).size(), 2u);
     client->Close();
-    WaitUntilNoPool();
+    WaitUntilNothingIsLeased();
   }
 
   static std::string OpenRequest() {
@@ -77,7 +77,7 @@ TEST_F(CacheHostile, HostileMessagesEndTheirCallAndNothingElse) {
                      .messages = {message, message}});
     }
   }
-  WaitUntilNoPool();  // of an OpenPool that was left whole
+  WaitUntilNothingIsLeased();  // of an OpenPool that was left whole
   ExpectService(2);
 }
 
@@ -138,7 +138,7 @@ TEST_F(CacheHostile, MutualTlsCarriesASessionOnThePortAndTheSocketNeedsNone) {
       ConnectCacheClient(port_target(), kToken, kApiEpoch, recorder.Events(), 500).status().code(),
       absl::StatusCode::kUnavailable)
       << "plain text";
-  WaitUntilNoPool();
+  WaitUntilNothingIsLeased();
   ExpectService(4);
 }
 
