@@ -21,6 +21,9 @@ inline void ConfigureTransport(grpc::ChannelArguments* args) {
   args->SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
   args->SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   args->SetMaxReceiveMessageSize(kMaxReceiveBytes);
+  // A worker may be looking for a server that is started again.
+  args->SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
+  args->SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1'000);
   // Two clients of one process (tests) must not share a connection.
   args->SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
 }

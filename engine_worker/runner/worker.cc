@@ -306,6 +306,10 @@ absl::StatusOr<bool> Worker::AttachAgain(const absl::Status& end) {
               options_.orphan_timeout_ms);
   RETURN_IF_ERROR(LeaveGroup());
   awaited_abort_.reset();
+  {
+    MutexLock lock(&mutex_);
+    lost_at_.reset();  // nobody is there to end it
+  }
   if (pool_ == nullptr) pool_epoch_.reset();
   absl::StatusOr<std::unique_ptr<WorkQueueClient>> queue = FindServer();
   if (!queue.ok()) return IsStopping() ? absl::StatusOr<bool>(false) : queue.status();
@@ -336,13 +340,13 @@ absl::StatusOr<std::unique_ptr<WorkQueueClient>> Worker::FindServer() {
 }
 
 void Worker::UseQueue(std::shared_ptr<WorkQueueClient> queue) {
-  std::shared_ptr<WorkQueueClient> before;
+  Queue()->SetInterrupt(nullptr);
+  std::shared_ptr<WorkQueueClient> before;  // ends outside of the lock
   {
     MutexLock lock(&mutex_);
     before = std::exchange(queue_, queue);
     interrupted_.clear();
     stream_has_ended_ = false;
-    lost_at_.reset();
   }
   queue->SetInterrupt([this](uint64_t group_epoch) { Interrupt(group_epoch); });
 }
