@@ -22,11 +22,11 @@ METHODS = (STATS, "wintserve.proto.Cache/Session", "wintserve.proto.WorkQueue/At
 
 def grpc_call(address, method, token=None, tls=()):
     """A gRPC call by curl, which knows nothing of us: (grpc-status, grpc-message, every header's name), or
-    (None, curl's exit code, ()) when there was no answer. address: "HOST:PORT", or the path of a socket. The
-    message is empty; without the token there is none, for curl takes an answer before its end as an error."""
+    (None, curl's exit code, ()) when there was no answer. address: "HOST:PORT", or the path of a socket. An
+    empty message goes along where it is read: curl takes an answer before the message's end as an error."""
     command = ["curl", "-sS", "--max-time", "20", "-D", "-", "-o", "/dev/null", "-X", "POST",
                "-H", "content-type: application/grpc", "-H", "te: trailers", "-H", "user-agent:", "-H", "accept:"]
-    if token == TOKEN:
+    if (method, token) == (STATS, TOKEN):
         command += ["--data-binary", "@-"]
     if token is not None:
         command += ["-H", f"wintserve-token: {token}"]
