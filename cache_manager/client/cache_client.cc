@@ -421,7 +421,8 @@ void GrpcCacheClient::Deliver(const Pending& pending) {
                                                 .memory_socket = opened.memory_socket(),
                                                 .num_blocks = opened.num_blocks(),
                                                 .num_host_slots = opened.num_host_slots(),
-                                                .resumed = opened.resumed()});
+                                                .resumed = opened.resumed(),
+                                                .newest_step = opened.newest_step()});
     }
     case proto::CacheRequest::kPeek:
       return Tell(events_.on_peeked, pending.tag,

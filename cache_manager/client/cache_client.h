@@ -30,8 +30,8 @@ struct PoolSpec {
   //    restored into, and host slots that were being filled, are nobody's until Fence, which is due
   //    once every worker of the old API server has left its group or has been reaped.
   //  - Nothing is to be reconciled: OpenedPool.resumed is false, its pool_epoch is this one.
-  //  - The old session need not have outlived its 5 s: it ends with the adoption, unless its stream
-  //    is still there. If the answer is lost, asking again is right.
+  //  - The old session need not have outlived its 5 s: it ends with the adoption, unless it is
+  //    another API server's that is still connected. If the answer is lost, asking again is right.
   uint64_t adopt_pool_epoch = 0;
 };
 
@@ -42,6 +42,10 @@ struct OpenedPool {
   uint32_t num_host_slots = 0;
   // This api_epoch's own pool was still there; Reconcile has to follow. False of an adopted pool.
   bool resumed = false;
+  // The newest step that a Commit or CopyDone of this pool has named; 0: none. Whoever adopts it
+  // counts on from there, and can tell what DistrustSteps is to name when it does not know how the
+  // workers of before have ended.
+  uint64_t newest_step = 0;
 };
 
 // Called one at a time, from threads of gRPC: they must not block, nor destroy the client. The

@@ -219,6 +219,7 @@ TEST_F(Session, AnotherApiServerAdoptsThePoolOfOneThatIsGone) {
   EXPECT_EQ(adopted->num_blocks, 4u);
   EXPECT_EQ(adopted->num_host_slots, 4u);
   EXPECT_FALSE(adopted->resumed);
+  EXPECT_EQ(adopted->newest_step, 7u);
   second->Match(5, "", kPrompt, false);
   EXPECT_THAT(again.Matched(5).device, SizeIs(2));
   second->LeaseBlocks(6, 4);

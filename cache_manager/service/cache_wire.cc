@@ -128,6 +128,7 @@ absl::StatusOr<CommitRequest> ReadCommit(const proto::Commit& request, const Poo
   constexpr char kName[] = "Commit";
   RETURN_IF_ERROR(CheckSalt(kName, request.salt()));
   if (request.blocks_size() == 0) return absl::InvalidArgumentError("Commit: no blocks");
+  RETURN_IF_ERROR(CheckRange(kName, "step", request.step(), uint64_t{0}, kMaxStep));
   ASSIGN_OR_RETURN(const std::vector<PoolBlock> blocks,
                    ReadBlocks(kName, request.blocks(), limits));
   // At most 2^31 blocks of 2^12 tokens.
@@ -163,13 +164,14 @@ absl::StatusOr<std::vector<PoolBlock>> ReadReturn(const proto::ReturnBlocks& req
 absl::StatusOr<std::vector<uint64_t>> ReadCopyDone(const proto::CopyDone& request) {
   RETURN_IF_ERROR(
       CheckRange("CopyDone", "the number of copy_ids", request.copy_ids_size(), 0, kMaxCopyIds));
+  RETURN_IF_ERROR(CheckRange("CopyDone", "step", request.step(), uint64_t{0}, kMaxStep));
   RETURN_IF_ERROR(CheckDistinct("CopyDone", "copy_id", request.copy_ids()));
   return ReadIds("CopyDone", "copy_ids", request.copy_ids());
 }
 
 absl::StatusOr<uint64_t> ReadDistrustSteps(const proto::DistrustSteps& request) {
-  RETURN_IF_ERROR(CheckRange("DistrustSteps", "first_step", request.first_step(), uint64_t{1},
-                             std::numeric_limits<uint64_t>::max()));
+  RETURN_IF_ERROR(
+      CheckRange("DistrustSteps", "first_step", request.first_step(), uint64_t{1}, kMaxStep));
   return request.first_step();
 }
 

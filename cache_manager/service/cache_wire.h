@@ -23,7 +23,8 @@ inline constexpr uint64_t kMaxHostBytes = uint64_t{1} << 50;
 inline constexpr size_t kMaxRootSeedBytes = 4096;
 inline constexpr size_t kMaxSaltBytes = 128;
 inline constexpr int kMaxPromptTokens = 1 << 20;
-inline constexpr int kMaxCopyIds = 1 << 20;  // of one CopyDone
+inline constexpr int kMaxCopyIds = 1 << 20;                    // of one CopyDone
+inline constexpr uint64_t kMaxStep = (uint64_t{1} << 63) - 1;  // so that nobody's sums overflow
 
 // What a request may name.
 struct PoolLimits {

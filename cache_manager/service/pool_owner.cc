@@ -124,6 +124,7 @@ absl::Status PoolOwner::DispatchToPool(Pool* pool, const proto::CacheRequest& re
     case proto::CacheRequest::kCommit: {
       ASSIGN_OR_RETURN(const CommitRequest commit, ReadCommit(request.commit(), limits));
       ASSIGN_OR_RETURN(const std::vector<CommittedBlock> committed, pool->cache->Commit(commit));
+      pool->newest_step = std::max(pool->newest_step, commit.step);
       Write(committed, reply->mutable_committed());
       return absl::OkStatus();
     }
@@ -184,6 +185,7 @@ absl::Status PoolOwner::CopyDone(Pool* pool, const proto::CopyDone& request) {
     // One that is no longer under way was reported before a session broke, or fenced.
     pool->cache->CopyDone(copy_id, request.step()).IgnoreError();
   }
+  pool->newest_step = std::max(pool->newest_step, request.step());
   return absl::OkStatus();
 }
 

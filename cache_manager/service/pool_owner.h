@@ -46,10 +46,10 @@ class CacheWatcher {
 // before the old one is known to be broken; the grace goes on until Reconcile is done. When the
 // session is over, its pins are gone, what it had leased is quarantined, and the pool waits for as
 // long as this process lives: for the API server of another api_epoch that adopts it by its
-// pool_epoch, during the grace too if the stream is known to be broken; or for one that opens
-// another pool, and drops it with its memory. A request that is malformed or comes at the wrong
-// time gets a Refusal and changes nothing. Threading: any thread. One mutex guards all state, and
-// nothing waits while it is held, nor is memory unmapped.
+// pool_epoch, during the grace too if the stream is known to be broken or its own; or for one that
+// opens another pool, and drops it with its memory. A request that is malformed or comes at the
+// wrong time gets a Refusal and changes nothing. Threading: any thread. One mutex guards all state,
+// and nothing waits while it is held, nor is memory unmapped.
 class PoolOwner {
  public:
   using Clock = std::chrono::steady_clock;
@@ -101,6 +101,7 @@ class PoolOwner {
     uint64_t last_copy_id_of_others = 0;         // from sessions that are over
     std::map<uint64_t, CopyOrder> write_backs;   // under way, by copy_id
     std::deque<CopyOrder> lost_write_backs;      // of them, to be ordered again
+    uint64_t newest_step = 0;                    // that was named
     bool must_reconcile = false;                 // before anything else
     std::optional<Clock::time_point> grace_end;  // none: open, or an orphan
   };

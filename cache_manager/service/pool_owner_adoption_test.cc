@@ -158,22 +158,47 @@ TEST_F(Adoption, OfAnotherLayoutIsRefusedAndSaysWhatDiffers) {
   EXPECT_EQ(Refusal(kLater, AdoptText("num_blocks: 16")), "");
 }
 
+// The adopter's stream broke before the answer came: it asks the same again on another one, and
+// need not know whether it had the pool already, nor whether anybody has noticed.
 TEST_F(Adoption, AnAnswerThatWasLostIsAskedForAgain) {
   owner_->SuspendSession(kMe);
   Adopt(kLater);
   ASSERT_EQ(Handle(kLater, "lease { count: 2 }").leased().blocks_size(), 2);
   owner_->SuspendSession(kLater);
-  // It is its own pool by now, whatever it has heard of it.
-  const auto again = Handle(3, AdoptText());
-  ASSERT_TRUE(again.has_opened()) << again.DebugString();
-  EXPECT_TRUE(again.opened().resumed());
-  EXPECT_EQ(Refusal(3, "reconcile {}"), "");
-  EXPECT_EQ(owner_->Stats().num_free(), 16u);
-  // And once its own session is over, it can adopt what it had adopted.
-  ASSERT_EQ(Handle(3, "lease { count: 2 }").leased().blocks_size(), 2);
-  owner_->EndSession(3);
-  Adopt(4);
+  Adopt(3);
   EXPECT_EQ(owner_->Stats().num_quarantined(), 2u);
+  ASSERT_EQ(Handle(3, "lease { count: 3 }").leased().blocks_size(), 3);
+  Adopt(4);
+  EXPECT_EQ(owner_->Stats().num_quarantined(), 5u);
+  EXPECT_EQ(Refusal(3, "lease { count: 1 }"),
+            "this session has no pool open; OpenPool comes first");
+  owner_->EndSession(4);
+  Adopt(5);
+  EXPECT_EQ(Refusal(5, "fence {}"), "");
+  EXPECT_EQ(owner_->Stats().num_free(), 16u);
+}
+
+// Its steps go on after those of the one before.
+TEST_F(Adoption, TellsTheNewestStep) {
+  const auto newest_step = [this](uint64_t session) {
+    owner_->EndSession(session - 1);
+    return Handle(session, AdoptText()).opened().newest_step();
+  };
+  EXPECT_EQ(newest_step(2), 0u);
+  Store(2, 2, /*step=*/700);
+  Store(2, 1, /*step=*/699);
+  Store(2, 1, /*step=*/0);
+  EXPECT_EQ(Refusal(2, "commit { step: 800 }"), "Commit: no blocks");
+  EXPECT_EQ(newest_step(3), 700u);
+  ASSERT_EQ(Refusal(3, "fence {}"), "");
+  const auto replies = HandleAll(3, Release(Store(3, 16, /*step=*/701)));
+  ASSERT_THAT(replies, SizeIs(2));
+  std::string done = CopyDone(replies[1]);
+  done.insert(done.size() - 1, " step: 705");
+  EXPECT_EQ(Refusal(3, done), "");
+  EXPECT_EQ(newest_step(4), 705u);
+  ASSERT_EQ(Refusal(4, "distrust_steps { first_step: 702 }"), "");
+  EXPECT_EQ(newest_step(5), 705u);
 }
 
 TEST_F(Adoption, AfterAdoptionWhatIsNotFencedStaysSo) {
@@ -254,7 +279,7 @@ TEST_F(Adoption, StepsThatAreNotTrustedAreForgottenHoweverOftenItIsSaid) {
   ASSERT_TRUE(owner_->Watch(&watcher).ok());
   const auto entries = Store(kMe, 2, /*step=*/300);
   ASSERT_EQ(Refusal(kMe, "distrust_steps { first_step: 301 }"), "");
-  ASSERT_EQ(Refusal(kMe, "distrust_steps { first_step: 18446744073709551615 }"), "");
+  ASSERT_EQ(Refusal(kMe, "distrust_steps { first_step: 9223372036854775807 }"), "");
   EXPECT_EQ(Handle(kMe, "peek { tokens: [0,1,2,3,4] }").peeked().device_blocks(), 2u);
   for (int i = 0; i < 2; ++i) {
     ASSERT_EQ(Refusal(kMe, "distrust_steps { first_step: 300 }"), "");

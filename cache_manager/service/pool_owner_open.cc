@@ -78,11 +78,12 @@ absl::StatusOr<proto::PoolOpened> PoolOwner::Open(uint64_t session_id,
   if (is_held && pool_->session_id == session_id) {
     return absl::FailedPreconditionError("OpenPool: this session has the pool open already");
   }
-  const bool resumed = is_held && pool_->spec.api_epoch() == request.api_epoch();
-  if (resumed) {
-    RETURN_IF_ERROR(TakeUp(&*pool_, session_id, request));
-  } else if (request.adopt_pool_epoch() != 0) {
+  bool resumed = false;
+  if (request.adopt_pool_epoch() != 0) {
     RETURN_IF_ERROR(Adopt(session_id, request));
+  } else if (is_held && pool_->spec.api_epoch() == request.api_epoch()) {
+    RETURN_IF_ERROR(TakeUp(&*pool_, session_id, request));
+    resumed = true;
   } else if (is_held) {
     return IsTaken(*pool_);
   } else if (request.resume_only()) {
@@ -97,6 +98,7 @@ absl::StatusOr<proto::PoolOpened> PoolOwner::Open(uint64_t session_id,
   opened.set_num_blocks(pool_->spec.num_blocks());
   opened.set_num_host_slots(pool_->num_host_slots);
   opened.set_resumed(resumed);
+  opened.set_newest_step(pool_->newest_step);
   return opened;
 }
 
@@ -107,11 +109,6 @@ absl::Status PoolOwner::IsTaken(const Pool& pool) {
 }
 
 absl::Status PoolOwner::TakeUp(Pool* pool, uint64_t session_id, const proto::OpenPool& request) {
-  if (request.adopt_pool_epoch() != 0 && request.adopt_pool_epoch() != pool->pool_epoch) {
-    return absl::FailedPreconditionError(
-        fmt::format("OpenPool: api_epoch {:#x} has pool {:#x} open, and adopts {:#x}",
-                    request.api_epoch(), pool->pool_epoch, request.adopt_pool_epoch()));
-  }
   if (const std::string difference = DifferenceOf(pool->spec, request); !difference.empty()) {
     return absl::FailedPreconditionError(
         fmt::format("OpenPool: api_epoch {:#x} has opened its pool with other parameters: {}",
@@ -136,8 +133,9 @@ absl::Status PoolOwner::Adopt(uint64_t session_id, const proto::OpenPool& reques
     return absl::NotFoundError(fmt::format("OpenPool: no pool {:#x} to adopt; there is pool {:#x}",
                                            pool_epoch, pool_->pool_epoch));
   }
-  // While its stream is there it may be alive, and only it knows what it holds.
-  if (pool_->has_stream) {
+  // While its stream is there it may be alive, and only it knows what it holds. The adopter's own
+  // stream of before is not: its answer was lost.
+  if (pool_->has_stream && pool_->spec.api_epoch() != request.api_epoch()) {
     return absl::FailedPreconditionError(
         fmt::format("OpenPool: pool {:#x} is not to be adopted: the session of api_epoch {:#x} is "
                     "still connected",
@@ -147,7 +145,7 @@ absl::Status PoolOwner::Adopt(uint64_t session_id, const proto::OpenPool& reques
     return absl::FailedPreconditionError(
         fmt::format("OpenPool: pool {:#x} cannot be adopted: {}", pool_epoch, difference));
   }
-  if (pool_->session_id != kNoSession) Orphan(&*pool_, "broke");
+  if (pool_->session_id != kNoSession) Orphan(&*pool_, "broke, or was given up");
   const PrefixCacheStats stats = pool_->cache->stats();
   LOG_INFO("session {}: api_epoch {:#x} adopts pool {:#x} of api_epoch {:#x}: {} entries",
            session_id, request.api_epoch(), pool_epoch, pool_->spec.api_epoch(), stats.num_entries);
