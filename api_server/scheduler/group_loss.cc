@@ -85,10 +85,11 @@ std::vector<Sequence*> Scheduler::Impl::TakeFromSlots() {
   return taken;
 }
 
-// In a slot, to be initialised by its next row. False: there is none, or its tenant has no room.
+// In a slot, to be initialised by its next row. False: there is none, its tenant has no room, or
+// another request runs alone (and its own last row was in flight when that was asked for).
 // REQUIRES: called by rank.
 bool Scheduler::Impl::ResumeInSlot(Sequence* sequence) {
-  if (free_slots_.empty()) return false;
+  if (free_slots_.empty() || !MayStartBesideIsolated(*sequence)) return false;
   Tenant* tenant = sequence->request->tenant;
   if (tenant != nullptr && !waiting_.RunAgain(tenant)) return false;
   sequence->slot = *free_slots_.begin();
