@@ -108,7 +108,7 @@ def start_time(pid):
 def worker_pid(server, rank):
     """The live engine worker of that rank: the last that has said so in the log."""
     alive = server.pids_of(WORKER)
-    said = [int(pid) for pid in re.findall(rf"(?m)^\S+ +\S+ \S+ (\d+) engine_worker\.{rank}: ", server.log())
+    said = [int(pid) for pid in re.findall(rf"(?m) (\d+) engine_worker\.{rank}: ", server.log())
             if int(pid) in alive]
     return said[-1] if said else None
 
