@@ -170,17 +170,15 @@ void Engine::LoseGroup() {
               kv_trusted ? "its KV is kept" : "its last KV is not trusted", group_.fault());
   metrics_->RecordGroupLoss(group_.fault_cause());
   steps_ = StepTracker(config_.startup.world_size, /*group_epoch=*/0);
-  if (!kv_trusted) DistrustLastSteps();
+  if (!kv_trusted) DistrustStepsUpTo(last_acknowledged_step_);
   if (scheduler_ == nullptr) return;
   const std::vector<uint64_t> in_flight = scheduler_->RequestsInFlight();
   scheduler_->OnGroupLost(kv_trusted);
   if (!kv_trusted) SuspectRequests(in_flight);
 }
 
-void Engine::DistrustLastSteps() {
-  const uint64_t first_step = last_acknowledged_step_ < kDistrustedSteps
-                                  ? 1
-                                  : last_acknowledged_step_ - kDistrustedSteps + 1;
+void Engine::DistrustStepsUpTo(uint64_t last_step) {
+  const uint64_t first_step = last_step < kDistrustedSteps ? 1 : last_step - kDistrustedSteps + 1;
   if (pool_.has_session()) return cache_->DistrustSteps(first_step);
   first_distrusted_step_ = std::min(first_step, first_distrusted_step_.value_or(first_step));
 }

@@ -29,7 +29,8 @@ constexpr uint64_t kCopiesForgotten = 0;
 
 // The cache manager knows by the number of a step when a block was written, and outlives API
 // servers. A microsecond of the wall clock is shorter than any step, so that a later API server
-// begins above all that an earlier one has used, unless somebody sets the clock back.
+// begins above all that an earlier one has used, also if that has committed nothing by it. Should
+// somebody set the clock back, what the cache manager knows counts.
 uint64_t FirstStep() {
   return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(
                                    std::chrono::system_clock::now().time_since_epoch())
@@ -66,7 +67,11 @@ void Engine::Handle(PoolOpened event) {
   if (adopted) {
     LOG_INFO("the KV pool {:016x} of an earlier API server is taken over", event.pool->pool_epoch);
     // Every rank has attached, so that every worker of the old one has left its group.
-    return cache_->Fence();
+    cache_->Fence();
+    last_acknowledged_step_ = event.pool->newest_step;
+    // A worker has died meanwhile, and nobody knows how.
+    if (!pool_.every_rank_maps_pool()) DistrustStepsUpTo(event.pool->newest_step);
+    return;
   }
   // Of a session that was lost before its answer came: nothing of that pool is held.
   if (event.pool->resumed && !pool_.resuming()) cache_->Reconcile({}, {}, kCopiesForgotten);
@@ -177,7 +182,7 @@ SchedulerConfig Engine::SchedulerConfigOf(const OpenedPool& pool) const {
   SchedulerConfig config = config_.scheduler;
   config.num_blocks = static_cast<int>(pool.num_blocks);
   config.vocab_size = startup_.sampled_vocab_size();
-  config.first_step = FirstStep();
+  config.first_step = std::max(FirstStep(), pool.newest_step + 1);
   config.restore_us_per_block =
       static_cast<double>(startup_.largest_block_bytes()) / kCopyBytesPerUs;
   if (config.long_prefill_token_threshold == 0) {

@@ -388,31 +388,39 @@ TEST_F(RecoveryTest, APoisonRequestFailsAloneAndTheOthersFinish) {
   EXPECT_EQ(Metric("wintserve:poison_requests_total"), "1");
 }
 
-// The workers of an API server that has died attach to the next one, which finds their KV cached.
+// The workers of an API server that has died attach to the next one, which finds their KV cached;
+// unless one of them has died as well, and nobody knows how.
 TEST_F(RecoveryTest, AnotherApiServerTakesOverWorkersAndPool) {
-  StartTwo();
-  Updates first;
-  Submit(Request(std::string(130, 'x'), 30), &first);
-  ASSERT_TRUE(first.WaitFinished());
-  const std::string prompt = std::string(130, 'x');
-  llm_.reset();
-  for (auto& worker : workers_) worker->WaitForShutdown();
-  workers_.clear();
-  registry_ = std::make_shared<prometheus::Registry>();
-  Create();
-  for (const uint32_t rank : {0u, 1u}) {
-    FakeWorkerOptions again = SlowWorker(rank);
-    again.hello.mapped_pool_epoch = 99;
-    AddWorker(again);
+  for (const bool both_live : {true, false}) {
+    SCOPED_TRACE(both_live);
+    const uint64_t num_pools = cache_.num_pools();
+    StartTwo();
+    const std::string prompt = std::string(130, both_live ? 'x' : 'y');
+    Updates first;
+    Submit(Request(prompt, 30), &first);
+    ASSERT_TRUE(first.WaitFinished());
+    llm_.reset();
+    for (auto& worker : workers_) worker->WaitForShutdown();
+    workers_.clear();
+    registry_ = std::make_shared<prometheus::Registry>();
+    Create();
+    for (const uint32_t rank : {0u, 1u}) {
+      FakeWorkerOptions again = SlowWorker(rank);
+      if (rank == 0 || both_live) again.hello.mapped_pool_epoch = 99 + num_pools;
+      AddWorker(again);
+    }
+    ASSERT_TRUE(WaitUntilReady()) << llm_->Readiness().reason;
+    EXPECT_EQ(cache_.num_pools(), num_pools + 1);
+    EXPECT_EQ(workers_[0]->num_mappings(), 0);
+    Updates second;
+    Submit(Request(prompt, 30), &second);
+    ASSERT_TRUE(second.WaitFinished());
+    EXPECT_EQ(second.choice(0).text, Letters(130, 30));
+    EXPECT_EQ(second.last().num_cached_tokens, both_live ? 128 : 0);
+    llm_.reset();
+    workers_.clear();
+    registry_ = std::make_shared<prometheus::Registry>();
   }
-  ASSERT_TRUE(WaitUntilReady()) << llm_->Readiness().reason;
-  EXPECT_EQ(cache_.num_pools(), 1u);
-  EXPECT_EQ(workers_[0]->num_mappings(), 0);
-  Updates second;
-  Submit(Request(prompt, 30), &second);
-  ASSERT_TRUE(second.WaitFinished());
-  EXPECT_EQ(second.choice(0).text, Letters(130, 30));
-  EXPECT_EQ(second.last().num_cached_tokens, 128);
 }
 
 TEST_F(RecoveryTest, WithoutTheirPoolWorkersOfAnotherApiServerGetANewOne) {

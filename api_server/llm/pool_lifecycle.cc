@@ -146,6 +146,12 @@ uint64_t PoolLifecycle::OnlyMappedPool() const {
   return NoneIsMappedBut(pool_epoch) ? pool_epoch : 0;
 }
 
+bool PoolLifecycle::every_rank_maps_pool() const {
+  return std::all_of(ranks_.begin(), ranks_.end(), [this](const Rank& rank) {
+    return pool_.has_value() && rank.mapped_pool == pool_->pool_epoch;
+  });
+}
+
 uint64_t PoolLifecycle::attachable_pool() const {
   if (state_ != State::kAttaching && state_ != State::kHeld) return 0;
   return NoneIsMappedBut(pool_->pool_epoch) ? pool_->pool_epoch : 0;

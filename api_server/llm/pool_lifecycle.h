@@ -81,6 +81,8 @@ class PoolLifecycle {
   uint32_t rank() const { return rank_; }
   uint64_t mapped_pool(uint32_t rank) const { return ranks_[rank].mapped_pool; }
 
+  // Or was sent it.
+  bool every_rank_maps_pool() const;
   // The pool that a rank group may attach to; 0: none now.
   uint64_t attachable_pool() const;
   // REQUIRES: one has been opened.

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <iterator>
 #include <numeric>
 #include <utility>
@@ -78,6 +79,7 @@ class FakeCache::Client : public CacheClient {
       if (PrefixCache* const cache = cache_->CacheOf(*session_, "Commit"); cache != nullptr) {
         auto result = cache->Commit(request);
         cache_->Check(result.status(), "Commit");
+        cache_->pool_.newest_step = std::max(cache_->pool_.newest_step, request.step);
         if (result.ok()) committed = *std::move(result);
       }
       Answer(session_->events.on_committed, tag, std::move(committed));
@@ -363,7 +365,8 @@ absl::StatusOr<OpenedPool> FakeCache::Adopt(const Session& session, const PoolSp
   return OpenedPool{.pool_epoch = pool_.pool_epoch,
                     .memory_socket = "unused",
                     .num_blocks = pool_.spec.num_blocks,
-                    .num_host_slots = pool_.num_host_slots};
+                    .num_host_slots = pool_.num_host_slots,
+                    .newest_step = pool_.newest_step};
 }
 
 void FakeCache::EndSessionOfPool() {

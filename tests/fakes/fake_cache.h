@@ -89,6 +89,7 @@ class FakeCache {
     bool resumable = true;             // false: the session is over, or the process died
     bool adoptable = true;             // false: the process died
     bool must_reconcile = false;
+    uint64_t newest_step = 0;
     std::map<uint64_t, CopyOrder> write_backs;  // under way, by copy_id
     size_t num_lost_write_backs = 0;            // the last ones of them, to be ordered again
   };
