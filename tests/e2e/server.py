@@ -41,6 +41,16 @@ def wait_for(condition, timeout_s, what):
         time.sleep(0.02)
 
 
+def is_free(port):
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
 class Server:
     """`wintserve serve` on free ports with a runtime directory of its own, or that of another one before it.
     prefix: of the command, for example of a name space; log: where the output goes, by default into a file."""
@@ -119,10 +129,9 @@ class Server:
 
     def assert_nothing_left(self, timeout_s=5):
         wait_for(lambda: not self.processes(), timeout_s, f"all processes gone, left: {self.processes()}")
+        # A process whose first thread is gone may have others that are about to close what it held.
         for port in (self.port, self.metrics_port, self.queue_port, self.cache_port):
-            with socket.socket() as s:
-                s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                s.bind(("127.0.0.1", port))
+            wait_for(lambda port=port: is_free(port), timeout_s, f"port {port} is free")
 
     def assert_runtime_dir_empty(self):
         assert not list(self.runtime.rglob("*")), list(self.runtime.rglob("*"))
