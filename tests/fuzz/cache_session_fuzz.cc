@@ -82,7 +82,7 @@ class Sessions {
         break;
       case 7:
         now_ += std::chrono::seconds(3);
-        owner_.DropExpired();
+        owner_.EndExpiredSession();
         break;
       default:
         Request(id, input->Take(input->TakeByte()));
