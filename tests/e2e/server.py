@@ -91,16 +91,6 @@ def wait_for(condition, timeout_s, what):
         time.sleep(0.02)
 
 
-def is_free(port):
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
-
-
 class Server:
     """`wintserve serve` on free ports with a runtime directory of its own, or that of another one before it.
     prefix: of the command, for example of a name space; log: where the output goes, by default into a file."""
