@@ -239,7 +239,7 @@ class Engine {
   StepTracker steps_;                     // of the present rank group
   StepDeadline step_deadline_;
   PoisonGuard poison_guard_;
-  // Of a session that is lost: what it has to be told once it is resumed.
+  // Of this pool, and what every session that resumes it is told.
   std::optional<uint64_t> first_distrusted_step_;
   bool pool_paused_ = false;
   bool is_reported_ready_ = false;

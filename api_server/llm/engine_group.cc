@@ -179,8 +179,9 @@ void Engine::LoseGroup() {
 
 void Engine::DistrustStepsUpTo(uint64_t last_step) {
   const uint64_t first_step = last_step < kDistrustedSteps ? 1 : last_step - kDistrustedSteps + 1;
-  if (pool_.has_session()) return cache_->DistrustSteps(first_step);
+  // Kept, too: a session that breaks now may not have brought it there.
   first_distrusted_step_ = std::min(first_step, first_distrusted_step_.value_or(first_step));
+  if (pool_.has_session()) cache_->DistrustSteps(first_step);
 }
 
 void Engine::SuspectRequests(const std::vector<uint64_t>& in_flight) {

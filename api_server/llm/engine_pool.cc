@@ -228,8 +228,8 @@ void Engine::ReconcileSession() {
            held.leased.size());
   cache_->Reconcile(std::move(held.pins), std::move(held.leased), kCopiesForgotten);
   cache_->Fence();  // no plan is in flight: no copy of before the loss runs any more
+  // Perhaps again: saying it once more costs hits, not saying it wrong answers.
   if (first_distrusted_step_.has_value()) cache_->DistrustSteps(*first_distrusted_step_);
-  first_distrusted_step_.reset();
   pool_paused_ = false;
 }
 
