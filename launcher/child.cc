@@ -79,7 +79,10 @@ Child MakeChild(ChildRole role, int rank, const Instance& instance, const Reserv
 
 absl::Status SpawnChild(const ReservedPorts& ports, Child* child) {
   Instance& instance = child->instance;
-  if (child->role == ChildRole::kEngineWorker) instance.worker_id = RandomWorkerId();
+  if (child->role == ChildRole::kEngineWorker) {
+    instance.worker_id = RandomWorkerId();
+    instance.restarted = child->num_starts > 0;
+  }
   ASSIGN_OR_RETURN(const UniqueFd instance_fd, WriteInstance(instance));
   std::error_code error;
   const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);

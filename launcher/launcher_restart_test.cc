@@ -247,6 +247,8 @@ TEST_F(RestartTest, AWorkerThatHasToGoIsKilledButNotTheOneThatHasTakenItsPlace) 
   EXPECT_EQ(worker_exit->signal(), SIGKILL);
   EXPECT_TRUE(worker_exit->kv_trusted());
   ASSERT_TRUE(Eventually([&] { return WorkerIdOf(1) != first; })) << Stderr();
+  EXPECT_EQ(Reported("engine-worker-0", "restarted"), "false");
+  EXPECT_EQ(Reported("engine-worker-1", "restarted"), "true");
   AskForEnd(1, first);
   EXPECT_FALSE(NextExit(watcher, 200).has_value());
   EXPECT_THAT(Stderr(), HasSubstr("the API server wants engine worker 1 to go: killing it"));

@@ -52,11 +52,11 @@ int main(int argc, char** argv) {
   const std::string line = fmt::format(
       "pid={} pgid={} fds={} http={} metrics={} runtime_dir={} token={} port={} mode={} "
       "tunables={} "
-      "worker_id={} token_digits={} json={}\n",
+      "worker_id={} restarted={} token_digits={} json={}\n",
       ::getpid(), ::getpgrp(), num_fds, IsListening(instance->http_fd),
       IsListening(instance->metrics_fd), instance->runtime_dir, instance->token.size(),
       instance->options.port, instance->mode, std::getenv("GLIBC_TUNABLES"), instance->worker_id,
-      token_digits, instance->generate_json);
+      instance->restarted, token_digits, instance->generate_json);
   const bool is_first_start = !std::filesystem::exists(path);
   const int fd = ::open((path + ".new").c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
   if (::write(fd, line.data(), line.size()) != static_cast<ssize_t>(line.size())) return 98;

@@ -201,7 +201,8 @@ class Engine {
   bool AdvancePool();  // false: there is nothing to do
   void Perform(PoolLifecycle::Action action);
   void OpenPool(PoolLifecycle::Action action);
-  void RetryAdoption(const absl::Status& refusal);
+  // False: it has been tried for long enough.
+  bool RetryOpening(const absl::Status& refusal);
   void UseNewPool();
   SchedulerConfig SchedulerConfigOf(const OpenedPool& pool) const;
   void RecordFacts();
@@ -245,8 +246,9 @@ class Engine {
   bool is_reported_ready_ = false;
   int64_t late_us_ = 0;                  // by which this turn of the loop began after its deadline
   uint64_t last_acknowledged_step_ = 0;  // of any group
-  std::optional<int64_t> first_adoption_try_us_;
-  std::optional<int64_t> next_adoption_try_us_;
+  // Of a pool that the session of an API server which has just died still holds.
+  std::optional<int64_t> first_opening_try_us_;
+  std::optional<int64_t> next_opening_try_us_;
   std::map<uint64_t, std::unique_ptr<ActiveRequest>> requests_;
   std::vector<uint64_t> updated_;         // requests with news to deliver
   std::optional<int64_t> step_ended_us_;  // within this turn of the loop

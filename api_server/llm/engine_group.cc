@@ -245,7 +245,7 @@ std::optional<int64_t> Engine::NextGroupDeadlineUs() const {
   };
   add(group_.NextDeadlineUs());
   add(NextHoldEndUs());
-  add(next_adoption_try_us_);
+  add(next_opening_try_us_);
   const std::optional<RunningStep> running = steps_.running();
   if (!group_.has_group() || !running.has_value()) return next;
   add(running->began_us + step_deadline_.AllowedUs(running->shape, EngineNowUs()));

@@ -21,8 +21,8 @@ constexpr double kLongPrefillShare = 0.04;
 
 // A pool that is to be taken over may still be held by the session of an API server that has just
 // died.
-constexpr int64_t kAdoptionPauseUs = 200'000;
-constexpr int64_t kAdoptionPatienceUs = 10'000'000;
+constexpr int64_t kOpeningPauseUs = 200'000;
+constexpr int64_t kOpeningPatienceUs = 10'000'000;
 
 // The scheduler drops all copies with a lost session: write-backs come again.
 constexpr uint64_t kCopiesForgotten = 0;
@@ -52,7 +52,7 @@ void Engine::Handle(PoolOpened event) {
     LOG_WARNING("the KV pool that the engine workers hold is lost with its cache manager");
     return pool_.OnPoolGone();
   }
-  if (absl::IsFailedPrecondition(status) && pool_.adopting()) return RetryAdoption(status);
+  if (absl::IsFailedPrecondition(status) && !pool_.resuming() && RetryOpening(status)) return;
   if (!status.ok()) {
     return Fatal(fmt::format("the cache manager cannot {} the KV pool: {}",
                              pool_.resuming()   ? "resume"
@@ -77,16 +77,18 @@ void Engine::Handle(PoolOpened event) {
   if (event.pool->resumed && !pool_.resuming()) cache_->Reconcile({}, {}, kCopiesForgotten);
 }
 
-void Engine::RetryAdoption(const absl::Status& refusal) {
+bool Engine::RetryOpening(const absl::Status& refusal) {
   const int64_t now_us = EngineNowUs();
-  if (!first_adoption_try_us_.has_value()) first_adoption_try_us_ = now_us;
-  if (now_us - *first_adoption_try_us_ < kAdoptionPatienceUs) {
-    next_adoption_try_us_ = now_us + kAdoptionPauseUs;
-    return;
+  if (!first_opening_try_us_.has_value()) first_opening_try_us_ = now_us;
+  if (now_us - *first_opening_try_us_ < kOpeningPatienceUs) {
+    next_opening_try_us_ = now_us + kOpeningPauseUs;
+    return true;
   }
+  if (!pool_.adopting()) return false;
   LOG_WARNING("the KV pool of an earlier API server cannot be taken over: {}",
               std::string(refusal.message()));
   pool_.OnPoolGone();
+  return true;
 }
 
 void Engine::Handle(const CacheAnswer& event) {
@@ -105,14 +107,15 @@ void Engine::Handle(const CacheLost& event) {
               std::string(event.status.message()));
   metrics_->RecordCacheLoss();
   pool_.OnLost();
-  next_adoption_try_us_.reset();
+  next_opening_try_us_.reset();
   cache_link_->Reconnect(std::move(cache_), hangs);
 }
 
 bool Engine::AdvancePool() {
-  if (next_adoption_try_us_.has_value() && EngineNowUs() >= *next_adoption_try_us_) {
-    next_adoption_try_us_.reset();
-    OpenPool(PoolLifecycle::Action::kAdoptPool);
+  if (next_opening_try_us_.has_value() && EngineNowUs() >= *next_opening_try_us_) {
+    next_opening_try_us_.reset();
+    OpenPool(pool_.adopting() ? PoolLifecycle::Action::kAdoptPool
+                              : PoolLifecycle::Action::kOpenPool);
   }
   const PoolLifecycle::Action action = pool_.NextAction(steps_.idle());
   if (action == PoolLifecycle::Action::kNone) return false;

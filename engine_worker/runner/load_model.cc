@@ -279,13 +279,15 @@ absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig
                                   RankGroup* group, bool is_replacement, LoadedModel* loaded) {
   kernels::Backend* backend = loaded->backend.get();
   const int64_t weights = CudaWeightBytes(config, group->rank(), group->world_size());
-  ASSIGN_OR_RETURN(const DeviceMemory at_start,
-                   QuerySteadyMemory(*backend, options.gpu_memory_utilization, weights));
+  // Of a device that the pool fills to that share already, the rest is for a replacement.
+  const double utilization = is_replacement ? 1 : options.gpu_memory_utilization;
+  ASSIGN_OR_RETURN(const DeviceMemory at_start, QuerySteadyMemory(*backend, utilization, weights));
   MemoryProfile profile = {.total = at_start.total,
-                           .utilization = options.gpu_memory_utilization,
+                           .utilization = utilization,
                            .other = at_start.total - at_start.free,
                            .weights = weights};
   RETURN_IF_ERROR(CheckWeightsFit(profile));
+  profile.utilization = options.gpu_memory_utilization;
 
   ASSIGN_OR_RETURN(loaded->model, LoadWeights(options, config, backend, group));
   ASSIGN_OR_RETURN(const DeviceMemory with_model, QueryMemory(*backend));

@@ -75,7 +75,8 @@ def test_streams_survive_a_killed_rank(start, rank):
         os.kill(dead, signal.SIGKILL)
         assert [stream.text() for stream in streams] == expected, server.log()
         others.discard(dead)
-        assert server.metric("wintserve:recovery_seconds_count") == kill + 1
+        # A fast device has answered before the other rank has joined.
+        wait_for(lambda: server.metric("wintserve:recovery_seconds_count") == kill + 1, 30, f"{kill + 1} recoveries")
     assert server.get("/health")[0] == 200
     assert len(others & set(server.pids_of(WORKER))) == 1, "the other rank was replaced, too"
     assert server.metric("wintserve:kv_pool_replacements_total") == 0
