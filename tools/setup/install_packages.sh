@@ -13,7 +13,7 @@ packages=(
   libhwy-dev libprotobuf-dev libsentencepiece-dev libspdlog-dev libssl-dev libxxhash-dev
   libyaml-cpp-dev nlohmann-json3-dev prometheus-cpp-dev zlib1g-dev
   # Tests and benchmarks
-  ca-certificates curl libbenchmark-dev libgmock-dev libgtest-dev python3 python3-venv
+  ca-certificates curl libbenchmark-dev libgmock-dev libgtest-dev openssl python3 python3-venv
   # Formatter and linter
   clang-format clang-tidy
 )
