@@ -19,8 +19,7 @@ constexpr double kCopyBytesPerUs = 5'000;
 // A sequence longer than this share of the model length is a long prompt, when no flag says so.
 constexpr double kLongPrefillShare = 0.04;
 
-// A pool that is to be taken over may still be held by the session of an API server that has just
-// died.
+// The pool may still be held by the session of an API server that has just died.
 constexpr int64_t kOpeningPauseUs = 200'000;
 constexpr int64_t kOpeningPatienceUs = 10'000'000;
 
@@ -60,6 +59,7 @@ void Engine::Handle(PoolOpened event) {
                                                 : "create",
                              std::string(status.message())));
   }
+  first_opening_try_us_.reset();
   const bool adopted = pool_.adopting();
   if (absl::Status unasked = pool_.OnOpened(*event.pool); !unasked.ok()) {
     return Fatal(std::string(unasked.message()));
@@ -84,6 +84,7 @@ bool Engine::RetryOpening(const absl::Status& refusal) {
     next_opening_try_us_ = now_us + kOpeningPauseUs;
     return true;
   }
+  first_opening_try_us_.reset();
   if (!pool_.adopting()) return false;
   LOG_WARNING("the KV pool of an earlier API server cannot be taken over: {}",
               std::string(refusal.message()));
