@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <map>
-#include <ranges>
 #include <set>
 #include <string_view>
 #include <utility>
@@ -397,7 +396,7 @@ uint64_t PrefixCache::Impl::Flush(const std::optional<std::string>& salt) {
 }
 
 uint64_t PrefixCache::Impl::FlushEntries(std::vector<CacheEntry*> entries) {
-  for (CacheEntry* const entry : entries | std::views::reverse) state_.Flush(entry);
+  for (auto entry = entries.rbegin(); entry != entries.rend(); ++entry) state_.Flush(*entry);
   return entries.size();
 }
 
