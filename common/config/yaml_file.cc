@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
 #include "common/status_macros.h"
 
@@ -126,8 +127,9 @@ absl::StatusOr<std::vector<YamlEntry>> ReadYamlFile(const std::string& path) {
       entries.push_back(std::move(entry));
     }
   } catch (const YAML::Exception& error) {
+    // The text can quote a character of the file, such as the end of a line.
     return absl::InvalidArgumentError(
-        fmt::format("{}:{}: {}", path, error.mark.line + 1, error.msg));
+        fmt::format("{}:{}: {}", path, error.mark.line + 1, absl::Utf8SafeCEscape(error.msg)));
   } catch (const nlohmann::json::exception&) {
     return absl::InvalidArgumentError(fmt::format("{}: is not UTF-8", path));
   }
