@@ -14,10 +14,19 @@ using std::chrono::seconds;
 
 constexpr milliseconds kFirstPause(500);
 constexpr milliseconds kLongestPause(30'000);
+constexpr milliseconds kLongestPauseAfterOutsideEnd(1000);
 
-// Who was ended from outside need not have run for long to be in order; a fault may take its time.
+// Who was ended from outside need not have run for long to be in order; a fault, or a growth beyond
+// the memory that there is, may take its time.
 constexpr seconds kGoodRunBeforeOutsideEnd(2);
 constexpr seconds kGoodRunBeforeFault(60);
+
+// Before the next start, after so many ends in a row.
+milliseconds PauseAfter(int num_in_row, milliseconds longest) {
+  if (num_in_row <= 1) return milliseconds(0);
+  const int num_doublings = std::min(num_in_row - 2, 16);
+  return std::min(kFirstPause * (1 << num_doublings), longest);
+}
 
 }  // namespace
 
@@ -45,8 +54,8 @@ bool IsSelfInflicted(const ChildExit& how) {
 
 bool KvIsTrusted(const ChildExit& how) { return !IsSelfInflicted(how) || IsStartUpCode(how); }
 
-std::optional<milliseconds> RestartPolicy::OnExit(const ChildExit& how, TimePoint started,
-                                                  TimePoint now, double chance) {
+std::optional<milliseconds> RestartPolicy::OnExit(const ChildExit& how, bool out_of_memory,
+                                                  TimePoint started, TimePoint now, double chance) {
   const bool self_inflicted = IsSelfInflicted(how);
   if (self_inflicted) self_inflicted_.push_back(now);
   while (!self_inflicted_.empty() && now - self_inflicted_.front() > kWindow) {
@@ -54,12 +63,12 @@ std::optional<milliseconds> RestartPolicy::OnExit(const ChildExit& how, TimePoin
   }
   if (self_inflicted && self_inflicted_.size() > kMaxSelfInflicted) return std::nullopt;
 
-  const seconds good_run = self_inflicted ? kGoodRunBeforeFault : kGoodRunBeforeOutsideEnd;
-  if (now - started >= good_run) num_in_row_ = 0;
-  ++num_in_row_;
-  if (num_in_row_ == 1) return milliseconds(0);
-  const int num_doublings = std::min(num_in_row_ - 2, 16);
-  const milliseconds pause = std::min(kFirstPause * (1 << num_doublings), kLongestPause);
+  if (now - started >= kGoodRunBeforeOutsideEnd) num_from_outside_ = 0;
+  if (now - started >= kGoodRunBeforeFault) num_from_within_ = 0;
+  const bool from_within = self_inflicted || out_of_memory;
+  const milliseconds pause = from_within
+                                 ? PauseAfter(++num_from_within_, kLongestPause)
+                                 : PauseAfter(++num_from_outside_, kLongestPauseAfterOutsideEnd);
   return pause + std::chrono::duration_cast<milliseconds>(pause * (chance / 4));
 }
 

@@ -24,9 +24,15 @@ bool IsSelfInflicted(const ChildExit& how);
 bool KvIsTrusted(const ChildExit& how);
 
 // One for each child, over all processes that are started in its place. The first restart is at
-// once; before those that follow are pauses of 0.5 s, twice as long each time up to 30 s, and up to
-// a quarter longer by chance. A process that has run well for a while sets them back. Threading:
-// one thread.
+// once; before those that follow are pauses of 0.5 s, twice as long each time, and up to a quarter
+// longer by chance. A process that has run well for a while sets them back. How long they get
+// depends on the cause:
+//   a fault of its own   up to 30 s, and only so many: the next would fault, too
+//   want of memory       up to 30 s: to load its weights again is what takes the memory
+//   somebody from outside  up to 1 s, so that a process that is to be there is there soon, and who
+//                        kills all the time still makes no loop without a pause
+// Ends from outside make no pause after an end of another cause longer, nor the reverse.
+// Threading: one thread.
 class RestartPolicy {
  public:
   using TimePoint = std::chrono::steady_clock::time_point;
@@ -36,12 +42,15 @@ class RestartPolicy {
   static constexpr std::chrono::minutes kWindow{10};
 
   // The process that was started at `started` has ended at `now`. How long to wait with the next
-  // one; empty: a crash loop. chance: in [0, 1).
-  std::optional<std::chrono::milliseconds> OnExit(const ChildExit& how, TimePoint started,
-                                                  TimePoint now, double chance);
+  // one; empty: a crash loop. out_of_memory: the kernel killed it for want of memory. chance: in
+  // [0, 1).
+  std::optional<std::chrono::milliseconds> OnExit(const ChildExit& how, bool out_of_memory,
+                                                  TimePoint started, TimePoint now, double chance);
 
  private:
-  int num_in_row_ = 0;                    // ends without a good run between them
+  // Ends without a good run between them.
+  int num_from_within_ = 0;  // faults, and for want of memory
+  int num_from_outside_ = 0;
   std::deque<TimePoint> self_inflicted_;  // of the last 10 minutes, oldest first
 };
 

@@ -147,16 +147,21 @@ void Supervisor::ReadSignals() {
 }
 
 void Supervisor::ReapEnded() {
+  std::optional<bool> memory_ran_out;  // asked once: it may have taken several
   for (Child& child : children_) {
     if (!child.process.running()) continue;
-    if (const std::optional<ChildExit> ended = child.process.Wait(0)) HandleExit(&child, *ended);
+    const std::optional<ChildExit> ended = child.process.Wait(0);
+    if (!ended.has_value()) continue;
+    if (!memory_ran_out.has_value()) memory_ran_out = oom_kills_.TakeNew() > 0;
+    const bool killed = ended->by_signal && ended->code == SIGKILL;
+    HandleExit(&child, *ended, killed && *memory_ran_out);
   }
   if (!stopping_ && !ended_.empty() && (CauseIsKnown() || Clock::now() >= judge_time_)) {
     JudgeUnexpected();
   }
 }
 
-void Supervisor::HandleExit(Child* child, const ChildExit& how) {
+void Supervisor::HandleExit(Child* child, const ChildExit& how, bool out_of_memory) {
   child->output.Finish();  // its last words come before ours
   if (child->role == ChildRole::kEngineWorker) {
     proto::WorkerExit worker_exit;
@@ -167,7 +172,9 @@ void Supervisor::HandleExit(Child* child, const ChildExit& how) {
     server_->SendWorkerExit(worker_exit);
   }
   if (IsReplaceable(*child, how)) {
-    Replace(child, how, fmt::format("died of {}", how.ToString()));
+    Replace(
+        child, how, out_of_memory,
+        fmt::format("died of {}{}", how.ToString(), out_of_memory ? " for want of memory" : ""));
   } else if (!stopping_) {
     if (ended_.empty()) judge_time_ = Clock::now() + kCauseGrace;
     ended_.emplace_back(child, how);
@@ -218,10 +225,11 @@ bool Supervisor::IsReplaceable(const Child& child, const ChildExit& how) const {
   return child.num_starts > 1 || !IsStartUpCode(how);
 }
 
-void Supervisor::Replace(Child* child, const ChildExit& how, const std::string& what_happened) {
+void Supervisor::Replace(Child* child, const ChildExit& how, bool out_of_memory,
+                         const std::string& what_happened) {
   const auto now = Clock::now();
   const std::optional<milliseconds> pause = child->policy.OnExit(
-      how, child->started, now, std::uniform_real_distribution<double>()(random_));
+      how, out_of_memory, child->started, now, std::uniform_real_distribution<double>()(random_));
   if (!pause.has_value()) {
     LOG_ERROR("{} {}, the {}th fault of its own within {} minutes: a crash loop; the instance ends",
               child->name, what_happened, RestartPolicy::kMaxSelfInflicted + 1,
@@ -245,7 +253,7 @@ void Supervisor::StartDueChildren() {
     if (const absl::Status status = SpawnChild(ports_, &child); !status.ok()) {
       // For want of memory or processes, perhaps, which may pass.
       child.started = Clock::now();
-      Replace(&child, {.by_signal = false, .code = kExitInternal},
+      Replace(&child, {.by_signal = false, .code = kExitInternal}, /*out_of_memory=*/false,
               fmt::format("could not be started: {}", std::string(status.message())));
     }
   }

@@ -25,6 +25,7 @@
 #include "common/config/instance.h"
 #include "common/unique_fd.h"
 #include "launcher/child.h"
+#include "launcher/oom_kills.h"
 #include "launcher/preflight.h"
 #include "launcher/shared_dir.h"
 #include "launcher/supervisor_server.h"
@@ -60,13 +61,15 @@ class Supervisor {
   void WaitForNews();
   void ReadSignals();
   void ReapEnded();
-  void HandleExit(Child* child, const ChildExit& how);
+  // out_of_memory: the kernel has killed for want of memory since the last child ended.
+  void HandleExit(Child* child, const ChildExit& how, bool out_of_memory);
   void KillHangingCacheManager();
   void KillUnwantedWorkers();
   // Whether the end of this child is no end of the instance.
   bool IsReplaceable(const Child& child, const ChildExit& how) const;
   // Schedules the next start. what_happened: "died of signal 9 (Killed)".
-  void Replace(Child* child, const ChildExit& how, const std::string& what_happened);
+  void Replace(Child* child, const ChildExit& how, bool out_of_memory,
+               const std::string& what_happened);
   void StartDueChildren();
   bool CauseIsKnown() const;
   void JudgeUnexpected();
@@ -99,6 +102,7 @@ class Supervisor {
   std::vector<std::pair<const Child*, ChildExit>> ended_;
   Clock::time_point judge_time_;
 
+  OomKills oom_kills_;
   std::mt19937_64 random_{std::random_device{}()};  // so that not all come back at once
 
   bool stopping_ = false;

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from server import ROOT, Server
+from proxy import SocketProxy
+from server import ROOT, Server, wait_for
 
 
 def pytest_addoption(parser):
@@ -90,3 +91,35 @@ def start(tmp_path):
         if server.process.poll() is None:
             server.stop()
         server.assert_nothing_left()
+
+
+@pytest.fixture
+def between(start):
+    """between("work_queue.sock", 2) -> (server, proxy): of two ranks, ready, with everybody's connection, of which there
+    are so many, through the proxy."""
+    proxies = []
+
+    def socket_of(server, name):
+        found = []
+
+        def socket_is_there():
+            found[:] = server.runtime.rglob(name)
+            return found
+        wait_for(socket_is_there, 30, f"{name} exists")
+        return found[0]
+
+    def start_between(name, num_connections, *flags, filters=None):
+        # On a busy machine somebody may have connected before the proxy was there.
+        for _ in range(10):
+            server = start("--tensor-parallel-size", 2, "--max-model-len", 2048, *flags)
+            proxy = SocketProxy(socket_of(server, name), filters)
+            proxies.append(proxy)
+            server.wait_ready()
+            if proxy.num_connections == num_connections:
+                return server, proxy
+            server.stop()
+        raise AssertionError("not everybody came through the proxy: a test of nothing")
+
+    yield start_between
+    for proxy in proxies:
+        proxy.close()

@@ -10,10 +10,13 @@ class SocketProxy:
     """Takes over the socket at `path` (whoever connects from now on comes through here): start it as soon as the socket
     is there. Each direction of each connection keeps its order, as TCP does; what `hold` keeps back comes later."""
 
-    def __init__(self, path):
+    def __init__(self, path, filters=None):
+        """filters: called for each connection, returns two objects of bytes.feed(bytes), for what goes to the socket's
+        owner and for what comes from it."""
         self.path = path
         self.num_connections = 0
         self.delay_s = 0.0
+        self._filters = filters
         self._real = path.with_suffix(".real")
         self._holding = False
         self._writers = set()
@@ -41,16 +44,25 @@ class SocketProxy:
 
     def close(self):
         self.cut()
+        asyncio.run_coroutine_threadsafe(self._end_tasks(), self._loop).result(5)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+        self._loop.close()
         with contextlib.suppress(FileNotFoundError):
             os.rename(self._real, self.path)
 
     def _run(self, ready):
         asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(asyncio.start_unix_server(self._serve, str(self.path)))
+        server = self._loop.run_until_complete(asyncio.start_unix_server(self._serve, str(self.path)))
         ready.set()
         self._loop.run_forever()
+        server.close()
+
+    async def _end_tasks(self):
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, reader, writer):
         self.num_connections += 1
@@ -60,21 +72,27 @@ class SocketProxy:
             writer.transport.abort()
             return
         self._writers |= {writer, peer_writer}
-        await asyncio.gather(self._forward(reader, peer_writer), self._forward(peer_reader, writer))
+        there, back = self._filters() if self._filters else (None, None)
+        await asyncio.gather(self._forward(reader, peer_writer, there), self._forward(peer_reader, writer, back))
         self._writers -= {writer, peer_writer}
 
-    async def _forward(self, reader, writer):
+    async def _forward(self, reader, writer, data_filter):
         queue = asyncio.Queue()
-        await asyncio.gather(self._receive(reader, queue), self._send(queue, writer))
+        await asyncio.gather(self._receive(reader, queue, data_filter), self._send(queue, writer))
 
-    async def _receive(self, reader, queue):
-        data = b"x"
-        while data:
+    async def _receive(self, reader, queue, data_filter):
+        while True:
             try:
                 data = await reader.read(65536)
             except OSError:
                 data = b""
-            queue.put_nowait((time.monotonic(), data))
+            if not data:
+                break
+            if data_filter is not None:
+                data = data_filter.feed(data)
+            if data:
+                queue.put_nowait((time.monotonic(), data))
+        queue.put_nowait((time.monotonic(), b""))
 
     async def _send(self, queue, writer):
         while True:

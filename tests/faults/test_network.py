@@ -14,34 +14,9 @@ import pytest
 
 from faults import (CACHE_MANAGER, WORKER, Stream, assert_nothing_is_held, fault_free_texts, greedy, longest_pause,
                     prompts, stop_cleanly, wait_for_tokens)
-from proxy import SocketProxy
 from server import ROOT, wait_for
 
 NUM_STREAMS = 6
-FLAGS = ("--tensor-parallel-size", 2, "--max-model-len", 2048)
-
-
-@pytest.fixture
-def between(start):
-    """between("work_queue.sock") -> (server, proxy), ready, with everybody's connection through the proxy."""
-    proxies = []
-
-    def start_between(name, num_connections, *flags):
-        server = start(*FLAGS, *flags)
-        found = []
-
-        def socket_is_there():
-            found[:] = server.runtime.rglob(name)
-            return found
-        wait_for(socket_is_there, 10, f"{name} exists")
-        proxies.append(SocketProxy(found[0]))
-        server.wait_ready()
-        assert proxies[0].num_connections == num_connections, "not everybody came through the proxy: a test of nothing"
-        return server, proxies[0]
-
-    yield start_between
-    for proxy in proxies:
-        proxy.close()
 
 
 def check(server, streams, expected):
@@ -170,7 +145,7 @@ def apart(start):
     probe = subprocess.run([*prefix, "true"], capture_output=True, text=True)
     if probe.returncode != 0:
         pytest.skip(f"no network name space: {probe.stderr.strip()}")
-    server = start(*FLAGS, prefix=prefix)
+    server = start("--tensor-parallel-size", 2, "--max-model-len", 2048, prefix=prefix)
     wait_for(lambda: "Application startup complete." in server.log(), 60, "it is ready")
     return server
 
