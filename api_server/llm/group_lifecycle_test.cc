@@ -164,8 +164,8 @@ TEST(GroupLifecycle, AKilledRankIsReplacedAndTheOtherStays) {
   EXPECT_FALSE(group->fault_time_us().has_value());
 }
 
-// A1: a broken stream says nothing about what still writes; the reaped process does.
-TEST(GroupLifecycle, A1ARankWhoseStreamBrokeIsNotFencedBeforeItIsReaped) {
+// A broken stream says nothing about what still writes; the reaped process does.
+TEST(GroupLifecycle, ARankWhoseStreamBrokeIsNotFencedBeforeItIsReaped) {
   Group group;
   group.Use();
   group.Drop(1);

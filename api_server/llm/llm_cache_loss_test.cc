@@ -24,7 +24,7 @@ class CacheLossTest : public LlmTest {
   }
 };
 
-// A7: every rank lets go of the lost pool, then a new one is created and everything is computed
+// Every rank lets go of the lost pool, then a new one is created and everything is computed
 // again; what was streamed before stands.
 TEST_F(CacheLossTest, StreamsGoOnWithTheRightTextWhenTheCacheManagerDies) {
   for (const uint32_t world_size : {1u, 2u}) {
@@ -54,10 +54,10 @@ TEST_F(CacheLossTest, StreamsGoOnWithTheRightTextWhenTheCacheManagerDies) {
   EXPECT_EQ(fatal_, "");
 }
 
-// A7: the lost pool's memory lives as long as any rank maps it. Its plans in flight end, every rank
+// The lost pool's memory lives as long as any rank maps it. Its plans in flight end, every rank
 // is told to let go, and only when the last one has done so is there another pool; then each plan
 // is of that one (a worker faults on a plan of another pool, and on a pool before it has let go).
-TEST_F(CacheLossTest, A7NoPoolIsCreatedWhileARankMapsTheLostOne) {
+TEST_F(CacheLossTest, NoPoolIsCreatedWhileARankMapsTheLostOne) {
   options_.world_size = 2;
   Create();
   AddWorker(SlowWorker(0));
@@ -106,7 +106,7 @@ TEST_F(CacheLossTest, DecodingGoesOnWhileThereIsNoCacheManager) {
   EXPECT_EQ(updates.choice(0).text, Letters(70, 120));
 }
 
-// A10: the session comes back within its grace, with everything that was held.
+// The session comes back within its grace, with everything that was held.
 TEST_F(CacheLossTest, ASessionThatComesBackInTimeKeepsThePool) {
   StartServing(SlowWorker());
   Updates updates;

@@ -6,7 +6,7 @@
 #include <chrono>
 #include <thread>
 
-#include "api_server/llm/llm_test_util.h"
+#include "api_server/llm/llm_recovery_test_util.h"
 
 namespace wintserve {
 namespace {
@@ -15,53 +15,6 @@ using std::chrono::milliseconds;
 using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::Pair;
-
-class RecoveryTest : public LlmTest {
- protected:
-  ~RecoveryTest() override {
-    if (llm_ != nullptr) {
-      EXPECT_TRUE(cache_.WaitUntilAllAvailable());
-      llm_.reset();  // before the streams that it tells
-    }
-    EXPECT_THAT(cache_.refusals(), testing::IsEmpty());
-    EXPECT_TRUE(cache_.CheckInvariants().ok()) << cache_.CheckInvariants();
-    EXPECT_EQ(fatal_, expected_fatal_);
-  }
-  FakeWorkerOptions SlowWorker(uint32_t rank = 0) {
-    FakeWorkerOptions worker = WorkerOptions(rank);
-    worker.step_delay = milliseconds(1);
-    return worker;
-  }
-  // Of two ranks.
-  void StartTwo() { StartTwo(SlowWorker(0), SlowWorker(1)); }
-  void StartTwo(FakeWorkerOptions first, FakeWorkerOptions second) {
-    options_.world_size = 2;
-    first.hello.world_size = second.hello.world_size = 2;
-    Create();
-    AddWorker(std::move(first));
-    AddWorker(std::move(second));
-    ASSERT_TRUE(WaitUntilReady()) << llm_->Readiness().reason;
-  }
-  // Six of them, for four slots.
-  void SubmitStreams() {
-    for (int i = 0; i < 6; ++i) {
-      streams_.push_back(std::make_unique<Updates>());
-      Submit(Request(std::string(70 + i, 'x'), 120), streams_[i].get());
-    }
-  }
-  void ExpectStreamsAsWithoutFaults() {
-    for (int i = 0; i < 6; ++i) {
-      ASSERT_TRUE(streams_[i]->WaitFinished()) << llm_->Readiness().reason;
-      EXPECT_TRUE(streams_[i]->last().error.ok()) << streams_[i]->last().error;
-      EXPECT_EQ(streams_[i]->choice(0).text, Letters(70 + i, 120));
-      EXPECT_EQ(streams_[i]->choice(0).num_tokens, 120);
-    }
-  }
-  bool IsRecovering() { return llm_->Readiness().is_recovering; }
-
-  std::vector<std::unique_ptr<Updates>> streams_;
-  std::string expected_fatal_;
-};
 
 TEST_F(RecoveryTest, StreamsGoOnFromTheirKvWhenARankIsKilled) {
   for (const size_t rank : {0u, 1u}) {
@@ -102,9 +55,9 @@ TEST_F(RecoveryTest, AtOneRankToo) {
             5);
 }
 
-// A9: what a crashed process wrote last may be wrong, so all is computed again, from what had been
+// What a crashed process wrote last may be wrong, so all is computed again, from what had been
 // committed before the last 256 steps.
-TEST_F(RecoveryTest, A9AfterACrashEverythingIsComputedAgain) {
+TEST_F(RecoveryTest, AfterACrashEverythingIsComputedAgain) {
   StartTwo();
   SubmitStreams();
   ASSERT_TRUE(streams_[0]->WaitForTokens(20));
@@ -117,8 +70,8 @@ TEST_F(RecoveryTest, A9AfterACrashEverythingIsComputedAgain) {
   EXPECT_EQ(cache_.num_pools(), 1u);
 }
 
-// A12: the plan hash cannot see a device that went wrong, the digest of the sampled ids does.
-TEST_F(RecoveryTest, A12RanksThatWentOnWithDifferentTokensStartOver) {
+// The plan hash cannot see a device that went wrong, the digest of the sampled ids does.
+TEST_F(RecoveryTest, RanksThatWentOnWithDifferentTokensStartOver) {
   FakeWorkerOptions astray = SlowWorker(1);
   auto spoilt = std::make_shared<std::atomic<int>>(0);
   astray.spoil = [spoilt](StepDone* done) {
@@ -160,7 +113,7 @@ TEST_F(RecoveryTest, AReportedFaultIsRecoveredFrom) {
 }
 
 // The fence: plans of the new group must not meet a write of the old one.
-TEST_F(RecoveryTest, A1NothingIsPlannedBeforeEveryRankHasLeftTheOldGroup) {
+TEST_F(RecoveryTest, NothingIsPlannedBeforeEveryRankHasLeftTheOldGroup) {
   auto may_leave = std::make_shared<std::atomic<bool>>(false);
   auto is_told = std::make_shared<std::atomic<bool>>(false);
   FakeWorkerOptions slow = SlowWorker(0);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "api_server/work_queue/messages.h"
 #include "common/check.h"
 
 namespace wintserve {
@@ -66,12 +67,26 @@ absl::StatusOr<std::optional<FinishedStep>> StepTracker::TakeFinished(int64_t no
   for (uint32_t rank = 0; rank < step.done.size(); ++rank) {
     const StepDone& done = *step.done[rank];
     finished.execute_us = std::max(finished.execute_us, done.execute_us);
-    if (digest != 0 && done.sampled_digest != 0 && done.sampled_digest != digest) {
+    if (done.sampled_digest == 0) {
+      return absl::InternalError(
+          fmt::format("engine worker {} does not say which tokens it went on with after step {}",
+                      rank, finished.step));
+    }
+    if (done.sampled_digest != digest) {
       return absl::InternalError(
           fmt::format("engine workers 0 and {} went on with different tokens after step {}: digest "
                       "{:016x} and {:016x}",
                       rank, finished.step, digest, done.sampled_digest));
     }
+  }
+  std::vector<int32_t> told;
+  told.reserve(finished.sampled.size());
+  for (const SampledToken& sampled : finished.sampled) told.push_back(sampled.token);
+  if (const uint64_t digest_of_told = SampledDigest(told); digest_of_told != digest) {
+    return absl::InternalError(
+        fmt::format("engine worker 0 tells other tokens of step {} than it went on with: digest "
+                    "{:016x} and {:016x}",
+                    finished.step, digest_of_told, digest));
   }
   in_flight_.pop_front();
   ++num_finished_;

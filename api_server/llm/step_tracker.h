@@ -49,7 +49,8 @@ class StepTracker {
   absl::Status Take(uint32_t rank, StepDone done);
 
   // The oldest step in flight, once every rank has done it. INTERNAL: the ranks went on with
-  // different tokens.
+  // different tokens, rank 0 with others than it tells, or one does not say with which; one line
+  // that names the rank.
   absl::StatusOr<std::optional<FinishedStep>> TakeFinished(int64_t now_us);
 
   bool idle() const { return in_flight_.empty(); }

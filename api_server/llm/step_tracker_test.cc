@@ -3,6 +3,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <string>
+#include <vector>
+
+#include "api_server/work_queue/messages.h"
+
 namespace wintserve {
 namespace {
 
@@ -16,8 +21,14 @@ StepPlan Plan(uint64_t step, const std::vector<uint32_t>& row_lengths = {1}) {
   return plan;
 }
 
-StepDone Done(uint64_t step, uint64_t hash, uint32_t execute_us = 0) {
-  return {.group_epoch = kEpoch, .step = step, .plan_hash = hash, .execute_us = execute_us};
+// Of a step that has sampled `ids`.
+StepDone Done(uint64_t step, uint64_t hash, uint32_t execute_us = 0,
+              const std::vector<int32_t>& ids = {}) {
+  return {.group_epoch = kEpoch,
+          .step = step,
+          .plan_hash = hash,
+          .execute_us = execute_us,
+          .sampled_digest = SampledDigest(ids)};
 }
 
 TEST(StepTracker, AStepIsFinishedOnceEveryRankHasDoneItAndTheStepsBefore) {
@@ -59,10 +70,10 @@ TEST(StepTracker, CountsAsRunningTheTimeAfterTheStepBefore) {
 TEST(StepTracker, TheSlowestRankSaysHowLongAStepTook) {
   StepTracker tracker(2, kEpoch);
   tracker.Add(Plan(1), 11, 0);
-  StepDone done = Done(1, 11, 40);
+  StepDone done = Done(1, 11, 40, {77});
   done.sampled = {{3, 77}};
   ASSERT_TRUE(tracker.Take(0, done).ok());
-  ASSERT_TRUE(tracker.Take(1, Done(1, 11, 90)).ok());
+  ASSERT_TRUE(tracker.Take(1, Done(1, 11, 90, {77})).ok());
   const FinishedStep step = **tracker.TakeFinished(100);
   EXPECT_EQ(step.execute_us, 90u);
   ASSERT_EQ(step.sampled.size(), 1u);
@@ -131,17 +142,32 @@ TEST(StepTracker, NamesTheRankThatRanAnotherPlan) {
             "000000000000000b");
 }
 
-TEST(StepTracker, NamesTheRankThatWentOnWithOtherTokens) {
+// What TakeFinished says of a step of two ranks, of which rank 0 tells the token 77.
+std::string Verdict(uint64_t digest_of_0, uint64_t digest_of_1) {
   StepTracker tracker(2, kEpoch);
   tracker.Add(Plan(1), 11, 0);
   StepDone first = Done(1, 11);
-  first.sampled_digest = 1;
+  first.sampled = {{3, 77}};
+  first.sampled_digest = digest_of_0;
   StepDone second = Done(1, 11);
-  second.sampled_digest = 2;
-  ASSERT_TRUE(tracker.Take(0, first).ok());
-  ASSERT_TRUE(tracker.Take(1, second).ok());
-  EXPECT_THAT(std::string(tracker.TakeFinished(1).status().message()),
+  second.sampled_digest = digest_of_1;
+  EXPECT_TRUE(tracker.Take(0, first).ok());
+  EXPECT_TRUE(tracker.Take(1, second).ok());
+  return std::string(tracker.TakeFinished(1).status().message());
+}
+
+TEST(StepTracker, NamesTheRankThatWentOnWithOtherTokens) {
+  const std::vector<int32_t> told = {77};
+  const uint64_t digest = SampledDigest(told);
+  EXPECT_EQ(Verdict(digest, digest), "");
+  EXPECT_THAT(Verdict(digest, digest + 1),
               HasSubstr("engine workers 0 and 1 went on with different tokens after step 1"));
+  EXPECT_EQ(Verdict(digest, 0),
+            "engine worker 1 does not say which tokens it went on with after step 1");
+  EXPECT_EQ(Verdict(0, 0),
+            "engine worker 0 does not say which tokens it went on with after step 1");
+  EXPECT_THAT(Verdict(digest + 1, digest + 1),
+              HasSubstr("engine worker 0 tells other tokens of step 1 than it went on with"));
 }
 
 }  // namespace

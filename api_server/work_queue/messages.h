@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <variant>
 #include <vector>
@@ -10,6 +11,9 @@
 #include "api_server/scheduler/plan.h"
 
 namespace wintserve {
+
+// XXH3-64 of the ids that one step sampled, in row order. Never 0, which stands for "not computed".
+uint64_t SampledDigest(std::span<const int32_t> ids);
 
 struct WorkerHello {
   uint64_t worker_id = 0;

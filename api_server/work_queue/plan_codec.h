@@ -3,12 +3,12 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
 #include <string>
 #include <string_view>
 
 #include "absl/status/statusor.h"
 #include "api_server/scheduler/plan.h"
+#include "api_server/work_queue/messages.h"  // SampledDigest
 
 namespace wintserve {
 
@@ -21,8 +21,5 @@ absl::StatusOr<StepPlan> DecodePlan(std::string_view plan_bytes);
 
 // XXH3-64 of the plan's bytes: the next plan carries it, every StepDone echoes it.
 uint64_t PlanHash(std::string_view plan_bytes);
-
-// XXH3-64 of the ids that one step sampled, in row order. Never 0, which stands for "not computed".
-uint64_t SampledDigest(std::span<const int32_t> ids);
 
 }  // namespace wintserve

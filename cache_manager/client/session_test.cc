@@ -296,6 +296,28 @@ TEST_F(Session, PoolThatDoesNotFitIsRefusedAfterTwoSeconds) {
   EXPECT_TRUE(recorder.Opened().ok());
 }
 
+// The cache manager was killed, and a worker with it: when the next one makes its pool, the kernel
+// is still tearing down the dead worker's mapping of the lost pool. That is no end of the instance.
+TEST_F(Session, PoolThatFitsOnceADeadWorkersMappingIsGoneIsOpened) {
+  server_.reset();
+  int num_tries = 0;
+  const auto make_memory =
+      [&](const PoolSize& size,
+          int64_t available_bytes) -> absl::StatusOr<std::unique_ptr<PoolMemory>> {
+    if (++num_tries <= 5) return absl::ResourceExhaustedError("out of memory");
+    return HostPoolMemory::Create(size, available_bytes);
+  };
+  owner_ = std::make_unique<PoolOwner>(memory_server_.get(), "", make_memory);
+  StartServer();
+  Recorder recorder;
+  const auto client = Connect(&recorder);
+  client->OpenPool(SmallPool());
+  const auto opened = recorder.Opened();
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  EXPECT_EQ(opened->num_blocks, 4u);
+  EXPECT_EQ(num_tries, 6);
+}
+
 TEST_F(Session, RefusesASeqOutOfOrder) {
   const auto stub =
       proto::Cache::NewStub(grpc::CreateChannel(target(), grpc::InsecureChannelCredentials()));

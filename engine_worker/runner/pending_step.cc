@@ -49,7 +49,8 @@ absl::StatusOr<StepDone> PendingStep::Wait() {
   const std::span<const int32_t> ids(work_.layout.ids(work_.results->data()), work_.sampled.size());
   StepDone done = std::move(work_.done);
   done.execute_us = static_cast<uint32_t>(work_.end->MicrosecondsSince(*work_.begin));
-  done.sampled_digest = XXH3_64bits(ids.data(), ids.size_bytes());
+  const uint64_t digest = XXH3_64bits(ids.data(), ids.size_bytes());
+  done.sampled_digest = digest != 0 ? digest : 1;  // 0 would be a digest that is missing
   if (work_.reports_ids) done.sampled.reserve(ids.size());
   for (size_t i = 0; i < ids.size(); ++i) {
     RETURN_IF_ERROR(CheckId(work_.sampled[i], ids[i]));

@@ -467,6 +467,68 @@ INSTANTIATE_TEST_SUITE_P(StepRunner, RanksTest, testing::Bool(), [](const auto& 
   return info.param ? "WithGraphs" : "WithoutGraphs";
 });
 
+// What arrives here of a broadcast of `damaged_ids` ids is not what rank 0 sent, from the fifth on.
+class DamagedCollective : public Collective {
+ public:
+  DamagedCollective(std::unique_ptr<Collective> whole, int64_t damaged_ids)
+      : whole_(std::move(whole)), damaged_ids_(damaged_ids) {}
+  int rank() const override { return whole_->rank(); }
+  int world_size() const override { return whole_->world_size(); }
+  absl::Status AllReduceSum(float* data, int64_t count) override {
+    return whole_->AllReduceSum(data, count);
+  }
+  absl::Status AllGather(const float* in, int64_t count, float* out) override {
+    return whole_->AllGather(in, count, out);
+  }
+  absl::Status Broadcast(void* data, int64_t size_bytes) override {
+    const absl::Status status = whole_->Broadcast(data, size_bytes);
+    const bool is_damaged = size_bytes == damaged_ids_ * static_cast<int64_t>(sizeof(int32_t)) &&
+                            ++num_broadcasts_ >= 5;
+    if (is_damaged) static_cast<int32_t*>(data)[damaged_ids_ - 1] ^= 1;
+    return status;
+  }
+
+ private:
+  const std::unique_ptr<Collective> whole_;
+  const int64_t damaged_ids_;
+  int num_broadcasts_ = 0;
+};
+
+// Both have run the same plan, so its hash tells nothing.
+TEST(StepRunner, ARankThatWentOnWithOtherIdsThanRank0SaysSo) {
+  constexpr int64_t kSlotBytes = 4096;
+  const std::vector<Request> requests = ThreeRequests();
+  auto memory = MappedMemory::Create("step_runner_test", ShmGroupMemoryBytes(2, kSlotBytes));
+  ASSERT_TRUE(memory.ok());
+  const auto shared = std::make_shared<MappedMemory>(*std::move(memory));
+  std::vector<std::vector<StepDone>> done(2);
+  const auto run = [&](int index) {
+    auto whole = ShmCollective::Create(shared, {.group_epoch = kConfig.group_epoch,
+                                                .rank = index,
+                                                .world_size = 2,
+                                                .slot_bytes = kSlotBytes});
+    CHECK(whole.ok());
+    std::unique_ptr<Collective> collective = *std::move(whole);
+    if (index == 1) collective = std::make_unique<DamagedCollective>(std::move(collective), 2);
+    Rank rank(std::move(collective));
+    StepPlan plan = {.slot_init = {InitOf(0, requests[0], requests[0].blocks),
+                                   InitOf(1, requests[1], requests[1].blocks)},
+                     .rows = {PrefillRow(0, 0, requests[0].prompt, true),
+                              PrefillRow(1, 0, requests[1].prompt, true)}};
+    for (uint32_t i = 0; i < 5; ++i) {
+      done[index].push_back(rank.MustApply(plan));
+      plan = {.rows = {DecodeRow(0, 70 + i), DecodeRow(1, 128 + i)}};
+    }
+  };
+  std::thread second(run, 1);
+  run(0);
+  second.join();
+  for (size_t i = 0; i < 5; ++i) {
+    EXPECT_EQ(done[0][i].plan_hash, done[1][i].plan_hash);
+    EXPECT_EQ(done[0][i].sampled_digest == done[1][i].sampled_digest, i < 4) << "step " << i + 1;
+  }
+}
+
 TEST(StepRunner, LogitsThatAreNotFiniteNameSlotAndPosition) {
   Rank rank;
   rank.model().BreakLogits();

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <map>
 #include <thread>
@@ -162,9 +163,10 @@ class WorkerGroupTest : public testing::Test {
   }
 
   StepDone Run(const StepPlan& plan) {
-    const size_t num_done = workers_[0]->queue().num_steps() + 1;
+    FakeWorkQueue* const queue = Queues()[0];
+    const size_t num_done = queue->num_steps() + 1;
     Push(Number(plan));
-    return workers_[0]->queue().WaitForSteps(num_done).back();
+    return queue->WaitForSteps(num_done).back();
   }
 
   // The token that rank 0 samples.
@@ -216,11 +218,16 @@ class WorkerGroupTest : public testing::Test {
 
   std::vector<FakeWorkQueue*> Queues() {
     std::vector<FakeWorkQueue*> queues;
-    for (const auto& worker : workers_) queues.push_back(&worker->queue());
+    for (size_t rank = 0; rank < workers_.size(); ++rank) {
+      FakeWorkQueue* const next = next_[rank];
+      queues.push_back(next != nullptr ? next : &workers_[rank]->queue());
+    }
     return queues;
   }
 
   Lender lender_;
+  // Of a rank that has attached to the next API server; the worker owns it.
+  std::array<std::atomic<FakeWorkQueue*>, 2> next_ = {};
   std::vector<std::unique_ptr<TestWorker>> workers_;
   uint64_t group_epoch_ = 0;
   uint64_t step_ = 0;
@@ -373,6 +380,36 @@ TEST_F(WorkerGroupTest, HeartbeatsGoOnWhileALostGroupWaitsForItsAbort) {
   survivor.WaitForBeats(survivor.WaitForBeats(1).size() + 3);
   survivor.Push(AbortGroup{3, "rank 1 is gone"});
   survivor.WaitForAborted(1);
+}
+
+// An API server dies between sending a plan to rank 0 and sending it to rank 1. Rank 0 is inside
+// the plan's first all-reduce by then, and the first all-reduce that rank 1 comes to is another
+// one's.
+TEST_F(WorkerGroupTest, APlanThatHasReachedOneRankOnlyEndsWithItsApiServer) {
+  workers_.clear();
+  for (int rank = 0; rank < 2; ++rank) {
+    workers_.push_back(std::make_unique<TestWorker>(&lender_, rank, [this, rank](auto...) {
+      auto queue = std::make_unique<FakeWorkQueue>();
+      next_[rank] = queue.get();
+      return absl::StatusOr<std::unique_ptr<WorkQueueClient>>(std::move(queue));
+    }));
+  }
+  Begin(3);
+  const std::vector<int32_t> expected = Generate();
+  EXPECT_EQ(GenerateOver([&] {
+              FakeWorkQueue& first = workers_[0]->queue();
+              first.Push(Number({.rows = {{0, 4, 1, true, {}}}}));
+              first.WaitForBeats(first.WaitForBeats(1).size() + 1);
+              for (const auto& worker : workers_) worker->queue().EndStream();
+              for (int i = 0; i < 1000 && (next_[0] == nullptr || next_[1] == nullptr); ++i) {
+                std::this_thread::sleep_for(milliseconds(10));
+              }
+              ASSERT_TRUE(next_[0] != nullptr && next_[1] != nullptr) << "a rank still waits";
+              Begin(5);
+            }),
+            expected);
+  EXPECT_EQ(lender_.num_fetches(), 2);  // the pool stayed mapped
+  ExpectNoFault();
 }
 
 TEST(LostGroup, EndsTheWorkerWhenNobodyAbortsIt) {
