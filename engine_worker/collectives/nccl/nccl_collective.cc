@@ -9,7 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
-#include <shared_mutex>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -18,6 +18,8 @@
 #include "common/check.h"
 #include "common/log.h"
 #include "common/status_macros.h"
+#include "engine_worker/collectives/nccl/nccl_communicator.h"
+#include "engine_worker/collectives/peer_processes.h"
 #include "kernels/cuda/collective/peer_memory.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/handles.h"
@@ -48,11 +50,14 @@ constexpr int64_t kNcclMemoryBytes = int64_t{1} << 30;
 // A peer that leaves right after its last operation does not spoil those that this device is about
 // to finish.
 constexpr milliseconds kFinishPatience(100);
-// For a thread that is inside one of NCCL's calls; if it is stuck there, the abort frees it.
-constexpr milliseconds kCallPatience(200);
 // NCCL's abort waits for graphs that captured it.
 constexpr milliseconds kEndPatience(5'000);
 constexpr int64_t kLeavePatienceMs = 1'000;
+// In a group that has not come about nobody has written to the others.
+constexpr int64_t kUnusedLeavePatienceMs = 100;
+// What NCCL and the driver say of a peer that dies depends on the moment. The sockets close before
+// the process has ended, between them its device memory goes.
+constexpr int64_t kBlamePatienceMs = 1'000;
 
 absl::Status Aborted() {
   return absl::UnavailableError("the rank group was aborted, or a rank has left it");
@@ -63,6 +68,7 @@ struct Introduction {
   int32_t is_well = 1;  // else no group comes about
   int32_t lends_memory = 0;
   PeerHandle memory;
+  ProcessPlace process;
   ncclUniqueId id = {};  // of rank 0
 };
 
@@ -88,10 +94,9 @@ absl::StatusOr<bool> AllAgree(ShmCollective* control, bool yes) {
   return std::find(all.begin(), all.end(), 0) == all.end();
 }
 
-absl::Status NcclStatus(const NcclLibrary& nccl, ncclResult_t result, ncclComm_t comm,
-                        const char* what) {
+absl::Status NcclStatus(const NcclLibrary& nccl, ncclResult_t result, const char* what) {
   if (result == ncclSuccess) return absl::OkStatus();
-  const char* const detail = nccl.GetLastError(comm);
+  const char* const detail = nccl.GetLastError(nullptr);  // of any communicator
   const std::string text =
       fmt::format("{}: NCCL: {}{}{}", what, nccl.GetErrorString(result),
                   detail == nullptr || *detail == 0 ? "" : ": ", detail == nullptr ? "" : detail);
@@ -121,40 +126,49 @@ int64_t NcclGroupMemoryBytes(int world_size) {
 }
 
 struct NcclCollective::State {
-  const NcclLibrary* nccl = nullptr;
-  std::unique_ptr<ShmCollective> control;
+  State(const NcclLibrary* library, std::unique_ptr<ShmCollective> control_in)
+      : nccl(library), control(std::move(control_in)), communicator(library) {}
+
+  const NcclLibrary* const nccl;
+  const std::unique_ptr<ShmCollective> control;
   cudaStream_t stream = nullptr;
   int device = 0;
   int64_t max_peer_bytes = 0;
-  std::unique_ptr<PeerMemory> peers;  // null: all through NCCL
-
-  // Shared by whoever calls NCCL, alone for the end of the communicator.
-  std::shared_timed_mutex calls;
-  ncclComm_t comm = nullptr;  // null once it has ended
+  PeerProcesses processes;
+  std::unique_ptr<PeerMemory> peers;  // null: all through NCCL. Written under mutex
+  bool is_complete = false;           // every rank has joined: operations may begin
+  NcclCommunicator communicator;
 
   std::atomic<bool> is_cut_short = false;  // from before the device is made to leave anything
 
   std::mutex mutex;
   std::condition_variable changed;
-  bool has_ended = false;  // under mutex
+  // Under mutex.
+  bool has_ended = false;
+  std::optional<steady_clock::time_point> abort_time;
+  std::optional<steady_clock::time_point> cut_time;  // of what had not finished by itself
+  std::optional<steady_clock::time_point> end_time;
 
   // Whether one exchange through the peers' memory takes it.
   bool FitsPeers(int64_t size_bytes) const {
     return peers != nullptr && size_bytes <= std::min(max_peer_bytes, kPeerSlotBytes);
   }
   // Brings up peers, if every rank can.
-  absl::Status Meet();
+  absl::Status Meet(const std::function<void()>& before_init);
   absl::Status OpenPeers(std::unique_ptr<PeerMemory> own, const std::vector<Introduction>& ranks);
   void EndOnAbort();
   bool WaitForEnd(milliseconds timeout);
+  // Of what an operation failed with: UNAVAILABLE if a peer is to blame.
+  absl::Status Blame(const absl::Status& failure) const;
+  void LogEnd(steady_clock::time_point begin, steady_clock::time_point drained);
 };
 
-absl::Status NcclCollective::State::Meet() {
+absl::Status NcclCollective::State::Meet(const std::function<void()>& before_init) {
   const int rank = control->rank();
   Introduction own;
   absl::Status failure;
   if (rank == 0) {
-    failure = NcclStatus(*nccl, nccl->GetUniqueId(&own.id), nullptr, "making a group");
+    failure = NcclStatus(*nccl, nccl->GetUniqueId(&own.id), "making a group");
   }
   std::unique_ptr<PeerMemory> memory;
   if (failure.ok() && max_peer_bytes > 0) {
@@ -171,18 +185,23 @@ absl::Status NcclCollective::State::Meet() {
     }
   }
   own.is_well = failure.ok() ? 1 : 0;
+  own.process = OwnProcessPlace();
   ASSIGN_OR_RETURN(const std::vector<Introduction> ranks, Exchange(control.get(), own));
   RETURN_IF_ERROR(failure);
+  std::vector<ProcessPlace> places;
+  for (const Introduction& introduction : ranks) places.push_back(introduction.process);
+  processes.Watch(places);
   for (size_t r = 0; r < ranks.size(); ++r) {
     if (ranks[r].is_well == 1) continue;
     return absl::UnavailableError(fmt::format("rank {} could not join the group", r));
   }
   RETURN_IF_ERROR(OpenPeers(std::move(memory), ranks));
-  ncclComm_t made = nullptr;
-  const ncclResult_t result = nccl->CommInitRank(&made, control->world_size(), ranks[0].id, rank);
-  const absl::Status status = NcclStatus(*nccl, result, nullptr, "joining the group");
+  if (before_init) before_init();
+  const std::optional<ncclResult_t> result =
+      communicator.Init(control->world_size(), ranks[0].id, rank);
+  if (!result.has_value() || control->is_aborted()) return Aborted();
+  const absl::Status status = NcclStatus(*nccl, *result, "joining the group");
   ASSIGN_OR_RETURN(const bool all_joined, AllAgree(control.get(), status.ok()));
-  comm = made;
   RETURN_IF_ERROR(status);
   return all_joined ? absl::OkStatus()
                     : absl::UnavailableError("another rank could not join the group");
@@ -204,7 +223,11 @@ absl::Status NcclCollective::State::OpenPeers(std::unique_ptr<PeerMemory> own,
     is_open = opened.ok();
   }
   ASSIGN_OR_RETURN(const bool all_open, AllAgree(control.get(), is_open));
-  if (all_open) peers = std::move(own);
+  if (all_open) {
+    std::lock_guard<std::mutex> lock(mutex);
+    peers = std::move(own);
+    if (is_cut_short.load()) peers->Abort();
+  }
   if (!all_open && max_peer_bytes > 0 && control->rank() == 0) {
     LOG_WARNING(
         "the GPUs do not all reach each other's memory: all-reduces go through NCCL alone{}",
@@ -217,18 +240,22 @@ void NcclCollective::State::EndOnAbort() {
   cudaSetDevice(device);
   while (!control->WaitForAbort(/*timeout_ms=*/3'600'000)) {
   }
-  const auto deadline = steady_clock::now() + kFinishPatience;
-  while (cudaStreamQuery(stream) == cudaErrorNotReady && steady_clock::now() < deadline) {
+  const auto aborted = steady_clock::now();
+  while (cudaStreamQuery(stream) == cudaErrorNotReady &&
+         steady_clock::now() < aborted + kFinishPatience) {
     std::this_thread::sleep_for(milliseconds(1));
   }
-  is_cut_short.store(true);
-  if (peers != nullptr) peers->Abort();
+  const auto cut = steady_clock::now();
   {
-    std::unique_lock<std::shared_timed_mutex> lock(calls, std::defer_lock);
-    if (!lock.try_lock_for(kCallPatience)) LOG_WARNING("ending a group in a call of NCCL");
-    if (comm != nullptr) nccl->CommAbort(std::exchange(comm, nullptr));
+    std::lock_guard<std::mutex> lock(mutex);
+    is_cut_short.store(true);
+    if (peers != nullptr) peers->Abort();
   }
+  communicator.End();
   std::lock_guard<std::mutex> lock(mutex);
+  abort_time = aborted;
+  cut_time = cut;
+  end_time = steady_clock::now();
   has_ended = true;
   changed.notify_all();
 }
@@ -238,26 +265,52 @@ bool NcclCollective::State::WaitForEnd(milliseconds timeout) {
   return changed.wait_for(lock, timeout, [this] { return has_ended; });
 }
 
+absl::Status NcclCollective::State::Blame(const absl::Status& failure) const {
+  if (failure.ok() || absl::IsUnavailable(failure)) return failure;
+  if (!processes.AnyIsGone(kBlamePatienceMs)) return failure;
+  return absl::UnavailableError(
+      fmt::format("another rank is gone: {}", std::string(failure.message())));
+}
+
+void NcclCollective::State::LogEnd(steady_clock::time_point begin,
+                                   steady_clock::time_point drained) {
+  const auto ms = [](steady_clock::duration time) {
+    return std::chrono::duration<double, std::milli>(time).count();
+  };
+  const auto left = steady_clock::now();
+  std::lock_guard<std::mutex> lock(mutex);
+  LOG_DEBUG(
+      "rank group ended {:.0f} ms after its abort: {:.0f} ms for operations to finish, then {:.0f} "
+      "ms in NCCL; left within {:.0f} ms: {:.0f} ms until the device was done, then {:.0f} ms "
+      "until the others had let go",
+      ms(*end_time - *abort_time), ms(*cut_time - *abort_time), ms(*end_time - *cut_time),
+      ms(left - begin), ms(drained - begin), ms(left - drained));
+}
+
 absl::StatusOr<std::unique_ptr<NcclCollective>> NcclCollective::Create(
     std::unique_ptr<ShmCollective> control, const NcclGroup& group) {
   CHECK(control->world_size() <= kMaxPeerRanks, "world_size={}", control->world_size());
-  auto state = std::make_shared<State>();
-  state->control = std::move(control);
-  ASSIGN_OR_RETURN(state->nccl, LoadNccl());
+  ASSIGN_OR_RETURN(const NcclLibrary* const nccl, LoadNccl());
+  auto state = std::make_shared<State>(nccl, std::move(control));
   state->stream = group.stream;
   state->max_peer_bytes = MaxPeerBytes(group, state->control->world_size());
   RETURN_IF_ERROR(ToStatus(cudaGetDevice(&state->device), "joining a group"));
-  const absl::Status met = state->Meet();
   std::unique_ptr<NcclCollective> collective(new NcclCollective(std::move(state)));
-  RETURN_IF_ERROR(met);
-  RETURN_IF_ERROR(collective->WarmUp());
+  RETURN_IF_ERROR(collective->Join(group.before_init));
   return collective;
+}
+
+absl::Status NcclCollective::Join(const std::function<void()>& before_init) {
+  RETURN_IF_ERROR(state_->Meet(before_init));
+  state_->is_complete = true;
+  return WarmUp();
 }
 
 NcclCollective::NcclCollective(std::shared_ptr<State> state)
     : state_(std::move(state)), watcher_([state = state_] { state->EndOnAbort(); }) {}
 
 NcclCollective::~NcclCollective() {
+  const auto begin = steady_clock::now();
   Abort();
   if (!state_->WaitForEnd(kEndPatience)) {
     LOG_WARNING("a rank group that a graph holds is left to the end of the process");
@@ -268,7 +321,13 @@ NcclCollective::~NcclCollective() {
   // Nothing waits any more, but what was launched may still write to the others.
   const absl::Status drained = ToStatus(cudaStreamSynchronize(state_->stream), "leaving a group");
   if (!drained.ok()) LOG_WARNING("{}", std::string(drained.message()));
-  if (state_->peers != nullptr) state_->control->Leave(kLeavePatienceMs);
+  const auto drain_time = steady_clock::now();
+  if (state_->peers != nullptr) {
+    const PeerProcesses& processes = state_->processes;
+    state_->control->Leave(state_->is_complete ? kLeavePatienceMs : kUnusedLeavePatienceMs,
+                           [&](int rank) { return processes.IsGone(rank); });
+  }
+  state_->LogEnd(begin, drain_time);
 }
 
 // NCCL connects at the first operation of each kind. By then nobody should have to wait for it, and
@@ -305,19 +364,16 @@ void NcclCollective::Abort() { state_->control->Abort(); }
 
 template <typename Call>
 absl::Status NcclCollective::CallNccl(const char* what, const Call& call) {
-  // Not to be waited for: the abort that holds it may itself wait for this thread to destroy
-  // graphs.
-  std::shared_lock<std::shared_timed_mutex> lock(state_->calls, std::try_to_lock);
-  if (!lock.owns_lock()) Abort();
-  if (!lock.owns_lock() || state_->comm == nullptr || state_->control->is_aborted()) {
+  if (state_->control->is_aborted()) return Aborted();
+  const std::optional<ncclResult_t> result = state_->communicator.Call(call);
+  if (result == ncclSuccess) return absl::OkStatus();
+  if (!result.has_value() || state_->control->is_aborted()) {
+    Abort();
     return Aborted();
   }
-  const ncclResult_t result = call(state_->comm);
-  if (result == ncclSuccess) return absl::OkStatus();
-  if (state_->control->is_aborted()) return Aborted();
-  const absl::Status status = NcclStatus(*state_->nccl, result, state_->comm, what);
+  const absl::Status status = NcclStatus(*state_->nccl, *result, what);
   Abort();
-  return status;
+  return state_->Blame(status);
 }
 
 absl::Status NcclCollective::AllReduceSum(float* data, int64_t count) {
@@ -379,15 +435,16 @@ absl::Status NcclCollective::Broadcast(void* data, int64_t size_bytes) {
 
 absl::Status NcclCollective::DeviceStatus() {
   if (state_->is_cut_short.load()) return Aborted();
-  // As in CallNccl: whoever destroys the graphs may be waiting for this step.
-  std::shared_lock<std::shared_timed_mutex> lock(state_->calls, std::try_to_lock);
-  if (!lock.owns_lock()) Abort();
-  if (!lock.owns_lock() || state_->comm == nullptr) return Aborted();
   ncclResult_t error = ncclSuccess;
-  const ncclResult_t asked = state_->nccl->CommGetAsyncError(state_->comm, &error);
-  const ncclResult_t result = asked == ncclSuccess ? error : asked;
+  const std::optional<ncclResult_t> asked = state_->communicator.Call(
+      [&](ncclComm_t comm) { return state_->nccl->CommGetAsyncError(comm, &error); });
+  if (!asked.has_value()) {
+    Abort();
+    return Aborted();
+  }
+  const ncclResult_t result = *asked == ncclSuccess ? error : *asked;
   if (result == ncclSuccess) return absl::OkStatus();
-  const absl::Status status = NcclStatus(*state_->nccl, result, state_->comm, "the rank group");
+  const absl::Status status = NcclStatus(*state_->nccl, result, "the rank group");
   Abort();
   return status;
 }

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
@@ -35,6 +36,8 @@ struct NcclGroup {
   // as that is faster. 0: never.
   static constexpr int64_t kMeasured = -1;
   int64_t max_peer_bytes = kMeasured;
+  // Called when the ranks have met, before NCCL connects them. For tests.
+  std::function<void()> before_init = nullptr;
 };
 
 // Operations are put on the stream and return; what they report is what can be known then. They may
@@ -45,9 +48,10 @@ struct NcclGroup {
 // GPUs cannot reach each other's memory, more than two ranks add up in the order that NCCL chooses
 // for the size; a warning says so.
 //
-// How it ends: by an abort of the group, also when it is destroyed. A thread of each rank waits for
-// that; it ends what the device waits in. The thread that calls the operations may be waiting for
-// the device meanwhile, or destroying graphs: NCCL demands that both go on at the same time.
+// How it ends: by an abort of the group, also when it is destroyed, and also while it is still
+// being created. A thread of each rank waits for that; it ends what the device waits in, and NCCL.
+// The thread that calls the operations may be waiting for the device meanwhile, or for peers inside
+// NCCL, or destroying graphs: NCCL demands that both go on at the same time.
 //
 // Ownership: borrows the stream; the device of the creating thread.
 // Threading: as Collective.
@@ -55,10 +59,12 @@ class NcclCollective : public Collective {
  public:
   // Called by every rank at the same time; returns when all are there. `control` was used by nobody
   // yet. UNAVAILABLE: no NCCL, or a rank is gone; RESOURCE_EXHAUSTED: no device memory; INTERNAL:
-  // whatever else NCCL says. If one rank fails, all do.
+  // whatever else NCCL says. If one rank fails, all do. After an abort of `control`, UNAVAILABLE
+  // within a second.
   static absl::StatusOr<std::unique_ptr<NcclCollective>> Create(
       std::unique_ptr<ShmCollective> control, const NcclGroup& group);
-  // Waits, for at most a second, until the other ranks have let go of this one's memory.
+  // Waits, for at most a second, until the other ranks have let go of this one's memory: have left
+  // as well, or are seen to have ended.
   ~NcclCollective() override;
 
   int rank() const override;
@@ -76,6 +82,7 @@ class NcclCollective : public Collective {
   struct State;
 
   explicit NcclCollective(std::shared_ptr<State> state);
+  absl::Status Join(const std::function<void()>& before_init);
   absl::Status WarmUp();
   void SumThroughPeers(float* data, int64_t count);
   // Calls NCCL unless the group was aborted.

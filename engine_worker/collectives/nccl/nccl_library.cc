@@ -21,6 +21,8 @@ absl::StatusOr<NcclLibrary> Load() {
   RETURN_IF_ERROR(Find(file, "ncclCommInitRank", &nccl.CommInitRank));
   RETURN_IF_ERROR(Find(file, "ncclCommAbort", &nccl.CommAbort));
   RETURN_IF_ERROR(Find(file, "ncclCommGetAsyncError", &nccl.CommGetAsyncError));
+  RETURN_IF_ERROR(Find(file, "ncclGroupStart", &nccl.GroupStart));
+  RETURN_IF_ERROR(Find(file, "ncclGroupEnd", &nccl.GroupEnd));
   RETURN_IF_ERROR(Find(file, "ncclAllReduce", &nccl.AllReduce));
   RETURN_IF_ERROR(Find(file, "ncclAllGather", &nccl.AllGather));
   RETURN_IF_ERROR(Find(file, "ncclBroadcast", &nccl.Broadcast));

@@ -21,6 +21,8 @@ constexpr int64_t kHeaderBytes = 4096;
 
 // A rank that is killed between its arrival and its wake-up call would leave sleepers behind.
 constexpr int64_t kSleepUs = 1000;
+// How often Leave() asks for ranks that are gone, of whom no wake-up call comes.
+constexpr int64_t kGoneSliceMs = 5;
 // About 1 us: a peer on another core is often that close, and a sleep and wake-up cost 5 us and
 // more.
 constexpr int kSpins = 32;
@@ -72,7 +74,7 @@ enum class ShmCollective::Operation : uint64_t { kAllReduceSum = 1, kAllGather, 
 struct ShmCollective::Header {
   std::atomic<uint64_t> group_epoch;     // set by the first rank, compared by the others
   std::atomic<uint64_t> attached_ranks;  // bit set
-  std::atomic<uint32_t> num_left;        // futex: of Leave()
+  std::atomic<uint32_t> left_ranks;      // futex: bit set, of Leave()
   alignas(kCacheLineBytes) std::atomic<uint32_t> arrived;  // over all rounds; wraps around
   std::atomic<uint32_t> sleepers;  // saves the wake-up call when nobody sleeps
   alignas(kCacheLineBytes) std::atomic<uint32_t> progress;  // futex: 2 * rounds finished | kAborted
@@ -145,12 +147,24 @@ bool ShmCollective::WaitForAbort(int64_t timeout_ms) {
                    [](uint32_t progress) { return (progress & kAborted) != 0; });
 }
 
-bool ShmCollective::Leave(int64_t timeout_ms) {
-  std::atomic<uint32_t>& num_left = header()->num_left;
-  num_left.fetch_add(1);
-  FutexWakeAll(&num_left);
-  const auto all = static_cast<uint32_t>(group_.world_size);
-  return WaitUntil(&num_left, timeout_ms, [all](uint32_t left) { return left >= all; });
+bool ShmCollective::Leave(int64_t timeout_ms, const std::function<bool(int rank)>& is_gone) {
+  using std::chrono::steady_clock;
+  const auto deadline = steady_clock::now() + std::chrono::milliseconds(timeout_ms);
+  std::atomic<uint32_t>& left_ranks = header()->left_ranks;
+  left_ranks.fetch_or(uint32_t{1} << rank());
+  FutexWakeAll(&left_ranks);
+  const auto all_have = [&](uint32_t left) {
+    for (int peer = 0; peer < world_size(); ++peer) {
+      if ((left >> peer & 1) == 0 && !is_gone(peer)) return false;
+    }
+    return true;
+  };
+  while (true) {
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - steady_clock::now());
+    const bool is_last = left.count() <= kGoneSliceMs;
+    if (WaitUntil(&left_ranks, is_last ? left.count() : kGoneSliceMs, all_have)) return true;
+    if (is_last) return false;
+  }
 }
 
 ShmCollective::Header* ShmCollective::header() const {

@@ -54,8 +54,10 @@ class ShmCollective : public Collective {
   // Returns once the group is aborted, at the latest after timeout_ms; whether it is.
   bool WaitForAbort(int64_t timeout_ms);
   // This rank has let go of what the others lent it. Returns once all have, at the latest after
-  // timeout_ms; whether they have.
-  bool Leave(int64_t timeout_ms);
+  // timeout_ms; whether they have. `is_gone`: of another rank, that it never will because its
+  // process has ended; asked now and then.
+  bool Leave(
+      int64_t timeout_ms, const std::function<bool(int rank)>& is_gone = [](int) { return false; });
 
  private:
   struct Header;

@@ -7,6 +7,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <chrono>
 #include <functional>
 #include <thread>
 #include <vector>
@@ -279,6 +281,28 @@ TEST(ShmCollective, ARankThatLeftWaitsForTheOthersToLeave) {
   const auto second = Join(memory, 1, 2);
   EXPECT_FALSE(first->Leave(/*timeout_ms=*/1));
   EXPECT_TRUE(second->Leave(/*timeout_ms=*/0));
+}
+
+TEST(ShmCollective, ARankThatIsGoneIsNotWaitedFor) {
+  const auto memory = NewMemory(3);
+  const auto first = Join(memory, 0, 3);
+  const auto second = Join(memory, 1, 3);
+  std::atomic<bool> is_gone = false;
+  std::thread ending([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    EXPECT_FALSE(second->Leave(/*timeout_ms=*/0));
+    is_gone = true;
+  });
+  EXPECT_TRUE(first->Leave(/*timeout_ms=*/60'000, [&](int rank) { return rank == 2 && is_gone; }));
+  ending.join();
+}
+
+TEST(ShmCollective, ARankThatLeftAndIsGoneDoesNotStandForAnother) {
+  const auto memory = NewMemory(3);
+  const auto first = Join(memory, 0, 3);
+  const auto second = Join(memory, 1, 3);
+  EXPECT_FALSE(second->Leave(/*timeout_ms=*/0));
+  EXPECT_FALSE(first->Leave(/*timeout_ms=*/20, [](int rank) { return rank == 1; }));
 }
 
 TEST(SingleRankCollective, LeavesDataAsItIs) {
