@@ -5,7 +5,7 @@ BUILD := build/$(PRESET)
 
 .DEFAULT_GOAL := help
 .PHONY: help serve setup python-env build test test-long test-asan test-tsan test-gpu \
-        test-gpu-accuracy test-gpu-e2e test-gpu-transformers test-poet-bf16 cuda-check bundle format \
+        test-gpu-accuracy test-gpu-e2e test-gpu-faults test-gpu-transformers test-poet-bf16 cuda-check bundle format \
         format-check tidy bench bench-gpu bench-gpu-shapes bench-scheduling build-cuda clean \
         fuzz fuzz-smoke test-faults
 
@@ -59,6 +59,12 @@ test-gpu-e2e: build-cuda python-env  ## The end-to-end tests with the model on t
 	WINTSERVE_BIN=build/cuda/bin WINTSERVE_DEVICE=cuda PYTHONPATH=tests/e2e \
 	  build/venv/bin/python -m pytest -q -p no:cacheprovider tests/e2e
 
+test-gpu-faults: CUDA_TARGETS := programs device_fault nccl_fault
+test-gpu-faults: build-cuda python-env  ## Two GPUs: ranks that die or whose device fails; writes docs/FAULTS_GPU.md
+	WINTSERVE_BIN=build/cuda/bin WINTSERVE_DEVICE=cuda PYTHONPATH=tests/e2e PYTHONDONTWRITEBYTECODE=1 \
+	  build/venv/bin/python -m pytest -v -s -p no:cacheprovider -m gpu --fault-report build/cuda/faults.json $(FAULTS) \
+	  tests/faults; code=$$?; tests/faults/report build/cuda/faults.json > docs/FAULTS_GPU.md; exit $$code
+
 CUDA_TARGETS :=
 build-cuda: setup
 	@tests/gpu/run --find-gpu
@@ -101,7 +107,7 @@ test-tsan: python-env  ## Unit tests with the thread sanitizer
 FAULTS :=
 test-faults: build python-env  ## Real processes that die, hang or meet hostile peers; writes docs/FAULTS.md
 	WINTSERVE_BIN=$(BUILD)/bin PYTHONPATH=tests/e2e PYTHONDONTWRITEBYTECODE=1 build/venv/bin/python -m pytest -q \
-	  -p no:cacheprovider --fault-report $(BUILD)/faults.json $(FAULTS) tests/faults; code=$$?; \
+	  -p no:cacheprovider -m "not gpu" --fault-report $(BUILD)/faults.json $(FAULTS) tests/faults; code=$$?; \
 	  tests/faults/report $(BUILD)/faults.json > docs/FAULTS.md; exit $$code
 
 # What libFuzzer finds stays in build/fuzz; tests/fuzz/run says how to take it over.

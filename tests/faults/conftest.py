@@ -1,5 +1,6 @@
 """Options, servers and the record of results. `make test-faults` runs everything and writes docs/FAULTS.md."""
 import json
+import os
 import platform
 import subprocess
 import time
@@ -7,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import gpu_cases
 from proxy import SocketProxy
-from server import ROOT, Server, wait_for
+from server import DEVICE, ROOT, Server, wait_for
+
+instance = gpu_cases.instance  # a fixture
 
 
 def pytest_addoption(parser):
@@ -22,6 +26,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "fault(what, when, holds): a row of docs/FAULTS.md")
+    config.addinivalue_line("markers", "gpu: a case for two GPUs (WINTSERVE_DEVICE=cuda); with a CPU it only tries itself")
+    config.addinivalue_line("markers", "limit(seconds): of a case on a GPU")
     config.fault_results = {}
 
 
@@ -43,13 +49,24 @@ def pytest_runtest_makereport(item, call):
         row["result"] = "failed"
 
 
+def gpus():
+    """"2 x NVIDIA H200, driver 580.159.04"; empty when the tests run on the CPU."""
+    if DEVICE != "cuda":
+        return ""
+    query = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+                           capture_output=True, text=True).stdout.splitlines()
+    return f"{len(query)} x {query[0].replace(', ', ', driver ')}" if query else ""
+
+
 def machine():
     """What the numbers were measured on."""
     model = next((line.split(": ", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                   if line.startswith("model name")), platform.machine())
-    cores = len(__import__("os").sched_getaffinity(0))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    return {"machine": f"{cores} cores of {model}", "commit": commit.strip(), "date": time.strftime("%Y-%m-%d")}
+    cores = len(os.sched_getaffinity(0))
+    commit = os.environ.get("WINTSERVE_COMMIT") or subprocess.run(  # a bundle is no repository
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    return {"machine": gpus() or f"{cores} cores of {model}", "commit": commit.strip(),
+            "date": time.strftime("%Y-%m-%d"), "device": DEVICE}
 
 
 def pytest_sessionfinish(session):

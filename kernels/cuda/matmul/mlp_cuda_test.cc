@@ -327,5 +327,28 @@ INSTANTIATE_TEST_SUITE_P(
                     MoeCase{"A300BSlice", WeightFormat::kWint2, 9, 8, 8192, 64, false}),
     [](const auto& info) { return info.param.name; });
 
+// Small enough for compute-sanitizer's racecheck, as every_kernel_cuda_test.cc.
+using EveryMoeKernel = MoeTest;
+
+TEST_P(EveryMoeKernel, HasTheBitsOfTheChosenOne) {
+  for (const int64_t rows : {1, 9, 40}) {
+    const std::vector<float> expected = Run(OptionsFor({"portable", plan::PlanProduct}), 0, rows);
+    for (const NamedPlanner& planner : kForcedPlanners) {
+      if (!planner.IsOfThisGpu()) continue;
+      MatmulOptions options = OptionsFor(planner);
+      options.num_multiprocessors = 3;  // so that a block has several items
+      EXPECT_TRUE(Run(options, 0, rows) == expected) << planner.name << ", " << rows << " rows";
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Formats, EveryMoeKernel,
+    testing::Values(MoeCase{"Wint2WithShared", WeightFormat::kWint2, 5, 2, 256, 128, true},
+                    MoeCase{"Wint4", WeightFormat::kWint4, 5, 2, 256, 128, false},
+                    MoeCase{"Wint8", WeightFormat::kWint8, 5, 2, 256, 128, false},
+                    MoeCase{"Bfloat16", WeightFormat::kBfloat16, 5, 2, 256, 128, false}),
+    [](const auto& info) { return info.param.name; });
+
 }  // namespace
 }  // namespace wintserve::kernels::cuda
