@@ -13,9 +13,21 @@
 // the sampled ids. Each is the median of --repeats runs after one that warms up. device_ms is what
 // the step itself took on the device, from its events.
 //
-// --profile-step marks the last decoding step of each batch for a profiler, such as
+// --kernel-times prints, behind each batch and number of prompts, a table of the kernels of
+// --profiled-steps more steps (of one more prefill), per step:
+//   us a step   the sum of the kernel's runs; where runs overlap, their time counts for both
+//   alone       what was left of them behind the kernels that had begun before: where kernels begin
+//               while others run (kernels/cuda/launch.h) this is what the kernel adds to the step
+//   gap         when nothing ran, right before them
+// alone and gap add up to the step. Recording makes launches dearer: compare the rates with those
+// of a run without. --kernel-list writes every run to a file: begin and duration in microseconds,
+// name.
+//
+// --profile-step marks the same for another profiler, such as
 //   ncu --profile-from-start off --clock-control none --metrics gpu__time_duration.sum model_rates
 //   …
+//
+// --graphs on (off) leaves the passes without (with) CUDA graphs out.
 //
 // A mixture of experts reads as many experts as its tokens went to, so that is printed for the last
 // step of a batch: the fewest distinct experts of a layer and their mean over the layers. With
@@ -26,6 +38,7 @@
 #include <algorithm>
 #include <chrono>
 #include <fstream>
+#include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -34,6 +47,7 @@
 #include <utility>
 #include <vector>
 
+#include "bench/kernel_table.h"
 #include "bench/provenance.h"
 #include "common/config/serve_options.h"
 #include "common/log.h"
@@ -44,6 +58,8 @@
 #include "engine_worker/runner/step_runner.h"
 #ifdef WINTSERVE_HAS_CUDA
 #include <cuda_profiler_api.h>
+
+#include "bench/kernel_times.h"
 #endif
 
 namespace wintserve::bench {
@@ -60,16 +76,78 @@ struct RateOptions {
   int prompt_tokens = 1024;
   int steps = 256;
   int repeats = 5;
+  std::string graphs = "both";  // decoding: on, off, both
+  int profiled_steps = 1;
   bool profile_step = false;
+  bool kernel_times = false;
+  std::string kernel_list_path;
   std::string json_path;
+
+  bool profiles() const { return profile_step || kernel_times; }
 };
 
-// What a profiler records, from the first call to the second.
-void MarkForProfiler([[maybe_unused]] bool begins) {
+// Runs what is to be profiled: marked for a profiler, or with its kernels' times in a table.
 #ifdef WINTSERVE_HAS_CUDA
-  static_cast<void>(begins ? cudaProfilerStart() : cudaProfilerStop());
+class Profiler {
+ public:
+  static absl::StatusOr<Profiler> Create(const RateOptions& options) {
+    Profiler profiler;
+    profiler.kernel_list_path_ = options.kernel_list_path;
+    if (options.kernel_times) {
+      ASSIGN_OR_RETURN(profiler.times_, KernelTimes::Create());
+      if (!options.kernel_list_path.empty()) std::ofstream(options.kernel_list_path);
+    }
+    return profiler;
+  }
+
+  // The device is idle before and after.
+  absl::Status Run(const std::string& name, int num_steps,
+                   const std::function<absl::Status()>& steps) {
+    if (times_ == nullptr) {
+      static_cast<void>(cudaProfilerStart());
+      const absl::Status status = steps();
+      static_cast<void>(cudaProfilerStop());
+      return status;
+    }
+    RETURN_IF_ERROR(times_->Begin());
+    RETURN_IF_ERROR(steps());
+    ASSIGN_OR_RETURN(std::vector<KernelRun> runs, times_->End());
+    if (!kernel_list_path_.empty()) RETURN_IF_ERROR(AppendList(name, runs));
+    fmt::print("kernels of {}, {} step{}:\n{}", name, num_steps, num_steps == 1 ? "" : "s",
+               KernelTableText(MakeKernelTable(std::move(runs)), num_steps));
+    return absl::OkStatus();
+  }
+
+ private:
+  absl::Status AppendList(const std::string& name, const std::vector<KernelRun>& runs) const {
+    std::ofstream file(kernel_list_path_, std::ios::app);
+    file << name << "\n";
+    for (const KernelRun& run : runs) {
+      file << fmt::format("{:.3f} {:.3f} {}\n",
+                          1e-3 * static_cast<double>(run.begin_ns - runs.front().begin_ns),
+                          1e-3 * static_cast<double>(run.end_ns - run.begin_ns), run.name);
+    }
+    file.close();
+    return file ? absl::OkStatus()
+                : absl::UnknownError(fmt::format("cannot write {}", kernel_list_path_));
+  }
+
+  std::string kernel_list_path_;
+  std::unique_ptr<KernelTimes> times_;  // null: another profiler
+};
+#else
+class Profiler {
+ public:
+  static absl::StatusOr<Profiler> Create(const RateOptions& options) {
+    if (!options.profiles()) return Profiler();
+    return absl::InvalidArgumentError("--kernel-times and --profile-step need a build with CUDA");
+  }
+  absl::Status Run(const std::string& /*name*/, int /*num_steps*/,
+                   const std::function<absl::Status()>& steps) {
+    return steps();
+  }
+};
 #endif
-}
 
 struct Rate {
   double tokens_per_second = 0;
@@ -213,18 +291,10 @@ class Sequences {
     decode.idle_us_p50 = Quantile(idle_us, 0.5);
     decode.idle_us_p99 = Quantile(std::move(idle_us), 0.99);
     decode.host_us_p50 = Quantile(std::move(host_us), 0.5);
-    ASSIGN_OR_RETURN(decode.graph_ms, GraphMs());
     return decode;
   }
 
-  absl::Status Release() {
-    StepPlan plan = {.step = ++step_};
-    for (uint32_t slot = 0; slot < num_sequences_; ++slot) plan.slot_release.push_back(slot);
-    return runner_->Apply(plan, /*plan_hash=*/0).status();
-  }
-
- private:
-  // Of the last batch's pass, again and again; the last tokens are computed anew.
+  // Of the last batch's pass, again and again; the last tokens are computed anew. 0 without graphs.
   absl::StatusOr<double> GraphMs() {
     constexpr int kLaunches = 100;
     const StepGraphs::Entry* const graph = runner_->graphs().Find(num_sequences_);
@@ -237,6 +307,13 @@ class Sequences {
     return 1e-3 * static_cast<double>(end->MicrosecondsSince(*begin)) / kLaunches;
   }
 
+  absl::Status Release() {
+    StepPlan plan = {.step = ++step_};
+    for (uint32_t slot = 0; slot < num_sequences_; ++slot) plan.slot_release.push_back(slot);
+    return runner_->Apply(plan, /*plan_hash=*/0).status();
+  }
+
+ private:
   Sequences(int num_sequences, uint32_t blocks_each)
       : num_sequences_(num_sequences), blocks_each_(blocks_each) {}
 
@@ -252,19 +329,22 @@ class Sequences {
 };
 
 absl::StatusOr<DecodeRate> MeasureDecode(const RateOptions& options, Model* model,
-                                         Collective* collective, int batch, bool use_graphs) {
+                                         Collective* collective, Profiler* profiler, int batch,
+                                         bool use_graphs) {
+  const int max_tokens = options.context_tokens + options.steps + options.profiled_steps;
   ASSIGN_OR_RETURN(const auto sequences,
-                   Sequences::Create(model, collective, batch,
-                                     options.context_tokens + options.steps + 1, use_graphs));
+                   Sequences::Create(model, collective, batch, max_tokens, use_graphs));
   std::vector<DecodeRate> rates;
   for (int run = 0; run <= options.repeats; ++run) {
     RETURN_IF_ERROR(sequences->Prefill(options.context_tokens).status());
     ASSIGN_OR_RETURN(DecodeRate rate, sequences->Decode(options.steps));
+    ASSIGN_OR_RETURN(rate.graph_ms, sequences->GraphMs());
     ASSIGN_OR_RETURN(rate.experts, CountExperts(*model, batch));
-    if (run == options.repeats && options.profile_step) {
-      MarkForProfiler(true);
-      RETURN_IF_ERROR(sequences->Decode(1).status());
-      MarkForProfiler(false);
+    if (run == options.repeats && options.profiles()) {
+      RETURN_IF_ERROR(
+          profiler->Run(fmt::format("decode, batch {}{}", batch, use_graphs ? ", graphs" : ""),
+                        options.profiled_steps,
+                        [&] { return sequences->Decode(options.profiled_steps).status(); }));
     }
     RETURN_IF_ERROR(sequences->Release());
     if (run > 0) rates.push_back(rate);
@@ -273,7 +353,7 @@ absl::StatusOr<DecodeRate> MeasureDecode(const RateOptions& options, Model* mode
 }
 
 absl::StatusOr<Rate> MeasurePrefill(const RateOptions& options, Model* model,
-                                    Collective* collective, int num_prompts) {
+                                    Collective* collective, Profiler* profiler, int num_prompts) {
   ASSIGN_OR_RETURN(const auto sequences,
                    Sequences::Create(model, collective, num_prompts, options.prompt_tokens,
                                      /*use_graphs=*/false));
@@ -283,10 +363,17 @@ absl::StatusOr<Rate> MeasurePrefill(const RateOptions& options, Model* model,
     RETURN_IF_ERROR(sequences->Release());
     if (run > 0) rates.push_back(rate);
   }
+  if (options.profiles()) {
+    RETURN_IF_ERROR(
+        profiler->Run(fmt::format("prefill, {} prompts of {}", num_prompts, options.prompt_tokens),
+                      1, [&] { return sequences->Prefill(options.prompt_tokens).status(); }));
+    RETURN_IF_ERROR(sequences->Release());
+  }
   return MedianOf(std::move(rates));
 }
 
 absl::Status Run(const RateOptions& options) {
+  ASSIGN_OR_RETURN(Profiler profiler, Profiler::Create(options));
   RankGroup group(/*rank=*/0, /*world_size=*/1);
   const auto begin = Clock::now();
   ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(options.serve, &group));
@@ -308,8 +395,9 @@ absl::Status Run(const RateOptions& options) {
   for (const int batch : options.batches) {
     for (const bool use_graphs : {false, true}) {
       if (use_graphs && loaded.backend->uses_host_memory()) continue;
-      ASSIGN_OR_RETURN(const DecodeRate decode,
-                       MeasureDecode(options, loaded.model.get(), &group, batch, use_graphs));
+      if (options.graphs == (use_graphs ? "off" : "on")) continue;
+      ASSIGN_OR_RETURN(const DecodeRate decode, MeasureDecode(options, loaded.model.get(), &group,
+                                                              &profiler, batch, use_graphs));
       const double step_ms = 1e3 * batch / decode.rate.tokens_per_second;
       fmt::print(
           "decode, batch {:3}{}: {:10.0f} tokens/s  step {:.3f} ms, device {:.3f} ms, idle {} us "
@@ -335,7 +423,8 @@ absl::Status Run(const RateOptions& options) {
     }
   }
   for (const int prompts : options.prompts) {
-    ASSIGN_OR_RETURN(const Rate rate, MeasurePrefill(options, loaded.model.get(), &group, prompts));
+    ASSIGN_OR_RETURN(const Rate rate,
+                     MeasurePrefill(options, loaded.model.get(), &group, &profiler, prompts));
     fmt::print("prefill, {:2} prompts of {:5}:   {:10.0f} tokens/s  device {:.3f} ms\n", prompts,
                options.prompt_tokens, rate.tokens_per_second, rate.device_ms);
     report["prefill"].push_back({{"prompts", prompts},
@@ -375,7 +464,11 @@ int Main(int argc, char** argv) {
   app.add_option("--prompt-tokens", options.prompt_tokens)->check(positive);
   app.add_option("--steps", options.steps)->check(positive);
   app.add_option("--repeats", options.repeats)->check(positive);
+  app.add_option("--graphs", options.graphs)->check(CLI::IsMember({"on", "off", "both"}));
+  app.add_option("--profiled-steps", options.profiled_steps)->check(positive);
   app.add_flag("--profile-step", options.profile_step);
+  CLI::Option* const kernel_times = app.add_flag("--kernel-times", options.kernel_times);
+  app.add_option("--kernel-list", options.kernel_list_path)->needs(kernel_times);
   app.add_option("--json", options.json_path);
   CLI11_PARSE(app, argc, argv);
   for (const std::vector<int>* counts : {&options.batches, &options.prompts}) {
