@@ -114,9 +114,9 @@ absl::Status CheckPrivateDirectory(const std::string& path) {
   return absl::PermissionDeniedError(fmt::format("runtime directory: {}: {}", path, reason));
 }
 
-absl::StatusOr<UniqueFd> ListenUnix(const std::string& path) {
+absl::StatusOr<UniqueFd> ListenUnix(const std::string& path, int type) {
   ASSIGN_OR_RETURN(const sockaddr_un address, Address(path));
-  UniqueFd fd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+  UniqueFd fd(::socket(AF_UNIX, type | SOCK_CLOEXEC, 0));
   if (!fd.valid()) return absl::ErrnoToStatus(errno, "socket");
   if (::bind(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0 ||
       ::chmod(path.c_str(), 0600) != 0 || ::listen(fd.get(), 64) != 0) {

@@ -2,6 +2,8 @@
 // (SCM_RIGHTS), which gRPC cannot. Peers of another user are refused (SO_PEERCRED).
 #pragma once
 
+#include <sys/socket.h>
+
 #include <cstdint>
 #include <span>
 #include <string>
@@ -29,8 +31,8 @@ struct PacketWithFds {
 // that nobody else can enter. PERMISSION_DENIED names it and what is wrong with it.
 absl::Status CheckPrivateDirectory(const std::string& path);
 
-// Binds and listens at `path`, mode 0600. The caller unlinks it.
-absl::StatusOr<UniqueFd> ListenUnix(const std::string& path);
+// Binds and listens at `path`, mode 0600. The caller unlinks it. type: as socket(2) takes it.
+absl::StatusOr<UniqueFd> ListenUnix(const std::string& path, int type = SOCK_SEQPACKET);
 
 // Waits for a peer of our own user; others are closed and the wait goes on.
 // CANCELLED: listen_fd was shut down (shutdown(2) wakes the wait). UNAVAILABLE, only if listen_fd

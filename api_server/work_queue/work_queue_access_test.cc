@@ -1,17 +1,21 @@
 // Who gets to the work queue's server, and what a hostile peer can do to it.
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <netinet/in.h>
 #include <stdlib.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <chrono>
 #include <filesystem>
 #include <thread>
+#include <vector>
 
 #include "api_server/work_queue/client/work_queue_client.h"
 #include "api_server/work_queue/message_codec.h"
@@ -62,7 +66,8 @@ class WorkQueueAccess : public testing::Test {
     events.on_pool_detached = [](uint32_t, const PoolDetachedMessage&) {};
     events.on_fault = [](uint32_t, const FaultMessage&) {};
     events.on_refused = [](const std::string&) {};
-    port_target_ = fmt::format("127.0.0.1:{}", FreePort());
+    port_ = FreePort();
+    port_target_ = fmt::format("127.0.0.1:{}", port_);
     auto server = WorkQueueServer::Start({.unix_socket = socket(),
                                           .tcp_address = port_target_,
                                           .tls = tls,
@@ -90,6 +95,7 @@ class WorkQueueAccess : public testing::Test {
   }
 
   std::string directory_;
+  int port_ = 0;
   std::string port_target_;
   std::atomic<int> num_attached_ = 0;
   std::unique_ptr<WorkQueueServer> server_;
@@ -180,6 +186,42 @@ TEST_F(WorkQueueAccess, MutualTlsCarriesAWorkerOnThePortAndTheSocketNeedsNone) {
                 .code(),
             absl::StatusCode::kUnauthenticated);
   ExpectService();
+}
+
+// gRPC's own listener would never accept again.
+TEST_F(WorkQueueAccess, AServerThatWasOutOfDescriptorsAcceptsAgain) {
+  Start();
+  ExpectService();
+  rlimit limit = {};
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &limit), 0);
+  {
+    const UniqueFd lowest_free(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+    const rlimit lower = {static_cast<rlim_t>(lowest_free.get()) + 40, limit.rlim_max};
+    ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &lower), 0);
+    const UniqueFd tcp(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    const UniqueFd local(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    std::vector<UniqueFd> hogs;
+    while (true) {
+      UniqueFd hog(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+      if (!hog.valid()) break;
+      hogs.push_back(std::move(hog));
+    }
+    sockaddr_in port = {};
+    port.sin_family = AF_INET;
+    port.sin_port = htons(static_cast<uint16_t>(port_));
+    port.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    ASSERT_EQ(::connect(tcp.get(), reinterpret_cast<sockaddr*>(&port), sizeof(port)), 0);
+    sockaddr_un path = {};
+    path.sun_family = AF_UNIX;
+    socket().copy(path.sun_path, sizeof(path.sun_path) - 1);
+    ASSERT_EQ(::connect(local.get(), reinterpret_cast<sockaddr*>(&path), sizeof(path)), 0);
+    // Time to fail in. What has not failed by then has nothing to come back from.
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  }
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &limit), 0);
+  ExpectService();
+  EXPECT_EQ(Call(port_target_, {.method = kAttachMethod}).status.error_code(),
+            grpc::StatusCode::UNAUTHENTICATED);
 }
 
 TEST_F(WorkQueueAccess, TheSocketIsForItsUserAlone) {

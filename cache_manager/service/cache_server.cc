@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 #include <grpcpp/alarm.h>
 #include <grpcpp/grpcpp.h>
-#include <unistd.h>
 
 #include <chrono>
 #include <deque>
@@ -13,9 +12,12 @@
 #include <utility>
 #include <vector>
 
+#include "common/descriptor_shares.h"
 #include "common/log.h"
 #include "common/log_limit.h"
 #include "common/mutex.h"
+#include "common/status_macros.h"
+#include "common/transport/queue_listener.h"
 #include "common/transport/queue_transport.h"
 #include "proto/cache.grpc.pb.h"
 
@@ -382,9 +384,7 @@ class CacheCalls : public UnknownMethods {
 };
 
 void SetChannelArguments(grpc::ServerBuilder* builder) {
-  // The launcher holds the port with a SO_REUSEPORT socket that never listens, so gRPC must bind
-  // with it too (its default); that nobody else listens there is the launcher's check. A peer that
-  // hangs or whose host is gone is noticed within 3 s; clients ping as often.
+  // A peer that hangs or whose host is gone is noticed within 3 s; clients ping as often.
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 2000);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 1000);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
@@ -398,47 +398,52 @@ void SetChannelArguments(grpc::ServerBuilder* builder) {
 
 class CacheServer::Impl {
  public:
-  Impl(const CacheServerOptions& options, PoolOwner* owner)
-      : unix_path_(options.unix_path), state_(options.token, owner) {}
+  Impl(const CacheServerOptions& options, PoolOwner* owner) : state_(options.token, owner) {}
 
   absl::Status Listen(const CacheServerOptions& options) {
-    grpc::ServerBuilder builder;
-    SetChannelArguments(&builder);
-    LimitStrangers(&builder);
-    builder.RegisterService(&service_);
-    builder.RegisterCallbackGenericService(&calls_);
-    int unix_bound = 0;
-    builder.AddListeningPort(fmt::format("{}:{}", options.host, options.port),
-                             QueueServerCredentials(options.tls), &port_);
-    builder.AddListeningPort("unix:" + unix_path_, grpc::InsecureServerCredentials(), &unix_bound);
-    server_ = builder.BuildAndStart();
-    if (server_ != nullptr) return MakeSocketPrivate(unix_path_);
-    if (port_ == 0) {
+    const int64_t max_connections = OwnDescriptorShares().queue;
+    auto tcp =
+        QueueListener::Tcp(fmt::format("{}:{}", options.host, options.port), max_connections);
+    if (!tcp.ok()) {
       return absl::UnavailableError(
           fmt::format("cannot listen on {}:{}, is the port taken? Choose another with "
                       "--cache-queue-port",
                       options.host, options.port));
     }
-    return absl::UnavailableError(fmt::format("cannot listen on {}", unix_path_));
+    tcp_listener_ = *std::move(tcp);
+    ASSIGN_OR_RETURN(unix_listener_, QueueListener::Unix(options.unix_path, max_connections));
+    grpc::ServerBuilder builder;
+    SetChannelArguments(&builder);
+    LimitStrangers(&builder);
+    builder.RegisterService(&service_);
+    builder.RegisterCallbackGenericService(&calls_);
+    tcp_listener_->AddTo(&builder, options.tls);
+    unix_listener_->AddTo(&builder);
+    server_ = builder.BuildAndStart();
+    if (server_ == nullptr) return absl::InternalError("gRPC cannot serve the cache queue");
+    tcp_listener_->Start();
+    unix_listener_->Start();
+    return absl::OkStatus();
   }
 
   ~Impl() {
     if (server_ == nullptr) return;
+    tcp_listener_->Stop();
+    unix_listener_->Stop();
     // Sessions are open-ended: waiting for them to end by themselves would only cost the deadline.
     server_->Shutdown(std::chrono::system_clock::now());
     server_->Wait();
     state_.streams.WaitForNone();
-    ::unlink(unix_path_.c_str());
   }
 
-  int port() const { return port_; }
+  int port() const { return tcp_listener_->port(); }
 
  private:
-  const std::string unix_path_;
   ServerState state_;
   CacheService service_{&state_};
   CacheCalls calls_{&state_};
-  int port_ = 0;
+  std::unique_ptr<QueueListener> tcp_listener_;
+  std::unique_ptr<QueueListener> unix_listener_;
   std::unique_ptr<grpc::Server> server_;
 };
 

@@ -2,7 +2,6 @@
 
 #include <fmt/format.h>
 #include <grpc/support/log.h>
-#include <sys/stat.h>
 
 #include <cstdlib>
 
@@ -71,11 +70,6 @@ void LimitStrangers(grpc::ServerBuilder* builder) {
   builder->AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, kHandshakeTimeoutMs);
   builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, kIdleConnectionMs);
   builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kMaxCallsOfAConnection);
-}
-
-absl::Status MakeSocketPrivate(const std::string& path) {
-  if (::chmod(path.c_str(), 0600) == 0) return absl::OkStatus();
-  return absl::ErrnoToStatus(errno, fmt::format("chmod of {}", path));
 }
 
 void InitGrpcLog() {

@@ -9,7 +9,6 @@
 #include <string>
 #include <string_view>
 
-#include "absl/status/status.h"
 #include "common/transport/tls_files.h"
 
 namespace wintserve {
@@ -56,10 +55,6 @@ std::shared_ptr<grpc::ChannelCredentials> QueueChannelCredentials(const std::str
 // A peer that does not complete its handshake, or that has no call open, is dropped after a few
 // seconds; one connection has a few calls at most. So a flood of connections passes.
 void LimitStrangers(grpc::ServerBuilder* builder);
-
-// The Unix socket that gRPC has bound: for our own user alone, whatever the umask. (The directory,
-// which only that user can enter, has kept others out until then.)
-absl::Status MakeSocketPrivate(const std::string& path);
 
 // gRPC's own log, for a main to call before it uses gRPC: debug lines of ours. Turns GRPC_TRACE
 // off, whose lines show metadata and thereby the token.

@@ -6,9 +6,7 @@
 #include <gtest/gtest.h>
 #include <netinet/in.h>
 #include <poll.h>
-#include <stdlib.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -17,6 +15,7 @@
 
 #include "common/captured_log_test_util.h"
 #include "common/log.h"
+#include "common/transport/queue_listener.h"
 #include "common/transport/raw_call_test_util.h"
 #include "common/transport/test_certificates_test_util.h"
 #include "common/unique_fd.h"
@@ -28,21 +27,28 @@ using std::chrono::steady_clock;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
+constexpr int64_t kMaxConnections = 1000;
 const std::string kToken = std::string("\0\xff\x80 token of exactly 32 bytes..", 32);
 
 class QueueTransportTest : public testing::Test {
  protected:
   ~QueueTransportTest() override {
+    listener_.reset();
     if (server_ != nullptr) server_->Shutdown(std::chrono::system_clock::now());
   }
 
   void Start(const TlsIdentity& tls) {
+    auto listener = QueueListener::Tcp("127.0.0.1:0", kMaxConnections);
+    ASSERT_TRUE(listener.ok()) << listener.status();
+    listener_ = *std::move(listener);
+    port_ = listener_->port();
     grpc::ServerBuilder builder;
     LimitStrangers(&builder);
     builder.RegisterCallbackGenericService(&methods_);
-    builder.AddListeningPort("127.0.0.1:0", QueueServerCredentials(tls), &port_);
+    listener_->AddTo(&builder, tls);
     server_ = builder.BuildAndStart();
     ASSERT_NE(server_, nullptr);
+    listener_->Start();
   }
   std::string target() const { return "127.0.0.1:" + std::to_string(port_); }
 
@@ -93,6 +99,7 @@ class QueueTransportTest : public testing::Test {
   static TestCertificates* certificates_;
   UnknownMethods methods_{TokenMetadataValue(kToken)};
   int port_ = 0;
+  std::unique_ptr<QueueListener> listener_;
   std::unique_ptr<grpc::Server> server_;
 };
 
@@ -189,27 +196,6 @@ TEST_F(QueueTransportTest, AConnectionWithoutACallIsClosed) {
       GRPC_CHANNEL_READY, std::chrono::system_clock::now() + std::chrono::seconds(30)));
   EXPECT_EQ(Call(channel, call).status.error_code(), grpc::StatusCode::UNIMPLEMENTED)
       << "the next call connects again";
-}
-
-TEST_F(QueueTransportTest, TheSocketIsForItsUserAlone) {
-  std::string directory = testing::TempDir() + "queue_transport_XXXXXX";
-  ASSERT_NE(::mkdtemp(directory.data()), nullptr);
-  const std::string path = directory + "/q.sock";
-  grpc::ServerBuilder builder;
-  builder.RegisterCallbackGenericService(&methods_);
-  builder.AddListeningPort("unix:" + path, grpc::InsecureServerCredentials());
-  server_ = builder.BuildAndStart();
-  ASSERT_NE(server_, nullptr);
-  ASSERT_TRUE(MakeSocketPrivate(path).ok());
-  struct stat info = {};
-  ASSERT_EQ(::stat(path.c_str(), &info), 0);
-  EXPECT_EQ(info.st_mode & 07777, 0600u);
-  EXPECT_EQ(Call("unix:" + path, {.method = "/a.B/C"}).status.error_code(),
-            grpc::StatusCode::UNAUTHENTICATED);
-  server_->Shutdown(std::chrono::system_clock::now());
-  server_.reset();
-  ::rmdir(directory.c_str());
-  EXPECT_EQ(MakeSocketPrivate(path).code(), absl::StatusCode::kNotFound);
 }
 
 }  // namespace

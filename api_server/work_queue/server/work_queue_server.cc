@@ -9,9 +9,12 @@
 
 #include "api_server/work_queue/message_codec.h"
 #include "api_server/work_queue/transport.h"
+#include "common/descriptor_shares.h"
 #include "common/log.h"
 #include "common/log_limit.h"
 #include "common/mutex.h"
+#include "common/status_macros.h"
+#include "common/transport/queue_listener.h"
 #include "common/transport/queue_transport.h"
 #include "proto/work_queue.grpc.pb.h"
 
@@ -267,22 +270,23 @@ class GrpcWorkQueueServer : public WorkQueueServer {
 
   absl::Status Listen() {
     const WorkQueueServerOptions& options = hub_->options;
-    grpc::ServerBuilder builder;
-    builder.AddListeningPort("unix:" + options.unix_socket, grpc::InsecureServerCredentials());
+    const int64_t max_connections = OwnDescriptorShares().queue;
+    ASSIGN_OR_RETURN(unix_listener_, QueueListener::Unix(options.unix_socket, max_connections));
     if (!options.tcp_address.empty()) {
-      builder.AddListeningPort(options.tcp_address, QueueServerCredentials(options.tls));
+      ASSIGN_OR_RETURN(tcp_listener_, QueueListener::Tcp(options.tcp_address, max_connections));
     }
+    grpc::ServerBuilder builder;
+    unix_listener_->AddTo(&builder);
+    if (tcp_listener_ != nullptr) tcp_listener_->AddTo(&builder, options.tls);
     ConfigureTransport(&builder);
     LimitStrangers(&builder);
     builder.RegisterService(&service_);
     builder.RegisterCallbackGenericService(&unknown_methods_);
     server_ = builder.BuildAndStart();
-    if (server_ == nullptr) {
-      return absl::UnavailableError(
-          fmt::format("the work queue cannot listen on unix:{}{}{}", options.unix_socket,
-                      options.tcp_address.empty() ? "" : " and ", options.tcp_address));
-    }
-    return MakeSocketPrivate(options.unix_socket);
+    if (server_ == nullptr) return absl::InternalError("gRPC cannot serve the work queue");
+    unix_listener_->Start();
+    if (tcp_listener_ != nullptr) tcp_listener_->Start();
+    return absl::OkStatus();
   }
 
   void Accept(uint32_t rank) override {
@@ -322,6 +326,8 @@ class GrpcWorkQueueServer : public WorkQueueServer {
 
   void Stop(int64_t grace_ms) override {
     if (server_ == nullptr) return;
+    unix_listener_->Stop();
+    if (tcp_listener_ != nullptr) tcp_listener_->Stop();
     server_->Shutdown(std::chrono::system_clock::now() + std::chrono::milliseconds(grace_ms));
     server_->Wait();
     server_.reset();
@@ -355,6 +361,8 @@ class GrpcWorkQueueServer : public WorkQueueServer {
   const std::shared_ptr<Hub> hub_;
   Service service_;
   UnknownMethods unknown_methods_;
+  std::unique_ptr<QueueListener> unix_listener_;
+  std::unique_ptr<QueueListener> tcp_listener_;  // null: no TCP port
   std::unique_ptr<grpc::Server> server_;
 };
 

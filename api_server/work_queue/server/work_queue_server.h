@@ -14,7 +14,7 @@
 namespace wintserve {
 
 struct WorkQueueServerOptions {
-  std::string unix_socket = {};  // path; bound by Start, unlinked by gRPC
+  std::string unix_socket = {};  // path; bound by Start, then ours to unlink
   std::string tcp_address = {};  // "127.0.0.1:8471"; empty: the Unix socket only
   TlsIdentity tls = {};          // of the TCP port
   std::string token = {};  // streams without it end with UNAUTHENTICATED and learn nothing more
