@@ -117,6 +117,22 @@ TEST_F(RecoveryTest, A9AfterACrashEverythingIsComputedAgain) {
   EXPECT_EQ(cache_.num_pools(), 1u);
 }
 
+// It has left the group as it was told to; what is wrong with it is not known since when.
+TEST_F(RecoveryTest, A9AlsoAfterACrashOfASurvivorThatHasLeftItsGroup) {
+  StartTwo();
+  SubmitStreams();
+  ASSERT_TRUE(streams_[0]->WaitForTokens(20));
+  Kill(1);
+  ASSERT_TRUE(WaitForReadiness([](const ReadinessReport& report) {
+    return report.reason.find("1 of 2 connected") != std::string::npos;
+  }));
+  Kill(0, /*kv_trusted=*/false);
+  Replace(0, SlowWorker(0));
+  Replace(1, SlowWorker(1));
+  ExpectStreamsAsWithoutFaults();
+  EXPECT_NE(Metric("wintserve:resumed_sequences_total{from=\"recompute\"}"), "0");
+}
+
 // A12: the plan hash cannot see a device that went wrong, the digest of the sampled ids does.
 TEST_F(RecoveryTest, A12RanksThatWentOnWithDifferentTokensStartOver) {
   FakeWorkerOptions astray = SlowWorker(1);
