@@ -195,7 +195,10 @@ void Engine::DistrustStepsUpTo(uint64_t last_step) {
 
 void Engine::SuspectRequests(const std::vector<uint64_t>& in_flight) {
   const std::optional<uint64_t> culprit = poison_guard_.OnFault(in_flight);
-  if (!culprit.has_value()) return;
+  for (const uint64_t request : in_flight) {
+    if (!requests_.contains(request)) poison_guard_.OnEnded(request);  // had ended before
+  }
+  if (!culprit.has_value() || !requests_.contains(*culprit)) return;
   LOG_ERROR("request {} fails: the engine workers failed whenever it ran, also alone", *culprit);
   metrics_->RecordPoisonRequest();
   FailRequest(*culprit, absl::InternalError(
