@@ -225,6 +225,8 @@ void Engine::Advance() {
   const int64_t now_us = EngineNowUs();
   CheckStepDeadline(now_us);
   CheckHeartbeats(now_us);
+  // No plan is to come first, and whoever has finished must not be failed below.
+  if (!group_.in_use()) DeliverUpdates();
   while (!failed_ && (AdvanceGroup() || AdvancePool())) {
   }
   if (failed_) return;
@@ -382,10 +384,10 @@ void Engine::FailRequest(uint64_t request_id, const absl::Status& error) {
 }
 
 void Engine::FailAll(const absl::Status& error) {
+  DeliverUpdates();  // some may have finished
   // First, so that a client who has seen the error finds nothing running in /metrics.
   if (scheduler_ != nullptr) metrics_->RecordStop(scheduler_->stats());
   for (auto& [id, request] : std::exchange(requests_, {})) request->output.Fail(error);
-  updated_.clear();
 }
 
 void Engine::Handle(const Broken& event) { Fatal(event.reason); }

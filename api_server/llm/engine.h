@@ -187,6 +187,8 @@ class Engine {
   void GroupFault(FaultCause cause, bool kv_trusted, const std::string& text);
   void EndWorker(uint32_t rank, uint64_t worker_id);
   void LoseGroup();
+  // What ran in the lost group is computed again.
+  void DistrustGroup();
   // What its last steps up to that one, and all later ones, have written may be wrong.
   void DistrustStepsUpTo(uint64_t last_step);
   void SuspectRequests(const std::vector<uint64_t>& in_flight);

@@ -137,6 +137,10 @@ void Engine::Perform(GroupLifecycle::Action action) {
       return EndWorker(group_.rank(), group_.worker_id());
     case Action::kLoseGroup:
       return LoseGroup();
+    case Action::kDistrustGroup:
+      LOG_WARNING("the last KV of the rank group of epoch {:016x} is not trusted any more",
+                  group_.epoch());
+      return DistrustGroup();
     case Action::kConfigure:
       steps_ = StepTracker(config_.startup.world_size, group_.epoch());
       last_plan_hash_ = 0;
@@ -170,11 +174,16 @@ void Engine::LoseGroup() {
               kv_trusted ? "its KV is kept" : "its last KV is not trusted", group_.fault());
   metrics_->RecordGroupLoss(group_.fault_cause());
   steps_ = StepTracker(config_.startup.world_size, /*group_epoch=*/0);
-  if (!kv_trusted) DistrustStepsUpTo(last_acknowledged_step_);
+  if (!kv_trusted) return DistrustGroup();
+  if (scheduler_ != nullptr) scheduler_->OnGroupLost(/*kv_trusted=*/true);
+}
+
+void Engine::DistrustGroup() {
+  DistrustStepsUpTo(last_acknowledged_step_);
   if (scheduler_ == nullptr) return;
   const std::vector<uint64_t> in_flight = scheduler_->RequestsInFlight();
-  scheduler_->OnGroupLost(kv_trusted);
-  if (!kv_trusted) SuspectRequests(in_flight);
+  scheduler_->OnGroupLost(/*kv_trusted=*/false);
+  SuspectRequests(in_flight);
 }
 
 void Engine::DistrustStepsUpTo(uint64_t last_step) {
@@ -186,7 +195,10 @@ void Engine::DistrustStepsUpTo(uint64_t last_step) {
 
 void Engine::SuspectRequests(const std::vector<uint64_t>& in_flight) {
   const std::optional<uint64_t> culprit = poison_guard_.OnFault(in_flight);
-  if (!culprit.has_value()) return;
+  for (const uint64_t request : in_flight) {
+    if (!requests_.contains(request)) poison_guard_.OnEnded(request);  // had ended before
+  }
+  if (!culprit.has_value() || !requests_.contains(*culprit)) return;
   LOG_ERROR("request {} fails: the engine workers failed whenever it ran, also alone", *culprit);
   metrics_->RecordPoisonRequest();
   FailRequest(*culprit, absl::InternalError(

@@ -61,6 +61,9 @@ void Engine::Handle(PoolOpened event) {
   }
   first_opening_try_us_.reset();
   const bool adopted = pool_.adopting();
+  // Of a pool that this API server has not opened yet, nothing was said; of another one it was.
+  const bool was_wrong = adopted && first_distrusted_step_.has_value();
+  if (!pool_.resuming()) first_distrusted_step_.reset();
   if (absl::Status unasked = pool_.OnOpened(*event.pool); !unasked.ok()) {
     return Fatal(std::string(unasked.message()));
   }
@@ -69,8 +72,8 @@ void Engine::Handle(PoolOpened event) {
     // Every rank has attached, so that every worker of the old one has left its group.
     cache_->Fence();
     last_acknowledged_step_ = event.pool->newest_step;
-    // A worker has died meanwhile, and nobody knows how.
-    if (!pool_.every_rank_maps_pool()) DistrustStepsUpTo(event.pool->newest_step);
+    // A worker has gone wrong meanwhile, or has died, and nobody knows how.
+    if (was_wrong || !pool_.every_rank_maps_pool()) DistrustStepsUpTo(event.pool->newest_step);
     return;
   }
   // Of a session that was lost before its answer came: nothing of that pool is held.
@@ -108,6 +111,7 @@ void Engine::Handle(const CacheLost& event) {
               std::string(event.status.message()));
   metrics_->RecordCacheLoss();
   pool_.OnLost();
+  first_opening_try_us_.reset();
   next_opening_try_us_.reset();
   cache_link_->Reconnect(std::move(cache_), hangs);
 }
@@ -175,7 +179,6 @@ void Engine::UseNewPool() {
   }
   LOG_INFO("a new KV pool is in use: {} blocks, {} in host memory", pool.num_blocks,
            pool.num_host_slots);
-  first_distrusted_step_.reset();
   metrics_->RecordPoolReplacement();
   RecordFacts();
   scheduler_->OnPoolReplaced(static_cast<int>(pool.num_blocks));

@@ -41,7 +41,7 @@ void GroupLifecycle::OnHello(uint32_t rank, uint64_t worker_id, int64_t now_us) 
   CHECK(rank < ranks_.size() && !ranks_[rank].attached && !has_group(), "rank={} state={}", rank,
         static_cast<int>(state_));
   Rank& r = ranks_[rank];
-  if (state_ == State::kAborting && !r.gone && r.worker_id != worker_id) {
+  if (r.worker_id != worker_id && std::exchange(r.in_group, false) && !r.gone) {
     r.unjudged_id = r.worker_id;
     r.verdict_us = now_us + (watching_ ? kVerdictWaitUs : 0);
   }
@@ -67,15 +67,26 @@ bool GroupLifecycle::OnExit(uint32_t rank, uint64_t worker_id, bool kv_trusted,
   Rank& r = ranks_[rank];
   if (r.unjudged_id == worker_id) {
     r.unjudged_id = 0;
-    kv_trusted_ = kv_trusted_ && kv_trusted;
+    if (!kv_trusted) Distrust();
     return true;
   }
   if (r.worker_id != worker_id || r.gone) return false;
   Fence(&r);
   r.attached = false;
   r.gone = true;
-  OnFault(FaultCause::kExit, kv_trusted, fmt::format("engine worker {} {}", rank, text), now_us);
+  if (r.in_group && !kv_trusted) Distrust();
+  // One that was in no group has written nothing.
+  OnFault(FaultCause::kExit, kv_trusted || !r.in_group,
+          fmt::format("engine worker {} {}", rank, text), now_us);
   return true;
+}
+
+void GroupLifecycle::Distrust() {
+  if (state_ == State::kGathering) {
+    distrust_due_ = true;
+  } else if (state_ == State::kAborting) {
+    kv_trusted_ = false;
+  }
 }
 
 void GroupLifecycle::OnFault(FaultCause cause, bool kv_trusted, const std::string& text,
@@ -136,13 +147,13 @@ GroupLifecycle::Action GroupLifecycle::Act(Action action, uint32_t rank) {
 void GroupLifecycle::GiveUpWaiting(int64_t now_us) {
   for (Rank& rank : ranks_) {
     if (!watching_ && rank.lost_us.has_value() && now_us >= *rank.lost_us + kGraceUs) {
-      if (!rank.fenced) kv_trusted_ = false;
+      if (rank.in_group) Distrust();
       Fence(&rank);
       rank.gone = true;
     }
     if (rank.unjudged_id != 0 && now_us >= rank.verdict_us) {
       rank.unjudged_id = 0;
-      kv_trusted_ = false;
+      Distrust();
     }
   }
 }
@@ -162,8 +173,10 @@ GroupLifecycle::Action GroupLifecycle::NextAction(int64_t now_us) {
   switch (state_) {
     case State::kGathering:
       if (const Action end = NextEnd(now_us); end != Action::kNone) return end;
-      if (!All(&Rank::attached)) return Action::kNone;
+      if (std::exchange(distrust_due_, false)) return Action::kDistrustGroup;
+      if (!All(&Rank::attached) || !AllJudged()) return Action::kNone;
       epoch_ = new_epoch_();
+      for (Rank& rank : ranks_) rank.in_group = true;
       state_ = State::kConfigured;
       return Action::kConfigure;
     case State::kConfigured:
@@ -192,9 +205,7 @@ GroupLifecycle::Action GroupLifecycle::NextActionWhileAborting(int64_t now_us) {
     return Act(Action::kAbortGroup, rank);
   }
   if (const Action end = NextEnd(now_us); end != Action::kNone) return end;
-  const bool all_judged = std::all_of(ranks_.begin(), ranks_.end(),
-                                      [](const Rank& rank) { return rank.unjudged_id == 0; });
-  if (!All(&Rank::fenced) || !all_judged) return Action::kNone;
+  if (!All(&Rank::fenced) || !AllJudged()) return Action::kNone;
   state_ = State::kGathering;
   return Action::kLoseGroup;
 }
@@ -212,6 +223,11 @@ std::optional<int64_t> GroupLifecycle::NextDeadlineUs() const {
   return next;
 }
 
+bool GroupLifecycle::AllJudged() const {
+  return std::all_of(ranks_.begin(), ranks_.end(),
+                     [](const Rank& rank) { return rank.unjudged_id == 0; });
+}
+
 bool GroupLifecycle::All(bool Rank::*flag) const { return Count(flag) == ranks_.size(); }
 
 uint32_t GroupLifecycle::Count(bool Rank::*flag) const {
@@ -222,6 +238,7 @@ uint32_t GroupLifecycle::Count(bool Rank::*flag) const {
 std::string GroupLifecycle::WaitingFor() const {
   switch (state_) {
     case State::kGathering:
+      if (!AllJudged()) return "waiting to hear how an engine worker has ended";
       return fmt::format("waiting for engine workers: {} of {} connected", Count(&Rank::attached),
                          ranks_.size());
     case State::kAborting:

@@ -34,6 +34,7 @@ const char* NameOf(FaultCause cause);  // "exit", "stream", …
 //       |   kLoseGroup              v                     v
 //       `----------------------- ABORTING <------------------
 //          every rank is fenced     kAbortGroup, kEndWorker
+//   (GATHERING: kDistrustGroup)
 //
 // Every rank group has an epoch of its own. A rank is fenced when nothing of the epoch runs in it
 // any more: it has said so (Aborted), its process has been reaped, or the rank says Hello: a worker
@@ -44,17 +45,21 @@ const char* NameOf(FaultCause cause);  // "exit", "stream", …
 // A worker that was told to leave, or whose stream broke, has 5 s until the launcher is asked to
 // end it.
 //
+// How a process of the group has ended may be known only when nothing of the group runs any more:
+// it had left, and then it crashed. Its KV is not trusted then, either.
+//
 // Time: microseconds of any clock that does not go back; the same one for all calls.
 class GroupLifecycle {
  public:
   enum class Action {
     kNone,
-    kAbortGroup,  // send to rank() that epoch() is over; Aborted follows, or its end
-    kEndWorker,   // have the launcher end worker_id() of rank()
-    kLoseGroup,   // nothing of epoch() runs any more; kv_trusted() says what its KV is worth
-    kConfigure,   // send epoch() to every rank
-    kAttachPool,  // send the pool of SetPool to every rank; OnReady of each follows
-    kUseGroup,    // every rank has the pool: plans may be sent
+    kAbortGroup,     // send to rank() that epoch() is over; Aborted follows, or its end
+    kEndWorker,      // have the launcher end worker_id() of rank()
+    kLoseGroup,      // nothing of epoch() runs any more; kv_trusted() says what its KV is worth
+    kDistrustGroup,  // after kLoseGroup: now its KV turns out not to be trusted
+    kConfigure,      // send epoch() to every rank
+    kAttachPool,     // send the pool of SetPool to every rank; OnReady of each follows
+    kUseGroup,       // every rank has the pool: plans may be sent
   };
   static constexpr int64_t kPatienceUs = 5'000'000;     // for Aborted, or a new Hello
   static constexpr int64_t kGraceUs = 2'000'000;        // see above
@@ -67,8 +72,8 @@ class GroupLifecycle {
   void OnWatching(bool watching, int64_t now_us);
   bool watching() const { return watching_; }
 
-  // The rank has attached. REQUIRES: it is not attached. Another process than before whose end was
-  // not told: the notice is waited for, and without one its KV counts as wrong.
+  // The rank has attached. REQUIRES: it is not attached. It has replaced a process of the group
+  // whose end was not told: the notice is waited for, and without one its KV counts as wrong.
   void OnHello(uint32_t rank, uint64_t worker_id, int64_t now_us);
   // The stream of the rank has ended; ignored when its exit was told.
   void OnDisconnected(uint32_t rank, const std::string& reason, int64_t now_us);
@@ -117,6 +122,7 @@ class GroupLifecycle {
     uint64_t worker_id = 0;  // of the last Hello; 0: none has come
     bool attached = false;
     bool gone = true;
+    bool in_group = false;                // its process was sent epoch_
     bool fenced = true;                   // of epoch_
     bool told = false;                    // to leave epoch_
     bool ready = false;                   // for epoch_ and attached_pool_
@@ -131,6 +137,8 @@ class GroupLifecycle {
   Action NextEnd(int64_t now_us);
   Action NextActionWhileAborting(int64_t now_us);
   void GiveUpWaiting(int64_t now_us);
+  void Distrust();
+  bool AllJudged() const;
   void Fence(Rank* rank);
   bool All(bool Rank::*flag) const;
   uint32_t Count(bool Rank::*flag) const;
@@ -143,6 +151,7 @@ class GroupLifecycle {
   uint64_t attached_pool_ = 0;  // sent to the ranks of epoch_
   bool watching_ = false;
   bool kv_trusted_ = true;
+  bool distrust_due_ = false;  // kDistrustGroup is
   FaultCause fault_cause_ = FaultCause::kExit;
   std::string fault_;
   std::optional<int64_t> fault_time_us_;

@@ -173,6 +173,42 @@ TEST_F(CacheLossTest, ALossBeforeEveryRankHasMappedThePoolReplacesIt) {
   EXPECT_EQ(fatal_, "");
 }
 
+// A pool is taken over of which a rank has died unseen, and then lost. Of the next one nothing is
+// wrong, nor is it after the session with it broke.
+TEST_F(CacheLossTest, WhatWasWrongInALostPoolIsNotSaidOfTheNextOne) {
+  options_.world_size = 2;
+  Create();
+  AddWorker(SlowWorker(0));
+  AddWorker(SlowWorker(1));
+  ASSERT_TRUE(WaitUntilReady());
+  llm_.reset();
+  for (auto& worker : workers_) worker->WaitForShutdown();
+  workers_.clear();
+  registry_ = std::make_shared<prometheus::Registry>();
+  Create();
+  constexpr uint64_t kLostPool = 99;
+  FakeWorkerOptions survivor = SlowWorker(0);
+  survivor.hello.mapped_pool_epoch = kLostPool;
+  AddWorker(survivor);
+  FakeWorkerOptions replacement = SlowWorker(1);
+  replacement.can_map = [](const AttachPool& attach) { return attach.pool_epoch != kLostPool; };
+  AddWorker(replacement);
+  ASSERT_TRUE(WaitForReason("engine worker 1 is warming up"));
+  cache_.Die();
+  ASSERT_TRUE(WaitUntilReady()) << llm_->Readiness().reason;
+  EXPECT_EQ(cache_.num_pools(), 2u);
+  Updates updates;
+  Submit(Request(std::string(130, 'x'), 60), &updates);
+  ASSERT_TRUE(updates.WaitForTokens(10));
+  cache_.DropSession();
+  ASSERT_TRUE(updates.WaitFinished());
+  Updates again;
+  Submit(Request(std::string(130, 'x'), 5), &again);
+  ASSERT_TRUE(again.WaitFinished());
+  EXPECT_EQ(again.last().num_cached_tokens, 128);
+  EXPECT_TRUE(cache_.WaitUntilAllAvailable());
+}
+
 TEST_F(CacheLossTest, APoolWithAHostTierInPlaceOfOneWithoutIsRestoredFrom) {
   StartServing(SlowWorker());
   const auto use_each_twice = [this] {

@@ -70,6 +70,22 @@ TEST_F(RecoveryTest, AfterACrashEverythingIsComputedAgain) {
   EXPECT_EQ(cache_.num_pools(), 1u);
 }
 
+// It has left the group as it was told to; what is wrong with it is not known since when.
+TEST_F(RecoveryTest, KvIsWrongAfterACrashOfASurvivorThatHasLeftItsGroup) {
+  StartTwo();
+  SubmitStreams();
+  ASSERT_TRUE(streams_[0]->WaitForTokens(20));
+  Kill(1);
+  ASSERT_TRUE(WaitForReadiness([](const ReadinessReport& report) {
+    return report.reason.find("1 of 2 connected") != std::string::npos;
+  }));
+  Kill(0, /*kv_trusted=*/false);
+  Replace(0, SlowWorker(0));
+  Replace(1, SlowWorker(1));
+  ExpectStreamsAsWithoutFaults();
+  EXPECT_NE(Metric("wintserve:resumed_sequences_total{from=\"recompute\"}"), "0");
+}
+
 // The plan hash cannot see a device that went wrong, the digest of the sampled ids does.
 TEST_F(RecoveryTest, RanksThatWentOnWithDifferentTokensStartOver) {
   FakeWorkerOptions astray = SlowWorker(1);
@@ -305,6 +321,34 @@ TEST_F(RecoveryTest, NobodyWaitsLongerThanTheFaultHold) {
   ExpectStreamsAsWithoutFaults();
 }
 
+// The engine finds the last step done and the group lost at one look.
+TEST_F(RecoveryTest, ARequestThatFinishedWithTheLastStepOfAGroupHasNotFailed) {
+  options_.fault_hold_ms = 0;
+  FakeWorkerOptions faulty = WorkerOptions();
+  std::atomic<int> num_steps = 0;
+  faulty.after_step = [&] {
+    if (num_steps == 3) (void)workers_[0]->SendFault(FaultKind::kDevice, "hot");
+    ++num_steps;
+  };
+  StartServing(faulty);
+  Updates updates;
+  Gate gate;
+  const auto handle = llm_->Submit(Request("abc", 4),
+                                   [&, tell = updates.Callback()](const GenerationUpdate& update) {
+                                     tell(update);
+                                     if (update.num_completion_tokens == 3)
+                                       gate.Pass();  // the engine's thread, too
+                                   });
+  ASSERT_TRUE(handle.ok());
+  ASSERT_TRUE(WaitFor([&] { return num_steps == 4; }));
+  std::this_thread::sleep_for(milliseconds(100));  // both have come
+  gate.Open();
+  ASSERT_TRUE(updates.WaitFinished());
+  EXPECT_TRUE(updates.last().error.ok()) << updates.last().error;
+  EXPECT_EQ(updates.choice(0).text, Letters(3, 4));
+  EXPECT_EQ(updates.choice(0).finish, FinishReason::kLength);
+}
+
 // Whoever runs a prompt that begins with 'P' crashes at its 75th token.
 TEST_F(RecoveryTest, APoisonRequestFailsAloneAndTheOthersFinish) {
   auto must_die = std::make_shared<std::atomic<bool>>(false);
@@ -374,6 +418,19 @@ TEST_F(RecoveryTest, AnotherApiServerTakesOverWorkersAndPool) {
     workers_.clear();
     registry_ = std::make_shared<prometheus::Registry>();
   }
+}
+
+// The checkpoint was exchanged while the instance ran.
+TEST_F(RecoveryTest, AReplacementWithAnotherModelStopsTheEngine) {
+  StartServing();
+  Kill(0);
+  FakeWorkerOptions other = WorkerOptions();
+  ++other.hello.weights_digest;
+  Replace(0, other);
+  expected_fatal_ =
+      "engine worker 0: came back with another model than it had before: weights_digest 8, it was "
+      "7";
+  EXPECT_EQ(WaitForFatal(), expected_fatal_);
 }
 
 TEST_F(RecoveryTest, WithoutTheirPoolWorkersOfAnotherApiServerGetANewOne) {

@@ -16,6 +16,26 @@ absl::Status Unfit(const WorkerHello& hello, const std::string& what) {
   return absl::InvalidArgumentError(fmt::format("engine worker {}: {}", hello.rank, what));
 }
 
+// The pool, its index and the sequences under way are of the first one's model.
+absl::Status CheckSameModel(const WorkerHello& hello, const WorkerHello& before) {
+  const struct {
+    const char* name;
+    uint64_t now;
+    uint64_t before;
+  } facts[] = {{"weights_digest", hello.weights_digest, before.weights_digest},
+               {"kv_layout_digest", hello.kv_layout_digest, before.kv_layout_digest},
+               {"kv_block_bytes", hello.kv_block_bytes, before.kv_block_bytes},
+               {"vocab_size", hello.vocab_size, before.vocab_size},
+               {"max_position", hello.max_position, before.max_position}};
+  for (const auto& fact : facts) {
+    if (fact.now == fact.before) continue;
+    return Unfit(hello, fmt::format("came back with another model than it had before: {} {:x}, it "
+                                    "was {:x}",
+                                    fact.name, fact.now, fact.before));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 GroupStartup::GroupStartup(const StartupConfig& config)
@@ -54,6 +74,7 @@ absl::Status GroupStartup::OnHello(const WorkerHello& hello) {
                                     max_plan_tokens()));
   }
   std::optional<WorkerHello>& known = hellos_[hello.rank];
+  if (known.has_value()) RETURN_IF_ERROR(CheckSameModel(hello, *known));
   const uint64_t first_available = known.has_value() ? known->kv_bytes_available : 0;
   known = hello;
   known->kv_bytes_available = std::max(known->kv_bytes_available, first_available);

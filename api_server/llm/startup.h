@@ -36,7 +36,8 @@ class GroupStartup {
 
   // Of a rank's first process, or of one that has replaced it: in a pool that is created anew it
   // then gets as much as the first one had to give, which had no pool beside it.
-  // INVALID_ARGUMENT: the worker cannot serve this configuration.
+  // INVALID_ARGUMENT: the worker cannot serve this configuration, or has another model than the
+  // process before it.
   absl::Status OnHello(const WorkerHello& hello);
 
   // REQUIRES: every rank has said Hello, from here on.

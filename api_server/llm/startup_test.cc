@@ -81,6 +81,35 @@ TEST(GroupStartup, AReplacementDoesNotShrinkThePool) {
   EXPECT_EQ(startup.pool_spec()->num_blocks, 100u);
 }
 
+// The checkpoint may have been exchanged meanwhile. With one rank nobody else is there to compare.
+TEST(GroupStartup, AReplacementHasTheModelOfTheProcessBeforeIt) {
+  const struct {
+    std::function<void(WorkerHello*)> change;
+    const char* error;
+  } cases[] = {
+      {[](auto* h) { ++h->weights_digest; }, "weights_digest 8, it was 7"},
+      {[](auto* h) { ++h->kv_layout_digest; }, "kv_layout_digest 9, it was 8"},
+      {[](auto* h) { h->kv_block_bytes *= 2; }, "kv_block_bytes 2000, it was 1000"},
+      {[](auto* h) { --h->vocab_size; }, "vocab_size 3e7, it was 3e8"},
+      {[](auto* h) { --h->max_position; }, "max_position 1fff, it was 2000"},
+  };
+  for (const auto& c : cases) {
+    SCOPED_TRACE(c.error);
+    StartupConfig config = Config();
+    config.world_size = 1;
+    GroupStartup startup(config);
+    WorkerHello hello = FakeHello(0, 1);
+    ASSERT_TRUE(startup.OnHello(hello).ok());
+    ASSERT_TRUE(startup.OnHello(hello).ok());
+    c.change(&hello);
+    const absl::Status status = startup.OnHello(hello);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(std::string(status.message()),
+                testing::HasSubstr("engine worker 0: came back with another model"));
+    EXPECT_THAT(std::string(status.message()), testing::HasSubstr(c.error));
+  }
+}
+
 struct UnfitWorker {
   const char* name;
   std::function<void(WorkerHello*)> spoil;

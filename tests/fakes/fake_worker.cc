@@ -224,6 +224,7 @@ absl::Status FakeWorker::Execute(const ReceivedPlan& received) {
   done.sampled_digest = SampledDigest(ids);
   if (options_.spoil) options_.spoil(&done);
   (void)client_->SendStepDone(done);
+  if (options_.after_step) options_.after_step();
   return absl::OkStatus();
 }
 

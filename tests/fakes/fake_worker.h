@@ -54,6 +54,8 @@ struct FakeWorkerOptions {
   std::chrono::microseconds step_delay{0};
   // The last word on an answer, to spoil it.
   std::function<void(StepDone* done)> spoil = {};
+  // Called after a step was answered; it may wait, or send something behind the answer.
+  std::function<void()> after_step = {};
   // False: the cache manager is gone when the pool is to be mapped, so that it never is.
   std::function<bool(const AttachPool& attach)> can_map = {};
   // Called before DetachPool is obeyed; it may wait.
