@@ -50,11 +50,13 @@ absl::Status WriteResize(const std::string& path, uint64_t host_bytes) {
 }  // namespace
 
 PoolOwner::PoolOwner(MemoryServer* memory_server, std::string resize_path,
-                     PoolMemoryMaker make_memory, std::function<Clock::time_point()> now)
+                     PoolMemoryMaker make_memory, std::function<Clock::time_point()> now,
+                     std::function<uint64_t()> new_epoch)
     : memory_server_(memory_server),
       resize_path_(std::move(resize_path)),
       make_memory_(std::move(make_memory)),
       now_(std::move(now)),
+      new_epoch_(std::move(new_epoch)),
       resized_host_bytes_(ReadResize(resize_path_)) {}
 
 std::vector<proto::CacheReply> PoolOwner::Handle(uint64_t session_id,
@@ -360,6 +362,11 @@ absl::Status PoolOwner::Watch(CacheWatcher* watcher) {
 void PoolOwner::Unwatch(CacheWatcher* watcher) {
   MutexLock lock(&mu_);
   std::erase(watchers_, watcher);
+}
+
+absl::Status PoolOwner::CheckInvariants() {
+  MutexLock lock(&mu_);
+  return pool_.has_value() ? pool_->cache->CheckInvariants() : absl::OkStatus();
 }
 
 void PoolOwner::TellWatchers() {

@@ -32,6 +32,9 @@ class CacheWatcher {
   virtual void OnLostEvents() = 0;  // some never come: what was seen is incomplete
 };
 
+// Of the system's secure random generator; never 0, which an unset field would name.
+uint64_t RandomEpoch();
+
 // Owns the KV pool: the states and the index of its blocks here, its bytes in the memory server.
 //
 //   no pool --OpenPool--> open --stream breaks--> grace (5 s) --ends--> orphan
@@ -58,10 +61,12 @@ class PoolOwner {
 
   // resize_path: a file in which the host tier's size that an Admin has asked for outlives this
   // process; it is read here. Empty: none. make_memory: of each pool; called with the lock held.
-  // `now` is for tests. REQUIRES: memory_server outlives this object.
+  // Others than the default `now` and `new_epoch`, which names a pool and must never return 0, are
+  // for tests. REQUIRES: memory_server outlives this object.
   explicit PoolOwner(MemoryServer* memory_server, std::string resize_path = "",
                      PoolMemoryMaker make_memory = &HostPoolMemory::Create,
-                     std::function<Clock::time_point()> now = &Clock::now);
+                     std::function<Clock::time_point()> now = &Clock::now,
+                     std::function<uint64_t()> new_epoch = &RandomEpoch);
 
   // The id of a new stream; never used again.
   uint64_t NewSession() { return ++last_session_id_; }
@@ -86,6 +91,9 @@ class PoolOwner {
   // kMaxWatchers. REQUIRES: it lives until Unwatch has returned.
   absl::Status Watch(CacheWatcher* watcher) EXCLUDES(mu_);
   void Unwatch(CacheWatcher* watcher) EXCLUDES(mu_);
+
+  // Those of the pool's PrefixCache, if there is a pool. For tests, linear in the pool's size.
+  absl::Status CheckInvariants() EXCLUDES(mu_);
 
  private:
   static constexpr uint64_t kNoSession = 0;
@@ -141,6 +149,7 @@ class PoolOwner {
   const std::string resize_path_;
   const PoolMemoryMaker make_memory_;
   const std::function<Clock::time_point()> now_;
+  const std::function<uint64_t()> new_epoch_;
   std::atomic<uint64_t> last_session_id_ = 0;
   Mutex mu_;
   std::optional<Pool> pool_ GUARDED_BY(mu_);

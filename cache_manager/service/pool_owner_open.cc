@@ -23,16 +23,6 @@ namespace {
 // blocks before it exhausts this process.
 constexpr double kIndexBytesPerBlock = 512;
 
-// Never 0, which an unset field would name.
-uint64_t NewEpoch() {
-  uint64_t epoch = 0;
-  while (epoch == 0) {
-    CHECK(RAND_bytes(reinterpret_cast<unsigned char*>(&epoch), sizeof(epoch)) == 1,
-          "the random generator failed");
-  }
-  return epoch;
-}
-
 // REQUIRES: CheckOpenPool has accepted the request, so no sum overflows.
 uint32_t NumHostSlots(const proto::OpenPool& request, uint64_t host_bytes) {
   const uint64_t block_bytes = std::accumulate(request.block_bytes_by_rank().begin(),
@@ -70,6 +60,15 @@ std::string DifferenceOf(const proto::OpenPool& opened, const proto::OpenPool& r
 }
 
 }  // namespace
+
+uint64_t RandomEpoch() {
+  uint64_t epoch = 0;
+  while (epoch == 0) {
+    CHECK(RAND_bytes(reinterpret_cast<unsigned char*>(&epoch), sizeof(epoch)) == 1,
+          "the random generator failed");
+  }
+  return epoch;
+}
 
 absl::StatusOr<proto::PoolOpened> PoolOwner::Open(uint64_t session_id,
                                                   const proto::OpenPool& request) {
@@ -176,7 +175,7 @@ absl::Status PoolOwner::CreatePool(uint64_t session_id, const proto::OpenPool& r
   pool.spec = request;
   pool.session_id = session_id;
   pool.has_stream = true;
-  pool.pool_epoch = NewEpoch();
+  pool.pool_epoch = new_epoch_();
   pool.num_host_slots = num_host_slots;
   pool.cache = std::make_unique<PrefixCache>(
       PrefixCacheConfig{.num_blocks = request.num_blocks(),

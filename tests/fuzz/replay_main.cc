@@ -15,6 +15,7 @@
 
 #include "common/read_file.h"
 
+extern "C" int LLVMFuzzerInitialize(int* argc, char*** argv);
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
 
 namespace wintserve {
@@ -95,6 +96,7 @@ class Mutator {
 };
 
 int Main(int argc, char** argv) {
+  LLVMFuzzerInitialize(&argc, &argv);
   CLI::App app("Runs a fuzz target over files, then over changed ones");
   std::vector<std::string> arguments;
   double seconds = 0;
