@@ -87,7 +87,7 @@ TEST_F(RoleTest, TheEngineStaysUntilTheApiServerHasDrained) {
   EXPECT_EQ(LivingChildren().size(), 0u);
 }
 
-TEST_F(RoleTest, TheEngineGoesWhenTheApiServerHasToldItsWorkersToEnd) {
+TEST_F(RoleTest, TheEngineGoesWhenItsWorkersHaveEnded) {
   StartBoth({{"api_server", "ignore"}});
   engine_.Signal(SIGTERM);
   ASSERT_TRUE(EventuallySaid("engine", "finishing open requests"));

@@ -6,7 +6,7 @@
 //      `----second signal: SIGKILL for whoever is left
 //
 // With --role engine the turn of the API server is the other launcher's: it is over when that one
-// has gone, when the API server has told every worker to end, or when patience ends.
+// has gone, when every worker has ended, or when patience ends.
 //
 // An engine worker's end is told to whoever watches before another is started in its place. While
 // requests are finished, the other processes are still replaced. With `wintserve generate` only the

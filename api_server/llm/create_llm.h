@@ -50,6 +50,10 @@ struct LlmOptions {
   // then it fails with UNAVAILABLE.
   int64_t fault_hold_ms = 60'000;
 
+  // Destroying the LLM leaves the engine workers, with their weights and the pool, to the LLM that
+  // follows; false: it tells them to exit.
+  bool leaves_workers = false;
+
   // Features; see ServeOptions
   bool prefix_caching = true;
   bool chunked_prefill = true;
@@ -79,9 +83,10 @@ LlmOptions LlmOptionsFor(const Instance& instance);
 // not make it unready: sequences go on in the blocks that they hold, and are computed again once a
 // new one has created a pool. An engine worker that is lost makes it unready until another one has
 // taken its place; then sequences go on where they were. Workers that an earlier LLM has left
-// behind are taken over with their pool. Destroying the LLM tells the workers to exit, ends every
-// open request with UNAVAILABLE (on_update is called until then) and joins its threads. NOT_FOUND,
-// INVALID_ARGUMENT: a file of the model, by name, or a limit. UNAVAILABLE: an address.
+// behind are taken over with their pool. Destroying the LLM tells the workers to exit or leaves
+// them (LlmOptions::leaves_workers), ends every open request with UNAVAILABLE (on_update is called
+// until then) and joins its threads. NOT_FOUND, INVALID_ARGUMENT: a file of the model, by name, or
+// a limit. UNAVAILABLE: an address.
 absl::StatusOr<std::unique_ptr<LLM>> CreateLlm(LlmOptions options,
                                                std::shared_ptr<prometheus::Registry> registry);
 

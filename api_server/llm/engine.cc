@@ -82,7 +82,7 @@ Engine::~Engine() {
   thread_.join();
   processes_.reset();
   cache_link_.reset();
-  work_queue_->Stop(kWorkerExitGraceMs);
+  work_queue_->Stop(config_.leaves_workers ? 0 : kWorkerExitGraceMs);
   cache_.reset();
 }
 
@@ -217,7 +217,7 @@ void Engine::Run() {
     if (auto* arrival = std::get_if<Arrival>(&event)) arrival->request->output.Fail(error);
   }
   FailAll(error);
-  work_queue_->Send(ShutdownWorker{});
+  if (!config_.leaves_workers) work_queue_->Send(ShutdownWorker{});
   if (cache_ != nullptr) cache_->Close();
 }
 

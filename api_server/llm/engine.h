@@ -43,6 +43,7 @@ struct EngineConfig {
   WorkerProcessWatcher watch_workers;  // see LlmOptions
   // How long a request waits for a rank group, see LlmOptions.
   int64_t fault_hold_ms = 60'000;
+  bool leaves_workers = false;  // see LlmOptions
   std::function<void()> on_ready;                           // see LlmOptions
   std::function<void()> on_cache_hang;                      // see LlmOptions
   std::function<void(const std::string& reason)> on_fatal;  // see LlmOptions
@@ -75,7 +76,7 @@ class Engine {
  public:
   // UNAVAILABLE: the work queue cannot listen. `metrics` outlives the engine.
   static absl::StatusOr<std::unique_ptr<Engine>> Start(EngineConfig config, EngineMetrics* metrics);
-  // Tells the workers to exit, fails every open request, joins the threads.
+  // Tells the workers to exit or leaves them, fails every open request, joins the threads.
   ~Engine();
 
   // UNAVAILABLE: was not ready yet or can serve no more, with the reason, or is shutting down.

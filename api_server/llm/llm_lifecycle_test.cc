@@ -95,6 +95,25 @@ TEST_F(LlmTest, ShuttingDownEndsOpenRequestsAndTellsTheWorkers) {
   EXPECT_EQ(fatal_, "");
 }
 
+TEST_F(LlmTest, ShuttingDownCanLeaveTheWorkersToTheNextOne) {
+  options_.leaves_workers = true;
+  StartServing();
+  llm_.reset();
+  EXPECT_FALSE(workers_[0]->WaitForShutdown());
+  registry_ = std::make_shared<prometheus::Registry>();
+  Create();
+  FakeWorkerOptions again = WorkerOptions();
+  again.hello.mapped_pool_epoch = 99;
+  workers_[0] = std::make_unique<FakeWorker>(again);
+  ASSERT_TRUE(WaitUntilReady()) << llm_->Readiness().reason;
+  EXPECT_EQ(cache_.num_pools(), 1u);
+  EXPECT_EQ(workers_[0]->num_mappings(), 0);
+  Updates updates;
+  Submit(Request("abc", 30), &updates);
+  ASSERT_TRUE(updates.WaitFinished());
+  EXPECT_EQ(updates.choice(0).text, Letters(3, 30));
+}
+
 TEST_F(LlmTest, ShuttingDownBeforeAnybodyHasConnectedIsQuick) {
   cache_.SetReachable(false);
   Create();
