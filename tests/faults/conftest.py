@@ -6,13 +6,11 @@ import subprocess
 import time
 from pathlib import Path
 
+import gpu_cases
 import pytest
 
-import gpu_cases
 from proxy import SocketProxy
-from server import DEVICE, ROOT, Server, wait_for
-
-instance = gpu_cases.instance  # a fixture
+from server import ROOT, Server, wait_for
 
 
 def pytest_addoption(parser):
@@ -51,7 +49,7 @@ def pytest_runtest_makereport(item, call):
 
 def gpus():
     """"2 x NVIDIA H200, driver 580.159.04"; empty when the tests run on the CPU."""
-    if DEVICE != "cuda":
+    if gpu_cases.DEVICE != "cuda":
         return ""
     query = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
                            capture_output=True, text=True).stdout.splitlines()
@@ -66,7 +64,7 @@ def machine():
     commit = os.environ.get("WINTSERVE_COMMIT") or subprocess.run(  # a bundle is no repository
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     return {"machine": gpus() or f"{cores} cores of {model}", "commit": commit.strip(),
-            "date": time.strftime("%Y-%m-%d"), "device": DEVICE}
+            "date": time.strftime("%Y-%m-%d"), "device": gpu_cases.DEVICE}
 
 
 def pytest_sessionfinish(session):
@@ -77,6 +75,9 @@ def pytest_sessionfinish(session):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**machine(), "rows": {**old["rows"], **session.config.fault_results}},
                                ensure_ascii=False, indent=1))
+
+
+instance = gpu_cases.instance  # a fixture
 
 
 @pytest.fixture
