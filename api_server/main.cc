@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <string>
@@ -14,6 +15,7 @@
 #include "api_server/llm/create_llm.h"
 #include "api_server/llm/offline.h"
 #include "common/config/instance.h"
+#include "common/descriptor_shares.h"
 #include "common/exit_code.h"
 #include "common/heap.h"
 #include "common/log.h"
@@ -28,6 +30,9 @@ namespace {
 // What the engine's thread tells the main thread, which waits for signals and nothing else.
 constexpr int kReadySignal = SIGUSR1;
 constexpr int kFatalSignal = SIGUSR2;
+
+// Beside those whose requests are answered: of clients that keep theirs open, and of probes.
+constexpr int64_t kOtherConnections = 4096;
 
 sigset_t AwaitedSignals() {
   sigset_t signals;
@@ -93,6 +98,8 @@ int Serve(const Instance& instance, LLM* llm, std::shared_ptr<prometheus::Regist
   http.api_keys = options.api_keys;
   http.model_names = {options.served_model_name, options.strict_model_name};
   http.max_concurrency = options.max_concurrency;
+  http.max_connections = static_cast<int>(
+      std::min<int64_t>(OwnDescriptorShares().http, options.max_concurrency + kOtherConnections));
   http.isolate_cache_by_key = options.cache_isolation == "key";
   http.client_stall_timeout = std::chrono::milliseconds(options.client_stall_timeout_ms);
   const auto server = HttpServer::Start(std::move(http), llm, std::move(registry));

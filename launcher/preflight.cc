@@ -11,6 +11,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "common/descriptor_shares.h"
 #include "common/exit_code.h"
 #include "common/transport/tls_files.h"
 
@@ -133,18 +134,16 @@ PreflightError CheckQueueTls(const ServeOptions& options, std::vector<std::strin
 }
 
 std::string RaiseDescriptorLimit(const ServeOptions& options) {
-  // Beside one a connection: listeners, gRPC, event loops, log, shared memory.
-  constexpr rlim_t kOwnDescriptors = 128;
   rlimit limit = {};
   if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return "";
   limit.rlim_cur = limit.rlim_max;
   ::setrlimit(RLIMIT_NOFILE, &limit);
-  const rlim_t needed = static_cast<rlim_t>(options.max_concurrency) + kOwnDescriptors;
-  if (limit.rlim_max == RLIM_INFINITY || limit.rlim_max >= needed) return "";
+  const int64_t most = OwnDescriptorShares().http;
+  if (options.max_concurrency <= most) return "";
   return fmt::format(
-      "--max-concurrency {} needs about {} open files, the system allows {} (ulimit -Hn): clients "
-      "beyond that cannot connect",
-      options.max_concurrency, needed, limit.rlim_max);
+      "--max-concurrency {}: of the {} open files that the system allows (ulimit -Hn), {} are for "
+      "clients: more cannot stay connected",
+      options.max_concurrency, limit.rlim_max, most);
 }
 
 PreflightError ReservePorts(bool with_http, ServeOptions* options, ReservedPorts* ports) {

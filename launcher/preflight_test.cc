@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "common/descriptor_shares.h"
 #include "common/exit_code.h"
 
 namespace wintserve {
@@ -200,9 +201,9 @@ TEST(RaiseDescriptorLimit, RaisesToTheHardLimitAndWarnsWhenThatIsTooLow) {
   if (before.rlim_max < 1'000'000) {
     options.max_concurrency = 1'000'000;
     EXPECT_EQ(RaiseDescriptorLimit(options),
-              "--max-concurrency 1000000 needs about 1000128 open files, the system allows " +
-                  std::to_string(before.rlim_max) +
-                  " (ulimit -Hn): clients beyond that cannot connect");
+              fmt::format("--max-concurrency 1000000: of the {} open files that the system allows "
+                          "(ulimit -Hn), {} are for clients: more cannot stay connected",
+                          before.rlim_max, ShareDescriptors(before.rlim_max).http));
   }
   ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &before), 0);
 }

@@ -11,6 +11,7 @@ namespace net = boost::asio;
 namespace beast = boost::beast;
 
 constexpr size_t kReadBytes = 4096;
+constexpr size_t kIdleBufferBytes = 16 << 10;  // what a connection between requests may keep
 // The kernel's own choice is several MiB, for each client that does not read. It also lets a write
 // go on only when a third of that is free, which a slow client would take for ever to do.
 constexpr int kSendBufferBytes = 128 << 10;
@@ -35,6 +36,7 @@ Connection::Connection(net::ip::tcp::socket socket, const HttpOptions& options)
 
 Connection::Awaitable<bool> Connection::WaitForRequest() {
   if (buffer_.size() > 0) co_return true;
+  if (buffer_.capacity() > kIdleBufferBytes) buffer_.shrink_to_fit();
   stream_.expires_after(options_.idle_timeout);
   is_idle_ = true;
   const auto [error, num_bytes] =

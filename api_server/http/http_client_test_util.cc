@@ -6,6 +6,8 @@
 #include <prometheus/registry.h>
 #include <sys/socket.h>
 
+#include <cerrno>
+
 #include "common/check.h"
 
 namespace wintserve {
@@ -96,6 +98,12 @@ std::string RawClient::ReadToEnd() {
   while (ReadMore()) {
   }
   return std::exchange(buffered_, "");
+}
+
+bool RawClient::IsClosed() {
+  char byte;
+  const ssize_t count = recv(fd_.get(), &byte, 1, 0);
+  return buffered_.empty() && (count == 0 || (count < 0 && errno == ECONNRESET));
 }
 
 std::optional<Response> RawClient::Receive(bool head_only) {

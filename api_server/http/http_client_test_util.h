@@ -54,8 +54,10 @@ class RawClient {
   // Takes what has come, up to 16 KiB, and keeps it for the next read. False: the server has
   // closed.
   bool ReadSome() { return ReadMore(); }
-  // Everything until the server closes.
+  // Everything until the server closes, or nothing comes any more.
   std::string ReadToEnd();
+  // Whether the server has closed, or does so while we wait, without another byte.
+  bool IsClosed();
   void Close() { fd_.Reset(); }
 
  private:

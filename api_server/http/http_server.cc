@@ -15,6 +15,7 @@
 #include "api_server/http/connection.h"
 #include "api_server/http/server_context.h"
 #include "common/log.h"
+#include "common/log_limit.h"
 #include "common/status_macros.h"
 
 namespace wintserve {
@@ -79,7 +80,9 @@ class Listener {
  private:
   // Out of descriptors, most likely: the next try would fail at once, for ever.
   void RetryLater(boost::system::error_code error) {
-    LOG_WARNING("cannot accept a connection: {}", error.message());
+    if (const auto more = error_log_.Admit()) {
+      LOG_WARNING("cannot accept a connection: {}{}", error.message(), *more);
+    }
     retry_.expires_after(kAcceptRetryDelay);
     retry_.async_wait([this](boost::system::error_code wait_error) {
       if (!wait_error) AcceptNext();
@@ -90,6 +93,7 @@ class Listener {
   tcp::acceptor acceptor_;
   net::steady_timer retry_;
   const OnAccept on_accept_;
+  LogLimit error_log_;
   size_t next_ = 0;
 };
 

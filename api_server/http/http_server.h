@@ -26,6 +26,9 @@ struct HttpOptions {
   int num_io_threads = 2;
   int num_text_threads = 2;   // parsing, rendering, encoding
   int max_concurrency = 512;  // open generation requests; beyond: 429
+  // On all ports together. Beyond them a new one takes the place of the one whose client has been
+  // silent, or in the middle of its request, for longest. Not below num_io_threads.
+  int max_connections = 4096;
   int64_t max_body_bytes = 8 << 20;
   int64_t max_header_bytes = 16 << 10;
   bool isolate_cache_by_key = false;  // prompts of different API keys share no KV

@@ -2,9 +2,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <sstream>
+#include <vector>
 
 #include "api_server/http/http_client_test_util.h"
 
@@ -411,7 +413,7 @@ TEST(Connections, GiveAClientThatExpects100TheGoAheadOrTheRefusal) {
       "POST /nowhere HTTP/1.1\r\nHost: t\r\nContent-Length: 9999\r\n"
       "Expect: 100-continue\r\n\r\n");
   EXPECT_EQ(refused.Receive().value_or(Response()).status, 404);
-  EXPECT_EQ(refused.ReadToEnd(), "");
+  EXPECT_TRUE(refused.IsClosed());
 }
 
 TEST(Connections, AreClosedWhenAHeaderOrABodyDoesNotCome) {
@@ -420,10 +422,61 @@ TEST(Connections, AreClosedWhenAHeaderOrABodyDoesNotCome) {
   TestServer server(options);
   RawClient half_header(server.port());
   half_header.Send("GET /health HTTP/1.1\r\nHo");
-  EXPECT_EQ(half_header.ReadToEnd(), "");
+  EXPECT_TRUE(half_header.IsClosed());
   RawClient half_body(server.port());
   half_body.Send("POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 10\r\n\r\n{");
-  EXPECT_EQ(half_body.ReadToEnd(), "");
+  EXPECT_TRUE(half_body.IsClosed());
+}
+
+TEST(Connections, BeyondTheLimitTakeThePlaceOfWhoHasSaidNothingForLongest) {
+  HttpOptions options;
+  options.num_io_threads = 1;
+  options.max_connections = 4;
+  TestServer server(options);
+  server.llm().HoldUpdates();
+  RawClient answered(server.port());
+  answered.Send(ChatPost());
+  ASSERT_TRUE(server.llm().WaitForSubmitted(1));
+  RawClient slow_header(server.port());
+  slow_header.Send("GET /health HTTP/1.1\r\nHo");
+  RawClient slow_body(server.port());
+  slow_body.Send("POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 10\r\n\r\n{");
+  RawClient silent(server.port());
+  // Each of these takes the place of one of those, in turn; then of one another.
+  std::vector<std::unique_ptr<RawClient>> kept;
+  for (int i = 0; i < 20; ++i) {
+    kept.push_back(std::make_unique<RawClient>(server.port()));
+    kept.back()->Send(Get("/live"));
+    EXPECT_EQ(kept.back()->Receive().value_or(Response()).status, 200);
+  }
+  EXPECT_TRUE(slow_header.IsClosed());
+  EXPECT_TRUE(slow_body.IsClosed());
+  EXPECT_TRUE(silent.IsClosed());
+  EXPECT_TRUE(kept.front()->IsClosed());
+  kept.back()->Send(Get("/live"));
+  EXPECT_EQ(kept.back()->Receive().value_or(Response()).status, 200);
+  server.llm().Send(1, TextUpdate(0, "a", FinishReason::kStop));
+  EXPECT_EQ(answered.Receive().value_or(Response()).status, 200);
+}
+
+TEST(Connections, BeyondTheLimitAreClosedWhileAllOthersAreBeingAnswered) {
+  HttpOptions options;
+  options.num_io_threads = 1;
+  options.max_connections = 2;
+  TestServer server(options);
+  server.llm().HoldUpdates();
+  RawClient first(server.port());
+  RawClient second(server.port());
+  first.Send(ChatPost());
+  second.Send(ChatPost());
+  ASSERT_TRUE(server.llm().WaitForSubmitted(2));
+  EXPECT_TRUE(RawClient(server.port()).IsClosed());
+  for (RawClient* client : {&first, &second}) {
+    server.llm().Send(client == &first ? 1 : 2, TextUpdate(0, "a", FinishReason::kStop));
+  }
+  EXPECT_EQ(first.Receive().value_or(Response()).status, 200);
+  EXPECT_EQ(second.Receive().value_or(Response()).status, 200);
+  EXPECT_EQ(Fetch(server.port(), Get("/live")).status, 200) << "a kept one has made room";
 }
 
 TEST(Connections, AreClosedAfterTheIdleTimeout) {
@@ -433,7 +486,7 @@ TEST(Connections, AreClosedAfterTheIdleTimeout) {
   RawClient client(server.port());
   client.Send(Get("/health"));
   EXPECT_EQ(client.Receive().value_or(Response()).status, 200);
-  EXPECT_EQ(client.ReadToEnd(), "");
+  EXPECT_TRUE(client.IsClosed());
 }
 
 TEST(Connections, ABodyTwiceTheLimitStillGetsItsAnswer) {

@@ -6,6 +6,7 @@
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/thread_pool.hpp>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <set>
 #include <string>
@@ -15,6 +16,7 @@
 #include "api_server/http/http_metrics.h"
 #include "api_server/http/http_server.h"
 #include "api_server/http/routes.h"
+#include "common/log_limit.h"
 
 namespace wintserve {
 
@@ -34,6 +36,7 @@ struct ServerContext {
   // For calls that block on another process: however long they take, prompts are still encoded.
   boost::asio::thread_pool blocking_pool{1};
   std::atomic<bool> draining{false};  // connections close with their present answer
+  LogLimit refusal_log;               // of connections for which there was no room
 };
 
 // False: this answer is the last on its connection. Asked when the answer's head is written, since
@@ -55,10 +58,14 @@ inline std::string CacheSaltOf(const ServerContext& context, const RequestHead& 
              : cache_salt;
 }
 
-// One event loop and the connections that live on it. `connections` is touched by its thread alone.
+// One event loop and the connections that live on it. All but `io` is touched by its thread alone.
 struct IoThread {
   boost::asio::io_context io{/*concurrency_hint=*/1};
   std::set<Connection*> connections;
+  // Those of them that owe us bytes: the next request, the rest of one, or the close. By the time
+  // since when, the longest first.
+  std::map<uint64_t, Connection*> waiting;
+  uint64_t num_waits = 0;  // so far: the key of the next
 };
 
 // Serves the requests of one socket until either side closes. The socket belongs to io_thread.io.

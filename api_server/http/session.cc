@@ -37,19 +37,37 @@ class Registration {
   Connection* const connection_;
 };
 
+// Marks a connection as one that waits for its client and may be closed for another one's sake.
+class Wait {
+ public:
+  Wait(IoThread* io_thread, Connection* connection)
+      : io_thread_(io_thread), key_(io_thread->num_waits++) {
+    io_thread_->waiting.emplace(key_, connection);
+  }
+  ~Wait() { io_thread_->waiting.erase(key_); }
+  Wait(const Wait&) = delete;
+  Wait& operator=(const Wait&) = delete;
+
+ private:
+  IoThread* const io_thread_;
+  const uint64_t key_;
+};
+
 class Session {
  public:
-  Session(ServerContext& context, Connection& connection, Port port)
-      : context_(context), connection_(connection), port_(port) {}
+  Session(ServerContext& context, IoThread& io_thread, Connection& connection, Port port)
+      : context_(context), io_thread_(io_thread), connection_(connection), port_(port) {}
 
   awaitable<void> Run() {
     // A stream's head may have promised more before the drain began; hence the second look.
     while (!context_.draining) {
+      wait_.emplace(&io_thread_, &connection_);
       const bool has_request = co_await connection_.WaitForRequest();
       if (!has_request) break;
       const bool keep_alive = co_await ServeOneRequest();
       if (!keep_alive) break;
     }
+    wait_.emplace(&io_thread_, &connection_);
     co_await connection_.LingeringClose();
   }
 
@@ -71,10 +89,12 @@ class Session {
       refusal = CheckHead(head, match, context_.keys);
     }
     if (!refusal.has_value() && head.has_body) {
+      wait_.emplace(&io_thread_, &connection_);  // it has been heard
       error = co_await ReadBody(head, parser);
       if (IsHangUp(error)) co_return false;
       if (error) refusal = MalformedReply(error, context_.options);
     }
+    wait_.reset();
     Outcome outcome;
     if (refusal.has_value()) {
       // A body that nobody will read must not be taken for the next request.
@@ -130,15 +150,37 @@ class Session {
   }
 
   ServerContext& context_;
+  IoThread& io_thread_;
   Connection& connection_;
   const Port port_;
+  std::optional<Wait> wait_;
 };
+
+// For one more connection of this thread. False: all that are there are being answered.
+bool MakeRoom(const ServerContext& context, IoThread& io_thread) {
+  const size_t max_connections =
+      static_cast<size_t>(context.options.max_connections / context.options.num_io_threads);
+  if (io_thread.connections.size() < max_connections) return true;
+  if (io_thread.waiting.empty()) return false;
+  const auto longest = io_thread.waiting.begin();
+  longest->second->Close();  // which its session, a moment later, finds
+  io_thread.connections.erase(longest->second);
+  io_thread.waiting.erase(longest);
+  return true;
+}
 
 awaitable<void> RunSession(ServerContext& context, IoThread& io_thread, net::ip::tcp::socket socket,
                            Port port) {
+  if (!MakeRoom(context, io_thread)) {
+    if (const auto more = context.refusal_log.Admit()) {
+      LOG_WARNING("closed a new connection: {} are open, and all are being answered{}",
+                  context.options.max_connections, *more);
+    }
+    co_return;
+  }
   Connection connection(std::move(socket), context.options);
   const Registration registration(&io_thread.connections, &connection);
-  Session session(context, connection, port);
+  Session session(context, io_thread, connection, port);
   co_await session.Run();
 }
 

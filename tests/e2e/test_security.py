@@ -223,6 +223,19 @@ def test_a_flood_of_silent_connections_passes(start):
     assert server.stop() == 0, server.log()
 
 
+def test_http_connections_take_no_descriptor_that_a_worker_needs(start):
+    server = start("--max-concurrency", 64, prefix=("prlimit", "--nofile=256:256")).wait_ready()
+    silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(400)]
+    assert server.get("/live")[0] == 200
+    os.kill(server.pids_of("wintserve-engine-worker")[0], signal.SIGKILL)
+    wait_for(lambda: "recovered within" in server.log(), 30, "the new worker is attached")
+    assert answer(server)
+    assert num_descriptors(server.pids_of("wintserve-api-server")[0]) < 256 - 64
+    for s in silent:
+        s.close()
+    assert server.stop() == 0, server.log()
+
+
 def tls_flags(certificates, name="queue", ca="ca"):
     flags = ["--queue-tls-cert", certificates / f"{name}.pem", "--queue-tls-key", certificates / f"{name}.key"]
     return flags + (["--queue-tls-ca", certificates / f"{ca}.pem"] if ca else [])
