@@ -259,7 +259,8 @@ absl::Status Worker::LeaveGroup() {
     MutexLock lock(&mutex_);
     group_epoch_ = 0;
   }
-  return drained;
+  // Whatever the device says: no peer is at fault.
+  return drained.ok() ? drained : absl::InternalError(drained.message());
 }
 
 absl::Status Worker::LoseGroup(const absl::Status& reason) {
@@ -476,7 +477,7 @@ absl::Status Worker::UnmapPool(const DetachPool& detach) {
 
 absl::Status Worker::Execute(const ReceivedPlan& received) {
   if (awaited_abort_.has_value()) return absl::OkStatus();  // nobody waits for it any more
-  if (GroupIsOver()) return absl::UnavailableError("it was aborted");
+  if (config_.has_value() && GroupIsOver()) return absl::UnavailableError("it was aborted");
   if (runner_ == nullptr) {
     return absl::FailedPreconditionError(
         fmt::format("plan of step {}, but no pool is mapped", received.plan.step));

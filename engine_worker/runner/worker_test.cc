@@ -447,6 +447,14 @@ TEST_F(WorkerTest, APlanBeforeThePoolIsAFault) {
   EXPECT_EQ(End().message(), "plan of step 1, but no pool is mapped");
 }
 
+// There is no group that could have been lost with the stream.
+TEST_F(WorkerTest, APlanBeforeTheConfigurationIsAFaultAlsoWhenTheStreamHasEnded) {
+  PushPlan(FirstPlan());
+  queue_.EndStream();
+  Start();
+  EXPECT_EQ(End().message(), "plan of step 1, but no pool is mapped");
+}
+
 TEST_F(WorkerTest, APoolBeforeTheConfigurationIsAFault) {
   queue_.Push(kAttachPool);
   Start();
