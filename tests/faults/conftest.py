@@ -13,7 +13,7 @@ from server import ROOT, Server, wait_for
 
 def pytest_addoption(parser):
     parser.addoption("--cycles", type=int, default=100, help="start/stop cycles")
-    parser.addoption("--disconnects", type=int, default=1000, help="clients that leave at once")
+    parser.addoption("--disconnects", type=int, default=5000, help="clients that leave at once")
     parser.addoption("--kills", type=int, default=200, help="of random engine workers, at each number of ranks")
     parser.addoption("--campaign-streams", type=int, default=16, help="that run while workers are killed")
     parser.addoption("--seed", type=int, default=None, help="of what is random; printed by a case that fails")
@@ -22,6 +22,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "fault(what, when, holds): a row of docs/FAULTS.md")
+    config.addinivalue_line("markers", "fast: part of `make test`, where each kind of fault has one case")
     config.fault_results = {}
 
 

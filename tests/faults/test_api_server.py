@@ -43,6 +43,7 @@ def test_killed_while_streaming(start, note):
     stop_cleanly(server)
 
 
+@pytest.mark.fast
 @pytest.mark.fault(what="kill -9 API server", when="idle", holds="I7 I8 I9")
 def test_killed_while_idle(start):
     server = start(*FLAGS).wait_ready()
@@ -68,6 +69,7 @@ def test_killed_while_workers_load(start):
     stop_cleanly(server)
 
 
+@pytest.mark.fast
 @pytest.mark.fault(what="kill -9 API server", when="draining", holds="the instance ends, nothing is left; I8 I9")
 def test_killed_while_draining(start):
     server = start(*FLAGS).wait_ready()
@@ -100,6 +102,7 @@ def test_stopped(start):
     stop_cleanly(server)
 
 
+@pytest.mark.fast
 @pytest.mark.fault(what="kill -9 API server and a worker", when="streaming", holds="I7 I8 I9")
 def test_killed_together_with_a_worker(start):
     server = start(*FLAGS).wait_ready()

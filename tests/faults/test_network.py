@@ -66,6 +66,7 @@ def test_work_queue_partitioned_during_recovery(between):
     check(server, streams, expected)
 
 
+@pytest.mark.fast
 @pytest.mark.fault(what="work queue's connections reset", when="decode", holds="I1 I2 I7 I8")
 def test_work_queue_cut(between):
     server, proxy = between("work_queue.sock", 2)
@@ -78,6 +79,7 @@ def test_work_queue_cut(between):
         check(server, streams, expected)
 
 
+@pytest.mark.fast
 @pytest.mark.fault(what="cache queue delayed by 50 ms each way", when="streaming", holds="I1 I2 I7 I8")
 def test_cache_queue_delayed(between):
     server, proxy = between("cache.sock", 1)
