@@ -114,7 +114,6 @@ def test_stopped(start):
     stop_cleanly(server)
 
 
-@pytest.mark.fast
 @pytest.mark.fault(what="kill -9 API server and a worker", when="streaming", holds="I7 I8 I9")
 def test_killed_together_with_a_worker(start):
     server = start(*FLAGS).wait_ready()

@@ -25,6 +25,7 @@ def check(server, streams, expected):
     assert_nothing_is_held(server)
 
 
+@pytest.mark.fast
 @pytest.mark.fault(what="work queue delayed by 20 ms each way", when="decode", holds="slower, nobody is replaced; I1 I2 I7 I8")
 def test_work_queue_delayed(between):
     server, proxy = between("work_queue.sock", 2)
@@ -66,7 +67,6 @@ def test_work_queue_partitioned_during_recovery(between):
     check(server, streams, expected)
 
 
-@pytest.mark.fast
 @pytest.mark.fault(what="work queue's connections reset", when="decode", holds="I1 I2 I7 I8")
 def test_work_queue_cut(between):
     server, proxy = between("work_queue.sock", 2)

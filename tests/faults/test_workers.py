@@ -12,8 +12,10 @@ from server import POET, wait_for
 
 NUM_STREAMS = 8
 FLAGS = ("--max-model-len", 2048, "--max-num-seqs", 16)
-RANKS = pytest.mark.parametrize("ranks, rank", [(1, 0), (2, 0), pytest.param(2, 1, marks=pytest.mark.fast), (4, 3)],
-                                ids=["TP1", "TP2 r0", "TP2 r1", "TP4 r3"])
+PLACES = [(1, 0), (2, 0), (2, 1), (4, 3)]
+PLACE_NAMES = ["TP1", "TP2 r0", "TP2 r1", "TP4 r3"]
+RANKS = pytest.mark.parametrize("ranks, rank", [pytest.param(*place, marks=[pytest.mark.fast] * (place == (2, 1)))
+                                                for place in PLACES], ids=PLACE_NAMES)
 
 
 def start_ready(start, ranks, *flags, **kwargs):
@@ -95,7 +97,7 @@ def test_killed_within_a_prompt(start, ranks, rank):
 
 
 @pytest.mark.fault(what="kill -9 worker", when="decode", holds="I1 I2 I7 I8 I9")
-@RANKS
+@pytest.mark.parametrize("ranks, rank", PLACES, ids=PLACE_NAMES)
 def test_killed_while_decoding(start, note, ranks, rank):
     server = start_ready(start, ranks)
     requests = [greedy(prompt, 200) for prompt in prompts(NUM_STREAMS)]
