@@ -1,6 +1,7 @@
 """Options, servers and the record of results. `make test-faults` runs everything and writes docs/FAULTS.md."""
 import json
 import platform
+import resource
 import subprocess
 import time
 from pathlib import Path
@@ -24,6 +25,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "fault(what, when, holds): a row of docs/FAULTS.md")
     config.addinivalue_line("markers", "fast: part of `make test`, where each kind of fault has one case")
     config.fault_results = {}
+    # Thousands of clients at once, and a mark of each port that a server has had.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
 
 
 @pytest.hookimpl(hookwrapper=True)

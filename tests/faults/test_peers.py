@@ -3,7 +3,6 @@ import asyncio
 import contextlib
 import json
 import os
-import resource
 import socket
 import struct
 import subprocess
@@ -170,8 +169,6 @@ def test_packets_without_the_token(served, name):
 @pytest.mark.fault(what="clients leave all at once", when="streaming", holds="aborted within a second, memory and blocks come back; I2 I9")
 def test_mass_disconnect(start, request, note):
     count = request.config.getoption("--disconnects")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4 * count)), hard))
     server = start("--max-model-len", 1024, "--max-num-seqs", 16, "--max-concurrency", count + 10,
                    "--max-queue-requests", count).wait_ready()
     (expected,) = fault_free_texts(server, [greedy("床前明月光", 32)])
