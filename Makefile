@@ -105,7 +105,9 @@ test-tsan: python-env  ## Unit tests with the thread sanitizer
 
 # FAULTS: options of pytest and of tests/faults/conftest.py, like `-k cache --kills 20`.
 FAULTS :=
+# Without it all run, and nothing of earlier runs stays in the file.
 test-faults: build python-env  ## Real processes that die, hang or meet hostile peers; writes docs/FAULTS.md
+	@$(if $(FAULTS),,rm -f $(BUILD)/faults.json)
 	WINTSERVE_BIN=$(BUILD)/bin PYTHONPATH=tests/e2e PYTHONDONTWRITEBYTECODE=1 build/venv/bin/python -m pytest -q \
 	  -p no:cacheprovider -m "not gpu" --fault-report $(BUILD)/faults.json $(FAULTS) tests/faults; code=$$?; \
 	  tests/faults/report $(BUILD)/faults.json > docs/FAULTS.md; exit $$code

@@ -72,22 +72,26 @@ int Fail(const absl::Status& status) {
   return ExitCodeFor(status);
 }
 
-// Lets open streams finish. A further signal ends the wait.
-int Drain(HttpServer* server, std::chrono::milliseconds timeout) {
-  constexpr std::chrono::milliseconds kLookForSignal{50};
-  server->StopAccepting();
-  const auto deadline = std::chrono::steady_clock::now() + timeout;
-  while (!server->WaitUntilIdle(kLookForSignal)) {
-    if (SignalIsPending() || std::chrono::steady_clock::now() >= deadline) return kExitDrainTimeout;
-  }
-  return kExitOk;
-}
-
-// The engine has failed every request: lets the errors reach the clients that read.
+// The engine fails every request: lets the errors reach the clients that read.
 void WriteErrors(HttpServer* server) {
   constexpr std::chrono::milliseconds kTimeout{1'000};
   server->StopAccepting();
   server->WaitUntilIdle(kTimeout);
+}
+
+// Lets open streams finish. A further signal ends the wait, and those that are left get an error.
+int Drain(HttpServer* server, LLM* llm, std::chrono::milliseconds timeout) {
+  constexpr std::chrono::milliseconds kLookForSignal{50};
+  server->StopAccepting();
+  const auto deadline = std::chrono::steady_clock::now() + timeout;
+  while (!server->WaitUntilIdle(kLookForSignal)) {
+    if (SignalIsPending() || std::chrono::steady_clock::now() >= deadline) {
+      llm->Stop();
+      WriteErrors(server);
+      return kExitDrainTimeout;
+    }
+  }
+  return kExitOk;
 }
 
 int Serve(const Instance& instance, LLM* llm, std::shared_ptr<prometheus::Registry> registry) {
@@ -115,7 +119,7 @@ int Serve(const Instance& instance, LLM* llm, std::shared_ptr<prometheus::Regist
       WriteErrors(server->get());
       return was_ready ? kExitInternal : kExitNeverReady;  // the engine has said why
     } else {
-      return Drain(server->get(), std::chrono::milliseconds(options.drain_timeout_ms));
+      return Drain(server->get(), llm, std::chrono::milliseconds(options.drain_timeout_ms));
     }
   }
 }

@@ -330,6 +330,9 @@ void Supervisor::BeginStopping(int exit_code) {
   for (Child& child : children_) {
     child.stopped = true;
     child.process.Signal(SIGTERM);
+    // Nobody is left to compute what its clients wait for: by a second signal it tells them so at
+    // once. Another one, for two of the same number that are pending are one.
+    if (child.role == ChildRole::kApiServer) child.process.Signal(SIGINT);
   }
 }
 

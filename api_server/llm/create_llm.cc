@@ -74,6 +74,8 @@ class LlmImpl : public LLM {
     }
   }
 
+  void Stop() override { engine_->Stop(); }
+
   absl::StatusOr<uint64_t> ResetPrefixCache(const std::optional<std::string>& salt) override {
     return flush_cache_(salt);
   }

@@ -78,7 +78,7 @@ absl::Status Engine::Open() {
 
 Engine::~Engine() {
   if (!thread_.joinable()) return;  // Open failed
-  inbox_.Push(StopEngine{});
+  Stop();
   thread_.join();
   processes_.reset();
   cache_link_.reset();
@@ -176,6 +176,8 @@ absl::Status Engine::Submit(std::unique_ptr<ActiveRequest> request) {
   if (!inbox_.Push(Arrival{std::move(request)})) return absl::UnavailableError("shutting down");
   return absl::OkStatus();
 }
+
+void Engine::Stop() { inbox_.Push(StopEngine{}); }
 
 void Engine::Cancel(uint64_t request_id) { inbox_.Push(Cancellation{request_id}); }
 

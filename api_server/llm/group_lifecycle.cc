@@ -47,6 +47,7 @@ void GroupLifecycle::OnHello(uint32_t rank, uint64_t worker_id, int64_t now_us) 
   }
   Fence(&r);
   r.worker_id = worker_id;
+  r.failed_start.clear();
   r.attached = true;
   r.gone = false;
 }
@@ -70,7 +71,10 @@ bool GroupLifecycle::OnExit(uint32_t rank, uint64_t worker_id, bool kv_trusted,
     if (!kv_trusted) Distrust();
     return true;
   }
-  if (r.worker_id != worker_id || r.gone) return false;
+  if (r.worker_id != worker_id || r.gone) {
+    if (!r.attached && r.worker_id != worker_id) r.failed_start = text;
+    return false;
+  }
   Fence(&r);
   r.attached = false;
   r.gone = true;
@@ -237,10 +241,16 @@ uint32_t GroupLifecycle::Count(bool Rank::*flag) const {
 
 std::string GroupLifecycle::WaitingFor() const {
   switch (state_) {
-    case State::kGathering:
+    case State::kGathering: {
       if (!AllJudged()) return "waiting to hear how an engine worker has ended";
-      return fmt::format("waiting for engine workers: {} of {} connected", Count(&Rank::attached),
-                         ranks_.size());
+      std::string text = fmt::format("waiting for engine workers: {} of {} connected",
+                                     Count(&Rank::attached), ranks_.size());
+      for (size_t rank = 0; rank < ranks_.size(); ++rank) {
+        if (ranks_[rank].failed_start.empty()) continue;
+        text += fmt::format("; another engine worker {} {}", rank, ranks_[rank].failed_start);
+      }
+      return text;
+    }
     case State::kAborting:
       return fmt::format("waiting for engine workers to leave their group: {} of {} have",
                          Count(&Rank::fenced), ranks_.size());

@@ -131,6 +131,7 @@ class GroupLifecycle {
     // A process of the group that another one has replaced before its end was told.
     uint64_t unjudged_id = 0;
     int64_t verdict_us = 0;
+    std::string failed_start = {};  // how a process ended that never came to attach since
   };
 
   Action Act(Action action, uint32_t rank);

@@ -35,6 +35,25 @@ TEST(GroupLifecycle, TheFirstStartGoesFromHelloToUse) {
   EXPECT_FALSE(group->NextDeadlineUs().has_value());
 }
 
+TEST(GroupLifecycle, SaysThatAReplacementCouldNotStart) {
+  Group group;
+  group.Use();
+  EXPECT_TRUE(group.Exit(1));
+  EXPECT_THAT(group.Actions(), ElementsAre("abort 0"));
+  EXPECT_TRUE(group.Aborted(0));
+  EXPECT_THAT(group.Actions(), ElementsAre("lose trusted"));
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_FALSE(group->OnExit(1, 4711 + i, true, "exited with code 66", group.now_us()));
+    EXPECT_EQ(group->WaitingFor(),
+              "waiting for engine workers: 1 of 2 connected; another engine worker 1 exited with "
+              "code 66");
+  }
+  EXPECT_THAT(group.Actions(), IsEmpty());
+  group.Hello(1);
+  EXPECT_THAT(group.Actions(), ElementsAre("configure", "attach"));
+  EXPECT_EQ(group->WaitingFor(), "engine worker 0 is warming up");
+}
+
 TEST(GroupLifecycle, AKilledRankIsReplacedAndTheOtherStays) {
   Group group;
   group.Use();

@@ -126,6 +126,10 @@ class LLM {
   // The request leaves the next plan; its blocks return. Unknown or finished handles are ignored.
   virtual void Cancel(RequestHandle handle) = 0;
 
+  // Every open request fails with UNAVAILABLE, and so does what is submitted from now on. The
+  // updates may come after it has returned.
+  virtual void Stop() = 0;
+
   // Drops what the prefix cache holds, of one salt or all. Blocks for a round trip. Returns the
   // number of cached blocks that match no more. UNAVAILABLE: no cache manager.
   virtual absl::StatusOr<uint64_t> ResetPrefixCache(const std::optional<std::string>& salt) = 0;

@@ -114,6 +114,22 @@ TEST_F(LlmTest, ShuttingDownCanLeaveTheWorkersToTheNextOne) {
   EXPECT_EQ(updates.choice(0).text, Letters(3, 30));
 }
 
+TEST_F(LlmTest, StoppingEndsOpenRequestsAndRefusesMore) {
+  FakeWorkerOptions worker = WorkerOptions();
+  worker.before_step = [n = 0](const StepPlan&) mutable { return ++n < 4; };
+  StartServing(worker);
+  Updates updates;
+  Submit(Request("abc", 30), &updates);
+  ASSERT_TRUE(updates.WaitForTokens(3));
+  llm_->Stop();
+  ASSERT_TRUE(updates.WaitFinished());
+  EXPECT_EQ(updates.last().error.code(), absl::StatusCode::kUnavailable);
+  const auto refused = llm_->Submit(Request("abc", 30), [](const GenerationUpdate&) {});
+  EXPECT_EQ(refused.status().code(), absl::StatusCode::kUnavailable);
+  llm_->Stop();
+  EXPECT_EQ(fatal_, "");
+}
+
 TEST_F(LlmTest, ShuttingDownBeforeAnybodyHasConnectedIsQuick) {
   cache_.SetReachable(false);
   Create();

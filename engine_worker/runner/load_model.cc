@@ -328,7 +328,10 @@ absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, RankGroup* gr
   LoadedModel loaded;
   ASSIGN_OR_RETURN(loaded.backend, CreateBackend(options, group->rank()));
   ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(options.model));
-  RETURN_IF_ERROR(CheckTensorParallel(config, group->world_size()));
+  if (const absl::Status fits = CheckTensorParallel(config, group->world_size()); !fits.ok()) {
+    return absl::Status(
+        fits.code(), fmt::format("{}/config.json: {}", options.model, std::string(fits.message())));
+  }
   if (!loaded.backend->uses_host_memory()) {
     ASSIGN_OR_RETURN(loaded.kv_bytes_available,
                      LoadOnGpu(options, config, group, is_replacement, &loaded));

@@ -68,6 +68,7 @@ class FakeLlm : public LLM {
   absl::StatusOr<RequestHandle> Submit(GenerationRequest request,
                                        std::function<void(GenerationUpdate)> on_update) override;
   void Cancel(RequestHandle handle) override;
+  void Stop() override {}
   absl::StatusOr<uint64_t> ResetPrefixCache(const std::optional<std::string>& salt) override;
   ReadinessReport Readiness() const override;
   std::vector<int32_t> Encode(const std::string& text) const override;

@@ -2,6 +2,7 @@
 import json
 import os
 import platform
+import resource
 import subprocess
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from server import ROOT, Server, wait_for
 
 def pytest_addoption(parser):
     parser.addoption("--cycles", type=int, default=100, help="start/stop cycles")
-    parser.addoption("--disconnects", type=int, default=1000, help="clients that leave at once")
+    parser.addoption("--disconnects", type=int, default=5000, help="clients that leave at once")
     parser.addoption("--kills", type=int, default=200, help="of random engine workers, at each number of ranks")
     parser.addoption("--campaign-streams", type=int, default=16, help="that run while workers are killed")
     parser.addoption("--seed", type=int, default=None, help="of what is random; printed by a case that fails")
@@ -26,7 +27,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "fault(what, when, holds): a row of docs/FAULTS.md")
     config.addinivalue_line("markers", "gpu: a case for two GPUs (WINTSERVE_DEVICE=cuda); with a CPU it only tries itself")
     config.addinivalue_line("markers", "limit(seconds): of a case on a GPU")
+    config.addinivalue_line("markers", "fast: part of `make test`, where each kind of fault has one case")
     config.fault_results = {}
+    # Thousands of clients at once, and a mark of each port that a server has had.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
 
 
 @pytest.hookimpl(hookwrapper=True)

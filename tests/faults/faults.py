@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 from openai import OpenAI
 
 from server import Server, wait_for
@@ -17,6 +18,11 @@ CACHE_MANAGER = "wintserve-cache-manager"
 
 POEM = "床前明月光，疑是地上霜。举头望明月，低头思故乡。"
 END_OF_A_STREAM_S = 120  # I8: no stream may take longer, whatever dies
+
+
+def cases(ids, *fast_ids):
+    """For parametrize: of these the named ones are part of `make test`."""
+    return [pytest.param(id_, marks=pytest.mark.fast) if id_ in fast_ids else id_ for id_ in ids]
 
 
 def prompts(count):

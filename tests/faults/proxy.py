@@ -53,16 +53,16 @@ class SocketProxy:
 
     def _run(self, ready):
         asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_unix_server(self._serve, str(self.path)))
+        self._server = self._loop.run_until_complete(asyncio.start_unix_server(self._serve, str(self.path)))
         ready.set()
         self._loop.run_forever()
-        server.close()
 
     async def _end_tasks(self):
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self._server.close()  # first, for whoever was cut off comes back
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, reader, writer):
         self.num_connections += 1

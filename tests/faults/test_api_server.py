@@ -43,6 +43,7 @@ def test_killed_while_streaming(start, note):
     stop_cleanly(server)
 
 
+@pytest.mark.fast
 @pytest.mark.fault(what="kill -9 API server", when="idle", holds="I7 I8 I9")
 def test_killed_while_idle(start):
     server = start(*FLAGS).wait_ready()
@@ -68,6 +69,7 @@ def test_killed_while_workers_load(start):
     stop_cleanly(server)
 
 
+@pytest.mark.fast
 @pytest.mark.fault(what="kill -9 API server", when="draining", holds="the instance ends, nothing is left; I8 I9")
 def test_killed_while_draining(start):
     server = start(*FLAGS).wait_ready()
@@ -81,6 +83,18 @@ def test_killed_while_draining(start):
     server.assert_nothing_left()
     server.assert_runtime_dir_empty()
     assert all(stream.wait(10).error is not None for stream in streams)
+
+
+@pytest.mark.fault(what="SIGTERM", when="streaming, beyond --drain-timeout", holds="exit 75, streams get an error event; I8 I9")
+def test_drained_for_too_long(start):
+    server = start(*FLAGS, "--drain-timeout", 1).wait_ready()
+    streams = [Stream(server, greedy(prompt, 1900)) for prompt in prompts(NUM_STREAMS)]
+    wait_for_tokens(streams, 10)
+    assert server.stop() == 75, server.log()
+    for stream in streams:
+        assert "shutting down" in str(stream.wait(10).error), f"not told why it ended: {stream.error!r}"
+    server.assert_nothing_left()
+    server.assert_runtime_dir_empty()
 
 
 @pytest.mark.fault(what="SIGSTOP API server, SIGCONT after 4 s", when="streaming", holds="I1 I2 I7 I8")

@@ -21,6 +21,7 @@ def wait_for_pool(server, replacements):
     wait_for(lambda: server.metric("wintserve:kv_pool_replacements_total") >= replacements, 30, "its pool is in use")
 
 
+@pytest.mark.fast
 @pytest.mark.fault(what="kill -9 cache manager", when="idle", holds="I2 I7 I8 I9")
 def test_killed_while_idle(start):
     server = start(*FLAGS).wait_ready()

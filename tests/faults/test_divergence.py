@@ -116,6 +116,7 @@ def test_token_of_a_plan(between, rank):
     stop_cleanly(server)
 
 
+@pytest.mark.fast
 @pytest.mark.fault(what="one bit of a message differs", when="decode, hash of the plan before", holds="the rank refuses the plan and is replaced, all is computed again; I1 I2 I7 I8 I9")
 def test_chain_of_plans(between):
     bit = OneBit(1, False, (PLAN, PLAN_PREVIOUS_HASH))

@@ -25,6 +25,7 @@ def check(server, streams, expected):
     assert_nothing_is_held(server)
 
 
+@pytest.mark.fast
 @pytest.mark.fault(what="work queue delayed by 20 ms each way", when="decode", holds="slower, nobody is replaced; I1 I2 I7 I8")
 def test_work_queue_delayed(between):
     server, proxy = between("work_queue.sock", 2)
@@ -78,6 +79,7 @@ def test_work_queue_cut(between):
         check(server, streams, expected)
 
 
+@pytest.mark.fast
 @pytest.mark.fault(what="cache queue delayed by 50 ms each way", when="streaming", holds="I1 I2 I7 I8")
 def test_cache_queue_delayed(between):
     server, proxy = between("cache.sock", 1)

@@ -3,7 +3,6 @@ import asyncio
 import contextlib
 import json
 import os
-import resource
 import socket
 import struct
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from faults import (Stream, assert_nothing_is_held, fault_free_texts, greedy, open_descriptors, prompts, stop_cleanly)
+from faults import (Stream, assert_nothing_is_held, cases, fault_free_texts, greedy, open_descriptors, prompts, stop_cleanly)
 from server import ROOT, wait_for
 
 CORPUS = ROOT / "tests/fuzz/corpus"
@@ -97,6 +96,7 @@ def served(start):
     stop_cleanly(server)
 
 
+@pytest.mark.fast
 @pytest.mark.fault(what="hostile HTTP clients", when="any", holds="4xx or closed, nobody else notices; I8 I9")
 def test_bytes_that_are_no_requests(served, note):
     server, still_serves = served
@@ -121,7 +121,7 @@ def test_bytes_that_are_no_requests(served, note):
 
 
 @pytest.mark.fault(what="hostile peers of the queues", when="any", holds="refused without a word about the instance; I8 I9")
-@pytest.mark.parametrize("queue", ["queue", "cache"], ids=["work queue", "cache queue"])
+@pytest.mark.parametrize("queue", cases(["queue", "cache"], "queue"), ids=["work queue", "cache queue"])
 def test_peers_without_the_token(served, queue):
     server, still_serves = served
     name = {"queue": "work_queue.sock", "cache": "cache.sock"}[queue]
@@ -140,7 +140,7 @@ def test_peers_without_the_token(served, queue):
 
 
 @pytest.mark.fault(what="hostile peers of the Unix sockets", when="any", holds="dropped or refused; I8 I9")
-@pytest.mark.parametrize("name", ["memory.sock", "supervisor.sock"])
+@pytest.mark.parametrize("name", cases(["memory.sock", "supervisor.sock"], "supervisor.sock"))
 def test_packets_without_the_token(served, name):
     server, still_serves = served
     (path,) = server.runtime.rglob(name)
@@ -165,11 +165,10 @@ def test_packets_without_the_token(served, name):
     still_serves()
 
 
+@pytest.mark.fast
 @pytest.mark.fault(what="clients leave all at once", when="streaming", holds="aborted within a second, memory and blocks come back; I2 I9")
 def test_mass_disconnect(start, request, note):
     count = request.config.getoption("--disconnects")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4 * count)), hard))
     server = start("--max-model-len", 1024, "--max-num-seqs", 16, "--max-concurrency", count + 10,
                    "--max-queue-requests", count).wait_ready()
     (expected,) = fault_free_texts(server, [greedy("床前明月光", 32)])
@@ -215,6 +214,7 @@ def small_disk(tmp_path):
     return (prefix, place) if probe.returncode == 0 else (None, probe.stderr.strip())
 
 
+@pytest.mark.fast
 @pytest.mark.fault(what="log disk full", when="from the first line", holds="I1 I7 I8 I9")
 def test_log_device_is_full(start):
     server = start("--tensor-parallel-size", 2, "--log-level", "debug", log=Path("/dev/full"))
@@ -260,6 +260,7 @@ def test_log_disk_fills_up(start, tmp_path):
     server.assert_runtime_dir_empty()
 
 
+@pytest.mark.fast
 @pytest.mark.fault(what="clients that never finish their request", when="any", holds="closed in time, others are served; I8 I9")
 def test_half_requests(served):
     server, still_serves = served
