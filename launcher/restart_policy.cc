@@ -45,9 +45,8 @@ bool IsSelfInflicted(const ChildExit& how) {
 
 bool KvIsTrusted(const ChildExit& how) { return !IsSelfInflicted(how) || IsStartUpCode(how); }
 
-std::optional<milliseconds> RestartPolicy::OnExit(const ChildExit& how, TimePoint started,
+std::optional<milliseconds> RestartPolicy::OnExit(bool self_inflicted, TimePoint started,
                                                   TimePoint now, double chance) {
-  const bool self_inflicted = IsSelfInflicted(how);
   if (self_inflicted) self_inflicted_.push_back(now);
   while (!self_inflicted_.empty() && now - self_inflicted_.front() > kWindow) {
     self_inflicted_.pop_front();

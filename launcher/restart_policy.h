@@ -35,9 +35,9 @@ class RestartPolicy {
   static constexpr size_t kMaxSelfInflicted = 5;
   static constexpr std::chrono::minutes kWindow{10};
 
-  // The process that was started at `started` has ended at `now`. How long to wait with the next
-  // one; empty: a crash loop. chance: in [0, 1).
-  std::optional<std::chrono::milliseconds> OnExit(const ChildExit& how, TimePoint started,
+  // The process that was started at `started` has ended at `now`, by its own fault or not. How long
+  // to wait with the next one; empty: a crash loop. chance: in [0, 1).
+  std::optional<std::chrono::milliseconds> OnExit(bool self_inflicted, TimePoint started,
                                                   TimePoint now, double chance);
 
  private:

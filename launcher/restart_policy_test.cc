@@ -23,7 +23,7 @@ class Life {
   // The pause before the next start in milliseconds, -1: a crash loop.
   int64_t Ends(const ChildExit& how, milliseconds after, double chance = 0) {
     now_ += after;
-    const auto pause = policy_.OnExit(how, now_ - after, now_, chance);
+    const auto pause = policy_.OnExit(IsSelfInflicted(how), now_ - after, now_, chance);
     if (!pause.has_value()) return -1;
     now_ += *pause;
     return pause->count();

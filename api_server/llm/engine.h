@@ -185,7 +185,7 @@ class Engine {
   bool AdvanceGroup();  // false: there is nothing to do
   void Perform(GroupLifecycle::Action action);
   void GroupFault(FaultCause cause, bool kv_trusted, const std::string& text);
-  void EndWorker(uint32_t rank, uint64_t worker_id);
+  void EndWorker(uint32_t rank, uint64_t worker_id, bool at_fault);
   void LoseGroup();
   // What its last steps up to that one, and all later ones, have written may be wrong.
   void DistrustStepsUpTo(uint64_t last_step);
