@@ -101,8 +101,8 @@ def test_stopped(start):
 
 
 @pytest.mark.parametrize("ranks, victims", [
-    pytest.param(ranks, victims, marks=pytest.mark.fault(
-        what=f"kill -9 API server and {'every' if victims == ranks else 'a'} worker", when=f"streaming, TP{ranks}",
+    pytest.param(ranks, victims, id=f"TP{ranks}" if victims == ranks else f"TP{ranks} with one left", marks=pytest.mark.fault(
+        what=f"kill -9 API server and {'every' if victims == ranks else 'a'} worker", when="streaming",
         holds="what was cached more than 256 steps ago is still found; I7 I8 I9"))
     for ranks, victims in ((1, 1), (2, 1), (2, 2))])
 def test_killed_together_with_workers(start, note, ranks, victims):
