@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "api_server/llm/group_lifecycle_test_util.h"
+
 namespace wintserve {
 namespace {
 
@@ -15,105 +17,6 @@ using Action = GroupLifecycle::Action;
 using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
-
-constexpr int64_t kSecond = 1'000'000;
-constexpr uint64_t kPool = 77;
-
-const char* NameOf(Action action) {
-  switch (action) {
-    case Action::kNone:
-      return "none";
-    case Action::kAbortGroup:
-      return "abort";
-    case Action::kEndWorker:
-      return "end";
-    case Action::kLoseGroup:
-      return "lose";
-    case Action::kConfigure:
-      return "configure";
-    case Action::kAttachPool:
-      return "attach";
-    case Action::kUseGroup:
-      return "use";
-  }
-  return "?";
-}
-
-// Two ranks, whose processes are 10 and 11, then 20 and 21, …; time is set by hand.
-class Group {
- public:
-  Group() : lifecycle_(2, [this] { return ++last_epoch_; }) {
-    lifecycle_.OnWatching(true, now_us_);
-  }
-
-  // "abort 1", "end 0 10", "lose trusted", "configure", …
-  std::vector<std::string> Actions() {
-    std::vector<std::string> actions;
-    for (;;) {
-      const Action action = lifecycle_.NextAction(now_us_);
-      if (action == Action::kNone) return actions;
-      std::string text = NameOf(action);
-      if (action == Action::kAbortGroup) text += fmt::format(" {}", lifecycle_.rank());
-      if (action == Action::kEndWorker) {
-        text += fmt::format(" {} {}", lifecycle_.rank(), lifecycle_.worker_id());
-      }
-      if (action == Action::kLoseGroup) text += lifecycle_.kv_trusted() ? " trusted" : " wrong";
-      actions.push_back(text);
-    }
-  }
-  std::vector<std::string> ActionsAfter(int64_t us) {
-    now_us_ += us;
-    return Actions();
-  }
-
-  GroupLifecycle* operator->() { return &lifecycle_; }
-  void Hello(uint32_t rank) {
-    ++generation_[rank];
-    SameHello(rank);
-  }
-  void SameHello(uint32_t rank) { lifecycle_.OnHello(rank, id(rank), now_us_); }
-  void Drop(uint32_t rank) { lifecycle_.OnDisconnected(rank, "the stream ended", now_us_); }
-  bool Exit(uint32_t rank, bool kv_trusted = true) {
-    return lifecycle_.OnExit(rank, id(rank), kv_trusted, "was ended by signal 9", now_us_);
-  }
-  void Fault(bool kv_trusted) {
-    lifecycle_.OnFault(FaultCause::kDivergence, kv_trusted, "it went wrong", now_us_);
-  }
-  bool Aborted(uint32_t rank) { return lifecycle_.OnAborted(rank, lifecycle_.epoch()); }
-  bool Ready(uint32_t rank) { return lifecycle_.OnReady(rank, lifecycle_.epoch(), kPool); }
-  uint64_t id(uint32_t rank) const { return 10 * generation_[rank] + rank; }
-  int64_t now_us() const { return now_us_; }
-
-  void Gather() {
-    Hello(0);
-    Hello(1);
-    EXPECT_THAT(Actions(), ElementsAre("configure"));
-  }
-  void Attach() {
-    Gather();
-    lifecycle_.SetPool(kPool);
-    EXPECT_THAT(Actions(), ElementsAre("attach"));
-  }
-  void Use() {
-    Attach();
-    EXPECT_TRUE(Ready(0));
-    EXPECT_TRUE(Ready(1));
-    EXPECT_THAT(Actions(), ElementsAre("use"));
-  }
-  // From a gathered group on.
-  void UseAgain() {
-    EXPECT_THAT(Actions(), ElementsAre("attach"));
-    EXPECT_TRUE(Ready(0));
-    EXPECT_TRUE(Ready(1));
-    EXPECT_THAT(Actions(), ElementsAre("use"));
-  }
-
- private:
-  int64_t now_us_ = 1'000 * kSecond;
-  uint64_t last_epoch_ = 100;
-  uint64_t generation_[2] = {};
-  GroupLifecycle lifecycle_;
-};
 
 TEST(GroupLifecycle, TheFirstStartGoesFromHelloToUse) {
   Group group;
@@ -191,71 +94,6 @@ TEST(GroupLifecycle, ARankThatDoesNotLeaveIsEndedAfterFiveSeconds) {
   group.Hello(0);
   group.Hello(1);
   EXPECT_THAT(group.Actions(), ElementsAre("configure", "attach"));
-}
-
-// Damaged weights stay damaged in a rank that leaves its group and joins the next one.
-TEST(GroupLifecycle, RanksThatDisagreeAgainWithinTenMinutesAreReplaced) {
-  Group group;
-  group.Use();
-  group.Fault(/*kv_trusted=*/false);
-  EXPECT_FALSE(group->at_fault());
-  EXPECT_THAT(group.Actions(), ElementsAre("abort 0", "abort 1"));
-  EXPECT_TRUE(group.Aborted(0) && group.Aborted(1));
-  EXPECT_THAT(group.Actions(), ElementsAre("lose wrong", "configure", "attach"));
-  EXPECT_TRUE(group.Ready(0) && group.Ready(1));
-  EXPECT_THAT(group.ActionsAfter(600 * kSecond - 1), ElementsAre("use"));
-  group.Fault(/*kv_trusted=*/false);
-  EXPECT_TRUE(group->at_fault());
-  EXPECT_THAT(group->fault(), HasSubstr("every engine worker is replaced"));
-  EXPECT_THAT(group.Actions(), ElementsAre("end 0 10", "end 1 11"));
-  // Leaving is not enough, nor is coming back.
-  EXPECT_TRUE(group.Exit(0, /*kv_trusted=*/false));
-  group.Hello(0);
-  group.Drop(1);
-  group.SameHello(1);
-  EXPECT_THAT(group.Actions(), IsEmpty());
-  EXPECT_THAT(group.ActionsAfter(5 * kSecond), ElementsAre("end 1 11"));
-  EXPECT_TRUE(group.Exit(1, /*kv_trusted=*/false));
-  EXPECT_THAT(group.Actions(), ElementsAre("lose wrong"));
-  EXPECT_FALSE(group->at_fault());
-  group.Hello(1);
-  EXPECT_THAT(group.Actions(), ElementsAre("configure", "attach"));
-}
-
-TEST(GroupLifecycle, RanksThatDisagreeOnceInALongWhileLeaveTheirGroupEachTime) {
-  Group group;
-  group.Use();
-  for (int i = 0; i < 3; ++i) {
-    group.Fault(/*kv_trusted=*/false);
-    EXPECT_THAT(group.Actions(), ElementsAre("abort 0", "abort 1"));
-    EXPECT_TRUE(group.Aborted(0) && group.Aborted(1));
-    EXPECT_THAT(group.Actions(), ElementsAre("lose wrong", "configure", "attach"));
-    EXPECT_TRUE(group.Ready(0) && group.Ready(1));
-    EXPECT_THAT(group.ActionsAfter(600 * kSecond), ElementsAre("use"));
-  }
-}
-
-// Nobody would end them.
-TEST(GroupLifecycle, WithoutALauncherRanksThatDisagreeAgainLeaveTheirGroup) {
-  for (const bool gone_before : {true, false}) {
-    Group group;
-    group.Use();
-    group.Fault(/*kv_trusted=*/false);
-    EXPECT_THAT(group.Actions(), ElementsAre("abort 0", "abort 1"));
-    EXPECT_TRUE(group.Aborted(0) && group.Aborted(1));
-    EXPECT_THAT(group.Actions(), ElementsAre("lose wrong", "configure", "attach"));
-    EXPECT_TRUE(group.Ready(0) && group.Ready(1));
-    EXPECT_THAT(group.Actions(), ElementsAre("use"));
-    if (gone_before) group->OnWatching(false, group.now_us());
-    group.Fault(/*kv_trusted=*/false);
-    if (!gone_before) {
-      EXPECT_THAT(group.Actions(), ElementsAre("end 0 10", "end 1 11"));
-      group->OnWatching(false, group.now_us());
-    }
-    EXPECT_THAT(group.Actions(), ElementsAre("abort 0", "abort 1"));
-    EXPECT_TRUE(group.Aborted(0) && group.Aborted(1));
-    EXPECT_THAT(group.Actions(), ElementsAre("lose wrong", "configure", "attach"));
-  }
 }
 
 TEST(GroupLifecycle, AWorkerThatComesBackAfterItsStreamBrokeHasLeftItsGroup) {
