@@ -53,8 +53,9 @@ class RestartTest : public LauncherTest {
     request.mutable_watch_workers();
     return Ask(request);
   }
-  void AskForEnd(int rank, uint64_t worker_id) const {
+  void AskForEnd(int rank, uint64_t worker_id, bool at_fault = false) const {
     proto::SupervisorRequest request = Request();
+    request.mutable_end_worker()->set_at_fault(at_fault);
     request.mutable_end_worker()->set_rank(rank);
     request.mutable_end_worker()->set_worker_id(worker_id);
     Ask(request);
@@ -252,6 +253,46 @@ TEST_F(RestartTest, AWorkerThatHasToGoIsKilledButNotTheOneThatHasTakenItsPlace) 
   EXPECT_FALSE(NextExit(watcher, 200).has_value());
   EXPECT_THAT(Stderr(), HasSubstr("the API server wants engine worker 1 to go: killing it"));
   EXPECT_EQ(LivingChildren().size(), 4u);
+}
+
+// A kill, and yet a fault of its own: ranks that disagree again and again are no reason to go on
+// for ever.
+TEST_F(RestartTest, WorkersThatAreEndedBecauseTheyComputeWronglyAreACrashLoopInTheEnd) {
+  StartServing();
+  ASSERT_TRUE(ChildrenRun(3)) << Stderr();
+  const UniqueFd watcher = Watch();
+  for (int i = 0; i < 6; ++i) {
+    SCOPED_TRACE(i);
+    const uint64_t worker_id = WorkerIdOf(0);
+    AskForEnd(0, worker_id, /*at_fault=*/true);
+    const auto worker_exit = NextExit(watcher);
+    ASSERT_TRUE(worker_exit.has_value()) << Stderr();
+    EXPECT_EQ(worker_exit->signal(), SIGKILL);
+    EXPECT_FALSE(worker_exit->kv_trusted());
+    if (i == 5) break;
+    // The last pause is one of 4 s, up to a quarter longer.
+    ASSERT_TRUE(Eventually([&] { return WorkerIdOf(0) != worker_id; })) << Stderr();
+  }
+  EXPECT_EQ(ExitCode(), kExitCrashLoop);
+  EXPECT_THAT(Stderr(), HasSubstr("the 6th fault of its own within 10 minutes"));
+  EXPECT_THAT(Stderr(),
+              HasSubstr("wants engine worker 0 to go, which computes wrongly: killing it"));
+  ExpectNothingLeft();
+}
+
+// What was said of one process is not said of the next.
+TEST_F(RestartTest, AWorkerInPlaceOfOneThatComputedWronglyIsTrusted) {
+  StartServing();
+  ASSERT_TRUE(ChildrenRun(3)) << Stderr();
+  const UniqueFd watcher = Watch();
+  const uint64_t first = WorkerIdOf(0);
+  AskForEnd(0, first, /*at_fault=*/true);
+  ASSERT_TRUE(NextExit(watcher).has_value());
+  ASSERT_TRUE(Eventually([&] { return WorkerIdOf(0) != first; })) << Stderr();
+  ::kill(PidOf("engine-worker-0"), SIGKILL);
+  const auto worker_exit = NextExit(watcher);
+  ASSERT_TRUE(worker_exit.has_value());
+  EXPECT_TRUE(worker_exit->kv_trusted());
 }
 
 TEST_F(RestartTest, ClientsCanConnectWhileThereIsNoApiServer) {

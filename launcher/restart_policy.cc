@@ -54,9 +54,8 @@ bool IsSelfInflicted(const ChildExit& how) {
 
 bool KvIsTrusted(const ChildExit& how) { return !IsSelfInflicted(how) || IsStartUpCode(how); }
 
-std::optional<milliseconds> RestartPolicy::OnExit(const ChildExit& how, bool out_of_memory,
+std::optional<milliseconds> RestartPolicy::OnExit(bool self_inflicted, bool out_of_memory,
                                                   TimePoint started, TimePoint now, double chance) {
-  const bool self_inflicted = IsSelfInflicted(how);
   if (self_inflicted) self_inflicted_.push_back(now);
   while (!self_inflicted_.empty() && now - self_inflicted_.front() > kWindow) {
     self_inflicted_.pop_front();

@@ -41,10 +41,10 @@ class RestartPolicy {
   static constexpr size_t kMaxSelfInflicted = 5;
   static constexpr std::chrono::minutes kWindow{10};
 
-  // The process that was started at `started` has ended at `now`. How long to wait with the next
-  // one; empty: a crash loop. out_of_memory: the kernel killed it for want of memory. chance: in
-  // [0, 1).
-  std::optional<std::chrono::milliseconds> OnExit(const ChildExit& how, bool out_of_memory,
+  // The process that was started at `started` has ended at `now`, by its own fault or not. How long
+  // to wait with the next one; empty: a crash loop. out_of_memory: the kernel killed it for want of
+  // memory. chance: in [0, 1).
+  std::optional<std::chrono::milliseconds> OnExit(bool self_inflicted, bool out_of_memory,
                                                   TimePoint started, TimePoint now, double chance);
 
  private:

@@ -26,7 +26,8 @@ class Life {
   int64_t Ends(const ChildExit& how, milliseconds after, double chance = 0,
                bool out_of_memory = false) {
     now_ += after;
-    const auto pause = policy_.OnExit(how, out_of_memory, now_ - after, now_, chance);
+    const auto pause =
+        policy_.OnExit(IsSelfInflicted(how), out_of_memory, now_ - after, now_, chance);
     if (!pause.has_value()) return -1;
     now_ += *pause;
     return pause->count();

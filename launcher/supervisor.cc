@@ -168,7 +168,7 @@ void Supervisor::HandleExit(Child* child, const ChildExit& how, bool out_of_memo
     worker_exit.set_rank(child->instance.rank);
     worker_exit.set_worker_id(child->instance.worker_id);
     (how.by_signal ? worker_exit.set_signal(how.code) : worker_exit.set_code(how.code));
-    worker_exit.set_kv_trusted(KvIsTrusted(how));
+    worker_exit.set_kv_trusted(KvIsTrusted(how) && !child->at_fault);
     server_->SendWorkerExit(worker_exit);
   }
   if (IsReplaceable(*child, how)) {
@@ -205,7 +205,9 @@ void Supervisor::KillUnwantedWorkers() {
       if (child.role != ChildRole::kEngineWorker || child.instance.rank != request.rank) continue;
       // Another process by now: that one is not meant.
       if (child.instance.worker_id != request.worker_id || !child.process.running()) continue;
-      LOG_WARNING("the API server wants {} to go: killing it", child.name);
+      LOG_WARNING("the API server wants {} to go{}: killing it", child.name,
+                  request.at_fault ? ", which computes wrongly" : "");
+      child.at_fault = child.at_fault || request.at_fault;
       child.process.Signal(SIGKILL);
     }
   }
@@ -228,8 +230,11 @@ bool Supervisor::IsReplaceable(const Child& child, const ChildExit& how) const {
 void Supervisor::Replace(Child* child, const ChildExit& how, bool out_of_memory,
                          const std::string& what_happened) {
   const auto now = Clock::now();
-  const std::optional<milliseconds> pause = child->policy.OnExit(
-      how, out_of_memory, child->started, now, std::uniform_real_distribution<double>()(random_));
+  const bool was_at_fault = std::exchange(child->at_fault, false);  // the next one is not
+  const bool self_inflicted = was_at_fault || IsSelfInflicted(how);
+  const std::optional<milliseconds> pause =
+      child->policy.OnExit(self_inflicted, out_of_memory, child->started, now,
+                           std::uniform_real_distribution<double>()(random_));
   if (!pause.has_value()) {
     LOG_ERROR("{} {}, the {}th fault of its own within {} minutes: a crash loop; the instance ends",
               child->name, what_happened, RestartPolicy::kMaxSelfInflicted + 1,

@@ -43,7 +43,7 @@ struct EngineConfig {
   WorkerProcessWatcher watch_workers;  // see LlmOptions
   // How long a request waits for a rank group, see LlmOptions.
   int64_t fault_hold_ms = 60'000;
-  bool leaves_workers = false;  // see LlmOptions
+  bool leaves_workers = false;                              // see LlmOptions
   std::function<void()> on_ready;                           // see LlmOptions
   std::function<void()> on_cache_hang;                      // see LlmOptions
   std::function<void(const std::string& reason)> on_fatal;  // see LlmOptions
@@ -188,7 +188,7 @@ class Engine {
   bool AdvanceGroup();  // false: there is nothing to do
   void Perform(GroupLifecycle::Action action);
   void GroupFault(FaultCause cause, bool kv_trusted, const std::string& text);
-  void EndWorker(uint32_t rank, uint64_t worker_id);
+  void EndWorker(uint32_t rank, uint64_t worker_id, bool at_fault);
   void LoseGroup();
   // What ran in the lost group is computed again.
   void DistrustGroup();

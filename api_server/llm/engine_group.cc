@@ -134,7 +134,7 @@ void Engine::Perform(GroupLifecycle::Action action) {
       return work_queue_->Send(group_.rank(),
                                AbortGroup{.group_epoch = group_.epoch(), .reason = group_.fault()});
     case Action::kEndWorker:
-      return EndWorker(group_.rank(), group_.worker_id());
+      return EndWorker(group_.rank(), group_.worker_id(), group_.at_fault());
     case Action::kLoseGroup:
       return LoseGroup();
     case Action::kDistrustGroup:
@@ -160,9 +160,10 @@ void Engine::Perform(GroupLifecycle::Action action) {
   }
 }
 
-void Engine::EndWorker(uint32_t rank, uint64_t worker_id) {
-  LOG_WARNING("engine worker {} does not leave its group: it is ended", rank);
-  if (processes_ != nullptr) processes_->End(rank, worker_id);
+void Engine::EndWorker(uint32_t rank, uint64_t worker_id, bool at_fault) {
+  LOG_WARNING("engine worker {} {}: it is ended", rank,
+              at_fault ? "may compute wrongly" : "does not leave its group");
+  if (processes_ != nullptr) processes_->End(rank, worker_id, at_fault);
   // Nobody ends it: at least it is heard no more.
   if (!group_.watching()) work_queue_->Cut(rank);
 }

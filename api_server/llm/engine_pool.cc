@@ -48,7 +48,9 @@ void Engine::Handle(PoolOpened event) {
   if (failed_) return;
   const absl::Status& status = event.pool.status();
   if (absl::IsNotFound(status) && (pool_.resuming() || pool_.adopting())) {
-    LOG_WARNING("the KV pool that the engine workers hold is lost with its cache manager");
+    const bool is_held = pool_.resuming() || pool_.adopted_pool() != 0;
+    if (is_held)
+      LOG_WARNING("the KV pool that the engine workers hold is lost with its cache manager");
     return pool_.OnPoolGone();
   }
   if (absl::IsFailedPrecondition(status) && !pool_.resuming() && RetryOpening(status)) return;
@@ -69,7 +71,7 @@ void Engine::Handle(PoolOpened event) {
   }
   if (adopted) {
     LOG_INFO("the KV pool {:016x} of an earlier API server is taken over", event.pool->pool_epoch);
-    // Every rank has attached, so that every worker of the old one has left its group.
+    // Every rank has attached, so that every worker of the old one has left its group or has gone.
     cache_->Fence();
     last_acknowledged_step_ = event.pool->newest_step;
     // A worker has gone wrong meanwhile, or has died, and nobody knows how.
@@ -159,13 +161,17 @@ void Engine::Perform(PoolLifecycle::Action action) {
 }
 
 void Engine::OpenPool(PoolLifecycle::Action action) {
+  if (action == PoolLifecycle::Action::kAdoptPool) {
+    // Of as many blocks as it has. New workers do not find room for another one beside it.
+    PoolSpec layout = startup_.pool_layout();
+    layout.resume_only = true;
+    layout.adopt_pool_epoch = pool_.adopted_pool();
+    layout.adopt_any = pool_.adopted_pool() == 0;
+    return cache_->OpenPool(layout);
+  }
   absl::StatusOr<PoolSpec> spec = startup_.pool_spec();
   if (!spec.ok()) return Fatal(std::string(spec.status().message()));
   spec->resume_only = action != PoolLifecycle::Action::kOpenPool;
-  if (action == PoolLifecycle::Action::kAdoptPool) {
-    spec->adopt_pool_epoch = pool_.adopted_pool();
-    spec->num_blocks = 0;  // as many as it has
-  }
   cache_->OpenPool(*spec);
 }
 

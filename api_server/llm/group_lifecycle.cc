@@ -31,6 +31,7 @@ GroupLifecycle::GroupLifecycle(uint32_t world_size, std::function<uint64_t()> ne
 void GroupLifecycle::OnWatching(bool watching, int64_t now_us) {
   watching_ = watching;
   if (watching) return;
+  replaces_all_ = false;  // nobody would end them
   // The grace begins when nobody is left to tell an exit.
   for (Rank& rank : ranks_) {
     if (rank.lost_us.has_value()) rank.lost_us = now_us;
@@ -45,7 +46,8 @@ void GroupLifecycle::OnHello(uint32_t rank, uint64_t worker_id, int64_t now_us) 
     r.unjudged_id = r.worker_id;
     r.verdict_us = now_us + (watching_ ? kVerdictWaitUs : 0);
   }
-  Fence(&r);
+  const bool has_to_end = replaces_all_ && r.worker_id == worker_id;  // its stream had broken
+  if (!has_to_end) Fence(&r);
   r.worker_id = worker_id;
   r.failed_start.clear();
   r.attached = true;
@@ -101,14 +103,25 @@ void GroupLifecycle::OnFault(FaultCause cause, bool kv_trusted, const std::strin
   }
   if (!has_group()) return;
   state_ = State::kAborting;
+  if (cause == FaultCause::kDivergence) {
+    const bool again = divergence_us_.has_value() && now_us < *divergence_us_ + kDivergenceMemoryUs;
+    replaces_all_ = again && watching_;
+    divergence_us_ = now_us;
+  }
   kv_trusted_ = kv_trusted;
   fault_cause_ = cause;
   fault_ = text;
+  if (replaces_all_) fault_ += "; not for the first time, so every engine worker is replaced";
   if (!fault_time_us_.has_value()) fault_time_us_ = now_us;
   for (Rank& rank : ranks_) {
     rank.fenced = rank.gone;
     rank.told = false;
-    if (!rank.fenced && !rank.end_us.has_value()) rank.end_us = now_us + kPatienceUs;
+    if (rank.fenced) continue;
+    if (replaces_all_) {
+      rank.end_us = now_us;
+    } else if (!rank.end_us.has_value()) {
+      rank.end_us = now_us + kPatienceUs;
+    }
   }
 }
 
@@ -205,12 +218,13 @@ GroupLifecycle::Action GroupLifecycle::NextAction(int64_t now_us) {
 GroupLifecycle::Action GroupLifecycle::NextActionWhileAborting(int64_t now_us) {
   for (uint32_t rank = 0; rank < ranks_.size(); ++rank) {
     Rank& r = ranks_[rank];
-    if (!r.attached || r.fenced || std::exchange(r.told, true)) continue;
+    if (!r.attached || r.fenced || replaces_all_ || std::exchange(r.told, true)) continue;
     return Act(Action::kAbortGroup, rank);
   }
   if (const Action end = NextEnd(now_us); end != Action::kNone) return end;
   if (!All(&Rank::fenced) || !AllJudged()) return Action::kNone;
   state_ = State::kGathering;
+  replaces_all_ = false;
   return Action::kLoseGroup;
 }
 

@@ -48,13 +48,17 @@ const char* NameOf(FaultCause cause);  // "exit", "stream", …
 // How a process of the group has ended may be known only when nothing of the group runs any more:
 // it had left, and then it crashed. Its KV is not trusted then, either.
 //
+// Ranks that disagree twice within 10 minutes do not get better by leaving their group: weights may
+// be damaged, or a device. Nobody knows whose, so the launcher ends every rank at once, as at
+// fault, and only the end of its process fences it. Without a launcher in reach they leave as ever.
+//
 // Time: microseconds of any clock that does not go back; the same one for all calls.
 class GroupLifecycle {
  public:
   enum class Action {
     kNone,
     kAbortGroup,     // send to rank() that epoch() is over; Aborted follows, or its end
-    kEndWorker,      // have the launcher end worker_id() of rank()
+    kEndWorker,      // have the launcher end worker_id() of rank(); at_fault() says how it counts
     kLoseGroup,      // nothing of epoch() runs any more; kv_trusted() says what its KV is worth
     kDistrustGroup,  // after kLoseGroup: now its KV turns out not to be trusted
     kConfigure,      // send epoch() to every rank
@@ -64,6 +68,7 @@ class GroupLifecycle {
   static constexpr int64_t kPatienceUs = 5'000'000;     // for Aborted, or a new Hello
   static constexpr int64_t kGraceUs = 2'000'000;        // see above
   static constexpr int64_t kVerdictWaitUs = 1'000'000;  // for the notice of an exit, see OnHello
+  static constexpr int64_t kDivergenceMemoryUs = 600'000'000;
 
   // new_epoch: a number that no group has had, not 0.
   GroupLifecycle(uint32_t world_size, std::function<uint64_t()> new_epoch);
@@ -100,6 +105,8 @@ class GroupLifecycle {
 
   uint64_t epoch() const { return epoch_; }  // of the present group, or the last one; 0: none yet
   bool in_use() const { return state_ == State::kInUse; }
+  // The ranks have disagreed again: those that have to end compute wrongly.
+  bool at_fault() const { return replaces_all_; }
   // Of the fault that ended the group, until kLoseGroup of the next one: whether all that was
   // written to KV blocks up to the last acknowledged step is right.
   bool kv_trusted() const { return kv_trusted_; }
@@ -152,7 +159,9 @@ class GroupLifecycle {
   uint64_t attached_pool_ = 0;  // sent to the ranks of epoch_
   bool watching_ = false;
   bool kv_trusted_ = true;
-  bool distrust_due_ = false;  // kDistrustGroup is
+  bool distrust_due_ = false;             // kDistrustGroup is
+  bool replaces_all_ = false;             // of the fault under way: no rank may go on
+  std::optional<int64_t> divergence_us_;  // the last one
   FaultCause fault_cause_ = FaultCause::kExit;
   std::string fault_;
   std::optional<int64_t> fault_time_us_;

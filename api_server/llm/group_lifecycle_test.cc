@@ -5,6 +5,8 @@
 
 #include "api_server/llm/group_lifecycle_test_util.h"
 
+#include "api_server/llm/group_lifecycle_test_util.h"
+
 namespace wintserve {
 namespace {
 

@@ -36,15 +36,18 @@ class HoleTest : public RecoveryTest {
     worker.next_token = LetterOfHistory;
     return worker;
   }
-  // What a process may do in its last moments to all memory of rank 0 that it maps.
+  // What a process may do to all memory that it maps before it is found out. Every rank samples
+  // here, from its own memory: spoilt on one of them alone it would show as ranks that disagree.
   void Scribble() {
     const PoolSpec spec = cache_.spec();
-    auto pool = memory_[0]->Map({.pool_epoch = 98 + cache_.num_pools(),
-                                 .memory_socket = "",
-                                 .num_blocks = spec.num_blocks});
-    ASSERT_TRUE(pool.ok()) << pool.status();
-    auto* const tokens = static_cast<int32_t*>((*pool)->blocks.data());
-    std::fill(tokens, tokens + int64_t{spec.num_blocks} * spec.block_size_tokens, 1 + 'z');
+    for (auto& [rank, memory] : memory_) {
+      auto pool = memory->Map({.pool_epoch = 98 + cache_.num_pools(),
+                               .memory_socket = "",
+                               .num_blocks = spec.num_blocks});
+      ASSERT_TRUE(pool.ok()) << pool.status();
+      auto* const tokens = static_cast<int32_t*>((*pool)->blocks.data());
+      std::fill(tokens, tokens + int64_t{spec.num_blocks} * spec.block_size_tokens, 1 + 'z');
+    }
   }
   // Both the prompt's answer and how much of the prompt was cached.
   struct Answer {

@@ -30,7 +30,7 @@ TEST_F(RecoveryTest, StreamsGoOnFromTheirKvWhenARankIsKilled) {
     ExpectStreamsAsWithoutFaults();
     EXPECT_TRUE(WaitUntilReady());
     EXPECT_EQ(workers_[1 - rank]->num_mappings(), 1);  // the survivor keeps what it maps
-    EXPECT_EQ(cache_.num_pools(), rank + 1);
+    EXPECT_EQ(cache_.num_pools(), 1u);
     EXPECT_NE(Metric("wintserve:resumed_sequences_total{from=\"kv\"}"), "0");
     EXPECT_EQ(Metric("wintserve:resumed_sequences_total{from=\"recompute\"}"), "0");
     EXPECT_EQ(Metric("wintserve:recovery_seconds_count"), "1");
@@ -105,12 +105,33 @@ TEST_F(RecoveryTest, ARankThatRanAnotherPlanStartsOver) {
   auto spoilt = std::make_shared<std::atomic<int>>(0);
   astray.spoil = [spoilt](StepDone* done) {
     if (++*spoilt == 10) done->plan_hash ^= 1;
-    if (*spoilt == 20) done->sampled[0].token = 5000;
   };
   StartTwo(astray, SlowWorker(1));
   SubmitStreams();
   ExpectStreamsAsWithoutFaults();
+  EXPECT_EQ(Metric("wintserve:group_faults_total{cause=\"divergence\"}"), "1");
+}
+
+// Its weights are damaged: it goes wrong in every group, until it is another process.
+TEST_F(RecoveryTest, RanksThatDisagreeAgainAreReplacedAndTheStreamsGoOn) {
+  FakeWorkerOptions astray = SlowWorker(1);
+  auto steps = std::make_shared<std::atomic<int>>(0);
+  astray.spoil = [steps](StepDone* done) {
+    if (++*steps % 20 == 0) done->sampled_digest ^= 1;
+  };
+  StartTwo(SlowWorker(0), astray);
+  SubmitStreams();
+  EXPECT_THAT(processes_.WaitForEnds(2), ElementsAre(Pair(0, 1), Pair(1, 2)));
+  EXPECT_EQ(processes_.num_at_fault(), 2);
+  ASSERT_TRUE(WaitFor([&] { return IsRecovering(); }));
+  EXPECT_THAT(llm_->Readiness().reason, HasSubstr("every engine worker is replaced"));
+  for (const size_t rank : {0u, 1u}) {
+    Kill(rank, /*kv_trusted=*/false);
+    Replace(rank, SlowWorker(rank));
+  }
+  ExpectStreamsAsWithoutFaults();
   EXPECT_EQ(Metric("wintserve:group_faults_total{cause=\"divergence\"}"), "2");
+  EXPECT_EQ(Metric("wintserve:resumed_sequences_total{from=\"kv\"}"), "0");
 }
 
 TEST_F(RecoveryTest, AReportedFaultIsRecoveredFrom) {
@@ -216,7 +237,8 @@ TEST_F(RecoveryTest, DeathsAtAnyMomentLoseNoToken) {
   for (int i = 0; i < 12; ++i) {
     std::this_thread::sleep_for(milliseconds(5 * i));
     const size_t rank = i % 3 == 0 ? 0 : 1;
-    Kill(rank, /*kv_trusted=*/i % 4 != 3);
+    // Not more than twice a crash: with the third a request that got no token between would fail.
+    Kill(rank, /*kv_trusted=*/i % 6 != 3);
     if (i % 5 == 4) {
       Kill(1 - rank);
       Replace(1 - rank, SlowWorker(1 - rank));
@@ -386,16 +408,23 @@ TEST_F(RecoveryTest, APoisonRequestFailsAloneAndTheOthersFinish) {
 }
 
 // The workers of an API server that has died attach to the next one, which finds their KV cached;
-// unless one of them has died as well, and nobody knows how.
+// also if some of them have died as well, or all. But nobody knows how those have ended.
 TEST_F(RecoveryTest, AnotherApiServerTakesOverWorkersAndPool) {
-  for (const bool both_live : {true, false}) {
-    SCOPED_TRACE(both_live);
-    const uint64_t num_pools = cache_.num_pools();
+  for (const uint32_t num_left : {2u, 1u, 0u}) {
+    SCOPED_TRACE(num_left);
     StartTwo();
-    const std::string prompt = std::string(130, both_live ? 'x' : 'y');
-    Updates first;
-    Submit(Request(prompt, 30), &first);
-    ASSERT_TRUE(first.WaitFinished());
+    const std::string old_prompt(130, static_cast<char>('a' + num_left));
+    const std::string prompt(130, static_cast<char>('k' + num_left));
+    const auto ask = [this](const std::string& text, int max_tokens) {
+      Updates updates;
+      Submit(Request(text, max_tokens), &updates);
+      EXPECT_TRUE(updates.WaitFinished());
+      EXPECT_EQ(updates.choice(0).text, Letters(static_cast<int>(text.size()), max_tokens));
+      return updates.last().num_cached_tokens;
+    };
+    ask(old_prompt, 30);
+    for (const char c : {'x', 'y'}) ask(std::string(40, c), 140);  // more than 256 steps
+    ask(prompt, 30);
     llm_.reset();
     for (auto& worker : workers_) worker->WaitForShutdown();
     workers_.clear();
@@ -403,17 +432,18 @@ TEST_F(RecoveryTest, AnotherApiServerTakesOverWorkersAndPool) {
     Create();
     for (const uint32_t rank : {0u, 1u}) {
       FakeWorkerOptions again = SlowWorker(rank);
-      if (rank == 0 || both_live) again.hello.mapped_pool_epoch = 99 + num_pools;
+      if (rank < num_left) again.hello.mapped_pool_epoch = 99;
+      // As on a GPU that the pool fills.
+      if (rank >= num_left) again.hello.kv_bytes_available = 0;
       AddWorker(again);
     }
     ASSERT_TRUE(WaitUntilReady()) << llm_->Readiness().reason;
-    EXPECT_EQ(cache_.num_pools(), num_pools + 1);
-    EXPECT_EQ(workers_[0]->num_mappings(), 0);
-    Updates second;
-    Submit(Request(prompt, 30), &second);
-    ASSERT_TRUE(second.WaitFinished());
-    EXPECT_EQ(second.choice(0).text, Letters(130, 30));
-    EXPECT_EQ(second.last().num_cached_tokens, both_live ? 128 : 0);
+    EXPECT_EQ(cache_.num_pools(), 1u);
+    for (const uint32_t rank : {0u, 1u}) {
+      EXPECT_EQ(workers_[rank]->num_mappings(), rank < num_left ? 0 : 1);
+    }
+    EXPECT_EQ(ask(prompt, 30), num_left == 2 ? 128 : 0);
+    EXPECT_EQ(ask(old_prompt, 30), 128);
     llm_.reset();
     workers_.clear();
     registry_ = std::make_shared<prometheus::Registry>();

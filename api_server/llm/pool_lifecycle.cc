@@ -22,7 +22,7 @@ absl::Status PoolLifecycle::OnOpened(const OpenedPool& pool) {
     return absl::InternalError(fmt::format(
         "the cache manager opened pool {:016x}, which was not asked for", pool.pool_epoch));
   }
-  if (adopted_pool_ != 0 && pool.pool_epoch != adopted_pool_) {
+  if (may_adopt_ && adopted_pool_ != 0 && pool.pool_epoch != adopted_pool_) {
     return absl::InternalError(
         fmt::format("the cache manager opened pool {:016x}, to be taken over was {:016x}",
                     pool.pool_epoch, adopted_pool_));
@@ -36,8 +36,8 @@ absl::Status PoolLifecycle::OnOpened(const OpenedPool& pool) {
 
 void PoolLifecycle::OnPoolGone() {
   CHECK(resuming() || adopting(), "state={}", static_cast<int>(state_));
-  resume_asked_ = may_adopt_ = false;
   state_ = adopting() ? State::kNoPool : State::kDraining;
+  resume_asked_ = may_adopt_ = false;
 }
 
 void PoolLifecycle::OnHello(uint32_t rank, uint64_t mapped_pool_epoch) {
@@ -105,7 +105,7 @@ PoolLifecycle::Action PoolLifecycle::NextActionWithoutPool() {
   }
   if (!connected_) return Action::kNone;
   state_ = State::kOpening;
-  return adopted_pool_ != 0 ? Action::kAdoptPool : Action::kOpenPool;
+  return may_adopt_ ? Action::kAdoptPool : Action::kOpenPool;
 }
 
 PoolLifecycle::Action PoolLifecycle::NextActionWhileHeld(bool idle) {

@@ -34,12 +34,12 @@ namespace wintserve {
 // Which rank group attaches to the pool is GroupLifecycle's affair: it is told attachable_pool(),
 // and groups may come and go while the pool stays. A process that has ended maps nothing. Workers
 // that an earlier API server has left behind still map its pool: this one takes it over, if the
-// cache manager still has it.
+// cache manager still has it; also when all of them have gone, so that nobody can name it.
 class PoolLifecycle {
  public:
   enum class Action {
     kNone,
-    kAdoptPool,    // ask for the pool that the workers map; OnOpened or OnPoolGone follows
+    kAdoptPool,    // ask for adopted_pool(); OnOpened or OnPoolGone follows
     kOpenPool,     // ask for a new pool; OnOpened follows
     kUsePool,      // all sequences are computed in pool() from now on: new, or taken over
     kLoseSession,  // pool() goes on without a cache manager
@@ -92,8 +92,10 @@ class PoolLifecycle {
   bool has_session() const { return has_session_; }
   // The pool that is held, or that workers map, is asked for; none is created.
   bool resuming() const { return state_ == State::kHeld && resume_asked_; }
-  bool adopting() const { return state_ == State::kOpening && adopted_pool_ != 0; }
-  uint64_t adopted_pool() const { return adopted_pool_; }  // REQUIRES: adopting().
+  bool adopting() const { return state_ == State::kOpening && may_adopt_; }
+  // The pool that the workers map; 0: they map none, and it is whichever the cache manager has.
+  // REQUIRES: adopting().
+  uint64_t adopted_pool() const { return adopted_pool_; }
   // For people; empty while a pool is held, be there a cache manager or not.
   std::string WaitingFor() const;
 
@@ -115,7 +117,7 @@ class PoolLifecycle {
   bool workers_attached_ = false;
   bool connected_ = false;
   bool may_adopt_ = true;       // no pool has been opened yet, nor refused to be adopted
-  uint64_t adopted_pool_ = 0;   // that was asked for; 0: a new one
+  uint64_t adopted_pool_ = 0;   // that was asked for; 0: any
   bool all_ready_ = false;      // for pool_, once, from kAttaching on
   bool has_session_ = false;    // that serves pool_, from OnOpened to the next loss
   bool loss_is_news_ = false;   // kLoseSession is due

@@ -51,11 +51,21 @@ void OpenAndAttach(PoolLifecycle* pool, const OpenedPool& opened) {
   EXPECT_THAT(Actions(pool), ElementsAre(Action::kUsePool));
 }
 
+// No worker maps a pool, and the cache manager has none: there will be another one.
+void ExpectNewPoolIsOpened(PoolLifecycle* pool) {
+  EXPECT_THAT(Actions(pool), ElementsAre(Action::kAdoptPool));
+  EXPECT_TRUE(pool->adopting());
+  EXPECT_EQ(pool->adopted_pool(), 0u);
+  pool->OnPoolGone();
+  EXPECT_THAT(Actions(pool), ElementsAre(Action::kOpenPool));
+  EXPECT_FALSE(pool->adopting());
+}
+
 // Two ranks hold pool 1, served.
 PoolLifecycle Held() {
   PoolLifecycle pool = WithWorkers();
   pool.OnConnected();
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
+  ExpectNewPoolIsOpened(&pool);
   OpenAndAttach(&pool, Pool(1));
   return pool;
 }
@@ -77,7 +87,7 @@ TEST(PoolLifecycle, AtTheStartAPoolIsOpenedAndAttachedOnceAllAreThere) {
   pool.OnWorkersAttached();
   EXPECT_THAT(Actions(&pool), IsEmpty());
   pool.OnConnected();
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
+  ExpectNewPoolIsOpened(&pool);
   EXPECT_EQ(pool.WaitingFor(), "waiting for the cache manager to create the KV pool");
   EXPECT_EQ(pool.attachable_pool(), 0u);
   ASSERT_TRUE(pool.OnOpened(Pool(1)).ok());
@@ -107,7 +117,7 @@ TEST(PoolLifecycle, ARankThatIsReplacedAttachesToThePoolThatIsHeld) {
 TEST(PoolLifecycle, ARankThatDiesBeforeThePoolIsInUseChangesNothing) {
   PoolLifecycle pool = WithWorkers();
   pool.OnConnected();
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
+  ExpectNewPoolIsOpened(&pool);
   pool.OnGone(0);
   ASSERT_TRUE(pool.OnOpened(Pool(1)).ok());
   pool.OnHello(0, 0);
@@ -226,7 +236,31 @@ TEST(PoolLifecycle, WorkersThatHoldDifferentPoolsLetGoOfThem) {
   EXPECT_THAT(Actions(&pool), IsEmpty());
   EXPECT_TRUE(pool.OnDetached(0, 7));
   EXPECT_TRUE(pool.OnDetached(1, 8));
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
+  ExpectNewPoolIsOpened(&pool);
+}
+
+// Whoever has not come back may still write to what its group was computing in.
+TEST(PoolLifecycle, APoolIsNotTakenOverBeforeEveryRankIsThere) {
+  PoolLifecycle pool(2);
+  pool.OnHello(0, 7);
+  pool.OnConnected();
+  EXPECT_THAT(Actions(&pool), IsEmpty());
+  pool.OnHello(1, 0);
+  pool.OnWorkersAttached();
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kAdoptPool));
+}
+
+// Nobody is left to name the pool, which lives in the cache manager all the same.
+TEST(PoolLifecycle, ThePoolOfAnEarlierApiServerIsTakenOverThoughItsWorkersHaveAllGone) {
+  PoolLifecycle pool = WithWorkers(0, 0);
+  pool.OnConnected();
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kAdoptPool));
+  EXPECT_EQ(pool.adopted_pool(), 0u);
+  ASSERT_TRUE(pool.OnOpened(Pool(7)).ok());
+  EXPECT_FALSE(pool.every_rank_maps_pool());
+  EXPECT_THAT(Actions(&pool), IsEmpty());
+  BothAreReady(&pool, 7);
+  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kUsePool));
 }
 
 TEST(PoolLifecycle, RefusesAnotherPoolThanIsToBeTakenOver) {
@@ -271,7 +305,7 @@ TEST(PoolLifecycle, ANewPoolIsCreatedOnlyAfterEveryRankHasLetGoOfTheOldOne) {
 TEST(PoolLifecycle, ALossBeforeTheAnswerAsksAgain) {
   PoolLifecycle pool = WithWorkers();
   pool.OnConnected();
-  EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
+  ExpectNewPoolIsOpened(&pool);
   pool.OnLost();
   EXPECT_THAT(Actions(&pool), IsEmpty());
   pool.OnConnected();

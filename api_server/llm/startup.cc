@@ -100,17 +100,20 @@ ConfigureWorker GroupStartup::configuration(uint64_t group_epoch) const {
   return configure;
 }
 
-absl::StatusOr<PoolSpec> GroupStartup::pool_spec() const {
+PoolSpec GroupStartup::pool_layout() const {
   CHECK(every_hello_has_come());
   PoolSpec spec;
   spec.root_seed = root_seed();
   spec.host_bytes = config_.host_bytes;
   spec.block_size_tokens = config_.block_size_tokens;
+  for (const auto& hello : hellos_) spec.block_bytes_by_rank.push_back(hello->kv_block_bytes);
+  return spec;
+}
+
+absl::StatusOr<PoolSpec> GroupStartup::pool_spec() const {
+  PoolSpec spec = pool_layout();
   std::vector<uint64_t> available_bytes_by_rank;
-  for (const auto& hello : hellos_) {
-    spec.block_bytes_by_rank.push_back(hello->kv_block_bytes);
-    available_bytes_by_rank.push_back(hello->kv_bytes_available);
-  }
+  for (const auto& hello : hellos_) available_bytes_by_rank.push_back(hello->kv_bytes_available);
   ASSIGN_OR_RETURN(spec.num_blocks,
                    DecideNumBlocks({.max_num_seqs = config_.max_num_seqs,
                                     .max_model_len = max_model_len_,

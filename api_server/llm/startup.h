@@ -42,6 +42,9 @@ class GroupStartup {
 
   // REQUIRES: every rank has said Hello, from here on.
   ConfigureWorker configuration(uint64_t group_epoch) const;
+  // What a pool is made for, without its size.
+  PoolSpec pool_layout() const;
+  // Of a new pool, in the memory that the workers have found.
   absl::StatusOr<PoolSpec> pool_spec() const;
   uint64_t block_bytes() const;          // over all ranks
   uint64_t largest_block_bytes() const;  // of one rank

@@ -22,8 +22,9 @@ struct WorkerProcessEvents {
 class WorkerProcesses {
  public:
   virtual ~WorkerProcesses() = default;
-  // Has the process killed, unless the rank's process is another one by now. Does not block.
-  virtual void End(uint32_t rank, uint64_t worker_id) = 0;
+  // Has the process killed, unless the rank's process is another one by now. at_fault: see
+  // EndWorker in proto/supervisor.proto. Does not block.
+  virtual void End(uint32_t rank, uint64_t worker_id, bool at_fault) = 0;
 };
 
 using WorkerProcessWatcher =

@@ -243,6 +243,7 @@ void GrpcCacheClient::OpenPool(const PoolSpec& spec) {
   open->set_block_size_tokens(static_cast<uint32_t>(spec.block_size_tokens));
   open->set_resume_only(spec.resume_only);
   open->set_adopt_pool_epoch(spec.adopt_pool_epoch);
+  open->set_adopt_any(spec.adopt_any);
   Send(std::move(request));
 }
 

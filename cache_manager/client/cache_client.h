@@ -33,6 +33,9 @@ struct PoolSpec {
   //  - The old session need not have outlived its 5 s: it ends with the adoption, unless it is
   //    another API server's that is still connected. If the answer is lost, asking again is right.
   uint64_t adopt_pool_epoch = 0;
+  // Instead: whichever pool there is, for one whose workers have all gone with their API server.
+  // NOT_FOUND when there is none that is laid out as asked for.
+  bool adopt_any = false;
 };
 
 struct OpenedPool {

@@ -88,11 +88,19 @@ absl::Status CheckDistinct(const char* request, const char* field, const WireIds
 absl::Status CheckOpenPool(const proto::OpenPool& request) {
   constexpr char kName[] = "OpenPool";
   if (request.api_epoch() == 0) return absl::InvalidArgumentError("OpenPool: api_epoch is 0");
-  const bool adopts = request.adopt_pool_epoch() != 0;
-  if (adopts && !request.resume_only()) {
+  const bool adopts_one = request.adopt_pool_epoch() != 0;
+  if (adopts_one && request.adopt_any()) {
+    return absl::InvalidArgumentError(fmt::format(
+        "OpenPool: adopt_pool_epoch is {:#x} with adopt_any", request.adopt_pool_epoch()));
+  }
+  if (adopts_one && !request.resume_only()) {
     return absl::InvalidArgumentError(fmt::format(
         "OpenPool: adopt_pool_epoch is {:#x} without resume_only", request.adopt_pool_epoch()));
   }
+  if (request.adopt_any() && !request.resume_only()) {
+    return absl::InvalidArgumentError("OpenPool: adopt_any without resume_only");
+  }
+  const bool adopts = adopts_one || request.adopt_any();
   RETURN_IF_ERROR(CheckRange(kName, "num_blocks", request.num_blocks(), adopts ? 0u : 1u, kMaxId));
   const int num_ranks = request.block_bytes_by_rank_size();
   RETURN_IF_ERROR(CheckRange(kName, "the number of block_bytes_by_rank", num_ranks, 1, kMaxRanks));

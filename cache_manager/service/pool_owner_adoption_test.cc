@@ -113,6 +113,35 @@ TEST_F(Adoption, IsRefusedWhileTheSessionIsAlive) {
   EXPECT_EQ(Refusal(3, "lease { count: 1 }"), "") << "none of it had an effect";
 }
 
+// All workers have gone with their API server: nobody is left to name the pool.
+TEST_F(Adoption, OfWhicheverPoolThereIsNeedsNobodyToNameIt) {
+  const std::string any =
+      Join({"open { api_epoch: 11 resume_only: true adopt_any: true", kLayout, "}"});
+  Store(kMe, 3);
+  ASSERT_EQ(Handle(kMe, "lease { count: 5 }").leased().blocks_size(), 5);
+  EXPECT_EQ(CodeOf(any), absl::StatusCode::kFailedPrecondition) << "its session is alive";
+  proto::CacheRequest other = Parse(any);
+  other.mutable_open()->set_root_seed("other");
+  proto::Refusal refusal = owner_->Handle(kLater, other)[0].refusal();
+  EXPECT_EQ(refusal.status_code(), static_cast<uint32_t>(absl::StatusCode::kNotFound))
+      << "to wait for its end would be of no use";
+  EXPECT_THAT(refusal.text(), HasSubstr("root_seed is another one"));
+  owner_->SuspendSession(kMe);
+  for (const uint64_t session : {kLater, uint64_t{3}}) {  // the first answer may be lost
+    const auto reply = Handle(session, any);
+    ASSERT_TRUE(reply.has_opened()) << reply.DebugString();
+    EXPECT_EQ(reply.opened().pool_epoch(), pool_epoch_);
+    EXPECT_FALSE(reply.opened().resumed());
+    owner_->SuspendSession(session);
+  }
+  ASSERT_TRUE(Handle(4, any).has_opened());
+  EXPECT_EQ(owner_->Stats().num_quarantined(), 5u);
+  EXPECT_EQ(Handle(4, "match { tokens: [0,1,2,3,4,5,6] }").matched().device_size(), 3);
+  StartOwner();
+  EXPECT_EQ(Refusal(kLater, any), "OpenPool: no pool to adopt");
+  EXPECT_EQ(CodeOf(any), absl::StatusCode::kNotFound);
+}
+
 TEST_F(Adoption, OfAnUnknownPoolIsNotFound) {
   EXPECT_EQ(CodeOf(AdoptText("", 77)), absl::StatusCode::kNotFound) << "alive or not";
   owner_->EndSession(kMe);

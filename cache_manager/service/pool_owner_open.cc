@@ -33,7 +33,8 @@ uint32_t NumHostSlots(const proto::OpenPool& request, uint64_t host_bytes) {
 
 // What of the pool is not as asked for, in words; empty: all is. The seed is bytes, and no text.
 std::string DifferenceOf(const proto::OpenPool& opened, const proto::OpenPool& request) {
-  const bool any_num_blocks = request.adopt_pool_epoch() != 0 && request.num_blocks() == 0;
+  const bool adopts = request.adopt_pool_epoch() != 0 || request.adopt_any();
+  const bool any_num_blocks = adopts && request.num_blocks() == 0;
   if (!any_num_blocks && opened.num_blocks() != request.num_blocks()) {
     return fmt::format("num_blocks is {}, and {} are asked for", opened.num_blocks(),
                        request.num_blocks());
@@ -78,7 +79,7 @@ absl::StatusOr<proto::PoolOpened> PoolOwner::Open(uint64_t session_id,
     return absl::FailedPreconditionError("OpenPool: this session has the pool open already");
   }
   bool resumed = false;
-  if (request.adopt_pool_epoch() != 0) {
+  if (request.adopt_pool_epoch() != 0 || request.adopt_any()) {
     RETURN_IF_ERROR(Adopt(session_id, request));
   } else if (is_held && pool_->spec.api_epoch() == request.api_epoch()) {
     RETURN_IF_ERROR(TakeUp(&*pool_, session_id, request));
@@ -123,11 +124,17 @@ absl::Status PoolOwner::TakeUp(Pool* pool, uint64_t session_id, const proto::Ope
 }
 
 absl::Status PoolOwner::Adopt(uint64_t session_id, const proto::OpenPool& request) {
-  const uint64_t pool_epoch = request.adopt_pool_epoch();
-  if (!pool_.has_value()) {
+  if (request.adopt_any()) {
+    if (!pool_.has_value()) return absl::NotFoundError("OpenPool: no pool to adopt");
+    if (const std::string difference = DifferenceOf(pool_->spec, request); !difference.empty()) {
+      return absl::NotFoundError(fmt::format("OpenPool: no such pool to adopt; of pool {:#x} {}",
+                                             pool_->pool_epoch, difference));
+    }
+  } else if (!pool_.has_value()) {
     return absl::NotFoundError(
-        fmt::format("OpenPool: no pool {:#x} to adopt; there is none", pool_epoch));
+        fmt::format("OpenPool: no pool {:#x} to adopt; there is none", request.adopt_pool_epoch()));
   }
+  const uint64_t pool_epoch = request.adopt_any() ? pool_->pool_epoch : request.adopt_pool_epoch();
   if (pool_->pool_epoch != pool_epoch) {
     return absl::NotFoundError(fmt::format("OpenPool: no pool {:#x} to adopt; there is pool {:#x}",
                                            pool_epoch, pool_->pool_epoch));

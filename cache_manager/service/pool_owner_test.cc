@@ -198,6 +198,11 @@ TEST_F(PoolOwnerTest, RefusesPoolsThatCannotBe) {
       {"api_epoch: 1 num_blocks: 1 block_bytes_by_rank: 1 block_size_tokens: 1 "
        "adopt_pool_epoch: 5",
        "OpenPool: adopt_pool_epoch is 0x5 without resume_only"},
+      {"api_epoch: 1 num_blocks: 1 block_bytes_by_rank: 1 block_size_tokens: 1 adopt_any: true",
+       "OpenPool: adopt_any without resume_only"},
+      {"api_epoch: 1 num_blocks: 1 block_bytes_by_rank: 1 block_size_tokens: 1 adopt_any: true "
+       "resume_only: true adopt_pool_epoch: 5",
+       "OpenPool: adopt_pool_epoch is 0x5 with adopt_any"},
       {"api_epoch: 1 resume_only: true block_bytes_by_rank: 1 block_size_tokens: 1",
        "num_blocks is 0; allowed: 1 to 2147483647"},
       {"api_epoch: 1 num_blocks: 1 block_bytes_by_rank: 1 block_size_tokens: 1 "

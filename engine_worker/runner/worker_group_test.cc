@@ -151,7 +151,13 @@ class WorkerGroupTest : public testing::Test {
     for (FakeWorkQueue* queue : Queues()) num_ready.push_back(queue->num_ready());
     Push(ConfigureOf(group_epoch));
     Push(AttachPool{.pool_epoch = kPoolEpoch, .memory_socket = "unused", .num_blocks = kNumBlocks});
-    for (size_t i = 0; i < num_ready.size(); ++i) Queues()[i]->WaitForReady(num_ready[i] + 1);
+    for (size_t i = 0; i < num_ready.size(); ++i) {
+      FakeWorkQueue* const queue = Queues()[i];
+      while (queue->num_ready() == num_ready[i] && queue->faults().empty()) {
+        std::this_thread::sleep_for(milliseconds(1));
+      }
+      for (const FakeWorkQueue::Fault& fault : queue->faults()) CHECK(false, "{}", fault.text);
+    }
   }
 
   ReceivedPlan Number(StepPlan plan) {

@@ -41,12 +41,17 @@ class WorkerWatch {
   WorkerWatch(const WorkerWatch&) = delete;
   WorkerWatch& operator=(const WorkerWatch&) = delete;
 
-  // Has the launcher kill the process, unless the rank's process is another one by now. Without a
-  // launcher in reach it is logged and forgotten.
-  void EndWorker(uint32_t rank, uint64_t worker_id) EXCLUDES(mutex_);
+  // Has the launcher kill the process, unless the rank's process is another one by now. at_fault:
+  // see EndWorker in proto/supervisor.proto. Without a launcher in reach it is logged and
+  // forgotten.
+  void EndWorker(uint32_t rank, uint64_t worker_id, bool at_fault) EXCLUDES(mutex_);
 
  private:
-  using Order = std::pair<uint32_t, uint64_t>;
+  struct Order {
+    uint32_t rank = 0;
+    uint64_t worker_id = 0;
+    bool at_fault = false;
+  };
 
   void Run();
   // Returns when the connection is lost, with the reason, or the watch stops.

@@ -315,7 +315,7 @@ absl::StatusOr<OpenedPool> FakeCache::TryOpen(const Session& session, const Pool
   if (pool_.session == &session) {
     return absl::FailedPreconditionError("this session has the pool open already");
   }
-  if (spec.resume_only && spec.adopt_pool_epoch != 0 && pool_.api_epoch != session.api_epoch) {
+  if (spec.resume_only && (spec.adopt_pool_epoch != 0 || spec.adopt_any)) {
     return Adopt(session, spec);
   }
   const bool taken = pool_.cache != nullptr && pool_.resumable;
@@ -347,17 +347,19 @@ absl::StatusOr<OpenedPool> FakeCache::TryOpen(const Session& session, const Pool
 }
 
 absl::StatusOr<OpenedPool> FakeCache::Adopt(const Session& session, const PoolSpec& spec) {
-  if (pool_.cache == nullptr || !pool_.adoptable || pool_.pool_epoch != spec.adopt_pool_epoch) {
+  const bool is_it = spec.adopt_any || pool_.pool_epoch == spec.adopt_pool_epoch;
+  if (pool_.cache == nullptr || !pool_.adoptable || !is_it) {
     return absl::NotFoundError(fmt::format("no pool of pool_epoch {:x}", spec.adopt_pool_epoch));
   }
+  const bool fits = spec.root_seed == pool_.spec.root_seed &&
+                    spec.host_bytes == pool_.spec.host_bytes &&
+                    spec.block_bytes_by_rank == pool_.spec.block_bytes_by_rank &&
+                    spec.block_size_tokens == pool_.spec.block_size_tokens;
+  if (!fits && spec.adopt_any) return absl::NotFoundError("the pool is laid out otherwise");
   if (pool_.session != nullptr) {
     return absl::FailedPreconditionError("another session has the pool open");
   }
-  if (spec.root_seed != pool_.spec.root_seed || spec.host_bytes != pool_.spec.host_bytes ||
-      spec.block_bytes_by_rank != pool_.spec.block_bytes_by_rank ||
-      spec.block_size_tokens != pool_.spec.block_size_tokens) {
-    return absl::FailedPreconditionError("the pool is laid out otherwise");
-  }
+  if (!fits) return absl::FailedPreconditionError("the pool is laid out otherwise");
   if (pool_.resumable) EndSessionOfPool();
   pool_.api_epoch = session.api_epoch;
   pool_.session = &session;

@@ -14,6 +14,7 @@ namespace wintserve {
 namespace {
 
 constexpr int64_t kAttachTimeoutMs = 10'000;
+constexpr std::chrono::seconds kRefusalPatience(5);  // as of a real worker
 constexpr uint32_t kBlockTokens = 64;
 
 template <typename... Args>
@@ -72,8 +73,16 @@ WorkerHello FakeHello(uint32_t rank, uint32_t world_size) {
 FakeWorker::FakeWorker(FakeWorkerOptions options)
     : options_(std::move(options)), backend_(kernels::cpu::CreateCpuBackend({})) {
   if (options_.hello.mapped_pool_epoch != 0) pool_epoch_ = options_.hello.mapped_pool_epoch;
+  // The server may have yet to find out that the stream of the process before has ended.
+  const auto deadline = std::chrono::steady_clock::now() + kRefusalPatience;
   auto client =
       WorkQueueClient::Attach(options_.target, options_.token, options_.hello, kAttachTimeoutMs);
+  while (absl::IsFailedPrecondition(client.status()) &&
+         std::chrono::steady_clock::now() < deadline) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    client =
+        WorkQueueClient::Attach(options_.target, options_.token, options_.hello, kAttachTimeoutMs);
+  }
   CHECK(client.ok(), "{}", client.status().ToString());
   client_ = *std::move(client);
   thread_ = std::thread([this] { Run(); });

@@ -42,6 +42,11 @@ class FakeWorkerProcesses {
                      [&]() NO_THREAD_SAFETY_ANALYSIS { return ends_.size() >= count; });
     return ends_;
   }
+  // How many of those compute wrongly, as the engine says.
+  int num_at_fault() EXCLUDES(mutex_) {
+    MutexLock lock(&mutex_);
+    return num_at_fault_;
+  }
 
  private:
   class Watch : public WorkerProcesses {
@@ -51,9 +56,10 @@ class FakeWorkerProcesses {
       MutexLock lock(&owner_->mutex_);
       owner_->events_ = {};
     }
-    void End(uint32_t rank, uint64_t worker_id) override {
+    void End(uint32_t rank, uint64_t worker_id, bool at_fault) override {
       MutexLock lock(&owner_->mutex_);
       owner_->ends_.emplace_back(rank, worker_id);
+      owner_->num_at_fault_ += at_fault ? 1 : 0;
       owner_->changed_.NotifyAll();
     }
 
@@ -65,6 +71,7 @@ class FakeWorkerProcesses {
   CondVar changed_;
   WorkerProcessEvents events_ GUARDED_BY(mutex_);
   std::vector<std::pair<uint32_t, uint64_t>> ends_ GUARDED_BY(mutex_);
+  int num_at_fault_ GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace wintserve

@@ -283,6 +283,7 @@ class Sessions {
     open->set_root_seed((bits & 8) != 0 ? "n" : "m");
     open->add_block_bytes_by_rank(4096);
     if ((bits & 16) != 0) open->add_block_bytes_by_rank(4096);
+    open->set_adopt_any((bits & 32) != 0);
     const uint8_t size = input->TakeByte();
     open->set_num_blocks(size % 16);
     open->set_host_bytes(4096 * ((size >> 4) % 8));
