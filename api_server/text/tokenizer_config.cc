@@ -8,7 +8,9 @@
 #include <string_view>
 #include <utility>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
+#include "api_server/text/utf8.h"
 #include "common/json_depth.h"
 #include "common/read_file.h"
 #include "common/status_macros.h"
@@ -22,6 +24,13 @@ using nlohmann::json;
 // Far above any vocabulary; keeps the table that is indexed by id small.
 constexpr int64_t kMaxTokenId = (1 << 20) - 1;
 
+// Of a file's own text: what an error has room for, on one line.
+std::string Excerpt(std::string_view text) {
+  constexpr size_t kMaxBytes = 200;
+  const bool is_cut = text.size() > kMaxBytes;
+  return absl::Utf8SafeCEscape(ReplaceInvalidUtf8(text.substr(0, kMaxBytes))) + (is_cut ? "…" : "");
+}
+
 absl::StatusOr<json> ReadJsonObject(const std::filesystem::path& path) {
   ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
   if (IsNestedTooDeep(text)) {
@@ -33,7 +42,7 @@ absl::StatusOr<json> ReadJsonObject(const std::filesystem::path& path) {
     document = json::parse(text);
   } catch (const json::exception& error) {
     return absl::InvalidArgumentError(
-        fmt::format("{}: not valid JSON: {}", path.string(), error.what()));
+        fmt::format("{}: not valid JSON: {}", path.string(), Excerpt(error.what())));
   }
   if (!document.is_object()) {
     return absl::InvalidArgumentError(fmt::format("{}: must be a JSON object, is a JSON {}",
@@ -65,8 +74,9 @@ class AddedTokenTable {
  public:
   absl::Status Add(std::string_view file, int64_t id, const std::string& content) {
     if (id < 0 || id > kMaxTokenId) {
-      return absl::InvalidArgumentError(fmt::format(
-          "{}: added token '{}' has id {}, allowed: 0 to {}", file, content, id, kMaxTokenId));
+      return absl::InvalidArgumentError(
+          fmt::format("{}: added token '{}' has id {}, allowed: 0 to {}", file, Excerpt(content),
+                      id, kMaxTokenId));
     }
     if (content.empty()) {
       return absl::InvalidArgumentError(fmt::format("{}: added token {} is empty", file, id));
@@ -75,12 +85,13 @@ class AddedTokenTable {
     if (by_id->second != content) {
       return absl::InvalidArgumentError(
           fmt::format("{}: id {} is given to the added tokens '{}' and '{}'", file, id,
-                      by_id->second, content));
+                      Excerpt(by_id->second), Excerpt(content)));
     }
     const auto [by_content, new_content] = id_of_content_.emplace(content, id);
     if (by_content->second != id) {
       return absl::InvalidArgumentError(fmt::format("{}: added token '{}' has the ids {} and {}",
-                                                    file, content, by_content->second, id));
+                                                    file, Excerpt(content), by_content->second,
+                                                    id));
     }
     return absl::OkStatus();
   }
@@ -108,10 +119,10 @@ absl::Status AddFromDecoder(const json& document, const std::string& file, Added
     int64_t id = 0;
     if (!absl::SimpleAtoi(key, &id)) {
       return absl::InvalidArgumentError(
-          fmt::format("{}: added_tokens_decoder: '{}' is not a token id", file, key));
+          fmt::format("{}: added_tokens_decoder: '{}' is not a token id", file, Excerpt(key)));
     }
     ASSIGN_OR_RETURN(const std::string content,
-                     TokenText(value, fmt::format("{}: added_tokens_decoder[{}]", file, key)));
+                     TokenText(value, fmt::format("{}: added_tokens_decoder[{}]", file, id)));
     RETURN_IF_ERROR(table.Add(file, id, content));
   }
   return absl::OkStatus();
@@ -124,7 +135,7 @@ absl::Status AddFromAddedTokensFile(const std::filesystem::path& path, AddedToke
   for (const auto& [content, id] : document->items()) {
     if (!id.is_number_integer()) {
       return absl::InvalidArgumentError(
-          fmt::format("{}: '{}' must have an integer id", path.string(), content));
+          fmt::format("{}: '{}' must have an integer id", path.string(), Excerpt(content)));
     }
     RETURN_IF_ERROR(table.Add(path.string(), id.get<int64_t>(), content));
   }
