@@ -149,7 +149,9 @@ class LaunchedWorkers : public WorkerProcesses {
                 .on_exit = [on_exit = std::move(events.on_exit)](const WorkerExitNotice& notice) {
                   on_exit(notice.rank, notice.worker_id, notice.kv_trusted, TextOf(notice));
                 }}) {}
-  void End(uint32_t rank, uint64_t worker_id) override { watch_.EndWorker(rank, worker_id); }
+  void End(uint32_t rank, uint64_t worker_id, bool at_fault) override {
+    watch_.EndWorker(rank, worker_id, at_fault);
+  }
 
  private:
   WorkerWatch watch_;

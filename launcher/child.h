@@ -29,6 +29,7 @@ struct Child {
   Clock::time_point started;
   int num_starts = 0;
   bool stopped = false;                           // we asked it to end, or ended it
+  bool at_fault = false;                          // it is ended for a fault of its own
   std::optional<Clock::time_point> restart_time;  // it has died and is started again then
 };
 

@@ -52,10 +52,11 @@ class RestartTest : public LauncherTest {
     request.mutable_watch_workers();
     return Ask(request);
   }
-  void AskForEnd(int rank, uint64_t worker_id) const {
+  void AskForEnd(int rank, uint64_t worker_id, bool at_fault = false) const {
     proto::SupervisorRequest request = Request();
     request.mutable_end_worker()->set_rank(rank);
     request.mutable_end_worker()->set_worker_id(worker_id);
+    request.mutable_end_worker()->set_at_fault(at_fault);
     Ask(request);
   }
   static std::optional<proto::WorkerExit> NextExit(const UniqueFd& watcher,
@@ -253,6 +254,20 @@ TEST_F(RestartTest, AWorkerThatHasToGoIsKilledButNotTheOneThatHasTakenItsPlace) 
   EXPECT_FALSE(NextExit(watcher, 200).has_value());
   EXPECT_THAT(Stderr(), HasSubstr("the API server wants engine worker 1 to go: killing it"));
   EXPECT_EQ(LivingChildren().size(), 4u);
+}
+
+TEST_F(RestartTest, AWorkerThatHangsAgainAndAgainIsACrashLoop) {
+  StartServing({}, {{"engine_worker_0", "ignore"}});
+  ASSERT_TRUE(ChildrenRun(3)) << Stderr();
+  for (uint64_t last = 0, hangs = 0; hangs < 6; ++hangs) {
+    ASSERT_TRUE(Eventually([&] { return WorkerIdOf(0) != last; })) << Stderr();
+    last = WorkerIdOf(0);
+    AskForEnd(0, last, /*at_fault=*/true);
+  }
+  EXPECT_EQ(ExitCode(), kExitCrashLoop);
+  EXPECT_THAT(Stderr(), HasSubstr("the API server wants engine worker 0 to go, which hangs: "));
+  EXPECT_THAT(Stderr(), HasSubstr("engine worker 0 died of signal 9 (Killed), the 6th fault of its "
+                                  "own within 10 minutes: a crash loop"));
 }
 
 TEST_F(RestartTest, ClientsCanConnectWhileThereIsNoApiServer) {

@@ -198,7 +198,9 @@ void Supervisor::KillUnwantedWorkers() {
       if (child.role != ChildRole::kEngineWorker || child.instance.rank != request.rank) continue;
       // Another process by now: that one is not meant.
       if (child.instance.worker_id != request.worker_id || !child.process.running()) continue;
-      LOG_WARNING("the API server wants {} to go: killing it", child.name);
+      LOG_WARNING("the API server wants {} to go{}: killing it", child.name,
+                  request.at_fault ? ", which hangs" : "");
+      child.at_fault = request.at_fault;
       child.process.Signal(SIGKILL);
     }
   }
@@ -220,8 +222,10 @@ bool Supervisor::IsReplaceable(const Child& child, const ChildExit& how) const {
 
 void Supervisor::Replace(Child* child, const ChildExit& how, const std::string& what_happened) {
   const auto now = Clock::now();
+  const ChildExit judged =
+      child->at_fault ? ChildExit{.by_signal = false, .code = kExitInternal} : how;
   const std::optional<milliseconds> pause = child->policy.OnExit(
-      how, child->started, now, std::uniform_real_distribution<double>()(random_));
+      judged, child->started, now, std::uniform_real_distribution<double>()(random_));
   if (!pause.has_value()) {
     LOG_ERROR("{} {}, the {}th fault of its own within {} minutes: a crash loop; the instance ends",
               child->name, what_happened, RestartPolicy::kMaxSelfInflicted + 1,

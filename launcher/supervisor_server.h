@@ -29,6 +29,7 @@ class SupervisorServer {
   struct EndRequest {
     int64_t rank = 0;  // as the peer says: of any size
     uint64_t worker_id = 0;
+    bool at_fault = false;
   };
 
   // Listens at `path`. Every request must carry `token`.

@@ -17,10 +17,11 @@ enum class FaultCause {
   kReported,    // a worker sent Fault
   kDeadline,    // a step took too long
   kDivergence,  // the ranks did not do the same
+  kStall,       // ranks were to get ready, and got no further
 };
-inline constexpr FaultCause kFaultCauses[] = {FaultCause::kExit, FaultCause::kStream,
-                                              FaultCause::kReported, FaultCause::kDeadline,
-                                              FaultCause::kDivergence};
+inline constexpr FaultCause kFaultCauses[] = {FaultCause::kExit,       FaultCause::kStream,
+                                              FaultCause::kReported,   FaultCause::kDeadline,
+                                              FaultCause::kDivergence, FaultCause::kStall};
 const char* NameOf(FaultCause cause);  // "exit", "stream", …
 
 // A pure state machine of the engine's thread: events in, one action after the other out.
@@ -95,6 +96,10 @@ class GroupLifecycle {
 
   uint64_t epoch() const { return epoch_; }  // of the present group, or the last one; 0: none yet
   bool in_use() const { return state_ == State::kInUse; }
+  // Ranks are awaited that were sent the pool.
+  bool attaching() const { return state_ == State::kAttaching; }
+  // Ranks are awaited that were told to leave epoch(), after fault().
+  bool aborting() const { return state_ == State::kAborting; }
   // Of the fault that ended the group, until kLoseGroup of the next one: whether all that was
   // written to KV blocks up to the last acknowledged step is right.
   bool kv_trusted() const { return kv_trusted_; }

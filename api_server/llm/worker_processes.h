@@ -23,7 +23,8 @@ class WorkerProcesses {
  public:
   virtual ~WorkerProcesses() = default;
   // Has the process killed, unless the rank's process is another one by now. Does not block.
-  virtual void End(uint32_t rank, uint64_t worker_id) = 0;
+  // at_fault: it hangs by itself, and too many such faults end the instance.
+  virtual void End(uint32_t rank, uint64_t worker_id, bool at_fault) = 0;
 };
 
 using WorkerProcessWatcher =

@@ -43,11 +43,13 @@ absl::Status RequestCacheManagerRestart(const std::string& socket_path, const st
 }
 
 absl::Status RequestEndOfWorker(const std::string& socket_path, const std::string& token,
-                                uint32_t rank, uint64_t worker_id, int64_t timeout_ms) {
+                                uint32_t rank, uint64_t worker_id, bool at_fault,
+                                int64_t timeout_ms) {
   proto::SupervisorRequest request;
   request.set_token(token);
   request.mutable_end_worker()->set_rank(rank);
   request.mutable_end_worker()->set_worker_id(worker_id);
+  request.mutable_end_worker()->set_at_fault(at_fault);
   return Ask(socket_path, request, timeout_ms);
 }
 

@@ -13,8 +13,10 @@ namespace wintserve {
 absl::Status RequestCacheManagerRestart(const std::string& socket_path, const std::string& token,
                                         int64_t timeout_ms);
 
-// Has the launcher kill that process, unless the rank's process is another one by now. As above.
+// Has the launcher kill that process, unless the rank's process is another one by now. at_fault:
+// see EndWorker in proto/supervisor.proto. Otherwise as above.
 absl::Status RequestEndOfWorker(const std::string& socket_path, const std::string& token,
-                                uint32_t rank, uint64_t worker_id, int64_t timeout_ms);
+                                uint32_t rank, uint64_t worker_id, bool at_fault,
+                                int64_t timeout_ms);
 
 }  // namespace wintserve

@@ -55,10 +55,10 @@ WorkerWatch::~WorkerWatch() {
   thread_.join();
 }
 
-void WorkerWatch::EndWorker(uint32_t rank, uint64_t worker_id) {
+void WorkerWatch::EndWorker(uint32_t rank, uint64_t worker_id, bool at_fault) {
   {
     MutexLock lock(&mutex_);
-    orders_.emplace_back(rank, worker_id);
+    orders_.push_back({rank, worker_id, at_fault});
   }
   ::eventfd_write(wake_.get(), 1);
 }
@@ -125,9 +125,9 @@ void WorkerWatch::SendOrders() {
     orders.swap(orders_);
     if (stopping_) return;
   }
-  for (const auto& [rank, worker_id] : orders) {
+  for (const auto& [rank, worker_id, at_fault] : orders) {
     const absl::Status status =
-        RequestEndOfWorker(socket_path_, token_, rank, worker_id, kRequestTimeoutMs);
+        RequestEndOfWorker(socket_path_, token_, rank, worker_id, at_fault, kRequestTimeoutMs);
     if (!status.ok()) LOG_WARNING("engine worker {} is not ended: {}", rank, TextOf(status));
   }
 }

@@ -42,11 +42,15 @@ class WorkerWatch {
   WorkerWatch& operator=(const WorkerWatch&) = delete;
 
   // Has the launcher kill the process, unless the rank's process is another one by now. Without a
-  // launcher in reach it is logged and forgotten.
-  void EndWorker(uint32_t rank, uint64_t worker_id) EXCLUDES(mutex_);
+  // launcher in reach it is logged and forgotten. at_fault: see proto/supervisor.proto.
+  void EndWorker(uint32_t rank, uint64_t worker_id, bool at_fault) EXCLUDES(mutex_);
 
  private:
-  using Order = std::pair<uint32_t, uint64_t>;
+  struct Order {
+    uint32_t rank;
+    uint64_t worker_id;
+    bool at_fault;
+  };
 
   void Run();
   // Returns when the connection is lost, with the reason, or the watch stops.

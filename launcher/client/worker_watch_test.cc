@@ -109,11 +109,12 @@ TEST_F(WorkerWatchTest, HasAWorkerEndedWhileItWatches) {
   WorkerWatch watch(path(), "secret", Events());
   const auto watching = Serve();
   WaitFor(1);
-  watch.EndWorker(1, 0xabc);
+  watch.EndWorker(1, 0xabc, /*at_fault=*/true);
   const auto [connection, request] = Serve();
   ASSERT_TRUE(request.has_end_worker());
   EXPECT_EQ(request.end_worker().rank(), 1u);
   EXPECT_EQ(request.end_worker().worker_id(), 0xabcu);
+  EXPECT_TRUE(request.end_worker().at_fault());
   TellExit(watching.first.get(), 1, 0xabc);
   EXPECT_EQ(WaitFor(2).back(), "exit 1 2748 signal 9 code 0 true");
 }
@@ -121,7 +122,7 @@ TEST_F(WorkerWatchTest, HasAWorkerEndedWhileItWatches) {
 TEST_F(WorkerWatchTest, ALauncherThatIsNotThereIsWaitedForAndStoppingIsQuick) {
   {
     WorkerWatch watch(path(), "secret", Events());
-    watch.EndWorker(0, 1);
+    watch.EndWorker(0, 1, /*at_fault=*/false);
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
     Listen();
     while (!Serve().second.has_watch_workers()) {
