@@ -14,6 +14,7 @@ namespace wintserve {
 namespace {
 
 constexpr int64_t kAttachTimeoutMs = 10'000;
+constexpr std::chrono::seconds kRefusalPatience(5);
 constexpr uint32_t kBlockTokens = 64;
 
 template <typename... Args>
@@ -72,8 +73,18 @@ WorkerHello FakeHello(uint32_t rank, uint32_t world_size) {
 FakeWorker::FakeWorker(FakeWorkerOptions options)
     : options_(std::move(options)), backend_(kernels::cpu::CreateCpuBackend({})) {
   if (options_.hello.mapped_pool_epoch != 0) pool_epoch_ = options_.hello.mapped_pool_epoch;
-  auto client =
-      WorkQueueClient::Attach(options_.target, options_.token, options_.hello, kAttachTimeoutMs);
+  const auto attach = [this] {
+    return WorkQueueClient::Attach(options_.target, options_.token, options_.hello,
+                                   kAttachTimeoutMs);
+  };
+  auto client = attach();
+  // The end of the stream of the one before may not have been noticed yet.
+  const auto deadline = std::chrono::steady_clock::now() + kRefusalPatience;
+  while (absl::IsFailedPrecondition(client.status()) &&
+         std::chrono::steady_clock::now() < deadline) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    client = attach();
+  }
   CHECK(client.ok(), "{}", client.status().ToString());
   client_ = *std::move(client);
   thread_ = std::thread([this] { Run(); });
