@@ -1,5 +1,6 @@
 // One rank: loads its slice of the weights, attaches to the API server, executes plans.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -20,6 +21,7 @@
 #include "engine_worker/collectives/rank_group.h"
 #include "engine_worker/runner/join_group.h"
 #include "engine_worker/runner/load_model.h"
+#include "engine_worker/runner/stall_watch.h"
 #include "engine_worker/runner/stop_signal.h"
 #include "engine_worker/runner/worker.h"
 
@@ -99,11 +101,28 @@ int Fail(const absl::Status& status, ExitCode code) {
   return code;
 }
 
+// Loading may take as long as the disks need, but has to get further: a process that hangs there
+// would be waited for for ever, since the API server does not know of it yet.
+absl::StatusOr<LoadedModel> LoadWatched(const Instance& instance, RankGroup* group) {
+  const int64_t timeout_ms = instance.options.stall_timeout_ms;
+  std::atomic<uint64_t> num_loaded = 0;
+  const StallWatch watch(
+      timeout_ms, [&] { return num_loaded + DiskProgress(); },
+      [&] {
+        LOG_ERROR(
+            "loading {} has got no further for {} s (--stall-timeout), after {} tensors: the "
+            "process ends, for another to try again",
+            instance.options.model, static_cast<double>(timeout_ms) / 1e3, num_loaded.load());
+        std::_Exit(kExitInternal);  // what hangs cannot be waited for
+      });
+  return LoadModel(instance.options, group, instance.restarted, [&] { ++num_loaded; });
+}
+
 int RunEngineWorker(const Instance& instance, StopSignal& stop) {
   InitLog(fmt::format("engine_worker.{}", instance.rank), instance.options.log_level);
   InitGrpcLog();
   RankGroup group(instance.rank, instance.options.tensor_parallel_size);
-  absl::StatusOr<LoadedModel> loaded = LoadModel(instance.options, &group, instance.restarted);
+  absl::StatusOr<LoadedModel> loaded = LoadWatched(instance, &group);
   if (!loaded.ok()) {
     const bool device_is_at_fault =
         absl::IsUnavailable(loaded.status()) || absl::IsResourceExhausted(loaded.status());

@@ -99,6 +99,7 @@ absl::Status SpawnChild(const ReservedPorts& ports, Child* child) {
   options.output_fd = output.get();
   if (instance.metrics_fd >= 0) options.descriptors.push_back({ports.metrics.get(), kMetricsFd});
   ++child->num_starts;
+  child->at_fault = false;
   ASSIGN_OR_RETURN(child->process, ChildProcess::Spawn(options));
   child->started = Child::Clock::now();
   LOG_DEBUG("{} is process {}", child->name, child->process.pid());

@@ -29,7 +29,7 @@ struct Child {
   Clock::time_point started;
   int num_starts = 0;
   bool stopped = false;                           // we asked it to end, or ended it
-  bool at_fault = false;                          // this process computed wrongly, whatever ends it
+  bool at_fault = false;                          // see EndWorker in proto/supervisor.proto
   std::optional<Clock::time_point> restart_time;  // it has died and is started again then
 };
 

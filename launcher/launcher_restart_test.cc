@@ -55,9 +55,9 @@ class RestartTest : public LauncherTest {
   }
   void AskForEnd(int rank, uint64_t worker_id, bool at_fault = false) const {
     proto::SupervisorRequest request = Request();
-    request.mutable_end_worker()->set_at_fault(at_fault);
     request.mutable_end_worker()->set_rank(rank);
     request.mutable_end_worker()->set_worker_id(worker_id);
+    request.mutable_end_worker()->set_at_fault(at_fault);
     Ask(request);
   }
   static std::optional<proto::WorkerExit> NextExit(const UniqueFd& watcher,
@@ -276,7 +276,7 @@ TEST_F(RestartTest, WorkersThatAreEndedBecauseTheyComputeWronglyAreACrashLoopInT
   EXPECT_EQ(ExitCode(), kExitCrashLoop);
   EXPECT_THAT(Stderr(), HasSubstr("the 6th fault of its own within 10 minutes"));
   EXPECT_THAT(Stderr(),
-              HasSubstr("wants engine worker 0 to go, which computes wrongly: killing it"));
+              HasSubstr("wants engine worker 0 to go, which hangs or computes wrongly: killing it"));
   ExpectNothingLeft();
 }
 

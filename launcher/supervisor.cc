@@ -206,7 +206,7 @@ void Supervisor::KillUnwantedWorkers() {
       // Another process by now: that one is not meant.
       if (child.instance.worker_id != request.worker_id || !child.process.running()) continue;
       LOG_WARNING("the API server wants {} to go{}: killing it", child.name,
-                  request.at_fault ? ", which computes wrongly" : "");
+                  request.at_fault ? ", which hangs or computes wrongly" : "");
       child.at_fault = child.at_fault || request.at_fault;
       child.process.Signal(SIGKILL);
     }

@@ -118,8 +118,9 @@ absl::StatusOr<int> SupervisorServer::Answer(const proto::SupervisorRequest& req
       restart_requested_ = true;
       return -1;
     case proto::SupervisorRequest::kEndWorker:
-      end_requests_.push_back({request.end_worker().rank(), request.end_worker().worker_id(),
-                               request.end_worker().at_fault()});
+      end_requests_.push_back({.rank = request.end_worker().rank(),
+                               .worker_id = request.end_worker().worker_id(),
+                               .at_fault = request.end_worker().at_fault()});
       return -1;
     case proto::SupervisorRequest::kWatchWorkers:
       return -1;

@@ -235,12 +235,15 @@ TEST_F(SupervisorServerTest, PassesOnWhichWorkerHasToGo) {
     request.set_token(kToken);
     request.mutable_end_worker()->set_rank(rank);
     request.mutable_end_worker()->set_worker_id(0xfedcba9876543210);
+    request.mutable_end_worker()->set_at_fault(rank == 1);
     ASSERT_TRUE(SendPacket(fd.get(), request.SerializeAsString()).ok());
     EXPECT_TRUE(ReceivePacket(fd.get(), kTimeoutMs).ok());
   }
   Stop();
   ASSERT_EQ(ends_.size(), 2u);
   EXPECT_EQ(ends_[0].rank, 1);
+  EXPECT_TRUE(ends_[0].at_fault);
+  EXPECT_FALSE(ends_[1].at_fault);
   EXPECT_EQ(ends_[1].rank, 0xffffffff);
   EXPECT_EQ(ends_[1].worker_id, 0xfedcba9876543210);
 }

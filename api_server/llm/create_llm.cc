@@ -143,6 +143,7 @@ class LlmImpl : public LLM {
     config.watch_workers = options_.watch_workers;
     config.fault_hold_ms = options_.fault_hold_ms;
     config.leaves_workers = options_.leaves_workers;
+    config.stall_timeout_ms = options_.stall_timeout_ms;
     config.on_ready = options_.on_ready;
     config.on_cache_hang = options_.on_cache_hang;
     config.on_fatal = options_.on_fatal;
@@ -241,6 +242,7 @@ LlmOptions LlmOptionsFor(const Instance& instance) {
   out.long_prefill_token_threshold = options.long_prefill_token_threshold;
   out.request_timeout_ms = options.request_timeout_ms;
   out.fault_hold_ms = options.fault_hold_ms;
+  out.stall_timeout_ms = options.stall_timeout_ms;
   // They are another launcher's, who goes on: an API server that is stopped alone is replaced.
   out.leaves_workers = options.role == "api";
   out.prefix_caching = options.enable_prefix_caching;

@@ -50,6 +50,9 @@ struct LlmOptions {
   // then it fails with UNAVAILABLE.
   int64_t fault_hold_ms = 60'000;
 
+  // Engine workers that map the pool and warm up get further within this time, or the one that
+  // hangs is ended, and replaced; 0: there is no limit.
+  int64_t stall_timeout_ms = 300'000;
   // Destroying the LLM leaves the engine workers, with their weights and the pool, to the LLM that
   // follows; false: it tells them to exit.
   bool leaves_workers = false;

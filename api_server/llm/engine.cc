@@ -44,7 +44,7 @@ Engine::Engine(EngineConfig config, EngineMetrics* metrics)
       group_(config_.startup.world_size, RandomEpoch),
       pool_(config_.startup.world_size),
       steps_(config_.startup.world_size, /*group_epoch=*/0),
-      last_beats_us_(std::make_unique<std::atomic<int64_t>[]>(config_.startup.world_size)),
+      beats_(std::make_unique<Beats[]>(config_.startup.world_size)),
       is_silent_(config_.startup.world_size) {
   SetReadiness({.reason = group_.WaitingFor()});
 }
@@ -98,8 +98,7 @@ WorkQueueEvents Engine::WorkerEvents() {
           [this](uint32_t rank, StepDone done) {
             inbox_.Push(WorkerStepDone{rank, std::move(done)});
           },
-      .on_heartbeat = [this](uint32_t rank,
-                             const HeartbeatMessage&) { last_beats_us_[rank] = EngineNowUs(); },
+      .on_heartbeat = [this](uint32_t rank, const HeartbeatMessage& beat) { TakeBeat(rank, beat); },
       .on_pool_detached =
           [this](uint32_t rank, const PoolDetachedMessage& detached) {
             inbox_.Push(WorkerLetGo{rank, detached});
@@ -227,6 +226,7 @@ void Engine::Advance() {
   const int64_t now_us = EngineNowUs();
   CheckStepDeadline(now_us);
   CheckHeartbeats(now_us);
+  CheckStall(now_us);
   // No plan is to come first, and whoever has finished must not be failed below.
   if (!group_.in_use()) DeliverUpdates();
   while (!failed_ && (AdvanceGroup() || AdvancePool())) {

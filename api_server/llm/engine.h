@@ -43,7 +43,9 @@ struct EngineConfig {
   WorkerProcessWatcher watch_workers;  // see LlmOptions
   // How long a request waits for a rank group, see LlmOptions.
   int64_t fault_hold_ms = 60'000;
-  bool leaves_workers = false;                              // see LlmOptions
+  bool leaves_workers = false;  // see LlmOptions
+  // Ranks that are to get ready get further within this time; 0: there is no limit.
+  int64_t stall_timeout_ms = 300'000;
   std::function<void()> on_ready;                           // see LlmOptions
   std::function<void()> on_cache_hang;                      // see LlmOptions
   std::function<void(const std::string& reason)> on_fatal;  // see LlmOptions
@@ -197,6 +199,9 @@ class Engine {
   void SuspectRequests(const std::vector<uint64_t>& in_flight);
   void CheckStepDeadline(int64_t now_us);
   void CheckHeartbeats(int64_t now_us);
+  void TakeBeat(uint32_t rank, const HeartbeatMessage& beat);  // on gRPC's threads
+  void CheckStall(int64_t now_us);
+  std::optional<int64_t> NextStallUs() const;
   void FailHeldRequests(int64_t now_us);
   std::optional<int64_t> NextHoldEndUs() const;
   std::optional<int64_t> NextGroupDeadlineUs() const;
@@ -265,9 +270,16 @@ class Engine {
   ReadinessReport readiness_ GUARDED_BY(readiness_mutex_);
   EngineLimits limits_ GUARDED_BY(readiness_mutex_);
 
-  // By rank: the time of its last heartbeat; and whether its silence has been logged.
-  std::unique_ptr<std::atomic<int64_t>[]> last_beats_us_;
+  // By rank: its last heartbeat, and the last one that told of progress; and whether its silence
+  // has been logged.
+  struct Beats {
+    std::atomic<int64_t> last_us = 0;
+    std::atomic<int64_t> progress_us = 0;
+    std::atomic<uint64_t> progress = 0;
+  };
+  std::unique_ptr<Beats[]> beats_;
   std::vector<bool> is_silent_;
+  int64_t attach_us_ = 0;  // ranks were sent the pool, or one of them has got ready
 
   std::unique_ptr<WorkQueueServer> work_queue_;
   std::unique_ptr<WorkerProcesses> processes_;  // null: no launcher in reach, ever

@@ -47,7 +47,7 @@ void Engine::Handle(WorkerAttached event) {
   if (absl::Status status = startup_.OnHello(hello); !status.ok()) {
     return Fatal(std::string(status.message()));
   }
-  last_beats_us_[hello.rank] = EngineNowUs();
+  beats_[hello.rank].last_us = EngineNowUs();
   is_silent_[hello.rank] = false;
   work_queue_->Accept(hello.rank);
   group_.OnHello(hello.rank, hello.worker_id, EngineNowUs());
@@ -56,8 +56,9 @@ void Engine::Handle(WorkerAttached event) {
 
 void Engine::Handle(WorkerReady event) {
   if (!group_.OnReady(event.rank, event.ready.group_epoch, event.ready.pool_epoch)) {
-    metrics_->RecordStaleMessage();
+    return metrics_->RecordStaleMessage();
   }
+  attach_us_ = EngineNowUs();
 }
 
 void Engine::Handle(WorkerLetGo event) {
@@ -150,6 +151,7 @@ void Engine::Perform(GroupLifecycle::Action action) {
     case Action::kAttachPool: {
       const OpenedPool& pool = pool_.pool();
       pool_.OnPoolSent();
+      attach_us_ = EngineNowUs();
       return work_queue_->Send(AttachPool{.pool_epoch = pool.pool_epoch,
                                           .memory_socket = pool.memory_socket,
                                           .num_blocks = pool.num_blocks,
@@ -162,7 +164,7 @@ void Engine::Perform(GroupLifecycle::Action action) {
 
 void Engine::EndWorker(uint32_t rank, uint64_t worker_id, bool at_fault) {
   LOG_WARNING("engine worker {} {}: it is ended", rank,
-              at_fault ? "may compute wrongly" : "does not leave its group");
+              at_fault ? "hangs or computes wrongly" : "does not leave its group");
   if (processes_ != nullptr) processes_->End(rank, worker_id, at_fault);
   // Nobody ends it: at least it is heard no more.
   if (!group_.watching()) work_queue_->Cut(rank);
@@ -223,13 +225,43 @@ void Engine::CheckStepDeadline(int64_t now_us) {
 void Engine::CheckHeartbeats(int64_t now_us) {
   if (steps_.idle()) return;
   for (uint32_t rank = 0; rank < is_silent_.size(); ++rank) {
-    const int64_t silence_us = now_us - last_beats_us_[rank];
+    const int64_t silence_us = now_us - beats_[rank].last_us;
     const bool is_silent = silence_us >= kHeartbeatPatienceUs && group_.attached(rank);
     if (is_silent && !is_silent_[rank]) {
       LOG_WARNING("no heartbeat of engine worker {} for {:.1f} s", rank, Seconds(silence_us));
     }
     is_silent_[rank] = is_silent;
   }
+}
+
+void Engine::TakeBeat(uint32_t rank, const HeartbeatMessage& beat) {
+  Beats& beats = beats_[rank];
+  const int64_t now_us = EngineNowUs();
+  beats.last_us = now_us;
+  if (beats.progress.exchange(beat.progress) != beat.progress) beats.progress_us = now_us;
+}
+
+// All together: the others wait for the one that hangs. Which one that is shows when they are told
+// to leave.
+void Engine::CheckStall(int64_t now_us) {
+  const std::optional<int64_t> due_us = NextStallUs();
+  if (!due_us.has_value() || now_us < *due_us) return;
+  if (late_us_ > kOwnPauseUs) {
+    attach_us_ = now_us;
+    return;
+  }
+  GroupFault(FaultCause::kStall, /*kv_trusted=*/true,
+             fmt::format("{}, and has got no further for {} s (--stall-timeout)",
+                         group_.WaitingFor(), Seconds(1'000 * config_.stall_timeout_ms)));
+}
+
+std::optional<int64_t> Engine::NextStallUs() const {
+  if (config_.stall_timeout_ms == 0 || !group_.attaching()) return std::nullopt;
+  int64_t last_us = attach_us_;
+  for (uint32_t rank = 0; rank < config_.startup.world_size; ++rank) {
+    last_us = std::max<int64_t>(last_us, beats_[rank].progress_us);
+  }
+  return last_us + 1'000 * config_.stall_timeout_ms;
 }
 
 void Engine::FailHeldRequests(int64_t now_us) {
@@ -259,11 +291,12 @@ std::optional<int64_t> Engine::NextGroupDeadlineUs() const {
   add(group_.NextDeadlineUs());
   add(NextHoldEndUs());
   add(next_opening_try_us_);
+  add(NextStallUs());
   const std::optional<RunningStep> running = steps_.running();
   if (!group_.has_group() || !running.has_value()) return next;
   add(running->began_us + step_deadline_.AllowedUs(running->shape, EngineNowUs()));
   for (uint32_t rank = 0; rank < is_silent_.size(); ++rank) {
-    if (!is_silent_[rank]) add(last_beats_us_[rank] + kHeartbeatPatienceUs);
+    if (!is_silent_[rank]) add(beats_[rank].last_us + kHeartbeatPatienceUs);
   }
   return next;
 }

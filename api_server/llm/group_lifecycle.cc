@@ -21,6 +21,8 @@ const char* NameOf(FaultCause cause) {
       return "deadline";
     case FaultCause::kDivergence:
       return "divergence";
+    case FaultCause::kStall:
+      return "stall";
   }
   return "unknown";
 }

@@ -17,10 +17,11 @@ enum class FaultCause {
   kReported,    // a worker sent Fault
   kDeadline,    // a step took too long
   kDivergence,  // the ranks did not do the same
+  kStall,       // ranks were to get ready, and got no further
 };
-inline constexpr FaultCause kFaultCauses[] = {FaultCause::kExit, FaultCause::kStream,
-                                              FaultCause::kReported, FaultCause::kDeadline,
-                                              FaultCause::kDivergence};
+inline constexpr FaultCause kFaultCauses[] = {FaultCause::kExit,       FaultCause::kStream,
+                                              FaultCause::kReported,   FaultCause::kDeadline,
+                                              FaultCause::kDivergence, FaultCause::kStall};
 const char* NameOf(FaultCause cause);  // "exit", "stream", …
 
 // A pure state machine of the engine's thread: events in, one action after the other out.
@@ -105,8 +106,13 @@ class GroupLifecycle {
 
   uint64_t epoch() const { return epoch_; }  // of the present group, or the last one; 0: none yet
   bool in_use() const { return state_ == State::kInUse; }
-  // The ranks have disagreed again: those that have to end compute wrongly.
-  bool at_fault() const { return replaces_all_; }
+  // Whoever has to end now does not only keep others waiting: the ranks have disagreed again, or
+  // no rank got further, and those that only waited for another one have left.
+  bool at_fault() const {
+    return replaces_all_ || (state_ == State::kAborting && fault_cause_ == FaultCause::kStall);
+  }
+  // Ranks are awaited that were sent the pool.
+  bool attaching() const { return state_ == State::kAttaching; }
   // Of the fault that ended the group, until kLoseGroup of the next one: whether all that was
   // written to KV blocks up to the last acknowledged step is right.
   bool kv_trusted() const { return kv_trusted_; }

@@ -307,6 +307,45 @@ TEST_F(RecoveryTest, ARankThatDiesBeforeTheFirstGroupComputesIsWaitedFor) {
   ExpectStreamsAsWithoutFaults();
 }
 
+// Its stream is all right, and it may beat as ever.
+TEST_F(RecoveryTest, ARankThatHangsBeforeItIsReadyIsEndedForAFaultOfItsOwn) {
+  options_.world_size = 2;
+  options_.stall_timeout_ms = 300;
+  Create();
+  AddWorker(SlowWorker(0));
+  FakeWorkerOptions hanging = SlowWorker(1);
+  hanging.never_ready = true;
+  hanging.before_abort = [] { return false; };
+  AddWorker(hanging);
+  EXPECT_THAT(processes_.WaitForEnds(1), ElementsAre(Pair(1, workers_[1]->hello().worker_id)));
+  EXPECT_EQ(processes_.num_at_fault(), 1);
+  Kill(1);
+  Replace(1, SlowWorker(1));
+  ASSERT_TRUE(WaitUntilReady()) << llm_->Readiness().reason;
+  EXPECT_EQ(Metric("wintserve:group_faults_total{cause=\"stall\"}"), "1");
+  SubmitStreams();
+  ExpectStreamsAsWithoutFaults();
+}
+
+TEST_F(RecoveryTest, ARankThatGetsFurtherIsWaitedFor) {
+  options_.stall_timeout_ms = 1000;
+  Create();
+  FakeWorkerOptions slow = SlowWorker();
+  slow.never_ready = true;
+  AddWorker(slow);
+  ASSERT_TRUE(WaitForReason("engine worker 0 is warming up"));
+  for (uint64_t progress = 1; progress <= 60; ++progress) {
+    ASSERT_TRUE(workers_[0]->SendProgress(progress).ok());
+    std::this_thread::sleep_for(milliseconds(50));
+  }
+  EXPECT_EQ(Metric("wintserve:group_faults_total{cause=\"stall\"}"), "0");
+  // Beats alone are no progress.
+  ASSERT_TRUE(WaitFor([&] {
+    EXPECT_TRUE(workers_[0]->SendProgress(60).ok());
+    return Metric("wintserve:group_faults_total{cause=\"stall\"}") == "1";
+  }));
+}
+
 TEST_F(RecoveryTest, RequestsThatComeMeanwhileWait) {
   StartServing(SlowWorker());
   Kill(0);

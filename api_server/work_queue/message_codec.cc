@@ -127,6 +127,7 @@ void Fill(const HeartbeatMessage& from, proto::WorkerMessage* message) {
   message->mutable_heartbeat()->set_step_started(from.step_started);
   message->mutable_heartbeat()->set_step_done(from.step_done);
   message->mutable_heartbeat()->set_resident_bytes(from.resident_bytes);
+  message->mutable_heartbeat()->set_progress(from.progress);
 }
 
 void Fill(const PoolDetachedMessage& from, proto::WorkerMessage* message) {
@@ -316,7 +317,7 @@ absl::StatusOr<WorkerMessage> DecodeWorkerMessage(std::string_view bytes) {
     }
     case proto::WorkerMessage::kHeartbeat:
       return HeartbeatMessage{in.heartbeat().step_started(), in.heartbeat().step_done(),
-                              in.heartbeat().resident_bytes()};
+                              in.heartbeat().resident_bytes(), in.heartbeat().progress()};
     case proto::WorkerMessage::kPoolDetached:
       return PoolDetachedMessage{in.pool_detached().pool_epoch()};
     case proto::WorkerMessage::kFault: {

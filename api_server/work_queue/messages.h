@@ -89,6 +89,7 @@ struct HeartbeatMessage {
   uint64_t step_started = 0;  // 0 before the first step
   uint64_t step_done = 0;
   uint64_t resident_bytes = 0;
+  uint64_t progress = 0;  // changes while the rank gets further on its way to Ready
 };
 
 struct FaultMessage {

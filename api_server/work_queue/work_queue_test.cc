@@ -75,7 +75,7 @@ WorkQueueEvents LogTo(EventLog* log) {
           },
       .on_heartbeat =
           [log](uint32_t rank, const HeartbeatMessage& beat) {
-            log->Add(fmt::format("beat {} {}", rank, beat.resident_bytes));
+            log->Add(fmt::format("beat {} {} {}", rank, beat.resident_bytes, beat.progress));
           },
       .on_pool_detached =
           [log](uint32_t rank, const PoolDetachedMessage& detached) {
@@ -162,7 +162,7 @@ TEST_F(WorkQueueTest, CarriesTheStartUpAndAStepOfTwoRanks) {
     EXPECT_TRUE(std::holds_alternative<ShutdownWorker>(*shutdown));
   }
   EXPECT_TRUE((*rank0)->SendReady(5, 6).ok());
-  EXPECT_TRUE((*rank0)->SendHeartbeat(1, 0, 77).ok());
+  EXPECT_TRUE((*rank0)->SendHeartbeat({.resident_bytes = 77, .progress = 5}).ok());
   EXPECT_TRUE((*rank0)->SendStepDone({.step = 1, .plan_hash = 0xf0}).ok());
   EXPECT_TRUE((*rank0)->SendPoolDetached(6).ok());
   EXPECT_TRUE((*rank0)->SendAborted(5).ok());
@@ -170,8 +170,8 @@ TEST_F(WorkQueueTest, CarriesTheStartUpAndAStepOfTwoRanks) {
   EXPECT_TRUE((*rank0)->SendFault(FaultKind::kInternal, "lost", /*kv_trusted=*/true).ok());
   const std::vector<std::string> lines = log_.WaitFor(9);
   EXPECT_THAT(std::vector(lines.begin() + 2, lines.end()),
-              ElementsAre("ready 0 5 6", "beat 0 77", "done 0 1 f0", "detached 0 6", "aborted 0 5",
-                          "fault 0 broken", "fault 0 lost, its KV is right"));
+              ElementsAre("ready 0 5 6", "beat 0 77 5", "done 0 1 f0", "detached 0 6",
+                          "aborted 0 5", "fault 0 broken", "fault 0 lost, its KV is right"));
 }
 
 TEST_F(WorkQueueTest, RefusesAWrongTokenWithoutSayingMore) {

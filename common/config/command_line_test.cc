@@ -51,6 +51,7 @@ TEST(CommandLine, WithoutFlagsTheDefaultsOfTheCpuHold) {
   EXPECT_EQ(command.options.max_num_batched_tokens, 256);
   EXPECT_EQ(command.options.drain_timeout_ms, 55'000);
   EXPECT_EQ(command.options.orphan_timeout_ms, 120'000);
+  EXPECT_EQ(command.options.stall_timeout_ms, 300'000);
   EXPECT_EQ(command.options.fault_hold_ms, 60'000);
   EXPECT_TRUE(command.options.enable_prefix_caching);
   EXPECT_TRUE(command.options.enable_chunked_prefill);
@@ -132,6 +133,7 @@ TEST(CommandLine, SetsWhatTheFlagSays) {
   EXPECT_EQ(Serve({"--host", "localhost"}).options.host, "127.0.0.1");
   EXPECT_EQ(Serve({"--drain-timeout", "1.5"}).options.drain_timeout_ms, 1500);
   EXPECT_EQ(Serve({"--orphan-timeout", "2.5"}).options.orphan_timeout_ms, 2500);
+  EXPECT_EQ(Serve({"--stall-timeout", "0.5"}).options.stall_timeout_ms, 500);
   EXPECT_EQ(Serve({"--fault-hold", "0"}).options.fault_hold_ms, 0);
   EXPECT_EQ(Serve({"--timeout-graceful-shutdown", "7"}).options.drain_timeout_ms, 7000);
   EXPECT_EQ(Serve({"--timeout-graceful-shutdown", "0"}).options.drain_timeout_ms, 55'000);
@@ -272,6 +274,7 @@ TEST(CommandLine, OneLineSaysWhatIsWrong) {
        "error: --runtime-dir: is what --role api and --role engine share; one launcher alone makes "
        "its own"},
       {{"--orphan-timeout", "0"}, "error: --orphan-timeout: must be 1..86400 (got 0)"},
+      {{"--stall-timeout", "-1"}, "error: --stall-timeout: must be 0..86400 (got -1)"},
       {{"--fault-hold", "86401"}, "error: --fault-hold: must be 0..86400 (got 86401)"},
       {{"--host", "::1"}, "error: --host: must be an IPv4 address or localhost (got ::1)"},
       {{"--served-model-name", "a,"}, "must be a name, or names separated by commas (got a,)"},

@@ -286,6 +286,10 @@ void AddOperationFlags(std::vector<Flag>* flags) {
   flags->push_back(ServeOnly(
       Seconds("orphan-timeout", kOperation, 1, kMaxTimeoutSeconds, &ServeOptions::orphan_timeout_ms,
               "Seconds that engine workers keep their weights without an API server")));
+  flags->push_back(Seconds("stall-timeout", kOperation, 0, kMaxTimeoutSeconds,
+                           &ServeOptions::stall_timeout_ms,
+                           "Seconds without progress after which an engine worker that loads or "
+                           "warms up is replaced; 0: never"));
   flags->push_back(ServeOnly(
       Seconds("fault-hold", kOperation, 0, kMaxTimeoutSeconds, &ServeOptions::fault_hold_ms,
               "Seconds that requests wait for a lost engine worker; then 503")));

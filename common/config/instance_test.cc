@@ -72,6 +72,7 @@ Instance UnusualInstance() {
   options.log_dir = "/log";
   options.drain_timeout_ms = int64_t{1} << 40;
   options.orphan_timeout_ms = 20;
+  options.stall_timeout_ms = 22;
   options.fault_hold_ms = 21;
   instance.token = std::string("\0\xff\x80 token", 9);
   instance.runtime_dir = "/run/wintserve-1";
@@ -161,7 +162,7 @@ TEST(Instance, RefusesWhatItDidNotWrite) {
       {"option of another type", changed([](auto& j) { j["options"]["port"] = "x"; }), kAllSeals,
        "options.port: wrong type"},
       {"option of a newer version", changed([](auto& j) { j["options"]["new"] = 1; }), kAllSeals,
-       "54 fields, expected 53"},
+       "55 fields, expected 54"},
       {"list of the wrong thing", changed([](auto& j) { j["options"]["api_keys"] = {1}; }),
        kAllSeals, "options.api_keys: wrong type"},
       {"an array", "[]", kAllSeals, "array"},

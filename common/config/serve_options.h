@@ -73,6 +73,7 @@ struct ServeOptions {
   std::string log_dir;  // a log file for each process, made if missing; empty: the console only
   int64_t drain_timeout_ms = 55'000;
   int64_t orphan_timeout_ms = 120'000;  // how long engine workers wait for a new API server
+  int64_t stall_timeout_ms = 300'000;   // without progress in an engine worker's start; 0: any
   int64_t fault_hold_ms = 60'000;       // how long requests wait for lost ranks; beyond: 503
 };
 

@@ -65,6 +65,7 @@ void VisitFields(Options& options, Visit&& visit) {
   visit("log_dir", options.log_dir);
   visit("drain_timeout_ms", options.drain_timeout_ms);
   visit("orphan_timeout_ms", options.orphan_timeout_ms);
+  visit("stall_timeout_ms", options.stall_timeout_ms);
   visit("fault_hold_ms", options.fault_hold_ms);
 }
 

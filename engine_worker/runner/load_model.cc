@@ -209,6 +209,30 @@ struct OpenedWeights {
   std::string origin;  // for the log
 };
 
+// Says so when a tensor is there.
+class ReportingSource final : public WeightSource {
+ public:
+  ReportingSource(std::unique_ptr<WeightSource> source, std::function<void()> on_progress)
+      : source_(std::move(source)), on_progress_(std::move(on_progress)) {}
+
+  absl::StatusOr<std::unique_ptr<kernels::WeightMatrix>> NextMatrix(const MatrixRef& ref) override {
+    auto matrix = source_->NextMatrix(ref);
+    on_progress_();
+    return matrix;
+  }
+  absl::StatusOr<std::vector<float>> LoadVector(VectorRole role, int layer) const override {
+    auto vector = source_->LoadVector(role, layer);
+    on_progress_();
+    return vector;
+  }
+  bool has_router_bias() const override { return source_->has_router_bias(); }
+  std::string identity() const override { return source_->identity(); }
+
+ private:
+  const std::unique_ptr<WeightSource> source_;
+  const std::function<void()> on_progress_;
+};
+
 absl::StatusOr<OpenedWeights> OpenWeights(const ServeOptions& options, const ModelConfig& config,
                                           kernels::Backend* backend, const Collective& group) {
   OpenedWeights opened;
@@ -228,13 +252,15 @@ absl::StatusOr<OpenedWeights> OpenWeights(const ServeOptions& options, const Mod
 
 absl::StatusOr<std::unique_ptr<Model>> LoadWeights(const ServeOptions& options,
                                                    const ModelConfig& config,
-                                                   kernels::Backend* backend, Collective* group) {
+                                                   kernels::Backend* backend, Collective* group,
+                                                   const std::function<void()>& on_progress) {
   const auto begin = std::chrono::steady_clock::now();
-  ASSIGN_OR_RETURN(const OpenedWeights opened, OpenWeights(options, config, backend, *group));
-  ASSIGN_OR_RETURN(
-      std::unique_ptr<Model> model,
-      LoadErnie45(config, opened.source.get(), backend, group->world_size() == 1 ? nullptr : group,
-                  ModelOptionsOf(options)));
+  ASSIGN_OR_RETURN(OpenedWeights opened, OpenWeights(options, config, backend, *group));
+  on_progress();
+  ReportingSource source(std::move(opened.source), on_progress);
+  ASSIGN_OR_RETURN(std::unique_ptr<Model> model,
+                   LoadErnie45(config, &source, backend, group->world_size() == 1 ? nullptr : group,
+                               ModelOptionsOf(options)));
   RETURN_IF_ERROR(backend->Record()->Wait());  // dummy weights are made behind the host's back
   LOG_INFO("loaded {} in {:.1f} s: {} layers, {}, {}", options.model,
            std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(),
@@ -263,11 +289,12 @@ int64_t GroupMemoryBytes([[maybe_unused]] int world_size) {
 
 // What steps take beside the model.
 absl::Status ProfileSteps(const ServeOptions& options, Collective* group, Model* model,
-                          MemoryProfile* profile) {
+                          MemoryProfile* profile, const std::function<void()>& on_progress) {
   ASSIGN_OR_RETURN(const DeviceMemory with_model, QueryMemory(*model->backend()));
   RETURN_IF_ERROR(RunLargestBatch(model));
   ASSIGN_OR_RETURN(const DeviceMemory warm, QueryMemory(*model->backend()));
   profile->scratch = with_model.free - warm.free;
+  on_progress();
   if (options.use_cudagraph) {
     ASSIGN_OR_RETURN(profile->graphs, MeasureGraphs(options, group, model));
   }
@@ -276,7 +303,8 @@ absl::Status ProfileSteps(const ServeOptions& options, Collective* group, Model*
 
 // Loads the model and says what is left for KV blocks.
 absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig& config,
-                                  RankGroup* group, bool is_replacement, LoadedModel* loaded) {
+                                  RankGroup* group, bool is_replacement,
+                                  const std::function<void()>& on_progress, LoadedModel* loaded) {
   kernels::Backend* backend = loaded->backend.get();
   const int64_t weights = CudaWeightBytes(config, group->rank(), group->world_size());
   // Of a device that the pool fills to that share already, the rest is for a replacement.
@@ -289,7 +317,7 @@ absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig
   RETURN_IF_ERROR(CheckWeightsFit(profile));
   profile.utilization = options.gpu_memory_utilization;
 
-  ASSIGN_OR_RETURN(loaded->model, LoadWeights(options, config, backend, group));
+  ASSIGN_OR_RETURN(loaded->model, LoadWeights(options, config, backend, group, on_progress));
   ASSIGN_OR_RETURN(const DeviceMemory with_model, QueryMemory(*backend));
   profile.workspace = loaded->model->workspace_bytes();
   profile.weights = at_start.free - with_model.free - profile.workspace;
@@ -305,7 +333,8 @@ absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig
   }
   // Ranks join their group when all of them have loaded.
   group->Bind(std::make_unique<AbsentGroup>(group->rank(), group->world_size()));
-  const absl::Status profiled = ProfileSteps(options, group, loaded->model.get(), &profile);
+  const absl::Status profiled =
+      ProfileSteps(options, group, loaded->model.get(), &profile, on_progress);
   group->Unbind();
   RETURN_IF_ERROR(ExplainStepsThatDoNotFit(profiled, profile));
   profile.group = GroupMemoryBytes(group->world_size());
@@ -324,9 +353,11 @@ int CpuThreads(const ServeOptions& options) {
 }
 
 absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, RankGroup* group,
-                                      bool is_replacement) {
+                                      bool is_replacement,
+                                      const std::function<void()>& on_progress) {
   LoadedModel loaded;
   ASSIGN_OR_RETURN(loaded.backend, CreateBackend(options, group->rank()));
+  on_progress();
   ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(options.model));
   if (const absl::Status fits = CheckTensorParallel(config, group->world_size()); !fits.ok()) {
     return absl::Status(
@@ -334,9 +365,10 @@ absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, RankGroup* gr
   }
   if (!loaded.backend->uses_host_memory()) {
     ASSIGN_OR_RETURN(loaded.kv_bytes_available,
-                     LoadOnGpu(options, config, group, is_replacement, &loaded));
+                     LoadOnGpu(options, config, group, is_replacement, on_progress, &loaded));
   } else {
-    ASSIGN_OR_RETURN(loaded.model, LoadWeights(options, config, loaded.backend.get(), group));
+    ASSIGN_OR_RETURN(loaded.model,
+                     LoadWeights(options, config, loaded.backend.get(), group, on_progress));
   }
   // What unpacking the weights took. Once: a step must not wait for the heap of a large model.
   ReturnFreeMemory();

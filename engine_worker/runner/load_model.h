@@ -1,6 +1,7 @@
 // From a model's directory to a model that runs.
 #pragma once
 
+#include <functional>
 #include <memory>
 
 #include "absl/status/statusor.h"
@@ -32,7 +33,10 @@ int CpuThreads(const ServeOptions& options);
 //
 // is_replacement: the KV pool of the process before may be on the device already, in which case
 // next to nothing is left for another, and that is no error.
-absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, RankGroup* group,
-                                      bool is_replacement = false);
+//
+// on_progress: called after each tensor that is loaded and each further stage, on this thread.
+absl::StatusOr<LoadedModel> LoadModel(
+    const ServeOptions& options, RankGroup* group, bool is_replacement = false,
+    const std::function<void()>& on_progress = [] {});
 
 }  // namespace wintserve

@@ -170,7 +170,12 @@ void Worker::BeatUntilEnd() {
   bool ended = false;
   while (!ended) {
     // A heartbeat that cannot be sent tells nobody anything; Next() reports the end of the stream.
-    Queue()->SendHeartbeat(step_started_, step_done_, ResidentBytes()).IgnoreError();
+    Queue()
+        ->SendHeartbeat({.step_started = step_started_,
+                         .step_done = step_done_,
+                         .resident_bytes = ResidentBytes(),
+                         .progress = progress_})
+        .IgnoreError();
     MutexLock lock(&mutex_);
     LimitTheWaitForAnAbort();
     ended = changed_.WaitFor(&mutex_, kHeartbeatPeriod,
@@ -216,6 +221,7 @@ absl::Status Worker::Configure(const ConfigureWorker& configure) {
   }
   ASSIGN_OR_RETURN(std::unique_ptr<Collective> group, links_.join_group(configure));
   group_->Bind(std::move(group));
+  ++progress_;
   return absl::OkStatus();
 }
 
@@ -371,6 +377,7 @@ absl::Status Worker::MapPool(const AttachPool& attach) {
   pool_epoch_ = attach.pool_epoch;
   pool_is_attached_ = true;
   const absl::Status mapped = MapTiers(attach);
+  ++progress_;
   if (!mapped.ok()) UnmapTiers();
   // UNAVAILABLE would be a peer of the group, or the API server.
   if (absl::IsUnavailable(mapped)) return absl::DeadlineExceededError(mapped.message());
@@ -401,7 +408,9 @@ absl::Status Worker::MakeRunner(const AttachPool& attach) {
   ASSIGN_OR_RETURN(runner_,
                    StepRunner::Create(config, model_, group_, pool_->data(),
                                       host_tier_ == nullptr ? nullptr : host_tier_->data()));
+  ++progress_;
   RETURN_IF_ERROR(runner_->WarmUp());
+  ++progress_;
   if (options_.use_graphs) {
     const StepGraphs& graphs = runner_->graphs();
     LOG_INFO("decode steps run as {} graphs, captured in {:.2f} s", graphs.size(),

@@ -132,6 +132,7 @@ class Worker {
 
   std::atomic<uint64_t> step_started_ = 0;
   std::atomic<uint64_t> step_done_ = 0;
+  std::atomic<uint64_t> progress_ = 0;  // rises with each part of what makes this rank ready
 
   Mutex mutex_;
   CondVar changed_;

@@ -493,6 +493,34 @@ TEST_F(WorkerTest, MemoryOfAnotherKindOfDeviceIsAFault) {
   EXPECT_EQ(queue_.faults().size(), 1u);
 }
 
+TEST_F(WorkerTest, BeatsTellHowTheRankGetsReady) {
+  const auto progress = [this] {
+    const size_t num_before = queue_.WaitForBeats(1).size();
+    return queue_.WaitForBeats(num_before + 2).back().progress;
+  };
+  Gate gate;
+  Start({.join_group = JoinAlone,
+         .fetch_pool = [&](const AttachPool& attach) -> absl::StatusOr<SharedMemory> {
+           gate.Pass();
+           return NewPool(attach);
+         },
+         .fetch_host_tier = NewHostTier});
+  const uint64_t at_start = progress();
+  queue_.Push(kConfigure);
+  queue_.Push(kAttachPool);
+  gate.WaitForSomeone();
+  const uint64_t joined = progress();
+  EXPECT_NE(joined, at_start);
+  EXPECT_EQ(progress(), joined) << "it waits for its memory";
+  gate.Open();
+  queue_.WaitForReady(1);
+  const uint64_t ready = progress();
+  EXPECT_NE(ready, joined);
+  EXPECT_EQ(progress(), ready) << "it waits for plans";
+  queue_.Push(ShutdownWorker{});
+  EXPECT_TRUE(End().ok());
+}
+
 TEST_F(WorkerTest, BeatsTellTheStepsTakenUpAndDone) {
   queue_.Push(kConfigure);
   queue_.Push(kAttachPool);
@@ -500,7 +528,7 @@ TEST_F(WorkerTest, BeatsTellTheStepsTakenUpAndDone) {
   Start();
   queue_.WaitForSteps(1);
   const size_t num_before = queue_.WaitForBeats(1).size();
-  const FakeWorkQueue::Beat beat = queue_.WaitForBeats(num_before + 2).back();
+  const HeartbeatMessage beat = queue_.WaitForBeats(num_before + 2).back();
   EXPECT_EQ(beat.step_started, 1u);
   EXPECT_EQ(beat.step_done, 1u);
   EXPECT_GT(beat.resident_bytes, 1u << 20);

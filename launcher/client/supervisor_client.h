@@ -14,7 +14,7 @@ absl::Status RequestCacheManagerRestart(const std::string& socket_path, const st
                                         int64_t timeout_ms);
 
 // Has the launcher kill that process, unless the rank's process is another one by now. at_fault:
-// see EndWorker in proto/supervisor.proto. As above.
+// see EndWorker in proto/supervisor.proto. Otherwise as above.
 absl::Status RequestEndOfWorker(const std::string& socket_path, const std::string& token,
                                 uint32_t rank, uint64_t worker_id, bool at_fault,
                                 int64_t timeout_ms);

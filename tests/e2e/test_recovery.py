@@ -8,7 +8,7 @@ import urllib.request
 
 import pytest
 
-from server import DEVICE, PROCESS_NAMES, wait_for
+from server import DEVICE, POET, PROCESS_NAMES, wait_for
 
 WORKER = "wintserve-engine-worker"
 API_SERVER = "wintserve-api-server"
@@ -129,6 +129,62 @@ def test_readiness_says_why_requests_wait(start):
     assert "engine worker 0 " in json.loads(seen[-1][1])["error"]["message"]
     assert texts(server, PROMPTS[:1]) == expected  # taken, and answered when the rank is back
     wait_for(lambda: server.get("/health")[0] == 200, 30, "/health is 200")
+
+
+def test_a_worker_that_hangs_while_it_loads_is_replaced(start, tmp_path):
+    """A file that never comes, as of a network disk that is gone: opening it blocks for good."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in POET.iterdir():
+        (model / file.name).symlink_to(file)
+    weights = model / "model-00002-of-00003.safetensors"
+    there = weights.readlink()
+    weights.unlink()
+    os.mkfifo(weights)
+    server = start("--stall-timeout", 1, model=model)
+    wait_for(lambda: "has got no further for 1 s (--stall-timeout)" in server.log(), 30, "the hang is noticed")
+    (hidden := model / "hidden").symlink_to(there)
+    hidden.rename(weights)
+    server.wait_ready()
+    assert "engine worker 0 died of exit code 70; starting it again" in server.log()
+    assert texts(server, PROMPTS[:1])
+
+
+def test_a_rank_that_hangs_before_it_is_ready_is_replaced_and_the_other_stays(start):
+    server = start("--tensor-parallel-size", 2, "--stall-timeout", 1)
+    wait_for(lambda: len(server.pids_of(WORKER)) == 2, 20, "workers exist")
+    first, second = server.pids_of(WORKER)  # they are started in the order of their ranks
+    os.kill(first, signal.SIGSTOP)  # so that the other one can be stopped between its Hello and the group's start
+    wait_for(lambda: "engine worker 1 of 2 is attached" in server.log(), 60, "the second is attached")
+    os.kill(second, signal.SIGSTOP)
+    os.kill(first, signal.SIGCONT)
+    server.wait_ready()
+    assert "and has got no further for 1 s (--stall-timeout)" in server.log()
+    assert "the API server wants engine worker 1 to go, which hangs: killing it" in server.log()
+    assert first in server.pids_of(WORKER) and second not in server.pids_of(WORKER)
+    assert texts(server, PROMPTS[:1])
+
+
+@pytest.mark.parametrize("drain_timeout, code", [(55, 0), (0.2, 75)])
+def test_an_api_server_that_is_stopped_alone_leaves_workers_and_cache_to_the_next(start, tmp_path, drain_timeout, code):
+    """As a liveness probe or a new image does with one of the two containers of a pod."""
+    flags = ["--runtime-dir", tmp_path / "shared", "--tensor-parallel-size", 2, "--drain-timeout", drain_timeout]
+    engine = start("--role", "engine", *flags)
+    first = start("--role", "api", *flags).wait_ready()
+    expected = texts(first)
+    kept = [engine.pids_of(name) for name in PROCESS_NAMES if name != API_SERVER]
+    streams = streams_under_way(first)
+    assert first.stop() == code, first.log()
+    if code == 0:
+        assert [stream.text() for stream in streams] == expected
+    second = start("--role", "api", *flags).wait_ready()
+    assert texts(second) == expected, second.log()
+    assert second.metric("fastdeploy:prefix_gpu_cache_token_num_total") > 0, "the cache is cold"
+    assert kept == [engine.pids_of(name) for name in PROCESS_NAMES if name != API_SERVER]
+    assert engine.log().count("keeping weights and pool") == 2, engine.log()  # one of each rank
+    engine.process.send_signal(signal.SIGTERM)
+    assert second.stop() == 0, second.log()
+    assert engine.stop() == 0, engine.log()
 
 
 def test_another_api_server_takes_over_workers_and_cache(start):

@@ -73,10 +73,9 @@ absl::Status FakeWorkQueue::SendStepDone(const StepDone& done) {
   return absl::OkStatus();
 }
 
-absl::Status FakeWorkQueue::SendHeartbeat(uint64_t step_started, uint64_t step_done,
-                                          uint64_t resident_bytes) {
+absl::Status FakeWorkQueue::SendHeartbeat(const HeartbeatMessage& beat) {
   MutexLock lock(&mutex_);
-  beats_.push_back({step_started, step_done, resident_bytes});
+  beats_.push_back(beat);
   changed_.NotifyAll();
   return absl::OkStatus();
 }
@@ -100,7 +99,7 @@ std::vector<StepDone> FakeWorkQueue::WaitForSteps(size_t count) {
   return steps_;
 }
 
-std::vector<FakeWorkQueue::Beat> FakeWorkQueue::WaitForBeats(size_t count) {
+std::vector<HeartbeatMessage> FakeWorkQueue::WaitForBeats(size_t count) {
   MutexLock lock(&mutex_);
   changed_.Wait(&mutex_, [&]() NO_THREAD_SAFETY_ANALYSIS { return beats_.size() >= count; });
   return beats_;

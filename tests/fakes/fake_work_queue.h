@@ -19,11 +19,6 @@ class FakeWorkQueue : public WorkQueueClient {
     std::string text;
     bool kv_trusted;
   };
-  struct Beat {
-    uint64_t step_started;
-    uint64_t step_done;
-    uint64_t resident_bytes;
-  };
 
   void Push(ServerEvent event);
   // The stream ends after what was pushed.
@@ -34,15 +29,14 @@ class FakeWorkQueue : public WorkQueueClient {
   absl::Status SendReady(uint64_t group_epoch, uint64_t pool_epoch) override;
   absl::Status SendPoolDetached(uint64_t pool_epoch) override;
   absl::Status SendStepDone(const StepDone& done) override;
-  absl::Status SendHeartbeat(uint64_t step_started, uint64_t step_done,
-                             uint64_t resident_bytes) override;
+  absl::Status SendHeartbeat(const HeartbeatMessage& beat) override;
   absl::Status SendAborted(uint64_t group_epoch) override;
   absl::Status SendFault(FaultKind kind, const std::string& text, bool kv_trusted) override;
   void Close() override;
 
   // Wait until the worker has sent that many.
   std::vector<StepDone> WaitForSteps(size_t count);
-  std::vector<Beat> WaitForBeats(size_t count);
+  std::vector<HeartbeatMessage> WaitForBeats(size_t count);
 
   std::vector<uint64_t> WaitForDetached(size_t count);  // pool epochs
   std::vector<uint64_t> WaitForAborted(size_t count);   // group epochs
@@ -66,7 +60,7 @@ class FakeWorkQueue : public WorkQueueClient {
   std::vector<uint64_t> detached_ GUARDED_BY(mutex_);
   std::vector<uint64_t> aborted_ GUARDED_BY(mutex_);
   std::vector<StepDone> steps_ GUARDED_BY(mutex_);
-  std::vector<Beat> beats_ GUARDED_BY(mutex_);
+  std::vector<HeartbeatMessage> beats_ GUARDED_BY(mutex_);
   std::vector<Fault> faults_ GUARDED_BY(mutex_);
 };
 

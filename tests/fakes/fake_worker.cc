@@ -99,6 +99,10 @@ absl::Status FakeWorker::SendFault(FaultKind kind, const std::string& text, bool
   return client_->SendFault(kind, text, kv_trusted);
 }
 
+absl::Status FakeWorker::SendProgress(uint64_t progress) {
+  return client_->SendHeartbeat({.progress = progress});
+}
+
 bool FakeWorker::WaitForShutdown() {
   thread_.join();
   return shut_down_;

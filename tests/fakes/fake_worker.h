@@ -83,6 +83,8 @@ class FakeWorker {
   // Ends the stream as a dead process would.
   void Kill();
   absl::Status SendFault(FaultKind kind, const std::string& text, bool kv_trusted = false);
+  // As a heartbeat does.
+  absl::Status SendProgress(uint64_t progress);
   // Waits for the thread. True: the server said Shutdown.
   bool WaitForShutdown();
   const WorkerHello& hello() const { return options_.hello; }

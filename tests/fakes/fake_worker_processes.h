@@ -35,6 +35,11 @@ class FakeWorkerProcesses {
     MutexLock lock(&mutex_);
     if (events_.on_watching) events_.on_watching(watching);
   }
+  // Of those that were asked for, how many are at fault.
+  int num_at_fault() EXCLUDES(mutex_) {
+    MutexLock lock(&mutex_);
+    return num_at_fault_;
+  }
   // Waits until `count` processes have been asked for: rank and worker_id of each.
   std::vector<std::pair<uint32_t, uint64_t>> WaitForEnds(size_t count) EXCLUDES(mutex_) {
     MutexLock lock(&mutex_);
@@ -58,6 +63,7 @@ class FakeWorkerProcesses {
     }
     void End(uint32_t rank, uint64_t worker_id, bool at_fault) override {
       MutexLock lock(&owner_->mutex_);
+      if (at_fault) ++owner_->num_at_fault_;
       owner_->ends_.emplace_back(rank, worker_id);
       owner_->num_at_fault_ += at_fault ? 1 : 0;
       owner_->changed_.NotifyAll();

@@ -93,10 +93,7 @@ class GrpcWorkQueueClient : public WorkQueueClient {
     return Send(PoolDetachedMessage{pool_epoch});
   }
   absl::Status SendStepDone(const StepDone& done) override { return Send(done); }
-  absl::Status SendHeartbeat(uint64_t step_started, uint64_t step_done,
-                             uint64_t resident_bytes) override {
-    return Send(HeartbeatMessage{step_started, step_done, resident_bytes});
-  }
+  absl::Status SendHeartbeat(const HeartbeatMessage& beat) override { return Send(beat); }
   absl::Status SendAborted(uint64_t group_epoch) override {
     return Send(AbortedMessage{group_epoch});
   }

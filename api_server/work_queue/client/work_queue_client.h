@@ -42,8 +42,7 @@ class WorkQueueClient {
   virtual absl::Status SendReady(uint64_t group_epoch, uint64_t pool_epoch) = 0;
   virtual absl::Status SendPoolDetached(uint64_t pool_epoch) = 0;  // the answer to DetachPool
   virtual absl::Status SendStepDone(const StepDone& done) = 0;
-  virtual absl::Status SendHeartbeat(uint64_t step_started, uint64_t step_done,
-                                     uint64_t resident_bytes) = 0;
+  virtual absl::Status SendHeartbeat(const HeartbeatMessage& beat) = 0;
   virtual absl::Status SendAborted(uint64_t group_epoch) = 0;  // the answer to AbortGroup
   // kv_trusted: what this rank wrote to KV blocks is right up to the last step that it has
   // reported.
