@@ -95,6 +95,18 @@ TEST_F(RoleTest, TheEngineGoesWhenItsWorkersHaveEnded) {
   EXPECT_EQ(CodeOf(&engine_), kExitOk) << Said("engine");
 }
 
+TEST_F(RoleTest, ASecondSignalStartsNoWorkerThatWasDue) {
+  StartBoth({{"api_server", "ignore"}, {"engine_worker_0", "later:abort"}});
+  engine_.Signal(SIGTERM);
+  ASSERT_TRUE(EventuallySaid("engine", "finishing open requests"));
+  ::kill(PidOf("engine-worker-0"), SIGKILL);
+  ASSERT_TRUE(EventuallySaid("engine", "starting it again in 2.")) << Said("engine");
+  const pid_t last = PidOf("engine-worker-0");
+  engine_.Signal(SIGTERM);
+  EXPECT_EQ(CodeOf(&engine_), kExitOk) << Said("engine");
+  EXPECT_EQ(PidOf("engine-worker-0"), last);
+}
+
 TEST_F(RoleTest, AnEngineWithoutAnApiServerStopsAtOnce) {
   StartRole("engine");
   ASSERT_TRUE(ChildrenRun(2)) << Said("engine");

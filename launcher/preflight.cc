@@ -70,7 +70,7 @@ PreflightError Listen(const char* flag, const std::string& host, int* port, Uniq
 }
 
 PreflightError Hold(const char* flag, const std::string& host, int* port, UniqueFd* result) {
-  // Bound alone, and open to gRPC's SO_REUSEPORT only then: at no moment can two instances hold it.
+  // Bound alone, and open to a queue's SO_REUSEPORT only then: at no moment can two hold it.
   UniqueFd fd = TcpSocket(0);
   int error_number = Bind(fd, host, *port);
   if (error_number == EADDRINUSE && Bind(TcpSocket(SO_REUSEADDR), host, *port) == 0) {

@@ -33,8 +33,8 @@ std::string RaiseDescriptorLimit(const ServeOptions& options);
 struct ReservedPorts {
   UniqueFd http;     // listening; the API server inherits it
   UniqueFd metrics;  // listening; none when /metrics is on the HTTP port
-  // gRPC binds its ports itself, with SO_REUSEPORT. These are bound to the same ports, never listen
-  // (so no connection ends here) and keep everybody else out.
+  // The queues bind their ports themselves, with SO_REUSEPORT. These are bound to the same ports,
+  // never listen (so no connection ends here) and keep everybody else out.
   UniqueFd engine_worker_queue;
   UniqueFd cache_queue;
 };

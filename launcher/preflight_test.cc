@@ -29,7 +29,7 @@ ServeOptions AnyPorts() {
   return options;
 }
 
-// A socket like gRPC's server: SO_REUSEPORT, SO_REUSEADDR, listening.
+// A socket like a queue's: SO_REUSEPORT, SO_REUSEADDR, listening.
 int TryListenAsGrpc(int port, UniqueFd* result) {
   UniqueFd fd(::socket(AF_INET, SOCK_STREAM, 0));
   const int on = 1;

@@ -369,8 +369,10 @@ void Supervisor::StopRole(ChildRole role) {
 }
 
 void Supervisor::KillAll() {
+  draining_ = false;  // nor is anybody started for the requests that are left
   for (Child& child : children_) {
     child.stopped = true;
+    child.restart_time.reset();
     child.process.Signal(SIGKILL);
   }
   for (Child& child : children_) KillAndReap(&child);

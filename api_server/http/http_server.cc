@@ -188,6 +188,7 @@ ServerContext::ServerContext(HttpOptions options_in, LLM* llm_in,
       started_seconds(UnixSeconds()),
       metrics(std::move(registry)),
       admission(options.max_concurrency),
+      body_budget(options.max_bodies_bytes),
       text_pool(static_cast<size_t>(options.num_text_threads)) {}
 
 absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(

@@ -30,6 +30,9 @@ struct HttpOptions {
   // silent, or in the middle of its request, for longest. Not below num_io_threads.
   int max_connections = 4096;
   int64_t max_body_bytes = 8 << 20;
+  // Bodies of all requests together, each from its head on by the size that it announces (a chunked
+  // one by the largest); beyond: 503.
+  int64_t max_bodies_bytes = 512 << 20;
   int64_t max_header_bytes = 16 << 10;
   bool isolate_cache_by_key = false;  // prompts of different API keys share no KV
   // What may wait for a slow reader. A stream that has more for client_stall_timeout is cut.

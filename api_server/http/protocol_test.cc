@@ -479,6 +479,48 @@ TEST(Connections, BeyondTheLimitAreClosedWhileAllOthersAreBeingAnswered) {
   EXPECT_EQ(Fetch(server.port(), Get("/live")).status, 200) << "a kept one has made room";
 }
 
+TEST(Bodies, ThatAreTooLargeTogetherGet503UntilTheOthersAreThrough) {
+  HttpOptions options;
+  options.max_body_bytes = 1000;
+  options.max_bodies_bytes = 1000;
+  TestServer server(options);
+  server.llm().HoldUpdates();
+  const std::string large =
+      Post("/v1/completions", R"({"prompt":")" + std::string(600, 'a') + "\"}");
+  RawClient first(server.port());
+  first.Send(large);
+  ASSERT_TRUE(server.llm().WaitForSubmitted(1));
+  const Response refused = Fetch(server.port(), large);
+  EXPECT_EQ(refused.status, 503);
+  EXPECT_EQ(refused.Header("Retry-After"), "1");
+  EXPECT_EQ(refused.Header("Connection"), "close");
+  EXPECT_EQ(ErrorOf(refused)["code"], "too_many_bodies");
+  EXPECT_EQ(Fetch(server.port(), Get("/live")).status, 200) << "has none";
+  server.llm().Send(1, TextUpdate(0, "a", FinishReason::kStop));
+  EXPECT_EQ(first.Receive().value_or(Response()).status, 200);
+  first.Send(Get("/live"));  // answered when the first request is done with
+  EXPECT_EQ(first.Receive().value_or(Response()).status, 200);
+  RawClient second(server.port());
+  second.Send(large);
+  EXPECT_TRUE(server.llm().WaitForSubmitted(2));
+}
+
+TEST(Bodies, InChunksCountByTheirSizeOnceItIsKnown) {
+  HttpOptions options;
+  options.max_body_bytes = 1000;
+  options.max_bodies_bytes = 1000;
+  TestServer server(options);
+  server.llm().HoldUpdates();
+  RawClient first(server.port());
+  first.Send(
+      "POST /v1/completions HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n"
+      "e\r\n{\"prompt\":\"a\"}\r\n0\r\n\r\n");
+  ASSERT_TRUE(server.llm().WaitForSubmitted(1));
+  RawClient second(server.port());
+  second.Send(Post("/v1/completions", R"({"prompt":")" + std::string(600, 'a') + "\"}"));
+  EXPECT_TRUE(server.llm().WaitForSubmitted(2));
+}
+
 TEST(Connections, AreClosedAfterTheIdleTimeout) {
   HttpOptions options;
   options.idle_timeout = milliseconds(100);

@@ -13,6 +13,7 @@
 
 #include "api_server/http/admission.h"
 #include "api_server/http/auth.h"
+#include "api_server/http/byte_budget.h"
 #include "api_server/http/http_metrics.h"
 #include "api_server/http/http_server.h"
 #include "api_server/http/routes.h"
@@ -32,6 +33,7 @@ struct ServerContext {
   const int64_t started_seconds;  // Unix time; "created" of the models
   HttpMetrics metrics;
   Admission admission;
+  ByteBudget body_budget;
   boost::asio::thread_pool text_pool;
   // For calls that block on another process: however long they take, prompts are still encoded.
   boost::asio::thread_pool blocking_pool{1};

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/this_coro.hpp>
 #include <boost/beast/http/error.hpp>
@@ -88,11 +89,15 @@ class Session {
     } else {
       refusal = CheckHead(head, match, context_.keys);
     }
+    const bool reads_body = !refusal.has_value() && head.has_body;
+    ByteBudget::Share share = context_.body_budget.TryTake(reads_body ? AnnouncedBytes(parser) : 0);
+    if (!share) refusal = TooManyBodies();
     if (!refusal.has_value() && head.has_body) {
       wait_.emplace(&io_thread_, &connection_);  // it has been heard
       error = co_await ReadBody(head, parser);
       if (IsHangUp(error)) co_return false;
       if (error) refusal = MalformedReply(error, context_.options);
+      share.ShrinkTo(static_cast<int64_t>(parser.get().body().size()));
     }
     wait_.reset();
     Outcome outcome;
@@ -106,6 +111,21 @@ class Session {
     }
     Record(head, match, outcome.status, std::chrono::steady_clock::now() - start);
     co_return outcome.keep_alive;
+  }
+
+  // What the body may come to.
+  int64_t AnnouncedBytes(const Connection::Parser& parser) const {
+    const auto length = parser.content_length();
+    const auto max_bytes = static_cast<uint64_t>(context_.options.max_body_bytes);
+    return static_cast<int64_t>(std::min<uint64_t>(length ? *length : max_bytes, max_bytes));
+  }
+
+  static Reply TooManyBodies() {
+    ApiError error;
+    error.http_status = 503;
+    error.code = "too_many_bodies";
+    error.message = "The requests that are being read are too large together; try again";
+    return ErrorReply(error);
   }
 
   awaitable<error_code> ReadBody(const RequestHead& head, Connection::Parser& parser) {

@@ -102,9 +102,8 @@ TEST(CommandLine, SwitchesGoBothWaysAndTheLastCounts) {
 
 TEST(CommandLine, ApiKeysAddUpAndWinOverTheEnvironment) {
   const Environment environment = {{"FD_API_KEY", "e1,,e2"}};
-  EXPECT_THAT(
-      Serve({"--api-key", "a", "--api-key=", "--api-key", "b"}, environment).options.api_keys,
-      ElementsAre("a", "b"));
+  EXPECT_THAT(Serve({"--api-key", "a", "--api-key", "b"}, environment).options.api_keys,
+              ElementsAre("a", "b"));
   EXPECT_THAT(Serve({}, environment).options.api_keys, ElementsAre("e1", "e2"));
   EXPECT_THAT(Serve({}).options.api_keys, IsEmpty());
 }
@@ -251,6 +250,8 @@ TEST(CommandLine, OneLineSaysWhatIsWrong) {
       {{"--async-depth=2"}, "error: --async-depth: must be 0..1 (got 2)"},
       {{"--cache-isolation=user"}, "error: --cache-isolation: must be one of none, key (got user)"},
       {{"--cache-isolation=key"}, "error: --cache-isolation: key needs at least one --api-key"},
+      {{"--api-key="}, "error: --api-key: must not be empty"},
+      {{"--api-key", "a", "--api-key", ""}, "error: --api-key: must not be empty"},
       {{"--cache-isolation=key", "--api-key=k", "--no-enable-prefix-caching"},
        "error: --cache-isolation: has nothing to work on with --no-enable-prefix-caching"},
       {{"--swap-space=4", "--no-enable-prefix-caching"},

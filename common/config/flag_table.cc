@@ -121,7 +121,9 @@ void AddListeningFlags(std::vector<Flag>* flags) {
       Custom("api-key", kListening, Type::kText, "",
              "Key that requests must carry; repeatable; default: FD_API_KEY (comma separated)",
              [](const FlagValue& value, Draft& draft) {
-               if (!value.text.empty()) Options(draft).api_keys.push_back(value.text);
+               // A variable that is not set would let everybody in.
+               if (value.text.empty()) return absl::InvalidArgumentError("must not be empty");
+               Options(draft).api_keys.push_back(value.text);
                return absl::OkStatus();
              }))));
 }

@@ -6,6 +6,7 @@
 #include <openssl/err.h>
 #include <openssl/evp.h>
 #include <openssl/pem.h>
+#include <openssl/ssl.h>
 #include <openssl/x509.h>
 #include <openssl/x509v3.h>
 #include <sys/stat.h>
@@ -31,10 +32,12 @@ struct Free {
   void operator()(BIO* bio) const { ::BIO_free(bio); }
   void operator()(X509* certificate) const { ::X509_free(certificate); }
   void operator()(EVP_PKEY* key) const { ::EVP_PKEY_free(key); }
+  void operator()(SSL_CTX* context) const { ::SSL_CTX_free(context); }
 };
 using Bio = std::unique_ptr<BIO, Free>;
 using Certificate = std::unique_ptr<X509, Free>;
 using PrivateKey = std::unique_ptr<EVP_PKEY, Free>;
+using TlsContext = std::unique_ptr<SSL_CTX, Free>;
 
 // A file that a flag names.
 struct NamedFile {
@@ -136,6 +139,24 @@ absl::Status CheckOwnCertificate(const NamedFile& file,
   return absl::OkStatus();
 }
 
+// Whether a TLS server takes the certificates and the key, which are good by themselves: it
+// refuses, for example, keys and digests that are too weak by the system's security level.
+absl::Status CheckByTlsLibrary(const NamedFile& file, const std::vector<Certificate>& chain,
+                               EVP_PKEY* key) {
+  const TlsContext context(::SSL_CTX_new(::TLS_server_method()));
+  bool accepted = context != nullptr &&
+                  ::SSL_CTX_use_certificate(context.get(), chain[0].get()) == 1 &&
+                  ::SSL_CTX_use_PrivateKey(context.get(), key) == 1;
+  for (size_t i = 1; accepted && i < chain.size(); ++i) {
+    accepted = ::SSL_CTX_add1_chain_cert(context.get(), chain[i].get()) == 1;
+  }
+  const char* const reason = ::ERR_reason_error_string(::ERR_peek_last_error());
+  ::ERR_clear_error();
+  if (accepted) return absl::OkStatus();
+  return file.Error(fmt::format("TLS does not accept the certificate: {}",
+                                reason == nullptr ? "no reason is given" : reason));
+}
+
 absl::Status CheckCa(const NamedFile& file, const std::vector<Certificate>& certificates) {
   std::string reason;
   for (const Certificate& certificate : certificates) {
@@ -167,6 +188,7 @@ absl::StatusOr<TlsIdentity> LoadTlsIdentity(const TlsFiles& files,
     return key_file.Error(
         fmt::format("is not the key of the certificate in {}", files.certificate));
   }
+  RETURN_IF_ERROR(CheckByTlsLibrary(certificate_file, chain, key.get()));
   if ((mode & S_IROTH) != 0 && warnings != nullptr) {
     warnings->push_back(
         fmt::format("{}: {}: every user of this machine can read the key (mode "

@@ -32,10 +32,11 @@ struct TlsIdentity {
 };
 
 // Reads the files and checks that a TLS server can work with them: each is a regular file that
-// holds PEM, the certificate is valid now and meant for servers, the key is its key, the CA file
-// has a certificate that is valid now. INVALID_ARGUMENT names flag, file and reason. Without a
-// certificate file the result is empty. `warnings` (null: nobody wants them) gets a line for what
-// is unwise, such as a key that every user may read. Reads the clock and files; any thread.
+// holds PEM, the certificate is valid now and meant for servers, the key is its key and
+// strong enough for OpenSSL's security level, the CA file has a certificate that is valid now.
+// INVALID_ARGUMENT names flag, file and reason. Without a certificate file the result is empty.
+// `warnings` (null: nobody wants them) gets a line for what is unwise, such as a key that every
+// user may read. Reads the clock and files; any thread.
 absl::StatusOr<TlsIdentity> LoadTlsIdentity(const TlsFiles& files,
                                             std::vector<std::string>* warnings = nullptr);
 

@@ -149,6 +149,17 @@ TEST_F(TlsFilesTest, ExpiredCertificatesAreNamedWithTheirDate) {
   EXPECT_TRUE(LoadTlsIdentity(files).ok());
 }
 
+TEST_F(TlsFilesTest, AKeyThatIsTooWeakForTlsIsRefused) {
+  const TlsFiles files = {certificates_.path("weak.pem"), certificates_.path("weak.key"), ""};
+  certificates_.Run(fmt::format(
+      "openssl req -x509 -newkey rsa:512 -nodes -days 1 -subj /CN=weak -keyout {} -out {}",
+      files.private_key, files.certificate));
+  EXPECT_EQ(
+      ErrorOf(files),
+      fmt::format("--queue-tls-cert: {}: TLS does not accept the certificate: ee key too small",
+                  files.certificate));
+}
+
 TEST_F(TlsFilesTest, ACertificateForClientsOnlyIsRefused) {
   certificates_.Make("client-only", "extendedKeyUsage=clientAuth");
   EXPECT_THAT(
