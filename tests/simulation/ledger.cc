@@ -26,6 +26,13 @@ void Ledger::OnPoolReplaced(int num_blocks) {
   slots_.clear();
 }
 
+void Ledger::OnServerLost() {
+  OnSessionLost();
+  for (Block& block : blocks_) block = Block{.generation = block.generation};
+  for (auto& [id, entry] : entries_) entry.pins = 0;
+  copies_.clear();
+}
+
 void Ledger::OnCommand(const CacheCommand& command, bool has_session) {
   const auto check_session = [&](const char* name) {
     if (!has_session) report_.Violation("I8", "{} without a session is never answered", name);
