@@ -184,18 +184,32 @@ GroupLifecycle::Action GroupLifecycle::NextAction(int64_t now_us) {
       attached_pool_ = pool_;
       for (Rank& rank : ranks_) rank.ready = false;
       state_ = State::kAttaching;
+      ready_by_us_ = now_us + kReadyPatienceUs;
       return Action::kAttachPool;
     case State::kAttaching:
-      if (!All(&Rank::ready)) return Action::kNone;
-      state_ = State::kInUse;
-      fault_time_us_.reset();
-      return Action::kUseGroup;
+      return NextActionWhileAttaching(now_us);
     case State::kInUse:
       return Action::kNone;
     case State::kAborting:
       return NextActionWhileAborting(now_us);
   }
   return Action::kNone;
+}
+
+GroupLifecycle::Action GroupLifecycle::NextActionWhileAttaching(int64_t now_us) {
+  if (All(&Rank::ready)) {
+    state_ = State::kInUse;
+    fault_time_us_.reset();
+    return Action::kUseGroup;
+  }
+  if (now_us < ready_by_us_) return Action::kNone;
+  const auto late =
+      std::find_if(ranks_.begin(), ranks_.end(), [](const Rank& rank) { return !rank.ready; });
+  OnFault(FaultCause::kDeadline, /*kv_trusted=*/true,
+          fmt::format("engine worker {} is not ready after {} s", late - ranks_.begin(),
+                      kReadyPatienceUs / 1'000'000),
+          now_us);
+  return NextActionWhileAborting(now_us);
 }
 
 GroupLifecycle::Action GroupLifecycle::NextActionWhileAborting(int64_t now_us) {
@@ -215,6 +229,7 @@ std::optional<int64_t> GroupLifecycle::NextDeadlineUs() const {
   const auto add = [&next](int64_t time_us) {
     next = next.has_value() ? std::min(*next, time_us) : time_us;
   };
+  if (state_ == State::kAttaching) add(ready_by_us_);
   for (const Rank& rank : ranks_) {
     if (rank.end_us.has_value()) add(*rank.end_us);
     if (!watching_ && rank.lost_us.has_value()) add(*rank.lost_us + kGraceUs);

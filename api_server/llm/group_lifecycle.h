@@ -45,6 +45,8 @@ const char* NameOf(FaultCause cause);  // "exit", "stream", …
 // A worker that was told to leave, or whose stream broke, has 5 s until the launcher is asked to
 // end it.
 //
+// Ranks that have the pool to attach to have ten minutes until the group counts as hung.
+//
 // How a process of the group has ended may be known only when nothing of the group runs any more:
 // it had left, and then it crashed. Its KV is not trusted then, either.
 //
@@ -61,8 +63,11 @@ class GroupLifecycle {
     kAttachPool,     // send the pool of SetPool to every rank; OnReady of each follows
     kUseGroup,       // every rank has the pool: plans may be sent
   };
-  static constexpr int64_t kPatienceUs = 5'000'000;     // for Aborted, or a new Hello
-  static constexpr int64_t kGraceUs = 2'000'000;        // see above
+  static constexpr int64_t kPatienceUs = 5'000'000;  // for Aborted, or a new Hello
+  static constexpr int64_t kGraceUs = 2'000'000;     // see above
+  // For Ready. The longest that it waits for is a host tier that is touched for the first time, at
+  // 0.55 s a GiB: this is enough for 1 TiB.
+  static constexpr int64_t kReadyPatienceUs = 600'000'000;
   static constexpr int64_t kVerdictWaitUs = 1'000'000;  // for the notice of an exit, see OnHello
 
   // new_epoch: a number that no group has had, not 0.
@@ -135,6 +140,7 @@ class GroupLifecycle {
 
   Action Act(Action action, uint32_t rank);
   Action NextEnd(int64_t now_us);
+  Action NextActionWhileAttaching(int64_t now_us);
   Action NextActionWhileAborting(int64_t now_us);
   void GiveUpWaiting(int64_t now_us);
   void Distrust();
@@ -149,6 +155,7 @@ class GroupLifecycle {
   uint64_t epoch_ = 0;
   uint64_t pool_ = 0;           // as last set
   uint64_t attached_pool_ = 0;  // sent to the ranks of epoch_
+  int64_t ready_by_us_ = 0;     // while they attach to it
   bool watching_ = false;
   bool kv_trusted_ = true;
   bool distrust_due_ = false;  // kDistrustGroup is

@@ -89,6 +89,25 @@ TEST(GroupLifecycle, ARankThatDoesNotLeaveIsEndedAfterFiveSeconds) {
   EXPECT_THAT(group.Actions(), ElementsAre("configure", "attach"));
 }
 
+// Its stream and its heartbeats may be all right.
+TEST(GroupLifecycle, ARankThatDoesNotGetReadyIsEndedInTheEnd) {
+  Group group;
+  group.Attach();
+  EXPECT_TRUE(group.Ready(0));
+  EXPECT_THAT(group.Actions(), IsEmpty());
+  EXPECT_EQ(group->NextDeadlineUs(), group.now_us() + 600 * kSecond);
+  EXPECT_THAT(group.ActionsAfter(600 * kSecond - 1), IsEmpty());
+  EXPECT_THAT(group.ActionsAfter(1), ElementsAre("abort 0", "abort 1"));
+  EXPECT_EQ(group->fault(), "engine worker 1 is not ready after 600 s");
+  EXPECT_EQ(group->fault_cause(), FaultCause::kDeadline);
+  EXPECT_TRUE(group.Aborted(0));
+  EXPECT_THAT(group.ActionsAfter(5 * kSecond), ElementsAre("end 1 11"));
+  EXPECT_TRUE(group.Exit(1));
+  group.Hello(1);
+  EXPECT_THAT(group.Actions(), ElementsAre("lose trusted", "configure", "attach"));
+  EXPECT_EQ(group->NextDeadlineUs(), group.now_us() + 600 * kSecond);  // anew
+}
+
 TEST(GroupLifecycle, AWorkerThatComesBackAfterItsStreamBrokeHasLeftItsGroup) {
   Group group;
   group.Use();
