@@ -279,7 +279,8 @@ void Ledger::OnCommitted(const Committed& committed) {
                         .depth = depth,
                         .history = block.owner->HistoryOf(depth * block_size_)};
     Entry* entry = CheckContent(result.entry, content);
-    ++entry->pins;
+    // Without pins it may have got another block, by a Commit whose answer was lost.
+    if (entry->pins++ == 0) entry->block.reset();
     if (result.duplicate) {
       ++report_.counters.duplicate_commits;
       continue;
