@@ -194,8 +194,8 @@ class Engine {
   void LoseGroup();
   // What ran in the lost group is computed again.
   void DistrustGroup();
-  // What its last steps up to that one, and all later ones, have written may be wrong.
-  void DistrustStepsUpTo(uint64_t last_step);
+  // What the last steps have written, and all that were not acknowledged, may be wrong.
+  void DistrustLastSteps();
   void SuspectRequests(const std::vector<uint64_t>& in_flight);
   void CheckStepDeadline(int64_t now_us);
   void CheckHeartbeats(int64_t now_us);
@@ -255,6 +255,7 @@ class Engine {
   bool pool_paused_ = false;
   bool is_reported_ready_ = false;
   int64_t late_us_ = 0;                  // by which this turn of the loop began after its deadline
+  uint64_t first_step_ = 0;              // of this API server; 0: none was planned yet
   uint64_t last_acknowledged_step_ = 0;  // of any group
   // Of a pool that the session of an API server which has just died still holds.
   std::optional<int64_t> first_opening_try_us_;

@@ -182,15 +182,19 @@ void Engine::LoseGroup() {
 }
 
 void Engine::DistrustGroup() {
-  DistrustStepsUpTo(last_acknowledged_step_);
+  DistrustLastSteps();
   if (scheduler_ == nullptr) return;
   const std::vector<uint64_t> in_flight = scheduler_->RequestsInFlight();
   scheduler_->OnGroupLost(/*kv_trusted=*/false);
   SuspectRequests(in_flight);
 }
 
-void Engine::DistrustStepsUpTo(uint64_t last_step) {
-  const uint64_t first_step = last_step < kDistrustedSteps ? 1 : last_step - kDistrustedSteps + 1;
+// The numbers of steps leap from one API server to the next, so that nobody can tell the last steps
+// of before: then nothing that the pool holds is trusted.
+void Engine::DistrustLastSteps() {
+  const bool are_own =
+      first_step_ != 0 && last_acknowledged_step_ + 1 >= first_step_ + kDistrustedSteps;
+  const uint64_t first_step = are_own ? last_acknowledged_step_ - kDistrustedSteps + 1 : 1;
   // Kept, too: a session that breaks now may not have brought it there.
   first_distrusted_step_ = std::min(first_step, first_distrusted_step_.value_or(first_step));
   if (pool_.has_session()) cache_->DistrustSteps(first_step);

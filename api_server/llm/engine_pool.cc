@@ -73,9 +73,8 @@ void Engine::Handle(PoolOpened event) {
     LOG_INFO("the KV pool {:016x} of an earlier API server is taken over", event.pool->pool_epoch);
     // Every rank has attached, so that every worker of the old one has left its group or has gone.
     cache_->Fence();
-    last_acknowledged_step_ = event.pool->newest_step;
     // A worker has gone wrong meanwhile, or has died, and nobody knows how.
-    if (was_wrong || !pool_.every_rank_maps_pool()) DistrustStepsUpTo(event.pool->newest_step);
+    if (was_wrong || !pool_.every_rank_maps_pool()) DistrustLastSteps();
     return;
   }
   // Of a session that was lost before its answer came: nothing of that pool is held.
@@ -179,7 +178,9 @@ void Engine::UseNewPool() {
   const OpenedPool& pool = pool_.pool();
   pool_paused_ = false;
   if (scheduler_ == nullptr) {
-    scheduler_ = std::make_unique<Scheduler>(SchedulerConfigOf(pool));
+    const SchedulerConfig config = SchedulerConfigOf(pool);
+    first_step_ = config.first_step;
+    scheduler_ = std::make_unique<Scheduler>(config);
     scheduler_->OnAvailable(num_blocks_available_);
     return BecomeReady();
   }

@@ -502,6 +502,37 @@ TEST_F(RecoveryTest, AReplacementWithAnotherModelStopsTheEngine) {
   EXPECT_EQ(WaitForFatal(), expected_fatal_);
 }
 
+// The last steps of a rank that crashes then are those of the API server before, whose numbers say
+// nothing about how long they are past.
+TEST_F(RecoveryTest, A9ACrashSoonAfterATakeoverMakesWhatWasComputedBeforeWrong) {
+  StartTwo();
+  const std::string prompt(130, 'x');
+  Updates first;
+  Submit(Request(prompt, 30), &first);
+  ASSERT_TRUE(first.WaitFinished());
+  llm_.reset();
+  for (auto& worker : workers_) worker->WaitForShutdown();
+  workers_.clear();
+  registry_ = std::make_shared<prometheus::Registry>();
+  Create();
+  for (const uint32_t rank : {0u, 1u}) {
+    FakeWorkerOptions again = SlowWorker(rank);
+    again.hello.mapped_pool_epoch = 99;
+    AddWorker(again);
+  }
+  ASSERT_TRUE(WaitUntilReady()) << llm_->Readiness().reason;
+  Updates second;
+  Submit(Request(prompt, 30), &second);
+  ASSERT_TRUE(second.WaitForTokens(10));
+  EXPECT_EQ(second.last().num_cached_tokens, 128);
+  Kill(1, /*kv_trusted=*/false);
+  Replace(1, SlowWorker(1));
+  ASSERT_TRUE(second.WaitFinished());
+  EXPECT_EQ(second.choice(0).text, Letters(130, 30));
+  EXPECT_EQ(cache_.num_pools(), 1u);
+  EXPECT_EQ(cache_.stats().device_hit_tokens, 128u);  // none when it was computed again
+}
+
 TEST_F(RecoveryTest, WithoutTheirPoolWorkersOfAnotherApiServerGetANewOne) {
   options_.world_size = 2;
   Create();

@@ -428,8 +428,16 @@ void GrpcCacheClient::Deliver(const Pending& pending) {
     case proto::CacheRequest::kPeek:
       return Tell(events_.on_peeked, pending.tag,
                   PeekResult{reply_.peeked().device_blocks(), reply_.peeked().host_blocks()});
-    case proto::CacheRequest::kMatch:
-      return Tell(events_.on_matched, pending.tag, ReadMatch(reply_.matched()));
+    case proto::CacheRequest::kMatch: {
+      MatchResult matched = ReadMatch(reply_.matched());
+      if (matched.copies.size() == matched.restoring.size()) {
+        return Tell(events_.on_matched, pending.tag, std::move(matched));
+      }
+      MutexLock lock(&mu_);
+      return Fail(
+          absl::InternalError(fmt::format("the cache manager restores {} blocks by {} copies",
+                                          matched.restoring.size(), matched.copies.size())));
+    }
     case proto::CacheRequest::kLease: {
       std::vector<PoolBlock> blocks;
       blocks.reserve(reply_.leased().blocks_size());

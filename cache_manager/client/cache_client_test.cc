@@ -63,7 +63,7 @@ class HangingService : public proto::Cache::CallbackService {
   }
 };
 
-// Answers every request twice.
+// Answers every request twice. A Match restores a block that nothing is copied into.
 class EchoingService : public proto::Cache::CallbackService {
   class Stream : public grpc::ServerBidiReactor<proto::CacheRequest, proto::CacheReply> {
    public:
@@ -72,6 +72,7 @@ class EchoingService : public proto::Cache::CallbackService {
       if (!ok) return Finish(grpc::Status::OK);
       reply_.Clear();
       reply_.set_seq(request_.seq());
+      if (request_.has_match()) reply_.mutable_matched()->add_restoring()->set_entry(7);
       if (request_.has_lease()) reply_.mutable_leased()->add_blocks()->set_id(5);
       StartWrite(&reply_);
     }
@@ -116,6 +117,29 @@ TEST(CacheClient, DiscardsRepliesToRequestsThatWereAnsweredBefore) {
   std::this_thread::sleep_for(std::chrono::milliseconds(100));  // the second replies arrive
   EXPECT_EQ(num_leased, 10);
   EXPECT_EQ(closed.get_future().wait_for(seconds(0)), std::future_status::timeout);
+  client->reset();
+  server->Shutdown();
+}
+
+// The scheduler takes every restored block for the target of a copy.
+TEST(CacheClient, ClosesASessionWhoseMatchDoesNotAddUp) {
+  EchoingService service;
+  grpc::ServerBuilder builder;
+  int port = 0;
+  builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+  builder.RegisterService(&service);
+  const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
+  std::promise<absl::Status> closed;
+  CacheEvents events;
+  events.on_matched = [](uint64_t, const MatchResult&) { ADD_FAILURE(); };
+  events.on_closed = [&](absl::Status status) { closed.set_value(status); };
+  auto client = ConnectCacheClient("127.0.0.1:" + std::to_string(port), kToken, kApiEpoch, events,
+                                   kTimeoutMs);
+  ASSERT_TRUE(client.ok()) << client.status();
+  (*client)->Match(1, "", std::vector<int32_t>{1, 2, 3}, /*allow_restore=*/true);
+  auto end = closed.get_future();
+  ASSERT_EQ(end.wait_for(seconds(10)), std::future_status::ready);
+  EXPECT_EQ(end.get(), absl::InternalError("the cache manager restores 1 blocks by 0 copies"));
   client->reset();
   server->Shutdown();
 }

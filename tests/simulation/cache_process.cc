@@ -67,6 +67,24 @@ void CacheProcess::OpenPool() {
   });
 }
 
+bool CacheProcess::LoseServer() {
+  if (!connected_) return false;
+  connected_ = false;
+  ++connection_;
+  return true;
+}
+
+void CacheProcess::Adopt() {
+  clock_.After(LatencyUs(), [this] {
+    pool_->EndSession();
+    CheckPool("EndSession");
+    write_backs_.clear();
+    connected_ = true;
+    report_.Trace("cache: pool {} is taken over", num_pools_);
+    events_.on_adopted(pool_->num_available());
+  });
+}
+
 void CacheProcess::BreakSession() {
   if (!connected_) return;
   report_.Trace("cache: the session breaks");

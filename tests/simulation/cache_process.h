@@ -59,6 +59,8 @@ class CacheProcess {
     // Connected again, but the pool is gone: OpenPool, once no plan of the old one can run.
     std::function<void()> on_pool_gone;
     std::function<void(int num_blocks)> on_pool_opened;
+    // As ordered by Adopt. A Fence has to be the first request.
+    std::function<void(uint32_t num_available)> on_adopted;
   };
 
   // With a pool open and connected.
@@ -68,6 +70,12 @@ class CacheProcess {
   void Send(CacheRequest request);
   // Answered by on_pool_opened.
   void OpenPool();
+
+  // The API server has died, and with it the session. False: there is none, nothing happens.
+  bool LoseServer();
+  // Another one takes over the pool. Answered by on_adopted. REQUIRES: LoseServer was the last
+  // thing that happened to the connection.
+  void Adopt();
 
   // Faults. One that comes while the connection is down already has no effect.
   void BreakSession();

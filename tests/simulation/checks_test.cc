@@ -267,7 +267,8 @@ TEST_F(Checks, AClientRefusesATokenThatItHasAlready) {
   References texts{one};
   ScheduledRequest submitted;
   Clients clients(one, &texts, &clock, &report,
-                  {.submit =
+                  {.is_server_there = [] { return true; },
+                   .submit =
                        [&submitted](const ScheduledRequest& request) {
                          submitted = request;
                          return absl::OkStatus();

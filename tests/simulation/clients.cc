@@ -80,7 +80,16 @@ ScheduledRequest Clients::MakeRequest() {
   return request;
 }
 
+void Clients::OnServerLost() {
+  for (auto& [key, stream] : streams_) {
+    if (stream.state != State::kLive) continue;
+    stream.state = State::kFailed;
+    ++report_.counters.streams_lost;
+  }
+}
+
 void Clients::Arrive() {
+  if (!actions_.is_server_there()) return;
   const ScheduledRequest request = MakeRequest();
   ++report_.counters.requests;
   const absl::Status status = actions_.submit(request);

@@ -21,6 +21,7 @@ namespace wintserve::simulation {
 class Clients {
  public:
   struct Actions {
+    std::function<bool()> is_server_there;  // else nobody submits
     std::function<absl::Status(const ScheduledRequest&)> submit;
     std::function<void(uint64_t request)> cancel_request;
     std::function<void(const SequenceKey&)> cancel_choice;
@@ -37,6 +38,8 @@ class Clients {
   void OnStarted(const SequenceStart& start);
   void OnToken(const SequenceToken& token);
   void OnFailed(const SequenceFailure& failure);
+  // All streams break.
+  void OnServerLost();
 
   // To be called when the scheduler has seen the present time.
   void CheckDeadlines() const;

@@ -98,6 +98,7 @@ SimulationConfig RandomConfig(uint64_t seed) {
   if (random.Chance(0.3)) config.num_flushes = static_cast<int>(random.Between(1, 5));
   config.bypass_chance = random.Pick({0.05, 0.05, 0.5});
   AddWorkerFaults(&config, &random);
+  if (random.Chance(0.25)) config.num_server_deaths = static_cast<int>(random.Between(1, 3));
   return config;
 }
 
@@ -106,13 +107,12 @@ std::string SimulationConfig::ToString() const {
       "seed {}: {} ranks, {} blocks of {} tokens, {} host slots, {} slots, budget {}, async depth "
       "{}, chunked prefill {}, prefix caching {}; {} requests, one every {} us, prompts up to {}, "
       "answers up to {}; cache latency {} us, {} drops, {} deaths, {} flushes; workers: {} kills, "
-      "{} "
-      "crashes, {} hangs",
+      "{} crashes, {} hangs; API server: {} deaths",
       seed, num_ranks, scheduler.num_blocks, scheduler.block_size_tokens, num_host_slots,
       scheduler.max_num_seqs, scheduler.max_num_batched_tokens, scheduler.async_depth,
       scheduler.chunked_prefill, scheduler.prefix_caching, num_requests, mean_interarrival_us,
       max_prompt_tokens, max_answer_tokens, cache_latency_us, num_drops, num_deaths, num_flushes,
-      num_worker_kills, num_worker_crashes, num_worker_hangs);
+      num_worker_kills, num_worker_crashes, num_worker_hangs, num_server_deaths);
 }
 
 }  // namespace wintserve::simulation

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "api_server/scheduler/scheduler.h"
 
@@ -20,6 +21,9 @@ enum class Mistake {
   kNoDistrust,         // the cache manager does not hear of bad steps
   kForgetDistrust,     // nor does it after its session broke
   kTakeLateResults,    // a result counts although the group has been given up
+  kTrustAdopted,       // a pool is trusted that a rank has spoilt without an API server
+  kDistrustByNumber,   // steps are told by their numbers, which leap from server to server
+  kNoFenceOfAdopted,   // what the session before held stays quarantined
 };
 
 struct SimulationConfig {
@@ -57,6 +61,8 @@ struct SimulationConfig {
   int64_t grace_us = 0;  // pins and leases outlive a session by this much
   int64_t max_outage_us = 0;
 
+  int num_server_deaths = 0;  // of the API server; another one takes the pool over
+
   // Faults of engine workers.
   int num_worker_kills = 0;      // from outside: their KV is trusted
   int num_worker_crashes = 0;    // their own fault: it is not
@@ -68,11 +74,15 @@ struct SimulationConfig {
   int64_t step_deadline_us = 0;  // then a rank is found to hang
   uint64_t num_bad_steps = 1;    // newest steps that a rank that crashed did wrong, at most
   double isolation_chance = 0;   // of a request in flight when a rank crashes
-  // Not random: one rank fails, the cache manager dies after that many events.
-  std::optional<uint64_t> fail_at_event = {};
-  int failing_rank = 0;
-  WorkerFailure failure = WorkerFailure::kKilled;
+  // Not random: what happens after that many events.
+  struct PlannedFailure {
+    uint64_t event = 0;
+    int rank = 0;
+    WorkerFailure failure = WorkerFailure::kKilled;
+  };
+  std::vector<PlannedFailure> planned_failures = {};
   std::optional<uint64_t> cache_dies_at_event = {};
+  std::optional<uint64_t> server_dies_at_event = {};
   Mistake mistake = Mistake::kNone;
 
   int64_t arrivals_us() const { return num_requests * mean_interarrival_us; }

@@ -21,7 +21,7 @@ Instance::Instance(const SimulationConfig& config, Report::Tracing tracing)
     : config_(config),
       report_(&clock_, tracing),
       references_(config_),
-      scheduler_(config_.scheduler),
+      scheduler_(std::in_place, config_.scheduler),
       ledger_(config_, &references_, &report_),
       cache_(config_, &clock_, &report_,
              {.on_reply = [this](const CacheReply& reply,
@@ -29,7 +29,8 @@ Instance::Instance(const SimulationConfig& config, Report::Tracing tracing)
               .on_lost = [this] { OnCacheLost(); },
               .on_resumed = [this] { OnCacheResumed(); },
               .on_pool_gone = [this] { OnPoolGone(); },
-              .on_pool_opened = [this](int num_blocks) { OnPoolOpened(num_blocks); }}),
+              .on_pool_opened = [this](int num_blocks) { OnPoolOpened(num_blocks); },
+              .on_adopted = [this](uint32_t num_available) { OnPoolAdopted(num_available); }}),
       ranks_(config_, &references_, &clock_, &report_,
              {.on_done = [this](uint64_t step, const std::vector<SampledToken>& sampled,
                                 int64_t step_us) { OnStepDone(step, sampled, step_us); },
@@ -37,14 +38,22 @@ Instance::Instance(const SimulationConfig& config, Report::Tracing tracing)
               .on_fenced = [this](bool kv_trusted) { OnGroupFenced(kv_trusted); },
               .on_ready = [this] { OnGroupReady(); }}),
       clients_(config_, &references_, &clock_, &report_,
-               {.submit =
+               {.is_server_there = [this] { return scheduler_.has_value(); },
+                .submit =
                     [this](const ScheduledRequest& request) {
-                      return scheduler_.Submit(request, clock_.now_us());
+                      return scheduler_->Submit(request, clock_.now_us());
                     },
-                .cancel_request = [this](uint64_t request) { scheduler_.Cancel(request); },
-                .cancel_choice = [this](const SequenceKey& key) { scheduler_.Cancel(key); },
+                .cancel_request =
+                    [this](uint64_t request) {
+                      if (scheduler_.has_value()) scheduler_->Cancel(request);
+                    },
+                .cancel_choice =
+                    [this](const SequenceKey& key) {
+                      if (scheduler_.has_value()) scheduler_->Cancel(key);
+                    },
                 .done = [this] { Pump(); }}),
-      last_step_(config_.scheduler.first_step - 1),
+      first_step_(config_.scheduler.first_step),
+      last_step_(first_step_ - 1),
       last_done_step_(last_step_),
       random_(config_.seed, /*stream=*/7) {
   ranks_.AttachPool(pool_epoch_, config_.scheduler.num_blocks);
@@ -58,20 +67,26 @@ void Instance::Run() {
     if (++report_.counters.events > kMaxEvents || clock_.now_us() > last_us) {
       report_.Violation("I8", "the run does not come to an end");
     }
-    if (report_.counters.events == config_.fail_at_event) {
-      ranks_.Fail(config_.failing_rank, config_.failure);
+    for (const SimulationConfig::PlannedFailure& failure : config_.planned_failures) {
+      if (report_.counters.events == failure.event) ranks_.Fail(failure.rank, failure.failure);
     }
     if (report_.counters.events == config_.cache_dies_at_event) cache_.Die();
+    if (report_.counters.events == config_.server_dies_at_event) KillServer();
   }
   if (report_.ok()) CheckQuiescent();
-  const SchedulerStats stats = scheduler_.stats();
-  report_.counters.preemptions = stats.preemptions;
-  report_.counters.overshoot_rows = stats.overshoot_rows;
-  report_.counters.device_hit_tokens = stats.device_hit_tokens;
-  report_.counters.host_hit_tokens = stats.host_hit_tokens;
-  report_.counters.resumed_sequences = stats.resumed_sequences;
-  report_.counters.recomputed_sequences = stats.recomputed_sequences;
+  AddSchedulerTotals();
   cache_.AddTotals(&report_.counters);
+}
+
+void Instance::AddSchedulerTotals() {
+  if (!scheduler_.has_value()) return;
+  const SchedulerStats stats = scheduler_->stats();
+  report_.counters.preemptions += stats.preemptions;
+  report_.counters.overshoot_rows += stats.overshoot_rows;
+  report_.counters.device_hit_tokens += stats.device_hit_tokens;
+  report_.counters.host_hit_tokens += stats.host_hit_tokens;
+  report_.counters.resumed_sequences += stats.resumed_sequences;
+  report_.counters.recomputed_sequences += stats.recomputed_sequences;
 }
 
 void Instance::ScheduleFaults() {
@@ -97,12 +112,55 @@ void Instance::ScheduleFaults() {
   fail_workers(config_.num_worker_kills, WorkerFailure::kKilled);
   fail_workers(config_.num_worker_crashes, WorkerFailure::kCrashed);
   fail_workers(config_.num_worker_hangs, WorkerFailure::kHangs);
+  for (int i = 0; i < config_.num_server_deaths; ++i) {
+    clock_.At(random.Between(0, last_us), [this] { KillServer(); });
+  }
+}
+
+// Of a cache manager that is out of reach as well, the next API server would only hear that the
+// pool is gone.
+void Instance::KillServer() {
+  if (!scheduler_.has_value() || !has_session_ || !cache_.LoseServer()) return;
+  report_.Trace("the API server dies");
+  ++report_.counters.server_deaths;
+  AddSchedulerTotals();
+  scheduler_.reset();
+  has_session_ = false;
+  clients_.OnServerLost();
+  ledger_.OnServerLost();
+  // What it may not have got round to say, its successor assumes.
+  kv_trusted_without_server_ = !first_bad_step_.has_value();
+  first_bad_step_.reset();
+  num_distrusts_unanswered_ = 0;
+  // Workers leave their group by themselves, and attach to the next API server then.
+  ranks_.Abort();
+  is_adopting_ = !ranks_.aborting();
+  if (is_adopting_) cache_.Adopt();
+}
+
+void Instance::OnPoolAdopted(uint32_t num_available) {
+  ++report_.counters.adoptions;
+  has_session_ = true;
+  if (config_.mistake != Mistake::kNoFenceOfAdopted) cache_.Send(FenceRequest{});
+  // By the clock, which is always ahead of the number of steps.
+  last_step_ += static_cast<uint64_t>(random_.Between(1, 1000));
+  last_done_step_ = last_step_;
+  first_step_ = last_step_ + 1;
+  const bool kv_trusted = kv_trusted_without_server_ || config_.mistake == Mistake::kTrustAdopted;
+  if (!kv_trusted) DistrustLastSteps();
+  SchedulerConfig config = config_.scheduler;
+  config.first_step = first_step_;
+  scheduler_.emplace(config);
+  scheduler_->OnAvailable(num_available);
+  UpdatePause();
+  Pump();
 }
 
 void Instance::Pump() {
+  if (!scheduler_.has_value()) return;
   for (int i = 0; report_.ok(); ++i) {
     if (i == kMaxPlansAtOnce) report_.Violation("I8", "{} plans at once", i);
-    SchedulerOutput output = scheduler_.Schedule(clock_.now_us());
+    SchedulerOutput output = scheduler_->Schedule(clock_.now_us());
     CheckScheduler();
     for (const CacheCommand& command : output.cache) Send(command);
     const bool made_plan = output.plan.has_value();
@@ -146,7 +204,7 @@ void Instance::Send(StepPlan plan) {
 }
 
 void Instance::ArmDeadline() {
-  const std::optional<int64_t> next_us = scheduler_.NextDeadlineUs();
+  const std::optional<int64_t> next_us = scheduler_->NextDeadlineUs();
   if (!next_us.has_value() || (armed_deadline_us_ && *armed_deadline_us_ <= *next_us)) return;
   if (*next_us < clock_.now_us()) {
     report_.Violation("I8", "the deadline {} has passed and its sequence goes on", *next_us);
@@ -174,18 +232,18 @@ void Instance::OnCacheReply(const CacheReply& reply, uint32_t num_available) {
   if (std::holds_alternative<Distrusted>(reply) && --num_distrusts_unanswered_ == 0) {
     first_bad_step_.reset();
   }
-  scheduler_.OnAvailable(num_available);
+  scheduler_->OnAvailable(num_available);
   ledger_.OnReply(reply);
   if (const auto* peeked = std::get_if<Peeked>(&reply)) {
-    scheduler_.OnPeeked(peeked->tag, peeked->result);
+    scheduler_->OnPeeked(peeked->tag, peeked->result);
   } else if (const auto* matched = std::get_if<Matched>(&reply)) {
-    scheduler_.OnMatched(matched->tag, matched->result);
+    scheduler_->OnMatched(matched->tag, matched->result);
   } else if (const auto* leased = std::get_if<Leased>(&reply)) {
-    scheduler_.OnLeased(leased->tag, leased->blocks);
+    scheduler_->OnLeased(leased->tag, leased->blocks);
   } else if (const auto* committed = std::get_if<Committed>(&reply)) {
-    scheduler_.OnCommitted(committed->tag, committed->blocks);
+    scheduler_->OnCommitted(committed->tag, committed->blocks);
   } else if (const auto* copy_out = std::get_if<CopyOut>(&reply)) {
-    scheduler_.OnCopyOut(copy_out->copies);
+    scheduler_->OnCopyOut(copy_out->copies);
   }
   Pump();
 }
@@ -199,7 +257,7 @@ void Instance::OnCacheLost() {
   waiting_ = Waiting::kForNothing;
   UpdatePause();
   ledger_.OnSessionLost();
-  scheduler_.OnCacheLost();
+  scheduler_->OnCacheLost();
   Pump();
 }
 
@@ -222,7 +280,7 @@ void Instance::CarryOnIfDrained() {
     cache_.OpenPool();
   } else if (waiting_ == Waiting::kToResume) {
     waiting_ = Waiting::kForNothing;
-    HeldBlocks held = scheduler_.OnCacheResumed();
+    HeldBlocks held = scheduler_->OnCacheResumed();
     if (report_.tracing()) report_.Trace("-> cache: {}, fence", Describe(held));
     ledger_.OnSessionResumed(held);
     has_session_ = true;
@@ -239,7 +297,7 @@ void Instance::OnPoolOpened(int num_blocks) {
   waiting_ = Waiting::kForNothing;
   ranks_.AttachPool(++pool_epoch_, num_blocks);
   ledger_.OnPoolReplaced(num_blocks);
-  scheduler_.OnPoolReplaced(num_blocks);
+  scheduler_->OnPoolReplaced(num_blocks);
   has_session_ = true;
   first_bad_step_.reset();
   UpdatePause();
@@ -257,20 +315,38 @@ void Instance::OnGroupFenced(bool kv_trusted) {
   if (config_.mistake == Mistake::kTrustCrashes) kv_trusted = true;
   if (!kv_trusted) {
     ++report_.counters.groups_distrusted;
-    const uint64_t window = config_.num_bad_steps;
-    const uint64_t first = last_done_step_ >= window ? last_done_step_ - window + 1 : 1;
-    first_bad_step_ = std::min(first, first_bad_step_.value_or(first));
-    if (has_session_) Distrust();
-    const std::vector<uint64_t> suspects = scheduler_.RequestsInFlight();
-    if (!suspects.empty() && random_.Chance(config_.isolation_chance)) {
-      scheduler_.SetIsolated(random_.Pick(suspects));
-      if (scheduler_.isolated().has_value()) ++report_.counters.isolations;
+    if (!scheduler_.has_value()) {
+      kv_trusted_without_server_ = false;
+    } else {
+      DistrustLastSteps();
     }
   }
-  scheduler_.OnGroupLost(kv_trusted);
   ledger_.OnGroupLost(kv_trusted);
+  if (!scheduler_.has_value()) {
+    // What every rank has left can be taken over; it may be heard of again.
+    if (!is_adopting_) cache_.Adopt();
+    is_adopting_ = true;
+    return;
+  }
+  if (!kv_trusted) {
+    const std::vector<uint64_t> suspects = scheduler_->RequestsInFlight();
+    if (!suspects.empty() && random_.Chance(config_.isolation_chance)) {
+      scheduler_->SetIsolated(random_.Pick(suspects));
+      if (scheduler_->isolated().has_value()) ++report_.counters.isolations;
+    }
+  }
+  scheduler_->OnGroupLost(kv_trusted);
   CarryOnIfDrained();
   Pump();
+}
+
+void Instance::DistrustLastSteps() {
+  const uint64_t window = config_.num_bad_steps;
+  // Where the last steps may be those of another API server, all are taken for bad.
+  const uint64_t least = config_.mistake == Mistake::kDistrustByNumber ? 1 : first_step_;
+  const uint64_t first = last_done_step_ + 1 >= least + window ? last_done_step_ - window + 1 : 1;
+  first_bad_step_ = std::min(first, first_bad_step_.value_or(first));
+  if (has_session_) Distrust();
 }
 
 void Instance::Distrust() {
@@ -287,11 +363,12 @@ void Instance::OnGroupReady() {
 
 void Instance::OnStepDone(uint64_t step, const std::vector<SampledToken>& sampled,
                           int64_t step_us) {
+  if (!scheduler_.has_value()) return;
   report_.Trace("<- ranks: step {} is done", step);
   ledger_.OnPlanDone(step);
   last_done_step_ = step;
   absl::StatusOr<std::vector<SequenceToken>> tokens =
-      scheduler_.OnStepDone(step, sampled, step_us, clock_.now_us());
+      scheduler_->OnStepDone(step, sampled, step_us, clock_.now_us());
   if (!tokens.ok()) {
     report_.Violation("I6", "step {}: {}", step, tokens.status().ToString());
     return;
@@ -302,18 +379,18 @@ void Instance::OnStepDone(uint64_t step, const std::vector<SampledToken>& sample
 }
 
 void Instance::CheckScheduler() {
-  const absl::Status status = scheduler_.CheckInvariants();
+  const absl::Status status = scheduler_->CheckInvariants();
   if (!status.ok()) report_.Violation("scheduler", "{}", status.ToString());
-  if (static_cast<size_t>(scheduler_.num_plans_in_flight()) < ranks_.num_plans_in_flight()) {
+  if (static_cast<size_t>(scheduler_->num_plans_in_flight()) < ranks_.num_plans_in_flight()) {
     report_.Violation("scheduler", "{} plans are in flight, the scheduler knows {}",
-                      ranks_.num_plans_in_flight(), scheduler_.num_plans_in_flight());
+                      ranks_.num_plans_in_flight(), scheduler_->num_plans_in_flight());
   }
 }
 
 void Instance::CheckQuiescent() {
   clients_.CheckAllEnded();
   if (!ranks_.ready()) report_.Violation("I8", "nothing is left to do, and no rank group is there");
-  const SchedulerStats stats = scheduler_.stats();
+  const SchedulerStats stats = scheduler_->stats();
   if (stats.num_running != 0 || stats.num_waiting != 0 || stats.num_waiting_tokens != 0 ||
       stats.num_matching != 0 || stats.num_restoring != 0 || stats.num_plans_in_flight != 0 ||
       stats.num_blocks_held != stats.num_blocks_leased_ahead) {

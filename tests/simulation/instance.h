@@ -31,6 +31,8 @@ class Instance {
 
  private:
   void ScheduleFaults();
+  void KillServer();
+  void AddSchedulerTotals();
   // Lets the scheduler decide until it makes no plan.
   void Pump();
   void Send(const CacheCommand& command);
@@ -42,15 +44,19 @@ class Instance {
   void OnCacheResumed();
   void OnPoolGone();
   void OnPoolOpened(int num_blocks);
+  void OnPoolAdopted(uint32_t num_available);
   void OnStepDone(uint64_t step, const std::vector<SampledToken>& sampled, int64_t step_us);
   void OnGroupFrozen();
   void OnGroupFenced(bool kv_trusted);
+  void DistrustLastSteps();
   void Distrust();
   void OnGroupReady();
   // What had to wait until no plan was in flight, and nothing of a group that is given up.
   void CarryOnIfDrained();
   bool IsPaused() const { return waiting_ != Waiting::kForNothing || !ranks_.ready(); }
-  void UpdatePause() { scheduler_.SetPaused(IsPaused()); }
+  void UpdatePause() {
+    if (scheduler_.has_value()) scheduler_->SetPaused(IsPaused());
+  }
 
   void CheckScheduler();
   void CheckQuiescent();
@@ -59,7 +65,7 @@ class Instance {
   EventQueue clock_;
   Report report_;
   References references_;
-  Scheduler scheduler_;
+  std::optional<Scheduler> scheduler_;  // none: there is no API server
   Ledger ledger_;
   CacheProcess cache_;
   RankGroup ranks_;
@@ -70,11 +76,15 @@ class Instance {
   bool has_session_ = true;                 // as the scheduler was told
   Waiting waiting_ = Waiting::kForNothing;  // the scheduler is paused meanwhile
   uint64_t pool_epoch_ = 1;
+  uint64_t first_step_ = 0;  // of this API server
   uint64_t last_step_ = 0;
   uint64_t last_done_step_ = 0;
   // The cache manager may not have heard yet that the steps from this one on are not trusted.
   std::optional<uint64_t> first_bad_step_;
   int num_distrusts_unanswered_ = 0;  // in this session
+  // While there is no API server: what the next one hears of the ranks, and whether it does now.
+  bool kv_trusted_without_server_ = true;
+  bool is_adopting_ = false;
   Random random_;
   std::optional<int64_t> armed_deadline_us_;
 };

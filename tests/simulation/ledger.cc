@@ -26,6 +26,13 @@ void Ledger::OnPoolReplaced(int num_blocks) {
   slots_.clear();
 }
 
+void Ledger::OnServerLost() {
+  OnSessionLost();
+  for (Block& block : blocks_) block = Block{.generation = block.generation};
+  for (auto& [id, entry] : entries_) entry.pins = 0;
+  copies_.clear();
+}
+
 void Ledger::OnCommand(const CacheCommand& command, bool has_session) {
   const auto check_session = [&](const char* name) {
     if (!has_session) report_.Violation("I8", "{} without a session is never answered", name);
@@ -272,7 +279,8 @@ void Ledger::OnCommitted(const Committed& committed) {
                         .depth = depth,
                         .history = block.owner->HistoryOf(depth * block_size_)};
     Entry* entry = CheckContent(result.entry, content);
-    ++entry->pins;
+    // Without pins it may have got another block, by a Commit whose answer was lost.
+    if (entry->pins++ == 0) entry->block.reset();
     if (result.duplicate) {
       ++report_.counters.duplicate_commits;
       continue;

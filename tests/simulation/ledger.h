@@ -30,6 +30,8 @@ class Ledger {
   void OnSessionLost();
   void OnSessionResumed(const HeldBlocks& held);
   void OnPoolReplaced(int num_blocks);
+  // Nobody holds anything any more, but plans in flight may run on.
+  void OnServerLost();
 
   void OnPlan(const StepPlan& plan);
   void OnPlanDone(uint64_t step);

@@ -51,6 +51,8 @@ class RankGroup {
   bool ready() const { return state_ == State::kReady; }
   bool aborting() const { return state_ == State::kAborting; }
 
+  // No plan is sent, and no result taken, any more; on_fenced follows, unless the group is over.
+  void Abort();
   // No effect on a process that is failing already, or not there.
   void Fail(int rank, WorkerFailure failure);
 
@@ -107,7 +109,6 @@ class RankGroup {
   void OnAttached(size_t rank, uint64_t process_id);
   void OnAbort(size_t rank, uint64_t process_id);
   void OnAborted(size_t rank, uint64_t process_id, uint64_t group_epoch);
-  void Abort();
   void EndThoseThatStay(uint64_t group_epoch);
   void SetFenced(size_t rank);
   void StartIfComplete();

@@ -121,7 +121,8 @@ void RankGroup::OnStreamDropped(size_t rank, uint64_t process_id) {
 
 void RankGroup::OnExitNotice(size_t rank, uint64_t process_id, bool kv_trusted) {
   Member& member = members_[rank];
-  if (member.process_id != process_id) return;  // its successor was there before the news
+  // Its successor was there before the news; or it has never been attached.
+  if (member.stream_id != process_id) return;
   member.attached = false;
   member.exit_known = true;
   Abort();

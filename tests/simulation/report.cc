@@ -53,6 +53,9 @@ constexpr NamedCounter kCounters[] = {
     {"recomputed sequences", &Counters::recomputed_sequences},
     {"isolations", &Counters::isolations},
     {"cache lost meanwhile", &Counters::cache_losses_in_recovery},
+    {"server deaths", &Counters::server_deaths},
+    {"streams lost", &Counters::streams_lost},
+    {"adoptions", &Counters::adoptions},
 };
 
 }  // namespace

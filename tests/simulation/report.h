@@ -57,6 +57,9 @@ struct Counters {
   uint64_t recomputed_sequences = 0;
   uint64_t isolations = 0;
   uint64_t cache_losses_in_recovery = 0;
+  uint64_t server_deaths = 0;
+  uint64_t streams_lost = 0;  // with an API server
+  uint64_t adoptions = 0;
 
   void Add(const Counters& other);
   std::string ToString() const;

@@ -82,6 +82,8 @@ void ExpectEveryPathTaken(const Counters& counters) {
   EXPECT_GT(counters.recomputed_sequences, 0u);
   EXPECT_GT(counters.isolations, 0u);
   EXPECT_GT(counters.cache_losses_in_recovery, 0u);
+  EXPECT_GT(counters.streams_lost, 0u);
+  EXPECT_GT(counters.adoptions, 0u);
 }
 
 TEST(Simulation, KeepsEveryInvariant) {
@@ -119,6 +121,7 @@ SimulationConfig CalmConfig(uint64_t seed) {
   config.deadline_chance = config.cancel_chance = config.cache_stall_chance = 0;
   config.num_drops = config.num_deaths = config.num_flushes = 0;
   config.num_worker_kills = config.num_worker_crashes = config.num_worker_hangs = 0;
+  config.num_server_deaths = 0;
   config.max_outage_us = 20'000;
   config.max_restart_us = 20'000;
   return config;
@@ -139,10 +142,9 @@ TEST(Simulation, SurvivesAFailureAtEveryMoment) {
     const uint64_t stride = std::max<uint64_t>(1, calm.counters.events / kMostMoments);
     for (const auto failure :
          {WorkerFailure::kKilled, WorkerFailure::kCrashed, WorkerFailure::kHangs}) {
-      config.failure = failure;
       for (uint64_t moment = 1; moment < calm.counters.events; moment += stride) {
-        config.fail_at_event = moment;
-        config.failing_rank = static_cast<int>(moment / stride % 2);
+        config.planned_failures = {
+            {.event = moment, .rank = static_cast<int>(moment / stride % 2), .failure = failure}};
         config.cache_dies_at_event.reset();
         if (moment / stride % 3 == 0) config.cache_dies_at_event = moment + moment % 40;
         const Report report = run();
@@ -156,6 +158,73 @@ TEST(Simulation, SurvivesAFailureAtEveryMoment) {
   }
 }
 
+// The second failure comes while the group leaves, gathers, starts or goes on: at the same rank,
+// whose process may be the next one by then, or at the other.
+TEST(Simulation, SurvivesASecondFailureAtEveryMomentOfTheRecovery) {
+  constexpr WorkerFailure kFailures[] = {WorkerFailure::kKilled, WorkerFailure::kCrashed,
+                                         WorkerFailure::kHangs};
+  for (uint64_t seed = 1; seed <= 6; ++seed) {
+    SimulationConfig config = CalmConfig(seed);
+    const auto run = [&config] {
+      Instance instance(config, Report::Tracing::kOff);
+      instance.Run();
+      return instance.report();
+    };
+    const Report calm = run();
+    ASSERT_TRUE(calm.ok()) << calm.violation();
+    uint64_t most_groups_lost = 0;
+    for (uint64_t i = 0; i < 180; ++i) {
+      const uint64_t first = calm.counters.events * (1 + i % 9) / 10;
+      const uint64_t second = first + i / 9 * 2;
+      config.planned_failures = {
+          {.event = first, .rank = static_cast<int>(i % 2), .failure = kFailures[i % 3]},
+          {.event = second, .rank = static_cast<int>(i / 2 % 2), .failure = kFailures[i / 3 % 3]}};
+      config.cache_dies_at_event.reset();
+      if (i % 4 == 0) config.cache_dies_at_event = second + i % 7;
+      const Report report = run();
+      ASSERT_TRUE(report.ok()) << report.violation() << "\n"
+                               << config.ToString() << "\nfails at events " << first << " and "
+                               << second;
+      ASSERT_EQ(report.counters.sequences_finished, calm.counters.sequences_finished);
+      ASSERT_EQ(report.counters.tokens, calm.counters.tokens);
+      most_groups_lost = std::max(most_groups_lost, report.counters.groups_lost);
+    }
+    EXPECT_EQ(most_groups_lost, 2u);
+  }
+}
+
+// Streams end with their API server. Its successor serves what comes then from the pool that it
+// finds, whose ranks may have failed before, meanwhile, or fail again.
+TEST(Simulation, AnotherApiServerGoesOnAtEveryMoment) {
+  for (uint64_t seed = 1; seed <= 6; ++seed) {
+    SimulationConfig config = CalmConfig(seed);
+    config.num_requests = 20;
+    const auto run = [&config] {
+      Instance instance(config, Report::Tracing::kOff);
+      instance.Run();
+      return instance.report();
+    };
+    const Report calm = run();
+    ASSERT_TRUE(calm.ok()) << calm.violation();
+    for (uint64_t i = 1; i <= 60; ++i) {
+      const uint64_t death = calm.counters.events * i / 70;
+      config.server_dies_at_event = death;
+      config.planned_failures.clear();
+      if (i % 3 != 0) {
+        config.planned_failures = {
+            {.event = death + i % 5 - 2,
+             .rank = static_cast<int>(i % 2),
+             .failure = i % 3 == 1 ? WorkerFailure::kKilled : WorkerFailure::kCrashed}};
+      }
+      const Report report = run();
+      ASSERT_TRUE(report.ok()) << report.violation() << "\n"
+                               << config.ToString() << "\nthe API server dies at event " << death;
+      ASSERT_EQ(report.counters.server_deaths, 1u);
+      ASSERT_EQ(report.counters.adoptions, 1u);
+    }
+  }
+}
+
 // What is checked can be seen to fail: each mistake is found by one of the seeds, as what it is.
 TEST(Simulation, FindsMistakesInTheRecovery) {
   const struct {
@@ -165,6 +234,8 @@ TEST(Simulation, FindsMistakesInTheRecovery) {
       {Mistake::kFenceOnStreamDrop, "I5"}, {Mistake::kFenceOnFirst, "I5"},
       {Mistake::kTrustCrashes, "I4"},      {Mistake::kNoDistrust, "I4"},
       {Mistake::kForgetDistrust, "I4"},    {Mistake::kTakeLateResults, "I6"},
+      {Mistake::kTrustAdopted, "I4"},      {Mistake::kDistrustByNumber, "I4"},
+      {Mistake::kNoFenceOfAdopted, "I2"},
   };
   for (const auto& c : cases) {
     std::string found;
@@ -172,6 +243,7 @@ TEST(Simulation, FindsMistakesInTheRecovery) {
       SimulationConfig config = RandomConfig(seed);
       config.num_worker_kills += 2;
       config.num_worker_crashes += 2;
+      config.num_server_deaths += 1;
       config.mistake = c.mistake;
       Instance instance(config, Report::Tracing::kOff);
       instance.Run();
