@@ -72,8 +72,18 @@ WorkerHello FakeHello(uint32_t rank, uint32_t world_size) {
 FakeWorker::FakeWorker(FakeWorkerOptions options)
     : options_(std::move(options)), backend_(kernels::cpu::CreateCpuBackend({})) {
   if (options_.hello.mapped_pool_epoch != 0) pool_epoch_ = options_.hello.mapped_pool_epoch;
-  auto client =
-      WorkQueueClient::Attach(options_.target, options_.token, options_.hello, kAttachTimeoutMs);
+  const auto attach = [this] {
+    return WorkQueueClient::Attach(options_.target, options_.token, options_.hello,
+                                   kAttachTimeoutMs);
+  };
+  auto client = attach();
+  // The server may not have seen yet that the stream of the one before has ended.
+  const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  while (absl::IsFailedPrecondition(client.status()) &&
+         std::chrono::steady_clock::now() < give_up) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    client = attach();
+  }
   CHECK(client.ok(), "{}", client.status().ToString());
   client_ = *std::move(client);
   thread_ = std::thread([this] { Run(); });
@@ -84,7 +94,13 @@ FakeWorker::~FakeWorker() {
   if (thread_.joinable()) thread_.join();
 }
 
-void FakeWorker::Kill() { client_->Close(); }
+void FakeWorker::Kill() {
+  {
+    MutexLock lock(&death_mutex_);
+    is_dead_ = true;
+  }
+  client_->Close();
+}
 
 absl::Status FakeWorker::SendFault(FaultKind kind, const std::string& text, bool kv_trusted) {
   return client_->SendFault(kind, text, kv_trusted);
@@ -105,6 +121,10 @@ void FakeWorker::Run() {
       return;
     }
     if (const absl::Status status = Handle(*event); !status.ok()) {
+      if (absl::IsCancelled(status)) {  // the dead say nothing, and their stream ends
+        while (client_->Next().ok()) continue;
+        return;
+      }
       (void)client_->SendFault(FaultKind::kInternal, std::string(status.message()),
                                /*kv_trusted=*/false);
       return;
@@ -202,8 +222,7 @@ absl::Status FakeWorker::Execute(const ReceivedPlan& received) {
   RETURN_IF_ERROR(CheckChain(plan));
   RETURN_IF_ERROR(pool_->copier->Check(plan.copies));
   RETURN_IF_ERROR(pool_->slots.BeginStep(plan));
-  const std::unique_ptr<kernels::Event> copied = pool_->copier->Begin(plan.copies);
-  if (copied != nullptr) RETURN_IF_ERROR(copied->Wait());
+  RETURN_IF_ERROR(RunCopies(plan));
   std::this_thread::sleep_for(options_.step_delay);
   StepDone done{
       .group_epoch = plan.group_epoch, .step = plan.step, .plan_hash = received.plan_hash};
@@ -227,7 +246,16 @@ absl::Status FakeWorker::Execute(const ReceivedPlan& received) {
   return absl::OkStatus();
 }
 
+absl::Status FakeWorker::RunCopies(const StepPlan& plan) {
+  MutexLock lock(&death_mutex_);
+  if (is_dead_) return absl::CancelledError("dead");
+  const std::unique_ptr<kernels::Event> copied = pool_->copier->Begin(plan.copies);
+  return copied != nullptr ? copied->Wait() : absl::OkStatus();
+}
+
 absl::StatusOr<std::vector<int32_t>> FakeWorker::RunRow(const PlanRow& row) {
+  MutexLock lock(&death_mutex_);
+  if (is_dead_) return absl::CancelledError("dead");
   const Slot& slot = pool_->slots.slot(row.slot);
   auto* const memory = static_cast<int32_t*>(pool_->memory->blocks.data());
   const auto entry = [&](uint32_t position) -> int32_t& {
