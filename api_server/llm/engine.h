@@ -169,7 +169,7 @@ class Engine {
   void Advance();
   void Handle(Arrival event);
   void Handle(Cancellation event);
-  void Handle(WorkerAttached event);
+  void Handle(const WorkerAttached& event);
   void Handle(WorkerReady event);
   void Handle(WorkerLetGo event);
   void Handle(WorkerAborted event);

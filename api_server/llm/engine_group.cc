@@ -39,7 +39,7 @@ const char* NameOf(FaultKind kind) {
 
 }  // namespace
 
-void Engine::Handle(WorkerAttached event) {
+void Engine::Handle(const WorkerAttached& event) {
   if (failed_) return;
   const WorkerHello& hello = event.hello;
   LOG_INFO("engine worker {} of {} is attached: {}", hello.rank, config_.startup.world_size,

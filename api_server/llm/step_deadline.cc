@@ -8,7 +8,9 @@ namespace {
 
 constexpr int kMaxPatience = 16;
 
-int Bits(int number) { return std::bit_width(static_cast<unsigned>(std::max(0, number))); }
+int Bits(int number) {
+  return static_cast<int>(std::bit_width(static_cast<unsigned>(std::max(0, number))));
+}
 
 }  // namespace
 

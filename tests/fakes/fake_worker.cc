@@ -93,7 +93,13 @@ FakeWorker::~FakeWorker() {
   if (thread_.joinable()) thread_.join();
 }
 
-void FakeWorker::Kill() { client_->Close(); }
+void FakeWorker::Kill() {
+  {
+    MutexLock lock(&death_mutex_);
+    is_dead_ = true;
+  }
+  client_->Close();
+}
 
 absl::Status FakeWorker::SendFault(FaultKind kind, const std::string& text, bool kv_trusted) {
   return client_->SendFault(kind, text, kv_trusted);
@@ -118,6 +124,10 @@ void FakeWorker::Run() {
       return;
     }
     if (const absl::Status status = Handle(*event); !status.ok()) {
+      if (absl::IsCancelled(status)) {  // the dead say nothing, and their stream ends
+        while (client_->Next().ok()) continue;
+        return;
+      }
       (void)client_->SendFault(FaultKind::kInternal, std::string(status.message()),
                                /*kv_trusted=*/false);
       return;
@@ -215,8 +225,7 @@ absl::Status FakeWorker::Execute(const ReceivedPlan& received) {
   RETURN_IF_ERROR(CheckChain(plan));
   RETURN_IF_ERROR(pool_->copier->Check(plan.copies));
   RETURN_IF_ERROR(pool_->slots.BeginStep(plan));
-  const std::unique_ptr<kernels::Event> copied = pool_->copier->Begin(plan.copies);
-  if (copied != nullptr) RETURN_IF_ERROR(copied->Wait());
+  RETURN_IF_ERROR(RunCopies(plan));
   std::this_thread::sleep_for(options_.step_delay);
   StepDone done{
       .group_epoch = plan.group_epoch, .step = plan.step, .plan_hash = received.plan_hash};
@@ -241,7 +250,16 @@ absl::Status FakeWorker::Execute(const ReceivedPlan& received) {
   return absl::OkStatus();
 }
 
+absl::Status FakeWorker::RunCopies(const StepPlan& plan) {
+  MutexLock lock(&death_mutex_);
+  if (is_dead_) return absl::CancelledError("dead");
+  const std::unique_ptr<kernels::Event> copied = pool_->copier->Begin(plan.copies);
+  return copied != nullptr ? copied->Wait() : absl::OkStatus();
+}
+
 absl::StatusOr<std::vector<int32_t>> FakeWorker::RunRow(const PlanRow& row) {
+  MutexLock lock(&death_mutex_);
+  if (is_dead_) return absl::CancelledError("dead");
   const Slot& slot = pool_->slots.slot(row.slot);
   auto* const memory = static_cast<int32_t*>(pool_->memory->blocks.data());
   const auto entry = [&](uint32_t position) -> int32_t& {

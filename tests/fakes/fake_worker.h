@@ -80,8 +80,9 @@ class FakeWorker {
   explicit FakeWorker(FakeWorkerOptions options);
   ~FakeWorker();  // Kill()
 
-  // Ends the stream as a dead process would.
-  void Kill();
+  // Ends the stream as a dead process would: nothing writes to the KV memory once this has
+  // returned, so the exit can be told.
+  void Kill() EXCLUDES(death_mutex_);
   absl::Status SendFault(FaultKind kind, const std::string& text, bool kv_trusted = false);
   // As a heartbeat does.
   absl::Status SendProgress(uint64_t progress);
@@ -105,8 +106,9 @@ class FakeWorker {
   absl::Status Abort(const AbortGroup& abort);
   absl::Status Execute(const ReceivedPlan& received);
   absl::Status CheckChain(const StepPlan& plan) const;
+  absl::Status RunCopies(const StepPlan& plan) EXCLUDES(death_mutex_);
   // Writes the row's tokens to its blocks. Returns everything from position 0 to the row's end.
-  absl::StatusOr<std::vector<int32_t>> RunRow(const PlanRow& row);
+  absl::StatusOr<std::vector<int32_t>> RunRow(const PlanRow& row) EXCLUDES(death_mutex_);
   int32_t NextToken(const std::vector<int32_t>& history, const SamplingParams& sampling) const;
 
   FakeWorkerOptions options_;
@@ -118,6 +120,8 @@ class FakeWorker {
   std::optional<uint64_t> last_step_;   // of this group
   uint64_t last_plan_hash_ = 0;
   std::atomic<int> num_mappings_ = 0;
+  Mutex death_mutex_;  // held while the KV memory is read and written
+  bool is_dead_ GUARDED_BY(death_mutex_) = false;
   bool shut_down_ = false;
   std::thread thread_;
 };
