@@ -101,9 +101,10 @@ class MatmulSequence {
     return workspace.used_bytes();
   }
 
+  // shared_out: of the shared experts where they have been computed already, then shared is null.
   int64_t MoeMlp(ConstRows x, int64_t num_rows, std::span<const DeviceMlp* const> experts,
                  int top_k, const int32_t* expert_ids, const float* expert_weights,
-                 const DeviceMlp* shared, Rows y, void* base) {
+                 const DeviceMlp* shared, const float* shared_out, Rows y, void* base) {
     WorkspaceCursor workspace(base);
     const int64_t num_pairs = num_rows * top_k;
     const auto num_experts = static_cast<int>(experts.size());
@@ -150,13 +151,14 @@ class MatmulSequence {
     combine.columns = static_cast<int>(first.down.layout.n);
     combine.y = y.data;
     combine.y_stride = y.stride;
+    combine.shared_out = shared_out;
     if (shared != nullptr) {
       const Preparation for_shared = PreparationForRows(shared->gate_up.layout, num_rows);
       const PreparedRows prepared =
           for_shared == preparation ? prepare.out : Prepare(x, num_rows, for_shared, &workspace);
-      auto* shared_out = workspace.Take<float>(num_rows * combine.columns);
-      MultiplyMlp(prepared, num_rows, *shared, {shared_out, combine.columns}, &workspace);
-      combine.shared_out = shared_out;
+      auto* own_out = workspace.Take<float>(num_rows * combine.columns);
+      MultiplyMlp(prepared, num_rows, *shared, {own_out, combine.columns}, &workspace);
+      combine.shared_out = own_out;
     }
     if (base != nullptr) launcher_->Combine(combine, num_rows);
     return workspace.used_bytes();
