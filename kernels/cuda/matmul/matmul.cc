@@ -25,7 +25,9 @@ class StreamLauncher {
   void Product(const plan::ProductPlan& plan, const ProductParams& params,
                formats::WeightFormat format) {
     const ProductLaunches& launches = LaunchesOf(format);
-    (plan.kernel == plan::ProductKernel::kTile ? launches.tile : launches.stream)(plan, params,
+    plan::ProductPlan launched = plan;
+    launched.overlaps_previous = std::exchange(next_overlaps_, true);
+    (plan.kernel == plan::ProductKernel::kTile ? launches.tile : launches.stream)(launched, params,
                                                                                   stream_);
   }
   void WgmmaProduct(const plan::WgmmaPlan& plan, const ProductParams& params,
@@ -43,7 +45,7 @@ class StreamLauncher {
 
  private:
   const cudaStream_t stream_;
-  bool next_overlaps_;  // if it is a Prepare, as the first one always is
+  bool next_overlaps_;
   SideStream* const side_;
 };
 
