@@ -236,6 +236,12 @@ class Backend {
   // y = down(silu(gate(x)) * up(x))
   virtual void SwiGluMlp(ConstRows x, int64_t num_rows, const MlpWeights& mlp, Rows y) = 0;
 
+  // The shared experts of the next MoeMlp may be computed from here on, beside what comes in
+  // between. That is Route alone, and x, num_rows and shared are the same there. By default nothing
+  // happens.
+  virtual void BeginSharedExperts(ConstRows /*x*/, int64_t /*num_rows*/,
+                                  const MlpWeights& /*shared*/) {}
+
   // P = softmax(x * router); the top_k of P + bias (float32 addition; bias may be null; the lower
   // index wins a tie), best first, to expert_ids [num_rows, top_k]; P of each, divided by
   // max(their sum, norm_min), to expert_weights [num_rows, top_k].

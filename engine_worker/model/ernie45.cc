@@ -326,6 +326,7 @@ class Ernie45 final : public Model {
       const kernels::RouterShape router = {config_.num_experts, config_.num_experts_per_token,
                                            config_.moe_norm_min};
       const MlpWeights shared = layer.shared.view();
+      if (shared.gate_up != nullptr) backend_->BeginSharedExperts(Normed(), num_tokens, shared);
       backend_->Route(Normed(), num_tokens, *layer.router, Floats(layer.router_bias), router,
                       expert_ids, expert_weights, batch.route_as());
       backend_->MoeMlp(Normed(), num_tokens, *layer.expert_group, router.top_k, expert_ids,

@@ -352,12 +352,16 @@ class MoeMlpTest : public testing::TestWithParam<MoeCase> {
     return routing;
   }
 
-  HostRows Run(const HostRows& x, const Routing& routing) {
+  // begins_shared: as a model does that routes in between.
+  HostRows Run(const HostRows& x, const Routing& routing, bool begins_shared = false) {
     const DeviceRows device_x(x);
     const DeviceRows y(x.rows, kHidden);
     const DeviceArray<int32_t> ids(routing.ids);
     const DeviceArray<float> weights(routing.weights);
     const MlpWeights shared = shared_.weights();
+    if (begins_shared && GetParam().shared) {
+      TheBackend().BeginSharedExperts(device_x.rows(), x.rows, shared);
+    }
     TheBackend().MoeMlp(device_x.rows(), x.rows, *group_, kTopK, ids.data(), weights.data(),
                         GetParam().shared ? &shared : nullptr, y.rows());
     return y.ToHost();
@@ -375,6 +379,7 @@ TEST_P(MoeMlpTest, StaysWithinThePropagatedBound) {
     const HostRows x = RandomRows(rows, kHidden, &rng_);
     const Routing routing = RandomRouting(rows);
     const HostRows y = Run(x, routing);
+    EXPECT_EQ(Run(x, routing, /*begins_shared=*/true).values, y.values);
     for (int64_t r = 0; r < rows; ++r) {
       std::vector<Bounded> expected(kHidden);
       std::vector<double> magnitudes(kHidden);

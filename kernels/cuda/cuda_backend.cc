@@ -32,12 +32,15 @@
 #include "kernels/cuda/sampling/sampling.h"
 #include "kernels/cuda/scratch.h"
 #include "kernels/cuda/shared_memory.h"
+#include "kernels/cuda/side_stream.h"
 #include "kernels/plan/product_plan.h"
 
 namespace wintserve::kernels::cuda {
 namespace {
 
 constexpr std::array<int, 2> kHeadDims = {64, 128};
+// Shared experts of more rows keep the device busy, and are launched behind the others.
+constexpr int64_t kMaxSideRows = plan::kBlockTokens;
 constexpr int64_t kFloatPassRows = 4096;  // of a float32 product, so that its scratch is bounded
 
 class DeviceMemory final : public kernels::Buffer {
@@ -86,6 +89,7 @@ class CudaBackend final : public Backend {
     auto backend =
         std::unique_ptr<CudaBackend>(new CudaBackend(options, device, std::move(stream)));
     RETURN_IF_ERROR(backend->PrepareKernels());
+    ASSIGN_OR_RETURN(backend->side_, SideStream::Create());
     return backend;
   }
 
@@ -178,7 +182,7 @@ class CudaBackend final : public Backend {
                                                  std::function<absl::Status()> operators) override {
     RETURN_IF_ERROR(no_scratch_);
     return CudaGraph::Capture(std::move(name), operators, stream(),
-                              {scratch_.buffer(), mlp_scratch_.buffer()});
+                              {scratch_.buffer(), mlp_scratch_.buffer(), side_scratch_.buffer()});
   }
   absl::Status Launch(const Graph& graph) override {
     RETURN_IF_ERROR(no_scratch_);
@@ -314,6 +318,29 @@ class CudaBackend final : public Backend {
     Linear({activations, width}, num_rows, down, y);
   }
 
+  void BeginSharedExperts(ConstRows x, int64_t num_rows, const MlpWeights& shared) override {
+    const DeviceMlp mlp = PackedMlp(shared);
+    const int64_t columns = mlp.down.layout.n;
+    const int64_t workspace_bytes =
+        OnCuda(*shared.gate_up).workspace().Bytes(kMaxSideRows, [&](int64_t max_rows) {
+          return SwiGluMlpWorkspaceBytes(matmul_, mlp, max_rows);
+        });
+    const int64_t out_bytes = kMaxSideRows * columns * static_cast<int64_t>(sizeof(float));
+    // Also for more rows, which come before a graph of few is captured.
+    if (!Reserve(&side_scratch_, workspace_bytes + out_bytes)) return;
+    if (num_rows == 0 || num_rows > kMaxSideRows) return;
+    shared_out_ =
+        reinterpret_cast<float*>(static_cast<uint8_t*>(side_scratch_.data()) + workspace_bytes);
+    side_.Fork(stream());
+    LaunchSwiGluMlp(matmul_,
+                    {.x = x,
+                     .num_rows = num_rows,
+                     .mlp = &mlp,
+                     .y = {shared_out_, columns},
+                     .overlaps_previous = false},
+                    side_scratch_.data(), side_.get());
+  }
+
   void Route(ConstRows x, int64_t num_rows, const WeightMatrix& router, const float* bias,
              const RouterShape& shape, int32_t* expert_ids, float* expert_weights,
              const int32_t* route_as) override {
@@ -355,6 +382,7 @@ class CudaBackend final : public Backend {
       return MoeMlpWorkspaceBytes(matmul_, *group.mlps().front(), group.num_experts(), top_k,
                                   shared_mlp, max_rows);
     });
+    const float* shared_out = std::exchange(shared_out_, nullptr);
     if (!Reserve(&scratch_, workspace_bytes)) return;
     LaunchMoeMlp(matmul_,
                  {.x = x,
@@ -363,7 +391,9 @@ class CudaBackend final : public Backend {
                   .top_k = top_k,
                   .expert_ids = expert_ids,
                   .expert_weights = expert_weights,
-                  .shared = shared_mlp,
+                  .shared = shared_out != nullptr ? nullptr : shared_mlp,
+                  .shared_out = shared_out,
+                  .side = shared_out != nullptr ? &side_ : nullptr,
                   .y = y},
                  scratch_.data(), stream());
   }
@@ -527,6 +557,10 @@ class CudaBackend final : public Backend {
   AttentionScratch attention_scratch_;
   WeightArena weight_arena_;
   Scratch scratch_;
+  // Of BeginSharedExperts: its scratch memory, the last part of which the next MoeMlp takes.
+  SideStream side_;
+  Scratch side_scratch_;
+  float* shared_out_ = nullptr;
   Scratch mlp_scratch_;      // beside scratch_, for an MLP that is made of two linear layers
   absl::Status no_scratch_;  // the first failure to get some
   cpu::ThreadPool host_threads_;

@@ -376,6 +376,20 @@ WINTSERVE_DEVICE uint4 LoadFresh(const uint4* from) {
   return words;
 }
 
+// The same from shared memory or from global memory.
+WINTSERVE_DEVICE uint2 LoadFreshAnywhere(const uint2* from) {
+  uint2 words;
+  asm volatile("ld.v2.b32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(from));
+  return words;
+}
+WINTSERVE_DEVICE uint4 LoadFreshAnywhere(const uint4* from) {
+  uint4 words;
+  asm volatile("ld.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(from));
+  return words;
+}
+
 // What this thread wrote before is seen by whoever sees what it writes after.
 WINTSERVE_DEVICE void FenceDevice() { __threadfence(); }
 // In any memory, also of another block of the cluster.

@@ -137,6 +137,8 @@ struct ProductPlan {
   int slice_chunks = 1;       // of the longest slice
   bool split_slices = false;  // tile: a block computes one slice, and another kernel adds them up
   int grid_blocks = 0;
+  int row_chunks = 0;  // stream: of its only row, which each block prepares for itself; 0: none
+  bool overlaps_previous = true;  // LaunchShape::overlaps_previous
 
   // Of the cached kernel:
   int groups = 1;                  // of a block, of one warp a slice
@@ -184,6 +186,15 @@ inline constexpr int kTileSumFloats = kBlockTokens * kSumStride;
 
 WINTSERVE_HOST_DEVICE constexpr int StreamSumsBytes(int tiles_per_warp) {
   return kProductWarps * tiles_per_warp * kTileSumFloats * 4;
+}
+
+// A row that the blocks of the stream kernel prepare for themselves: a launch less for one token,
+// as long as two blocks of a multiprocessor have room for it. Its scale, its chunks' corrections,
+// its values; what makes it has PreparedRows.
+inline constexpr int64_t kMaxStreamRowChunks = 64;
+inline constexpr int kRowReductionBytes = 32 * 4;
+WINTSERVE_HOST_DEVICE constexpr int StreamRowBytes(int chunks) {
+  return chunks == 0 ? 0 : kRowReductionBytes + 16 + chunks * (16 + kChunkRows * 2);
 }
 
 // The resident kernel. A stage of a warp's ring: the records of its slice of a tile, then the
@@ -255,7 +266,7 @@ constexpr int64_t SharedBytes(const ProductPlan& plan, formats::WeightFormat for
   return ScheduleBytes(num_experts) +
          int64_t{kProductWarps} * StreamStages(format, plan.tiles_per_warp) * plan.tiles_per_warp *
              ChunkBytes(format) +
-         2 * StreamSumsBytes(plan.tiles_per_warp);
+         2 * StreamSumsBytes(plan.tiles_per_warp) + StreamRowBytes(plan.row_chunks);
 }
 
 // Blocks of 256 threads that a multiprocessor holds at once (the launch bounds of the stream and

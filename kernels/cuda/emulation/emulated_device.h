@@ -172,6 +172,8 @@ inline float LoadFresh(const float* from) { return LoadAligned<float>(from); }
 inline float4 LoadFresh(const float4* from) { return LoadAligned<float4>(from); }
 inline uint2 LoadFresh(const uint2* from) { return LoadAligned<uint2>(from); }
 inline uint4 LoadFresh(const uint4* from) { return LoadAligned<uint4>(from); }
+inline uint2 LoadFreshAnywhere(const uint2* from) { return LoadAligned<uint2>(from); }
+inline uint4 LoadFreshAnywhere(const uint4* from) { return LoadAligned<uint4>(from); }
 inline float4 LoadFromL2(const float4* from) { return *from; }
 inline float LoadFromL2(const float* from) { return *from; }
 inline float2 LoadFromL2(const float2* from) { return *from; }

@@ -11,11 +11,14 @@
 
 namespace wintserve::kernels::cuda {
 
-void LaunchPrepareRows(PrepareParams params, int64_t num_rows, cudaStream_t stream);
+// overlaps: LaunchShape::overlaps_previous.
+void LaunchPrepareRows(PrepareParams params, int64_t num_rows, cudaStream_t stream,
+                       bool overlaps = true);
 // Both in one launch: neither reads what the other writes.
 void LaunchSortAndPrepare(SortParams sort, PrepareParams prepare, int64_t num_rows,
                           cudaStream_t stream);
-void LaunchCombineExperts(const CombineParams& params, int64_t num_rows, cudaStream_t stream);
+void LaunchCombineExperts(const CombineParams& params, int64_t num_rows, cudaStream_t stream,
+                          bool overlaps = true);
 void LaunchAddSlices(const ProductParams& params, cudaStream_t stream);
 
 // Both kernels of one format, each in a source of its own because they take long to compile.

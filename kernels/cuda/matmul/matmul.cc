@@ -1,5 +1,6 @@
 #include "kernels/cuda/matmul/matmul.h"
 
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
@@ -7,21 +8,26 @@
 #include "kernels/cuda/matmul/launches.h"
 #include "kernels/cuda/matmul/matmul_sequence.h"
 #include "kernels/cuda/matmul/wgmma_launches.h"
+#include "kernels/cuda/side_stream.h"
 
 namespace wintserve::kernels::cuda {
 namespace {
 
 class StreamLauncher {
  public:
-  explicit StreamLauncher(cudaStream_t stream) : stream_(stream) {}
+  explicit StreamLauncher(cudaStream_t stream, bool first_overlaps = true,
+                          SideStream* side = nullptr)
+      : stream_(stream), next_overlaps_(first_overlaps), side_(side) {}
 
   void Prepare(const PrepareParams& params, int64_t num_rows) {
-    LaunchPrepareRows(params, num_rows, stream_);
+    LaunchPrepareRows(params, num_rows, stream_, std::exchange(next_overlaps_, true));
   }
   void Product(const plan::ProductPlan& plan, const ProductParams& params,
                formats::WeightFormat format) {
     const ProductLaunches& launches = LaunchesOf(format);
-    (plan.kernel == plan::ProductKernel::kTile ? launches.tile : launches.stream)(plan, params,
+    plan::ProductPlan launched = plan;
+    launched.overlaps_previous = std::exchange(next_overlaps_, true);
+    (plan.kernel == plan::ProductKernel::kTile ? launches.tile : launches.stream)(launched, params,
                                                                                   stream_);
   }
   void WgmmaProduct(const plan::WgmmaPlan& plan, const ProductParams& params,
@@ -33,11 +39,14 @@ class StreamLauncher {
     LaunchSortAndPrepare(sort, prepare, num_rows, stream_);
   }
   void Combine(const CombineParams& params, int64_t num_rows) {
-    LaunchCombineExperts(params, num_rows, stream_);
+    if (side_ != nullptr) side_->Join(stream_);
+    LaunchCombineExperts(params, num_rows, stream_, /*overlaps=*/side_ == nullptr);
   }
 
  private:
   const cudaStream_t stream_;
+  bool next_overlaps_;
+  SideStream* const side_;
 };
 
 MatmulSequence<StreamLauncher> SequenceFor(const MatmulOptions& options, StreamLauncher* launcher) {
@@ -121,7 +130,8 @@ int64_t MoeMlpWorkspaceBytes(const MatmulOptions& options, const DeviceMlp& expe
   auto sequence = SequenceFor(options, nullptr);
   const std::vector<const DeviceMlp*> experts(num_experts, &expert);
   return LargestOfPasses(max_rows, [&](int64_t rows) {
-    return sequence.MoeMlp({}, rows, experts, top_k, nullptr, nullptr, shared, {}, nullptr);
+    return sequence.MoeMlp({}, rows, experts, top_k, nullptr, nullptr, shared, nullptr, {},
+                           nullptr);
   });
 }
 
@@ -149,7 +159,7 @@ void LaunchLinear(const MatmulOptions& options, const LinearArgs& args, void* wo
 
 void LaunchSwiGluMlp(const MatmulOptions& options, const SwiGluMlpArgs& args, void* workspace,
                      cudaStream_t stream) {
-  StreamLauncher launcher(stream);
+  StreamLauncher launcher(stream, args.overlaps_previous);
   auto sequence = SequenceFor(options, &launcher);
   ForEachPass(args.num_rows, [&](int64_t first, int64_t rows) {
     sequence.SwiGluMlp({args.x.row(first), args.x.stride}, rows, *args.mlp,
@@ -159,12 +169,13 @@ void LaunchSwiGluMlp(const MatmulOptions& options, const SwiGluMlpArgs& args, vo
 
 void LaunchMoeMlp(const MatmulOptions& options, const MoeMlpArgs& args, void* workspace,
                   cudaStream_t stream) {
-  StreamLauncher launcher(stream);
+  CHECK(args.side == nullptr || args.num_rows <= plan::kMaxPassRows, "num_rows={}", args.num_rows);
+  StreamLauncher launcher(stream, /*first_overlaps=*/true, args.side);
   auto sequence = SequenceFor(options, &launcher);
   ForEachPass(args.num_rows, [&](int64_t first, int64_t rows) {
     sequence.MoeMlp({args.x.row(first), args.x.stride}, rows, args.experts, args.top_k,
                     args.expert_ids + first * args.top_k, args.expert_weights + first * args.top_k,
-                    args.shared, {args.y.row(first), args.y.stride}, workspace);
+                    args.shared, args.shared_out, {args.y.row(first), args.y.stride}, workspace);
   });
 }
 

@@ -24,6 +24,8 @@
 
 namespace wintserve::kernels::cuda {
 
+class SideStream;
+
 // y [num_rows, n] = x [num_rows, k] * w
 struct LinearArgs {
   ConstRows x;
@@ -38,12 +40,15 @@ struct SwiGluMlpArgs {
   int64_t num_rows = 0;
   const DeviceMlp* mlp = nullptr;
   Rows y;
+  bool overlaps_previous = true;  // LaunchShape::overlaps_previous, of the first kernel
 };
 
 // y[r, :] = sum over a row's experts, in ascending order of index, of weight * mlp_e(x[r, :]), then
 // + shared(x[r, :]) unless shared is null. `experts` and what it points to is host memory and need
 // not outlive the call; expert_ids and expert_weights [num_rows, top_k] are device memory, a row's
 // ids distinct.
+// With `side`, what has been launched there makes shared_out [num_rows, columns], dense, which the
+// sum takes in place of shared(x); the stream waits for it no earlier.
 // REQUIRES: all experts have the same layouts; at most plan::kMaxExperts of them; top_k <= 32.
 struct MoeMlpArgs {
   ConstRows x;
@@ -53,6 +58,8 @@ struct MoeMlpArgs {
   const int32_t* expert_ids = nullptr;
   const float* expert_weights = nullptr;
   const DeviceMlp* shared = nullptr;
+  const float* shared_out = nullptr;
+  SideStream* side = nullptr;
   Rows y;
 };
 

@@ -361,7 +361,7 @@ class MoeTest : public testing::TestWithParam<bool> {
     for (const bool run : {false, true}) {
       const int64_t bytes = sequence.MoeMlp({x_.data() + first * kHidden, kHidden}, rows, experts,
                                             kTopK, &ids_[first * kTopK], &weights_[first * kTopK],
-                                            GetParam() ? &shared_.device : nullptr,
+                                            GetParam() ? &shared_.device : nullptr, nullptr,
                                             {y.data(), kHidden}, run ? workspace.data() : nullptr);
       workspace.assign(bytes, 0xFF);
     }

@@ -87,23 +87,23 @@ class MatmulSequence {
   int64_t Linear(ConstRows x, int64_t num_rows, const DeviceWeights& w, Rows y, void* base) {
     WorkspaceCursor workspace(base);
     const ProductChoice choice = ChooseForRows(w.layout, num_rows);
-    const PreparedRows prepared =
-        Prepare(x, num_rows, PreparationFor(w.layout, choice), &workspace);
+    const PrepareParams prepared = PrepareUnlessOwn(x, num_rows, w.layout, choice, &workspace);
     MultiplyOne(prepared, choice, w, Epilogue::kStore, y, &workspace);
     return workspace.used_bytes();
   }
 
   int64_t SwiGluMlp(ConstRows x, int64_t num_rows, const DeviceMlp& mlp, Rows y, void* base) {
     WorkspaceCursor workspace(base);
-    const PreparedRows prepared =
-        Prepare(x, num_rows, PreparationForRows(mlp.gate_up.layout, num_rows), &workspace);
+    const PrepareParams prepared = PrepareUnlessOwn(
+        x, num_rows, mlp.gate_up.layout, ChooseForRows(mlp.gate_up.layout, num_rows), &workspace);
     MultiplyMlp(prepared, num_rows, mlp, y, &workspace);
     return workspace.used_bytes();
   }
 
+  // shared_out: of the shared experts where they have been computed already, then shared is null.
   int64_t MoeMlp(ConstRows x, int64_t num_rows, std::span<const DeviceMlp* const> experts,
                  int top_k, const int32_t* expert_ids, const float* expert_weights,
-                 const DeviceMlp* shared, Rows y, void* base) {
+                 const DeviceMlp* shared, const float* shared_out, Rows y, void* base) {
     WorkspaceCursor workspace(base);
     const int64_t num_pairs = num_rows * top_k;
     const auto num_experts = static_cast<int>(experts.size());
@@ -150,13 +150,17 @@ class MatmulSequence {
     combine.columns = static_cast<int>(first.down.layout.n);
     combine.y = y.data;
     combine.y_stride = y.stride;
+    combine.shared_out = shared_out;
     if (shared != nullptr) {
       const Preparation for_shared = PreparationForRows(shared->gate_up.layout, num_rows);
-      const PreparedRows prepared =
-          for_shared == preparation ? prepare.out : Prepare(x, num_rows, for_shared, &workspace);
-      auto* shared_out = workspace.Take<float>(num_rows * combine.columns);
-      MultiplyMlp(prepared, num_rows, *shared, {shared_out, combine.columns}, &workspace);
-      combine.shared_out = shared_out;
+      const PrepareParams prepared =
+          for_shared == preparation
+              ? prepare
+              : PrepareUnlessOwn(x, num_rows, shared->gate_up.layout,
+                                 ChooseForRows(shared->gate_up.layout, num_rows), &workspace);
+      auto* own_out = workspace.Take<float>(num_rows * combine.columns);
+      MultiplyMlp(prepared, num_rows, *shared, {own_out, combine.columns}, &workspace);
+      combine.shared_out = own_out;
     }
     if (base != nullptr) launcher_->Combine(combine, num_rows);
     return workspace.used_bytes();
@@ -181,6 +185,16 @@ class MatmulSequence {
     const PrepareParams params = PrepareFor(x, num_rows, preparation, workspace);
     if (params.out.values != nullptr) launcher_->Prepare(params, num_rows);
     return params.out;
+  }
+
+  // The rows are prepared, unless the product of the choice does that itself.
+  PrepareParams PrepareUnlessOwn(ConstRows x, int64_t num_rows, const plan::WeightLayout& layout,
+                                 const ProductChoice& choice, WorkspaceCursor* workspace) {
+    const PrepareParams params = PrepareFor(x, num_rows, PreparationFor(layout, choice), workspace);
+    if (params.out.values != nullptr && choice.plan.row_chunks == 0) {
+      launcher_->Prepare(params, num_rows);
+    }
+    return params;
   }
 
   static ProductParams ParamsFor(const plan::WeightLayout& layout) {
@@ -218,6 +232,11 @@ class MatmulSequence {
     if (wgmma_planner_ != nullptr) {
       choice.wgmma = wgmma_planner_(choice.shape, num_multiprocessors_);
     }
+    if (num_experts == 1 && num_tokens == 1 && !choice.wgmma.has_value() &&
+        choice.plan.kernel == plan::ProductKernel::kStream && choice.plan.tiles_per_warp == 1 &&
+        layout.chunks() <= plan::kMaxStreamRowChunks) {
+      choice.plan.row_chunks = static_cast<int>(layout.chunks());
+    }
     return choice;
   }
   ProductChoice ChooseForRows(const plan::WeightLayout& layout, int64_t num_rows) const {
@@ -248,12 +267,14 @@ class MatmulSequence {
   }
 
   // One matrix times the rows of the choice.
-  void MultiplyOne(const PreparedRows& x, const ProductChoice& choice, const DeviceWeights& w,
+  void MultiplyOne(const PrepareParams& x, const ProductChoice& choice, const DeviceWeights& w,
                    Epilogue epilogue, Rows y, WorkspaceCursor* workspace) {
     ProductParams params = ParamsFor(w.layout);
     params.experts.weights[0] = w.data;
     params.num_tokens = static_cast<int>(choice.shape.num_tokens);
-    params.x = x;
+    params.x = x.out;
+    params.prepares_row = choice.plan.row_chunks != 0;
+    params.row = x;
     params.epilogue = epilogue;
     params.y = y.data;
     params.y_stride = y.stride;
@@ -261,15 +282,15 @@ class MatmulSequence {
   }
 
   // x: prepared for gate_up as PreparationForRows says.
-  void MultiplyMlp(const PreparedRows& x, int64_t num_rows, const DeviceMlp& mlp, Rows y,
+  void MultiplyMlp(const PrepareParams& x, int64_t num_rows, const DeviceMlp& mlp, Rows y,
                    WorkspaceCursor* workspace) {
     const int64_t width = mlp.gate_up.layout.width();
     auto* activations = workspace->Take<float>(num_rows * width);
     MultiplyOne(x, ChooseForRows(mlp.gate_up.layout, num_rows), mlp.gate_up, Epilogue::kSwiGlu,
                 {activations, width}, workspace);
     const ProductChoice down = ChooseForRows(mlp.down.layout, num_rows);
-    const PreparedRows prepared =
-        Prepare({activations, width}, num_rows, PreparationFor(mlp.down.layout, down), workspace);
+    const PrepareParams prepared =
+        PrepareUnlessOwn({activations, width}, num_rows, mlp.down.layout, down, workspace);
     MultiplyOne(prepared, down, mlp.down, Epilogue::kStore, y, workspace);
   }
 

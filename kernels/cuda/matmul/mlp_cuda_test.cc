@@ -9,9 +9,11 @@
 #include <string>
 #include <vector>
 
+#include "common/check.h"
 #include "fmt/format.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/matmul/matmul_cuda_test_util.h"
+#include "kernels/cuda/side_stream.h"
 #include "kernels/formats/bf16.h"
 #include "kernels/plan/random_weights_test_util.h"
 
@@ -214,6 +216,49 @@ class MoeTest : public testing::TestWithParam<MoeCase> {
     return y.Download(TheStream());
   }
 
+  // The same with the shared experts on a stream beside: in a graph, which runs twice.
+  std::vector<float> RunBeside(const MatmulOptions& options, int64_t first, int64_t rows) {
+    const DeviceArray<float> x(host_x_);
+    const DeviceArray<int32_t> ids(ids_);
+    const DeviceArray<float> weights(weights_);
+    const int64_t hidden = GetParam().hidden;
+    DeviceArray<float> y(rows * hidden);
+    DeviceArray<float> shared_out(rows * hidden);
+    DeviceArray<uint8_t> workspace(WorkspaceBytes(options, rows));
+    DeviceArray<uint8_t> side_workspace(SwiGluMlpWorkspaceBytes(options, shared_[0].device, rows));
+    absl::StatusOr<SideStream> side = SideStream::Create();
+    CHECK(side.ok(), "{}", std::string(side.status().message()));
+    cudaGraph_t graph = nullptr;
+    CUDA_CALL(cudaStreamBeginCapture, TheStream(), cudaStreamCaptureModeThreadLocal);
+    side->Fork(TheStream());
+    LaunchSwiGluMlp(options,
+                    {.x = {x.data() + first * hidden, hidden},
+                     .num_rows = rows,
+                     .mlp = &shared_[0].device,
+                     .y = {shared_out.data(), hidden},
+                     .overlaps_previous = false},
+                    side_workspace.data(), side->get());
+    MoeMlpArgs args = ArgsFor(x, ids, weights, first, rows, &y);
+    args.shared = nullptr;
+    args.shared_out = shared_out.data();
+    args.side = &*side;
+    LaunchMoeMlp(options, args, workspace.data(), TheStream());
+    CUDA_CALL(cudaStreamEndCapture, TheStream(), &graph);
+    cudaGraphExec_t executable = nullptr;
+    CUDA_CALL(cudaGraphInstantiate, &executable, graph, 0ull);
+    for (int run = 0; run < 2; ++run) {
+      y.Poison(TheStream());
+      shared_out.Poison(TheStream());
+      workspace.Poison(TheStream());
+      side_workspace.Poison(TheStream());
+      CUDA_CALL(cudaGraphLaunch, executable, TheStream());
+    }
+    std::vector<float> out = y.Download(TheStream());
+    CUDA_CALL(cudaGraphExecDestroy, executable);
+    CUDA_CALL(cudaGraphDestroy, graph);
+    return out;
+  }
+
   // Both references of all rows.
   MlpOutputs Reference() {
     const MoeCase& c = GetParam();
@@ -279,6 +324,12 @@ TEST_P(MoeTest, IsMoreExactThanFastDeployAndTheSameInAnyBatch) {
   for (const NamedPlanner& planner : kForcedPlanners) {
     if (!planner.IsOfThisGpu()) continue;
     EXPECT_TRUE(Run(OptionsFor(planner), 0, kMostRows) == all) << planner.name;
+  }
+  if (!GetParam().shared) return;
+  for (const int64_t rows : {1, 8}) {
+    EXPECT_TRUE(RunBeside(OptionsFor(), 3, rows) ==
+                std::vector<float>(all.begin() + 3 * hidden, all.begin() + (3 + rows) * hidden))
+        << rows << " rows";
   }
 }
 

@@ -49,6 +49,7 @@ class ProductKernels {
   static void AllowShared() {
     plan::ProductPlan plan;
     plan.kernel = plan::ProductKernel::kStream;
+    plan.row_chunks = plan::kMaxStreamRowChunks;
     Allow(StreamKernel<Codec, 1>, plan);
     plan.tiles_per_warp = 2;
     if constexpr (kTwoTiles) Allow(StreamKernel<Codec, 2>, plan);
@@ -141,7 +142,7 @@ class ProductKernels {
     LaunchShape shape;
     shape.grid = plan.grid_blocks;
     shape.block = plan.block_threads();
-    shape.overlaps_previous = true;
+    shape.overlaps_previous = plan.overlaps_previous;
     shape.shared_bytes = plan::SharedBytes(plan, Codec::kFormat, params.num_experts);
     CUDA_LAUNCH(kernel, shape, stream, params);
   }

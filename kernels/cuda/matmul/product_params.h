@@ -69,6 +69,9 @@ struct ProductParams {
   int token_slots = plan::kBlockTokens;
 
   PreparedRows x;
+  // The stream kernel's blocks prepare the only row themselves, in shared memory: all but `out`.
+  bool prepares_row = false;
+  PrepareParams row;
   const int32_t* source_row = nullptr;   // [tokens]; null: row i
   const int32_t* first_token = nullptr;  // [num_experts + 1]; null: one expert has all tokens
   int num_tokens = 0;

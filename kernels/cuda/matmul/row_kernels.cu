@@ -34,18 +34,18 @@ __global__ void __launch_bounds__(kRowThreads)
   AddSlices(params);
 }
 
-LaunchShape RowShape(int64_t blocks, int threads) {
+LaunchShape RowShape(int64_t blocks, int threads, bool overlaps = true) {
   CHECK(blocks > 0 && blocks <= INT32_MAX, "blocks={}", blocks);
   return {.grid = static_cast<unsigned>(blocks),
           .block = static_cast<unsigned>(threads),
-          .overlaps_previous = true};
+          .overlaps_previous = overlaps};
 }
 
 }  // namespace
 
-void LaunchPrepareRows(PrepareParams params, int64_t num_rows, cudaStream_t stream) {
+void LaunchPrepareRows(PrepareParams params, int64_t num_rows, cudaStream_t stream, bool overlaps) {
   params.threads = PrepareThreads(params.chunks);
-  CUDA_LAUNCH(PrepareRowsKernel, RowShape(num_rows, params.threads), stream, params);
+  CUDA_LAUNCH(PrepareRowsKernel, RowShape(num_rows, params.threads, overlaps), stream, params);
 }
 
 void LaunchSortAndPrepare(SortParams sort, PrepareParams prepare, int64_t num_rows,
@@ -56,10 +56,11 @@ void LaunchSortAndPrepare(SortParams sort, PrepareParams prepare, int64_t num_ro
               sort, prepare, static_cast<int>(num_rows));
 }
 
-void LaunchCombineExperts(const CombineParams& params, int64_t num_rows, cudaStream_t stream) {
+void LaunchCombineExperts(const CombineParams& params, int64_t num_rows, cudaStream_t stream,
+                          bool overlaps) {
   CHECK(params.top_k > 0 && params.top_k <= kMaxTopK, "top_k={}", params.top_k);
   const int64_t blocks = num_rows * plan::DivideUp(params.columns, kRowThreads);
-  CUDA_LAUNCH(CombineExpertsKernel, RowShape(blocks, kRowThreads), stream, params);
+  CUDA_LAUNCH(CombineExpertsKernel, RowShape(blocks, kRowThreads, overlaps), stream, params);
 }
 
 void LaunchAddSlices(const ProductParams& params, cudaStream_t stream) {

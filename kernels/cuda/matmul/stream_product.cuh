@@ -17,6 +17,7 @@
 #include "kernels/cuda/device_ops.h"
 #include "kernels/cuda/matmul/codecs.cuh"
 #include "kernels/cuda/matmul/product_params.h"
+#include "kernels/cuda/matmul/row_kernels.cuh"
 #include "kernels/cuda/matmul/schedule.cuh"
 #include "kernels/plan/product_plan.h"
 
@@ -160,11 +161,27 @@ WINTSERVE_DEVICE StreamTokens LocateTokens(const ProductParams& p, const Schedul
   return tokens;
 }
 
+// Prepares the only row of the product in shared memory of plan::StreamRowBytes, for all threads of
+// a block.
+WINTSERVE_DEVICE StreamTokens PrepareOwnRow(const ProductParams& p, int lane, uint8_t* shared) {
+  static_assert(plan::kRowReductionBytes == kPrepareSharedBytes);
+  auto* scale = reinterpret_cast<float*>(shared + plan::kRowReductionBytes);
+  auto* corrections = reinterpret_cast<ChunkCorrections*>(shared + plan::kRowReductionBytes + 16);
+  auto* values = reinterpret_cast<uint16_t*>(corrections + p.chunks);
+  PrepareParams row = p.row;
+  row.threads = plan::kProductThreads;
+  row.out = {values, scale, corrections};
+  PrepareRow(row, /*row=*/0, shared);
+  SyncBlock();
+  return {reinterpret_cast<const uint8_t*>(values) + lane % 4 * 16, corrections, *scale};
+}
+
 // The lane's part of the B operand of a group: two 16-byte loads.
 WINTSERVE_DEVICE void LoadOperandB(const uint8_t* values, int group, uint32_t (&b)[4][2]) {
   WINTSERVE_UNROLL
   for (int pair = 0; pair < 2; ++pair) {
-    const uint4 words = LoadFresh(reinterpret_cast<const uint4*>(values + (2 * group + pair) * 64));
+    const uint4 words =
+        LoadFreshAnywhere(reinterpret_cast<const uint4*>(values + (2 * group + pair) * 64));
     b[2 * pair][0] = words.x;
     b[2 * pair][1] = words.y;
     b[2 * pair + 1][0] = words.z;
@@ -299,7 +316,11 @@ WINTSERVE_DEVICE void StreamProduct(const ProductParams& p, uint8_t* shared) {
   load_columns(item, columns);
   // Up to here weights and the schedule.
   BeginAfterPreviousKernel();
-  StreamTokens tokens = LocateTokens(p, schedule, item, thread);
+  StreamTokens tokens =
+      p.prepares_row
+          ? PrepareOwnRow(p, warp.lane,
+                          reinterpret_cast<uint8_t*>(sums) + 2 * plan::StreamSumsBytes(kTiles))
+          : LocateTokens(p, schedule, item, thread);
 
   for (int index = item_begin; index < item_end; ++index) {
     // The next item's columns come from memory while this one is computed.
@@ -317,7 +338,8 @@ WINTSERVE_DEVICE void StreamProduct(const ProductParams& p, uint8_t* shared) {
     const auto load_first = [&](int chunk) {
       LoadOperandB(tokens.values + int64_t{chunk} * (plan::kChunkRows * 2), 0, b_first);
       if constexpr (Codec::kHasCorrections) {
-        const uint2 words = LoadFresh(reinterpret_cast<const uint2*>(tokens.corrections + chunk));
+        const uint2 words =
+            LoadFreshAnywhere(reinterpret_cast<const uint2*>(tokens.corrections + chunk));
         halves[0] = words.x;
         halves[1] = words.y;
       }
