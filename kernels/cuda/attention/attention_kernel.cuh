@@ -219,7 +219,7 @@ class AttentionBlock {
   // is_first: before the block's first item only old blocks may be read, and afterwards everything
   // be read and written.
   WINTSERVE_DEVICE void StartCopies(bool is_first, int32_t old_blocks) {
-    block_ids_begin_ = block_begin_ - kLanes;  // none are known
+    LoadBlockIds(block_begin_);  // of the batch, hence older than the kernel before this one
     WINTSERVE_UNROLL
     for (int tile = 0; tile < Config::kStages - 1; ++tile) {
       if (is_first && block_begin_ + tile / 2 >= old_blocks) {
@@ -231,14 +231,16 @@ class AttentionBlock {
     if (is_first) BeginAfterPreviousKernel();
   }
 
+  WINTSERVE_DEVICE void LoadBlockIds(int32_t first) {
+    block_ids_begin_ = first;
+    block_id_ = first + lane_ < block_end_ ? LoadFresh(block_table_ + first + lane_) : 0;
+  }
+
   // Every thread takes part in every group of copies, an empty one behind the last tile.
   WINTSERVE_DEVICE void CopyTile(int32_t tile) {
     if (tile < num_tiles_) {
       const int32_t block = block_begin_ + tile / 2;
-      if (block >= block_ids_begin_ + kLanes) {
-        block_ids_begin_ = block;
-        block_id_ = block + lane_ < block_end_ ? LoadFresh(block_table_ + block + lane_) : 0;
-      }
+      if (block >= block_ids_begin_ + kLanes) LoadBlockIds(block);
       const int64_t block_id = Shuffle(block_id_, block - block_ids_begin_);
       const unsigned char* from = key_tile_ + block_id * p_.kv.block_stride_bytes;
       if (tile % 2 != 0) from += p_.work.num_kv_heads * Config::kTileBytes;
