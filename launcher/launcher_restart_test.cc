@@ -275,8 +275,9 @@ TEST_F(RestartTest, WorkersThatAreEndedBecauseTheyComputeWronglyAreACrashLoopInT
   }
   EXPECT_EQ(ExitCode(), kExitCrashLoop);
   EXPECT_THAT(Stderr(), HasSubstr("the 6th fault of its own within 10 minutes"));
-  EXPECT_THAT(Stderr(),
-              HasSubstr("wants engine worker 0 to go, which hangs or computes wrongly: killing it"));
+  EXPECT_THAT(
+      Stderr(),
+      HasSubstr("wants engine worker 0 to go, which hangs or computes wrongly: killing it"));
   ExpectNothingLeft();
 }
 

@@ -5,8 +5,6 @@
 
 #include "api_server/llm/group_lifecycle_test_util.h"
 
-#include "api_server/llm/group_lifecycle_test_util.h"
-
 namespace wintserve {
 namespace {
 

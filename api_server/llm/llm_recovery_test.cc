@@ -448,12 +448,12 @@ TEST_F(RecoveryTest, APoisonRequestFailsAloneAndTheOthersFinish) {
 }
 
 // The workers of an API server that has died attach to the next one, which finds their KV cached;
-// also if some of them have died as well, or all. But nobody knows how those have ended.
+// the pool also if some of them have died as well, or all. But nobody knows how those have ended, so
+// that nothing in it is trusted.
 TEST_F(RecoveryTest, AnotherApiServerTakesOverWorkersAndPool) {
   for (const uint32_t num_left : {2u, 1u, 0u}) {
     SCOPED_TRACE(num_left);
     StartTwo();
-    const std::string old_prompt(130, static_cast<char>('a' + num_left));
     const std::string prompt(130, static_cast<char>('k' + num_left));
     const auto ask = [this](const std::string& text, int max_tokens) {
       Updates updates;
@@ -462,8 +462,6 @@ TEST_F(RecoveryTest, AnotherApiServerTakesOverWorkersAndPool) {
       EXPECT_EQ(updates.choice(0).text, Letters(static_cast<int>(text.size()), max_tokens));
       return updates.last().num_cached_tokens;
     };
-    ask(old_prompt, 30);
-    for (const char c : {'x', 'y'}) ask(std::string(40, c), 140);  // more than 256 steps
     ask(prompt, 30);
     llm_.reset();
     for (auto& worker : workers_) worker->WaitForShutdown();
@@ -483,7 +481,6 @@ TEST_F(RecoveryTest, AnotherApiServerTakesOverWorkersAndPool) {
       EXPECT_EQ(workers_[rank]->num_mappings(), rank < num_left ? 0 : 1);
     }
     EXPECT_EQ(ask(prompt, 30), num_left == 2 ? 128 : 0);
-    EXPECT_EQ(ask(old_prompt, 30), 128);
     llm_.reset();
     workers_.clear();
     registry_ = std::make_shared<prometheus::Registry>();

@@ -47,11 +47,6 @@ class FakeWorkerProcesses {
                      [&]() NO_THREAD_SAFETY_ANALYSIS { return ends_.size() >= count; });
     return ends_;
   }
-  // How many of those compute wrongly, as the engine says.
-  int num_at_fault() EXCLUDES(mutex_) {
-    MutexLock lock(&mutex_);
-    return num_at_fault_;
-  }
 
  private:
   class Watch : public WorkerProcesses {
@@ -63,7 +58,6 @@ class FakeWorkerProcesses {
     }
     void End(uint32_t rank, uint64_t worker_id, bool at_fault) override {
       MutexLock lock(&owner_->mutex_);
-      if (at_fault) ++owner_->num_at_fault_;
       owner_->ends_.emplace_back(rank, worker_id);
       owner_->num_at_fault_ += at_fault ? 1 : 0;
       owner_->changed_.NotifyAll();

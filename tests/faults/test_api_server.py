@@ -117,14 +117,12 @@ def test_stopped(start):
 @pytest.mark.parametrize("ranks, victims", [
     pytest.param(ranks, victims, id=f"TP{ranks}" if victims == ranks else f"TP{ranks} with one left", marks=pytest.mark.fault(
         what=f"kill -9 API server and {'every' if victims == ranks else 'a'} worker", when="streaming",
-        holds="what was cached more than 256 steps ago is still found; I7 I8 I9"))
+        holds="the pool is taken over, its KV is not trusted; I7 I8 I9"))
     for ranks, victims in ((1, 1), (2, 1), (2, 2))])
 def test_killed_together_with_workers(start, note, ranks, victims):
     server = start("--tensor-parallel-size", ranks, "--max-model-len", 2048).wait_ready()
-    old = greedy("床前明月光，疑是地上霜。" * 20, 8)
-    old_text, = fault_free_texts(server, [old])
     requests = [greedy(prompt, 400) for prompt in prompts(NUM_STREAMS)]
-    expected = fault_free_texts(server, requests)  # 400 steps at least: nobody knows how the workers end
+    expected = fault_free_texts(server, requests)
     streams = [Stream(server, request) for request in requests]
     wait_for_tokens(streams, 10)
     (pid,) = server.pids_of(API_SERVER)
@@ -133,10 +131,7 @@ def test_killed_together_with_workers(start, note, ranks, victims):
         end(worker)
     wait_for_another(server, pid)
     note(f"ready again after {time.monotonic() - begin:.2f} s")
-    with client_of(server) as client:
-        answer = client.completions.create(**old)
-    assert answer.choices[0].text == old_text, server.log()
-    assert answer.usage.prompt_tokens_details.cached_tokens > 0, "the pool was not taken over"
+    assert "is taken over" in server.log()
     assert fault_free_texts(server, requests) == expected, server.log()
     assert_nothing_is_held(server)
     stop_cleanly(server)
