@@ -8,6 +8,8 @@ namespace wintserve {
 namespace {
 
 constexpr double kWeight = 0.2;  // of a new measurement: half of it is forgotten after 3 steps
+// Copies that took twice as long as computing are tried again after 69 prompts.
+constexpr double kKeptByARefusal = 0.99;
 
 void Update(double* estimate, double measured) {
   if (*estimate <= 0) {
@@ -64,9 +66,11 @@ double StepTimeModel::PrefillTokensWithin(double slowdown, int num_decodes) cons
   return std::max(0.0, slowdown - 1) * decode_us / prefill_us_per_token_;
 }
 
-bool StepTimeModel::RestoreIsWorthwhile(int block_size_tokens) const {
+bool StepTimeModel::RestoreIsWorthwhile(int block_size_tokens) {
   if (prefill_us_per_token_ <= 0) return true;
-  return restore_us_per_block_ < prefill_us_per_token_ * block_size_tokens;
+  if (restore_us_per_block_ < prefill_us_per_token_ * block_size_tokens) return true;
+  restore_us_per_block_ *= kKeptByARefusal;
+  return false;
 }
 
 }  // namespace wintserve

@@ -26,8 +26,10 @@ class StepTimeModel {
   // length. Negative: not known yet. REQUIRES: num_decodes > 0.
   double PrefillTokensWithin(double slowdown, int num_decodes) const;
 
-  // Copying a block back from the host beats computing its tokens, or nothing is known yet.
-  bool RestoreIsWorthwhile(int block_size_tokens) const;
+  // Copying a block back from the host beats computing its tokens, or nothing is known yet. To be
+  // asked once a prompt: each no forgets a little of what made copies look slow, since only a yes
+  // measures them again.
+  bool RestoreIsWorthwhile(int block_size_tokens);
 
  private:
   double DecodeUs(int num_decodes) const;

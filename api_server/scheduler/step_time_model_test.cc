@@ -54,5 +54,17 @@ TEST(StepTimeModel, RestoresWhatIsCopiedFasterThanComputed) {
   EXPECT_TRUE(model.RestoreIsWorthwhile(64));
 }
 
+// One slow copy, as of a step that waited for something else, must not end restores for good.
+TEST(StepTimeModel, TriesRestoresAgainThatWereSlowOnce) {
+  StepTimeModel model(16, /*restore_us_per_block=*/0);
+  model.Add({.num_prefill_tokens = 100}, 1000);
+  model.Add({.num_copies = 1}, 1280);
+  int refusals = 0;
+  while (!model.RestoreIsWorthwhile(64)) ++refusals;
+  EXPECT_EQ(refusals, 69);
+  model.Add({.num_copies = 1}, 100);
+  EXPECT_TRUE(model.RestoreIsWorthwhile(64));
+}
+
 }  // namespace
 }  // namespace wintserve

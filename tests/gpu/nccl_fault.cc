@@ -56,6 +56,9 @@ EXPORT ncclResult_t ncclCommInitRank(ncclComm_t* comm, int num_ranks, ncclUnique
   return REAL(ncclCommInitRank)(comm, num_ranks, id, rank);
 }
 
+EXPORT ncclResult_t ncclGroupStart() { return REAL(ncclGroupStart)(); }
+EXPORT ncclResult_t ncclGroupEnd() { return REAL(ncclGroupEnd)(); }
+
 EXPORT ncclResult_t ncclCommAbort(ncclComm_t comm) {
   is_broken = false;
   return REAL(ncclCommAbort)(comm);
