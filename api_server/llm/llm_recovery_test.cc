@@ -502,7 +502,7 @@ TEST_F(RecoveryTest, AReplacementWithAnotherModelStopsTheEngine) {
 
 // The last steps of a rank that crashes then are those of the API server before, whose numbers say
 // nothing about how long they are past.
-TEST_F(RecoveryTest, A9ACrashSoonAfterATakeoverMakesWhatWasComputedBeforeWrong) {
+TEST_F(RecoveryTest, ACrashSoonAfterATakeoverMakesWhatWasComputedBeforeWrong) {
   StartTwo();
   const std::string prompt(130, 'x');
   Updates first;

@@ -288,7 +288,7 @@ TEST(PoolLifecycle, APoolThatIsStillThereIsReconciledAndNothingElseHappens) {
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kLoseSession, Action::kResumePool));
 }
 
-// A7: the old pool's memory lives as long as a worker maps it, so a new one has to wait for that.
+// The old pool's memory lives as long as a worker maps it, so a new one has to wait for that.
 TEST(PoolLifecycle, ANewPoolIsCreatedOnlyAfterEveryRankHasLetGoOfTheOldOne) {
   PoolLifecycle pool = Resuming();
   pool.OnPoolGone();

@@ -15,8 +15,8 @@ using testing::ElementsAre;
 using testing::IsEmpty;
 using testing::SizeIs;
 
-// A2: the queue may hold a thousand prompts; their pins would keep the pool from those that run.
-TEST(Caching, A2OnlyThoseNextInLineAreMatchedTheOthersArePeekedAt) {
+// The queue may hold a thousand prompts; their pins would keep the pool from those that run.
+TEST(Caching, OnlyThoseNextInLineAreMatchedTheOthersArePeekedAt) {
   FakeWorld world({.max_num_seqs = 1, .async_depth = 0});
   for (int i = 0; i < 3; ++i) world.Submit(200, 5);
   world.Schedule();
@@ -29,7 +29,7 @@ TEST(Caching, A2OnlyThoseNextInLineAreMatchedTheOthersArePeekedAt) {
   world.ExpectAllTokens();
 }
 
-TEST(Caching, A2APromptThatWaitedWhileItsPrefixWasCommittedIsMatchedAgain) {
+TEST(Caching, APromptThatWaitedWhileItsPrefixWasCommittedIsMatchedAgain) {
   FakeWorld world({.max_num_seqs = 2,
                    .max_num_batched_tokens = 64,
                    .block_size_tokens = 4,
@@ -45,9 +45,9 @@ TEST(Caching, A2APromptThatWaitedWhileItsPrefixWasCommittedIsMatchedAgain) {
   world.ExpectAllBlocksBack();
 }
 
-// A4: a block is offered once every rank has acknowledged the step that filled it, below its parent
+// A block is offered once every rank has acknowledged the step that filled it, below its parent
 // by handle, one request at a time.
-TEST(Caching, A4CommitsAcknowledgedBlocksBelowTheHandleOfTheirParent) {
+TEST(Caching, CommitsAcknowledgedBlocksBelowTheHandleOfTheirParent) {
   FakeWorld world(
       {.max_num_seqs = 4, .max_num_batched_tokens = 8, .block_size_tokens = 4, .async_depth = 1});
   world.Submit(16, 3);
@@ -76,7 +76,7 @@ TEST(Caching, A4CommitsAcknowledgedBlocksBelowTheHandleOfTheirParent) {
   world.ExpectAllBlocksBack();
 }
 
-TEST(Caching, A4ADuplicateKeepsThePrivateCopyAndBothGoBackAtTheEnd) {
+TEST(Caching, ADuplicateKeepsThePrivateCopyAndBothGoBackAtTheEnd) {
   FakeWorld world({.max_num_batched_tokens = 64, .block_size_tokens = 4, .async_depth = 0});
   world.Submit(9, 3);
   world.Submit(9, 3);  // both miss, both compute
@@ -89,7 +89,7 @@ TEST(Caching, A4ADuplicateKeepsThePrivateCopyAndBothGoBackAtTheEnd) {
   world.ExpectAllBlocksBack();
 }
 
-TEST(Caching, A4AfterAFlushOfItsParentASequenceCommitsNoMore) {
+TEST(Caching, AfterAFlushOfItsParentASequenceCommitsNoMore) {
   FakeWorld world(
       {.max_num_seqs = 4, .max_num_batched_tokens = 4, .block_size_tokens = 4, .async_depth = 0});
   world.Submit(17, 8);
@@ -155,8 +155,8 @@ TEST(Caching, GeneratedTokensAreFoundByTheNextTurn) {
   world.ExpectAllTokens();
 }
 
-// A5: with nothing to compute, the copies of a restore need a plan all the same.
-TEST(Caching, A5ARestoreGetsAPlanWithoutRowsAndItsSequenceRunsInAPlanAfterIt) {
+// With nothing to compute, the copies of a restore need a plan all the same.
+TEST(Caching, ARestoreGetsAPlanWithoutRowsAndItsSequenceRunsInAPlanAfterIt) {
   FakeWorld world({.block_size_tokens = 4, .num_blocks = 8, .async_depth = 1}, /*host slots*/ 4);
   FillHostTier(&world);
   const uint64_t id = world.SubmitPrompt(Prompt(13), 1);
@@ -172,8 +172,8 @@ TEST(Caching, A5ARestoreGetsAPlanWithoutRowsAndItsSequenceRunsInAPlanAfterIt) {
   world.ExpectAllBlocksBack();
 }
 
-// A7, A8: the slots are empty, so the whole block table and explicit tokens are sent.
-TEST(Recovery, A8AfterAPoolReplacementSequencesComeBackWithWholeTablesAndExplicitTokens) {
+// The slots are empty, so the whole block table and explicit tokens are sent.
+TEST(Recovery, AfterAPoolReplacementSequencesComeBackWithWholeTablesAndExplicitTokens) {
   FakeWorld world({.block_size_tokens = 4, .async_depth = 1});
   const uint64_t id = world.Submit(6, 30);
   for (int i = 0; i < 5; ++i) {
@@ -201,7 +201,7 @@ TEST(Recovery, A8AfterAPoolReplacementSequencesComeBackWithWholeTablesAndExplici
   world.ExpectAllTokens();
 }
 
-TEST(Recovery, A8PlansStayBelowFourMegabytes) {
+TEST(Recovery, PlansStayBelowFourMegabytes) {
   // With a repetition penalty the prompt goes out twice: as the row, and to be counted.
   for (const float repetition_penalty : {1.0f, 1.5f}) {
     FakeWorld world({.max_num_batched_tokens = 4'000'000,
@@ -310,8 +310,8 @@ TEST(Recovery, OfAMatchOnlyWhatWasToBeCopiedCountsAgainWhenTheCacheIsLost) {
   }
 }
 
-// A10: what comes for a sequence that has gone is given back.
-TEST(Caching, A10ALateMatchOfACancelledSequenceGivesItsPinsBack) {
+// What comes for a sequence that has gone is given back.
+TEST(Caching, ALateMatchOfACancelledSequenceGivesItsPinsBack) {
   FakeWorld world({.block_size_tokens = 4});
   world.Submit(13, 1);
   world.RunToEnd();
@@ -323,7 +323,7 @@ TEST(Caching, A10ALateMatchOfACancelledSequenceGivesItsPinsBack) {
   world.ExpectAllBlocksBack();
 }
 
-TEST(Caching, A10ALateRestoreIsCopiedThenReportedThenReleased) {
+TEST(Caching, ALateRestoreIsCopiedThenReportedThenReleased) {
   FakeWorld world({.block_size_tokens = 4, .num_blocks = 8, .async_depth = 0}, /*host slots*/ 4);
   FillHostTier(&world);
   const uint64_t id = world.SubmitPrompt(Prompt(13), 1);
@@ -340,7 +340,7 @@ TEST(Caching, A10ALateRestoreIsCopiedThenReportedThenReleased) {
   world.ExpectAllBlocksBack();
 }
 
-TEST(Caching, A10ALateLeaseAndALateCommitOfACancelledSequenceGoBack) {
+TEST(Caching, ALateLeaseAndALateCommitOfACancelledSequenceGoBack) {
   FakeWorld world({.block_size_tokens = 4, .async_depth = 0});
   const uint64_t leasing = world.Submit(3, 5);
   world.Schedule();
@@ -358,8 +358,8 @@ TEST(Caching, A10ALateLeaseAndALateCommitOfACancelledSequenceGoBack) {
   world.ExpectAllBlocksBack();
 }
 
-// A13: n prefills of one prompt would cost n times as much.
-TEST(Choices, A13TheOthersWaitForTheFirstAndShareItsFullBlocks) {
+// N prefills of one prompt would cost n times as much.
+TEST(Choices, TheOthersWaitForTheFirstAndShareItsFullBlocks) {
   FakeWorld world({.max_num_batched_tokens = 256, .async_depth = 0});
   world.Submit(130, 3, /*num_choices=*/3);
   EXPECT_THAT(RowLengths(NextPlan(&world)), ElementsAre(130));
@@ -371,7 +371,7 @@ TEST(Choices, A13TheOthersWaitForTheFirstAndShareItsFullBlocks) {
   world.ExpectAllBlocksBack();
 }
 
-TEST(Choices, A13APromptWithoutAFullBlockBeforeItsLastTokenIsNotWaitedFor) {
+TEST(Choices, APromptWithoutAFullBlockBeforeItsLastTokenIsNotWaitedFor) {
   FakeWorld shares({.block_size_tokens = 64, .async_depth = 0});
   shares.Submit(65, 3, /*num_choices=*/2);
   EXPECT_THAT(RowLengths(NextPlan(&shares)), ElementsAre(65));
@@ -386,7 +386,7 @@ TEST(Choices, A13APromptWithoutAFullBlockBeforeItsLastTokenIsNotWaitedFor) {
   world.ExpectAllTokens();
 }
 
-TEST(Choices, A13TheyStartAtOnceWithoutCachingAndWhenTheFirstHasGone) {
+TEST(Choices, TheyStartAtOnceWithoutCachingAndWhenTheFirstHasGone) {
   FakeWorld without({.async_depth = 0, .prefix_caching = false});
   without.Submit(65, 3, 2);
   EXPECT_THAT(NextPlan(&without).rows, SizeIs(2));

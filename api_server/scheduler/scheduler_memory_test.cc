@@ -15,7 +15,7 @@ using testing::ElementsAre;
 using testing::IsEmpty;
 using testing::SizeIs;
 
-TEST(Memory, A2PinsOfTheWaitingGoBeforeAnythingRunningIsPreempted) {
+TEST(Memory, PinsOfTheWaitingGoBeforeAnythingRunningIsPreempted) {
   // 1 has left 4 blocks in the cache, 2 takes the other 4 and needs more; 3 waits with pins on
   // them.
   FakeWorld world({.max_num_seqs = 2,
@@ -110,8 +110,8 @@ TEST(Memory, ABlockIsAppendedByThePlanOfItsFirstTokenAndByNoOther) {
   }
 }
 
-// A5: silence of the cache manager is no reason to fail anybody.
-TEST(Memory, A5NothingFailsWhileAnAnswerIsOutstanding) {
+// Silence of the cache manager is no reason to fail anybody.
+TEST(Memory, NothingFailsWhileAnAnswerIsOutstanding) {
   FakeWorld world({.num_blocks = 4});
   world.Submit(64, 10);
   for (int i = 0; i < 5; ++i) world.Schedule();
@@ -140,7 +140,7 @@ TEST(Memory, NoMoreBlocksAreAskedForThanThePoolHas) {
   world.ExpectAllBlocksBack();
 }
 
-TEST(Memory, A5RowsSitOutWhileALeaseIsOutstanding) {
+TEST(Memory, RowsSitOutWhileALeaseIsOutstanding) {
   FakeWorld world({.max_num_seqs = 2, .block_size_tokens = 4, .num_blocks = 16, .async_depth = 0});
   world.SubmitPrompt(Prompt(3), 20);
   world.SubmitPrompt(Prompt(3, 500), 20);
@@ -158,7 +158,7 @@ TEST(Memory, A5RowsSitOutWhileALeaseIsOutstanding) {
   world.ExpectAllBlocksBack();
 }
 
-TEST(Memory, A5ASequenceWaitsWhileItsMatchIsOutstandingThoughNothingElseIsLeft) {
+TEST(Memory, ASequenceWaitsWhileItsMatchIsOutstandingThoughNothingElseIsLeft) {
   FakeWorld world({.max_num_seqs = 2, .block_size_tokens = 4, .async_depth = 0});
   const uint64_t running = world.SubmitPrompt(Prompt(1), 3);
   world.Settle();
@@ -176,7 +176,7 @@ TEST(Memory, A5ASequenceWaitsWhileItsMatchIsOutstandingThoughNothingElseIsLeft) 
   world.ExpectAllBlocksBack();
 }
 
-TEST(Memory, A5ASequenceWaitsWhileACommitThatHoldsThePoolIsOutstanding) {
+TEST(Memory, ASequenceWaitsWhileACommitThatHoldsThePoolIsOutstanding) {
   FakeWorld world({.block_size_tokens = 4, .num_blocks = 2, .async_depth = 0});
   const uint64_t first = world.SubmitPrompt(Prompt(8), 1);
   NextPlan(&world);
@@ -192,7 +192,7 @@ TEST(Memory, A5ASequenceWaitsWhileACommitThatHoldsThePoolIsOutstanding) {
   world.ExpectAllBlocksBack();
 }
 
-TEST(Memory, A5NobodyIsPreemptedWhileBlocksOfACancelledSequenceAreOnTheirWayBack) {
+TEST(Memory, NobodyIsPreemptedWhileBlocksOfACancelledSequenceAreOnTheirWayBack) {
   FakeWorld world({.max_num_seqs = 3,
                    .block_size_tokens = 4,
                    .num_blocks = 10,
@@ -216,7 +216,7 @@ TEST(Memory, A5NobodyIsPreemptedWhileBlocksOfACancelledSequenceAreOnTheirWayBack
   world.ExpectAllBlocksBack();
 }
 
-TEST(Memory, A5NothingFailsWhileARestoreIsOutstanding) {
+TEST(Memory, NothingFailsWhileARestoreIsOutstanding) {
   FakeWorld world({.block_size_tokens = 4, .num_blocks = 8, .async_depth = 0}, /*host slots*/ 4);
   FillHostTier(&world);
   const uint64_t restored = world.SubmitPrompt(Prompt(13), 1);
@@ -235,7 +235,7 @@ TEST(Memory, A5NothingFailsWhileARestoreIsOutstanding) {
   world.ExpectAllBlocksBack();
 }
 
-TEST(Memory, A5WhatCannotRunAloneOnTheNewPoolFailsWithAClearError) {
+TEST(Memory, WhatCannotRunAloneOnTheNewPoolFailsWithAClearError) {
   FakeWorld world({.block_size_tokens = 4, .num_blocks = 8, .async_depth = 0});
   const uint64_t large = world.Submit(20, 10);
   const uint64_t small = world.Submit(3, 3);
@@ -255,8 +255,8 @@ TEST(Memory, A5WhatCannotRunAloneOnTheNewPoolFailsWithAClearError) {
   EXPECT_TRUE(world.ended({small, 0}));
 }
 
-// A6: two that preempt each other would never end; and a slot must not be left while a plan writes.
-TEST(Memory, A6TheOldestIsImmuneAndThePreemptedQueuesAfterItsLastPlanWithItsTokens) {
+// Two that preempt each other would never end; and a slot must not be left while a plan writes.
+TEST(Memory, TheOldestIsImmuneAndThePreemptedQueuesAfterItsLastPlanWithItsTokens) {
   FakeWorld world({.max_num_seqs = 2,
                    .max_num_batched_tokens = 64,
                    .block_size_tokens = 4,
@@ -287,7 +287,7 @@ TEST(Memory, A6TheOldestIsImmuneAndThePreemptedQueuesAfterItsLastPlanWithItsToke
   world.ExpectAllBlocksBack();
 }
 
-TEST(Memory, A6ThePreemptedComesBackOnlyWhenItsWholeLengthFits) {
+TEST(Memory, ThePreemptedComesBackOnlyWhenItsWholeLengthFits) {
   FakeWorld world({.max_num_seqs = 2,
                    .max_num_batched_tokens = 4,
                    .block_size_tokens = 4,

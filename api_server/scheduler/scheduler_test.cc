@@ -156,8 +156,8 @@ TEST(ChunkedPrefill, MeasuredStepTimesSizeTheChunkBesideDecodes) {
   EXPECT_THAT(RowLengths(NextPlan(&world)), ElementsAre(1, 80));
 }
 
-// A14: the floor of the prefill share yields to the decodes.
-TEST(ChunkedPrefill, A14TheFloorYieldsWhenDecodesFillTheBudget) {
+// The floor of the prefill share yields to the decodes.
+TEST(ChunkedPrefill, TheFloorYieldsWhenDecodesFillTheBudget) {
   FakeWorld world({.max_num_seqs = 20,
                    .max_num_batched_tokens = 20,
                    .async_depth = 0,

@@ -118,7 +118,7 @@ TEST_F(Session, AnswersRefusedRequestsAsEmpty) {
   EXPECT_THAT(EntriesOf(recorder.Committed(4)), ElementsAre(0, 0));
 }
 
-// A10: the stream breaks, the pool waits, the client says what it holds.
+// The stream breaks, the pool waits, the client says what it holds.
 TEST_F(Session, IsTakenUpAgainByTheSameApiEpoch) {
   Recorder before;
   auto client = Connect(&before);
@@ -280,7 +280,7 @@ TEST_F(Session, RefusedPoolIsNamedAndLeavesTheSessionUsable) {
   EXPECT_TRUE(recorder.Opened().ok());
 }
 
-// A7: the mappings of the pool before may still be closing, so memory is waited for, and the pings
+// The mappings of the pool before may still be closing, so memory is waited for, and the pings
 // behind the request are not taken for silence.
 TEST_F(Session, PoolThatDoesNotFitIsRefusedAfterTwoSeconds) {
   Recorder recorder;

@@ -26,7 +26,7 @@ TEST(PrefixCacheMatch, FindsTheLongestStoredChainAndPinsIt) {
   EXPECT_THAT(cache.Lease(4), SizeIs(2)) << "the free block and the one of the unpinned entry";
 }
 
-// A13: a prompt that is cached as a whole would leave nothing to compute logits from.
+// A prompt that is cached as a whole would leave nothing to compute logits from.
 TEST(PrefixCacheMatch, LeavesAtLeastOneTokenToCompute) {
   TestCache cache(4);
   cache.Store({1, 2});
@@ -89,7 +89,7 @@ TEST(PrefixCacheMatch, TakesACollisionOfTheHashForAMiss) {
   EXPECT_THAT(cache.Peek({1}), Pair(1, 0));
 }
 
-// A2: a second look at admission finds what others have computed since the first.
+// A second look at admission finds what others have computed since the first.
 TEST(PrefixCachePeek, PinsNothingAndSeesWhatWasCommittedMeanwhile) {
   TestCache cache(1);
   EXPECT_THAT(cache.Peek({1}), Pair(0, 0));
@@ -99,7 +99,7 @@ TEST(PrefixCachePeek, PinsNothingAndSeesWhatWasCommittedMeanwhile) {
   EXPECT_THAT(cache.Lease(1), SizeIs(1));
 }
 
-// A2: pins of a waiting request can be revoked, and its blocks are available at once.
+// Pins of a waiting request can be revoked, and its blocks are available at once.
 TEST(PrefixCacheRelease, MakesTheBlocksOfAWaitingRequestAvailable) {
   TestCache cache(2);
   cache.Release(cache.Store({1, 2}));
@@ -155,7 +155,7 @@ TEST(PrefixCacheReturn, RefusesAStaleGenerationAndCountsIt) {
   EXPECT_EQ(cache->stats().num_leased, 1u);
 }
 
-// A4: once committed a block is the cache's. It comes back through Release and eviction alone, at
+// Once committed a block is the cache's. It comes back through Release and eviction alone, at
 // another generation, and not by what its former holder says.
 TEST(PrefixCacheCommit, TakesTheBlockOutOfTheLease) {
   TestCache cache(1);
@@ -167,7 +167,7 @@ TEST(PrefixCacheCommit, TakesTheBlockOutOfTheLease) {
   EXPECT_EQ(again, (std::vector<PoolBlock>{{blocks[0].id, blocks[0].generation + 1}}));
 }
 
-// A4: the answer to a Commit may be lost; sending it again neither fails nor pins twice.
+// The answer to a Commit may be lost; sending it again neither fails nor pins twice.
 TEST(PrefixCacheCommit, IsIdempotent) {
   TestCache cache(3);
   const auto blocks = cache.Lease(3);
@@ -190,7 +190,7 @@ TEST(PrefixCacheCommit, OfAnEntrysOwnBlockAsOtherContentIsRefused) {
             "block 1 is not leased but committed with other content, as entry 2");
 }
 
-// A4: a parent is named by its handle, so a chain grows chunk by chunk.
+// A parent is named by its handle, so a chain grows chunk by chunk.
 TEST(PrefixCacheCommit, ContinuesTheChainOfItsParentsHandle) {
   TestCache cache(4);
   const auto first = cache.Store({1, 2});
@@ -210,7 +210,7 @@ TEST(PrefixCacheCommit, BelowAnEntryThatIsGoneIndexesNothing) {
   EXPECT_EQ(cache->stats().num_entries, 0u);
 }
 
-// A4: two requests have computed the same. The second holds the first one's entry; its own copy
+// Two requests have computed the same. The second holds the first one's entry; its own copy
 // stays private, as its block table names it.
 TEST(PrefixCacheCommit, OfADuplicatePinsTheExistingEntryAndLeavesTheCopyLeased) {
   TestCache cache(3);

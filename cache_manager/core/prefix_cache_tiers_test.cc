@@ -192,7 +192,7 @@ TEST(CopyDone, OfACopyThatIsNotUnderWayIsRefused) {
   EXPECT_EQ(status.message(), "no copy 5 is under way");
 }
 
-// A10: the target of a host hit is neither matchable nor available before its copy has run, and the
+// The target of a host hit is neither matchable nor available before its copy has run, and the
 // slot that it comes from stays.
 TEST(Restore, KeepsItsBlockAndItsSlotUntilCopyDone) {
   TestCache cache(2, 1);
@@ -243,7 +243,7 @@ TEST(Restore, TakesItsBlocksFromUnpinnedEntriesButNotFromItsOwnChain) {
   EXPECT_THAT(cache.Peek({5}), Pair(0, 0));
 }
 
-// A10: acknowledgements can overtake each other.
+// Acknowledgements can overtake each other.
 TEST(Restore, IsCompleteOnlyBelowACompleteParent) {
   TestCache cache(2, 2);
   cache.StoreOnHost({1, 2}, 2);
@@ -296,7 +296,7 @@ TEST(EvictionAcrossTiers, LeavesNoHostCopyWithoutItsPrefix) {
   EXPECT_EQ(cache->stats().num_host_free, 1u);
 }
 
-// A10: after a reconnect only what the session states is held.
+// After a reconnect only what the session states is held.
 TEST(Reconcile, DropsEveryPinAndLeaseThatIsNotClaimed) {
   TestCache cache(6);
   const auto kept = cache.Store({1});

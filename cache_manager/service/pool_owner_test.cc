@@ -263,7 +263,7 @@ TEST_F(PoolOwnerTest, TheGraceEndsAfterFiveSecondsAndNotBefore) {
   EXPECT_NE(again.opened().pool_epoch(), pool_epoch) << "its own is over: it gets another one";
 }
 
-// A7: workers may still map a pool that is gone; whoever asks for it must not get a second one.
+// Workers may still map a pool that is gone; whoever asks for it must not get a second one.
 TEST_F(PoolOwnerTest, ResumeOnlyTakesUpAPoolAndNeverCreatesOne) {
   const std::string resume = std::string(kOpen) + " resume_only: true }";
   EXPECT_EQ(Handle(kMe, resume).refusal().status_code(),
@@ -289,7 +289,7 @@ TEST_F(PoolOwnerTest, AnotherApiEpochIsRefusedWhileOneIsOpenOrInGrace) {
   EXPECT_EQ(Refusal(kLater, other), "");
 }
 
-// A10: a stream may be taken over before its end is noticed; what comes on it later has no effect.
+// A stream may be taken over before its end is noticed; what comes on it later has no effect.
 TEST_F(PoolOwnerTest, ASessionThatWasTakenOverCanDoNothingMore) {
   Open();
   ASSERT_TRUE(Handle(kLater, std::string(kOpen) + "}").opened().resumed());
@@ -302,7 +302,7 @@ TEST_F(PoolOwnerTest, ASessionThatWasTakenOverCanDoNothingMore) {
   EXPECT_EQ(Handle(kLater, "lease { count: 4 }").leased().blocks_size(), 4);
 }
 
-// A10: the client states what it holds; a lease whose answer it never saw is not lost.
+// The client states what it holds; a lease whose answer it never saw is not lost.
 TEST_F(PoolOwnerTest, ReconcileKeepsWhatIsClaimedAndDropsTheRest) {
   Open();
   const auto entries = Store(kMe, 2);
@@ -376,7 +376,7 @@ TEST_F(PoolOwnerTest, PushesWriteBacksAfterTheRequestThatMadeThemDue) {
   EXPECT_EQ(owner_->Stats().num_host_valid(), 2u);
 }
 
-// A10: a push that was lost with its stream is ordered again, one that arrived is not.
+// A push that was lost with its stream is ordered again, one that arrived is not.
 TEST_F(PoolOwnerTest, OrdersLostWriteBacksAgainAfterReconcile) {
   ASSERT_EQ(Refusal(kMe, kOpenTiered), "");
   const auto pushed = HandleAll(kMe, Release(Store(kMe, 16)));
