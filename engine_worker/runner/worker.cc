@@ -504,7 +504,8 @@ void Worker::Report(const absl::StatusOr<StepDone>& done) {
       MutexLock lock(&mutex_);
       if (absl::IsUnavailable(done.status())) {
         if (lost_at_.has_value()) return;
-        LOG_WARNING("a step was not done, the group of ranks is over: {}", done.status().message());
+        LOG_WARNING("a step was not done, the group of ranks is over: {}",
+                    std::string(done.status().message()));
         lost_at_ = std::chrono::steady_clock::now();
         return;  // the thread that serves leaves the group with the next that comes
       }
