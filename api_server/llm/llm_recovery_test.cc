@@ -448,8 +448,8 @@ TEST_F(RecoveryTest, APoisonRequestFailsAloneAndTheOthersFinish) {
 }
 
 // The workers of an API server that has died attach to the next one, which finds their KV cached;
-// the pool also if some of them have died as well, or all. But nobody knows how those have ended, so
-// that nothing in it is trusted.
+// the pool also if some of them have died as well, or all. But nobody knows how those have ended,
+// so that nothing in it is trusted.
 TEST_F(RecoveryTest, AnotherApiServerTakesOverWorkersAndPool) {
   for (const uint32_t num_left : {2u, 1u, 0u}) {
     SCOPED_TRACE(num_left);
