@@ -8,8 +8,8 @@ namespace wintserve {
 namespace {
 
 constexpr double kWeight = 0.2;  // of a new measurement: half of it is forgotten after 3 steps
-// Copies that took twice as long as computing are tried again after 69 prompts.
-constexpr double kKeptByARefusal = 0.99;
+// Copies that took twice as long as computing are tried again after 14 prompts.
+constexpr double kKeptByARefusal = 0.95;
 
 void Update(double* estimate, double measured) {
   if (*estimate <= 0) {

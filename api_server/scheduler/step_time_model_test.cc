@@ -61,7 +61,7 @@ TEST(StepTimeModel, TriesRestoresAgainThatWereSlowOnce) {
   model.Add({.num_copies = 1}, 1280);
   int refusals = 0;
   while (!model.RestoreIsWorthwhile(64)) ++refusals;
-  EXPECT_EQ(refusals, 69);
+  EXPECT_EQ(refusals, 14);
   model.Add({.num_copies = 1}, 100);
   EXPECT_TRUE(model.RestoreIsWorthwhile(64));
 }
