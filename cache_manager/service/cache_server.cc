@@ -181,7 +181,7 @@ class SessionStream : public grpc::ServerBidiReactor<proto::CacheRequest, proto:
       // A session taken over began another grace.
       if (request_.has_open()) state_->timer.Wake();
     }
-    if (replies_[0].has_refusal()) {
+    if (replies_[0].has_refusal() && !FoundNothingToAdopt()) {
       if (const auto more = state_->refusal_log.Admit()) {
         LOG_WARNING("session {}: refused: {}{}", id_, replies_[0].refusal().text(), *more);
       }
@@ -196,6 +196,14 @@ class SessionStream : public grpc::ServerBidiReactor<proto::CacheRequest, proto:
     reply.mutable_refusal()->set_status_code(grpc::StatusCode::INVALID_ARGUMENT);
     reply.mutable_refusal()->set_text(text);
     return reply;
+  }
+
+  // Every API server asks for any pool before it creates its first: that there is none is its
+  // answer.
+  bool FoundNothingToAdopt() const {
+    return request_.has_open() && request_.open().adopt_any() &&
+           replies_[0].refusal().status_code() == grpc::StatusCode::NOT_FOUND &&
+           state_->owner->Stats().pool_epoch() == 0;
   }
 
   static bool WantsMemory(const proto::CacheReply& reply) {
