@@ -230,8 +230,7 @@ bool Supervisor::IsReplaceable(const Child& child, const ChildExit& how) const {
 void Supervisor::Replace(Child* child, const ChildExit& how, bool out_of_memory,
                          const std::string& what_happened) {
   const auto now = Clock::now();
-  const bool was_at_fault = std::exchange(child->at_fault, false);  // the next one is not
-  const bool self_inflicted = was_at_fault || IsSelfInflicted(how);
+  const bool self_inflicted = child->at_fault || IsSelfInflicted(how);
   const std::optional<milliseconds> pause =
       child->policy.OnExit(self_inflicted, out_of_memory, child->started, now,
                            std::uniform_real_distribution<double>()(random_));
