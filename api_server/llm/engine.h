@@ -78,13 +78,13 @@ class Engine {
  public:
   // UNAVAILABLE: the work queue cannot listen. `metrics` outlives the engine.
   static absl::StatusOr<std::unique_ptr<Engine>> Start(EngineConfig config, EngineMetrics* metrics);
-  // Stop(), tells the workers to exit or leaves them, and joins the threads.
+  // Stop(), and joins the threads.
   ~Engine();
 
   // UNAVAILABLE: was not ready yet or can serve no more, with the reason, or is shutting down.
   absl::Status Submit(std::unique_ptr<ActiveRequest> request);
   void Cancel(uint64_t request_id);
-  // Tells the workers to exit, fails every open request. Does not wait for it.
+  // Fails every open request, and tells the workers to exit or leaves them. Does not wait for it.
   void Stop();
   ReadinessReport Readiness() const EXCLUDES(readiness_mutex_);
   // Zeros before the engine was ready for the first time.
