@@ -5,13 +5,15 @@ import json
 import threading
 import time
 
-from faults import wait_for
+from faults import StreamEnd, wait_for
 
 LONGEST_WAIT_S = 60  # I8 on a GPU: for a whole stream, whatever dies
 
 
-class FastStream:
+class FastStream(StreamEnd):
     """A streamed completion read by a thread of its own, with what the functions of faults.py look at."""
+
+    longest_wait_s = LONGEST_WAIT_S
 
     def __init__(self, server, request):
         self.request = request
@@ -60,19 +62,6 @@ class FastStream:
     def last_at(self):
         """When the last piece came; 0: none has."""
         return self.pieces[-1][0] if self.pieces else 0.0
-
-    def wait(self, timeout_s=LONGEST_WAIT_S):
-        self._thread.join(timeout_s)
-        assert self.ended is not None, f"I8: a stream has not ended within {timeout_s} s: {self.request}"
-        return self
-
-    def text(self):
-        """The whole text of a stream that must not fail. I1: as many tokens as were asked for."""
-        self.wait()
-        assert self.error is None, f"a stream failed: {self.error!r}"
-        assert self.finish_reason == "length" and self.usage is not None
-        assert self.usage["completion_tokens"] == self.request["max_tokens"], self.usage
-        return "".join(text for _, text in self.pieces)
 
     def gap_after(self, when):
         """(seconds without a piece, seconds from `when` to its end): the longest one that ends after `when`. None:

@@ -45,7 +45,31 @@ def fault_free_texts(server, requests):
     return [stream.text() for stream in streams]
 
 
-class Stream:
+class StreamEnd:
+    """What a stream that a thread reads has come to; both readers of streams are one."""
+
+    longest_wait_s = END_OF_A_STREAM_S
+
+    def wait(self, timeout_s=None):
+        timeout_s = timeout_s or self.longest_wait_s
+        self._thread.join(timeout_s)
+        assert self.ended is not None, f"I8: a stream has not ended within {timeout_s} s: {self.request}"
+        return self
+
+    def text(self):
+        """The whole text of a stream that must not fail. I1: as many tokens as were asked for."""
+        self.wait()
+        assert self.error is None, f"a stream failed: {self.error!r}"
+        assert self.finish_reason == "length" and self.usage is not None
+        assert self.usage["completion_tokens"] == self.request["max_tokens"], self.usage
+        return self.text_so_far
+
+    @property
+    def text_so_far(self):
+        return "".join(text for _, text in list(self.pieces))
+
+
+class Stream(StreamEnd):
     """A streamed completion of the openai client, read by a thread of its own."""
 
     def __init__(self, server, request):
@@ -65,7 +89,7 @@ class Stream:
             for chunk in self._client.completions.create(
                     **self.request, stream=True, stream_options={"include_usage": True}):
                 if chunk.usage is not None:
-                    self.usage = chunk.usage
+                    self.usage = chunk.usage.model_dump()
                 for choice in chunk.choices:
                     if choice.text:
                         self.pieces.append((time.monotonic(), choice.text))
@@ -75,23 +99,6 @@ class Stream:
         finally:
             self.ended = time.monotonic()
             self._client.close()
-
-    @property
-    def text_so_far(self):
-        return "".join(text for _, text in list(self.pieces))
-
-    def wait(self, timeout_s=END_OF_A_STREAM_S):
-        self._thread.join(timeout_s)
-        assert self.ended is not None, f"I8: a stream has not ended within {timeout_s} s: {self.request}"
-        return self
-
-    def text(self):
-        """The whole text of a stream that must not fail. I1: as many tokens as were asked for."""
-        self.wait()
-        assert self.error is None, f"a stream failed: {self.error!r}"
-        assert self.finish_reason == "length" and self.usage is not None
-        assert self.usage.completion_tokens == self.request["max_tokens"]
-        return self.text_so_far
 
 
 def wait_for_tokens(streams, count, timeout_s=60):
