@@ -6,6 +6,7 @@ import random
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -97,7 +98,9 @@ class Server:
 
     def __init__(self, tmp_path, *flags, model=POET, runtime=None, prefix=(), log=None):
         self.id = uuid.uuid4().hex
-        self.runtime = runtime or tmp_path / f"run-{self.id[:8]}"
+        # Not below tmp_path: the path of a socket has 107 bytes, and pytest's grows with the number of its runs.
+        self.own_runtime = None if runtime else tempfile.TemporaryDirectory(prefix="ws-", ignore_cleanup_errors=True)
+        self.runtime = runtime or Path(self.own_runtime.name)
         self.runtime.mkdir(mode=0o700, exist_ok=True)
         self.port, self.metrics_port, self.queue_port, self.cache_port = self.ports = [PORTS.take() for _ in range(4)]
         self.log_path = log or tmp_path / f"log-{self.id[:8]}.txt"
