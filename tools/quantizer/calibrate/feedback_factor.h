@@ -65,6 +65,10 @@ class FeedbackFactor {
  private:
   FeedbackFactor() = default;
 
+  void SetOrder(const Moments& moments);
+  void SetHessian(const Moments& moments, kernels::cpu::ThreadPool& pool);
+  absl::Status Factorize(kernels::cpu::ThreadPool& pool);
+
   int64_t k_ = 0;
   FactorOptions options_;
   double unit_ = 1;
