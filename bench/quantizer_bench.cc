@@ -79,7 +79,7 @@ void BM_PerChannel(benchmark::State& state, WeightFormat format) {
 }
 
 void ForShapes(benchmark::internal::Benchmark* b) {
-  b->ArgNames({"threads", "k", "n"})->Unit(benchmark::kMillisecond)->UseRealTime()->Iterations(3);
+  b->ArgNames({"threads", "k", "n"})->Unit(benchmark::kMillisecond)->UseRealTime()->Iterations(10);
   for (const int threads : {1, 2}) {
     b->Args({threads, 1024, 512});
     b->Args({threads, 3584, 512});  // columns of the 300B model's down_proj
@@ -89,7 +89,9 @@ void ForShapes(benchmark::internal::Benchmark* b) {
 const quantizer::Wint2Options kDefault;
 const quantizer::Wint2Options kOneMap = {.maps = quantizer::DefaultCodeMaps().first(1),
                                          .num_refits = 0};
+const quantizer::Wint2Options kFourMaps = {.maps = quantizer::DefaultCodeMaps().first(4)};
 BENCHMARK_CAPTURE(BM_Wint2, one_map_no_refit, kOneMap, false)->Apply(ForShapes);
+BENCHMARK_CAPTURE(BM_Wint2, four_maps, kFourMaps, false)->Apply(ForShapes);
 BENCHMARK_CAPTURE(BM_Wint2, default, kDefault, false)->Apply(ForShapes);
 BENCHMARK_CAPTURE(BM_Wint2, default_importance, kDefault, true)->Apply(ForShapes);
 BENCHMARK_CAPTURE(BM_PerChannel, wint4, WeightFormat::kWint4)->Apply(ForShapes);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels/formats/bf16.h"
 #include "kernels/formats/wint2.h"
@@ -25,6 +26,13 @@ float GroupScale(int local_scale, float super_scale) {
 // Local scales to try: `guess` and its neighbours, cut to what there is.
 int Candidate(int guess, int index, int radius) {
   return std::clamp(guess + index - radius, 1, kLargestLocalScale);
+}
+
+int NearestLocalScale(float scale, float super_scale) {
+  // The sum has no room for fractions: it rounds to nearest, ties to even.
+  constexpr float kRounder = 0x1.8p23f;
+  const float quotient = std::min(scale / super_scale, float{kLargestLocalScale});
+  return static_cast<int>((quotient + kRounder) - kRounder);
 }
 
 }  // namespace
@@ -104,9 +112,8 @@ TileEncoder::Fit TileEncoder::FitMap(int map) const {
   fit.local_scale.resize(tile_.num_groups());
   for (int64_t group = 0; group < tile_.num_groups(); ++group) {
     for (int i = 0; i < kTileColumns; ++i) {
-      const float wanted = tile_.Rms(group)[i] * scale_per_sigma / fit.super_scale[i];
       fit.local_scale[group][i] =
-          static_cast<int>(std::min(std::nearbyint(wanted), float{kLargestLocalScale}));
+          NearestLocalScale(tile_.Rms(group)[i] * scale_per_sigma, fit.super_scale[i]);
     }
     ChooseLocalScales(group, map, &fit);
   }
@@ -153,21 +160,18 @@ void TileEncoder::KeepBetter(const Fit& other, Fit* best) const {
   }
 }
 
-TileEncoder::ColumnFit TileEncoder::FitColumn(const Fit& fit, int column, float super_scale) const {
+void TileEncoder::ChooseLocalScalesOfColumn(int map, int column, ColumnFit* fit) const {
   const int radius = plan_.local_scale_radius;
   const int num_scales = 2 * radius + 1;
-  ColumnFit refit;
-  refit.super_scale = super_scale;
+  fit->error = 0;
   for (int64_t group = 0; group < tile_.num_groups(); ++group) {
-    // The group's scale stays where it was: the super scale moves little.
-    const int guess = std::max(fit.local_scale[group][column], 1);
+    const int guess = std::max(fit->local_scale[group], 1);
     std::array<float, kMaxScales> scales;
     std::array<float, kMaxScales> costs;
     for (int s = 0; s < num_scales; ++s) {
-      scales[s] = GroupScale(Candidate(guess, s, radius), super_scale);
+      scales[s] = GroupScale(Candidate(guess, s, radius), fit->super_scale);
     }
-    SumLeastCostsOfColumn(Rows(group, fit.map[column]), column, num_scales, scales.data(),
-                          costs.data());
+    SumLeastCostsOfColumn(Rows(group, map), column, num_scales, scales.data(), costs.data());
     float least = 0;
     int best = 0;
     for (int s = 0; s < num_scales; ++s) {
@@ -176,10 +180,9 @@ TileEncoder::ColumnFit TileEncoder::FitColumn(const Fit& fit, int column, float 
       least = error;
       best = Candidate(guess, s, radius);
     }
-    refit.local_scale.push_back(best);
-    refit.error += least;
+    fit->local_scale[group] = best;
+    fit->error += least;
   }
-  return refit;
 }
 
 void TileEncoder::FindColumnBytes(const Fit& fit, int column) {
@@ -189,34 +192,61 @@ void TileEncoder::FindColumnBytes(const Fit& fit, int column) {
   }
 }
 
-float TileEncoder::LeastSquaresScale(const Fit& fit, int column) const {
-  // Of h (x - scale * local_scale * codeword)^2.
-  double product = 0;
-  double norm = 0;
+std::vector<TileEncoder::GroupTerms> TileEncoder::TermsOfBytes(const Fit& fit, int column) const {
+  std::vector<GroupTerms> terms(tile_.num_groups());
   for (int64_t group = 0; group < tile_.num_groups(); ++group) {
     const SearchRows rows = Rows(group, fit.map[column]);
-    double group_product = 0;
-    double group_norm = 0;
     for (int i = 0; i < kGroupBytes; ++i) {
       const uint8_t byte = bytes_[group][column][i];
       const float* weighted = rows.weighted + i * kWeightsOfByte * kTileColumns + column;
       for (int slot = 0; slot < kWeightsOfByte; ++slot) {
-        group_product += weighted[slot * kTileColumns] * rows.codebook->Value(byte, slot);
+        terms[group].product += weighted[slot * kTileColumns] * rows.codebook->Value(byte, slot);
       }
-      group_norm += rows.norms->Row(rows.first_byte_row + i)[byte];
+      terms[group].norm += rows.norms->Row(rows.first_byte_row + i)[byte];
     }
-    const double local_scale = fit.local_scale[group][column];
-    product += local_scale * group_product;
-    norm += local_scale * local_scale * group_norm;
   }
-  return norm > 0 ? static_cast<float>(product / norm) : fit.super_scale[column];
+  return terms;
+}
+
+TileEncoder::ColumnFit TileEncoder::SuitBytes(const std::vector<GroupTerms>& terms,
+                                              int column) const {
+  // The scale S of a group adds norm * (S - product / norm)^2 to the error, so that all super
+  // scales can be tried: those of an octave, below which the largest local scale would lose its
+  // use.
+  float largest = 0;
+  for (const GroupTerms& group : terms) largest = std::max(largest, group.BestScale());
+  ColumnFit best;
+  best.super_scale = RoundSuperScale(largest / (kLargestLocalScale + 0.5f), column);
+  double least = std::numeric_limits<double>::infinity();
+  float super_scale = best.super_scale;
+  const float last = 2 * super_scale;
+  while (super_scale <= last) {
+    double error = 0;
+    for (const GroupTerms& group : terms) {
+      const float scale =
+          GroupScale(NearestLocalScale(group.BestScale(), super_scale), super_scale);
+      const double off = scale - group.BestScale();
+      error += group.norm * off * off;
+    }
+    if (error < least) {
+      least = error;
+      best.super_scale = super_scale;
+    }
+    // The next number of bf16.
+    const float next = formats::Bfloat16ToFloat(formats::FloatToBfloat16(super_scale) + 1);
+    if (RoundSuperScale(next, column) != next) break;
+    super_scale = next;
+  }
+  for (const GroupTerms& group : terms) {
+    best.local_scale.push_back(NearestLocalScale(group.BestScale(), best.super_scale));
+  }
+  return best;
 }
 
 void TileEncoder::RefitColumn(int column, Fit* fit) {
   for (int i = 0; i < plan_.num_refits; ++i) {
-    const float super_scale = RoundSuperScale(LeastSquaresScale(*fit, column), column);
-    if (super_scale == fit->super_scale[column]) return;
-    const ColumnFit refit = FitColumn(*fit, column, super_scale);
+    ColumnFit refit = SuitBytes(TermsOfBytes(*fit, column), column);
+    ChooseLocalScalesOfColumn(fit->map[column], column, &refit);
     if (refit.error >= fit->error[column]) return;
     fit->super_scale[column] = refit.super_scale;
     fit->error[column] = refit.error;

@@ -77,6 +77,16 @@ class TileEncoder {
     float error = 0;
   };
 
+  // Of a group's bytes, with codeword c of weight x: what its best scale depends on.
+  struct GroupTerms {
+    double product = 0;  // sum h x c
+    double norm = 0;     // sum h c^2
+
+    float BestScale() const {
+      return product > 0 && norm > 0 ? static_cast<float>(product / norm) : 0.0f;
+    }
+  };
+
   SearchRows Rows(int64_t group, int map) const;
   // To bf16 and into the range that decodes to finite numbers.
   float RoundSuperScale(float scale, int column) const;
@@ -85,11 +95,11 @@ class TileEncoder {
   // Replaces a group's local scales by the best ones near them, or 0, and adds to the error.
   void ChooseLocalScales(int64_t group, int map, Fit* fit) const;
   void KeepBetter(const Fit& other, Fit* best) const;
-  // Repeats what FitMap did with another super scale, for one column.
-  ColumnFit FitColumn(const Fit& fit, int column, float super_scale) const;
+  void ChooseLocalScalesOfColumn(int map, int column, ColumnFit* fit) const;
   void FindColumnBytes(const Fit& fit, int column);
-  // The super scale that suits the column's bytes best.
-  float LeastSquaresScale(const Fit& fit, int column) const;
+  std::vector<GroupTerms> TermsOfBytes(const Fit& fit, int column) const;
+  // The scales that suit bytes with these terms best, by least squares.
+  ColumnFit SuitBytes(const std::vector<GroupTerms>& terms, int column) const;
   void RefitColumn(int column, Fit* fit);
   void Store(const Fit& fit, int64_t first_column, formats::HostMatrix* out) const;
 
