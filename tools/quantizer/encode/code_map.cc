@@ -13,13 +13,15 @@ namespace {
 
 constexpr int32_t kLargestCode = 32767;
 
-// Found by random search for maps whose codewords suit a normal distribution, with all four slots
-// of a byte equally good.
+// Of the best of 300,000 random maps and their neighbours for normally distributed weights, those
+// that together lower the least error of a column most, each added to the ones before it: with 512
+// and 3,584 rows 0.1033 and 0.1038 of the weights' power for the first alone, 0.0998 and 0.1026 for
+// four, 0.0987 and 0.1023 for eight, 0.0981 and 0.1021 for sixteen. Time grows with their number.
 constexpr CodeMap kDefaultMaps[] = {
-    {120.96099f, 1240.0f, 0.0615f},
-    {120.91775f, 1260.003f, 0.0615f},
-    {120.96519f, 1648.289f, 0.0615f},
-    {120.03964f, 1641.737f, 0.0615f},
+    {120.94487f, 1253.86096f, 0.06186f},  {120.942963f, 1177.55542f, 0.06196f},
+    {120.944923f, 745.779114f, 0.06189f}, {120.960991f, 1240.0f, 0.0615f},
+    {120.963341f, 1188.97925f, 0.06179f}, {119.958f, 924.637207f, 0.06178f},
+    {120.965187f, 1648.28894f, 0.0615f},  {120.945435f, 873.699036f, 0.06203f},
 };
 
 }  // namespace
