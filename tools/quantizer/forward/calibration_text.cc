@@ -93,8 +93,8 @@ TokenSequence EncodeChat(const std::vector<ChatMessage>& messages, const Tokeniz
   if (messages.back().role == kAssistant) {
     sequence.push_back(tokenizer.eos_id());
   } else {
-    Append(tokenizer.Encode(std::string_view(render(messages.size(), true))
-                                .substr(num_rendered_bytes)),
+    Append(tokenizer.Encode(
+               std::string_view(render(messages.size(), true)).substr(num_rendered_bytes)),
            &sequence);
   }
   return sequence;
@@ -140,8 +140,7 @@ absl::StatusOr<std::vector<ChatMessage>> ParseMessages(const json& list, const C
 
 absl::StatusOr<TokenSequence> EncodeRecord(std::string_view line, const Tokenizer& tokenizer) {
   if (IsNestedTooDeep(line)) {
-    return absl::InvalidArgumentError(
-        fmt::format("nested deeper than {} levels", kMaxJsonDepth));
+    return absl::InvalidArgumentError(fmt::format("nested deeper than {} levels", kMaxJsonDepth));
   }
   const json record = json::parse(line, nullptr, /*allow_exceptions=*/false);
   if (!record.is_object()) {
@@ -150,9 +149,10 @@ absl::StatusOr<TokenSequence> EncodeRecord(std::string_view line, const Tokenize
   const bool has_text = record.contains("text");
   const bool has_messages = record.contains("messages");
   if (has_text == has_messages) {
-    return absl::InvalidArgumentError(fmt::format("found {} the keys text and messages, expected "
-                                                  "one of them",
-                                                  has_text ? "both" : "neither of"));
+    return absl::InvalidArgumentError(
+        fmt::format("found {} the keys text and messages, expected "
+                    "one of them",
+                    has_text ? "both" : "neither of"));
   }
   if (has_text) {
     ASSIGN_OR_RETURN(const std::string text, StringField(record, "text", "text"));
@@ -179,8 +179,8 @@ absl::Status ReadRecords(const std::filesystem::path& path, std::istream& file,
 }
 
 // Encoded some lines at a time, so that a long file is read only as far as it is needed.
-void ReadPlainText(std::istream& file, const Tokenizer& tokenizer,
-                   const CalibrationLimits& limits, Collector* collector) {
+void ReadPlainText(std::istream& file, const Tokenizer& tokenizer, const CalibrationLimits& limits,
+                   Collector* collector) {
   constexpr size_t kStretchBytes = 64 << 10;
   TokenSequence piece;
   std::string stretch;

@@ -21,7 +21,7 @@ struct CalibrationLimits {
 struct CalibrationText {
   std::vector<TokenSequence> sequences;  // none is empty
   int64_t num_records = 0;               // that the sequences come from
-  int64_t num_cut_records = 0;           // that were longer than a sequence may be, and lost their end
+  int64_t num_cut_records = 0;  // that were longer than a sequence may be, and lost their end
   int64_t num_tokens = 0;
 };
 
@@ -34,8 +34,8 @@ struct CalibrationText {
 // Other keys are ignored, and so are blank lines. A record makes one sequence, cut to
 // max_sequence_tokens.
 // Any other file is plain text: its tokens, in pieces of max_sequence_tokens, each a record.
-// Errors: NOT_FOUND or what else errno says of the file; INVALID_ARGUMENT for a line that is no such
-// record, as FILE:LINE: FIELD: what is wrong, and for a file without a token.
+// Errors: NOT_FOUND or what else errno says of the file; INVALID_ARGUMENT for a line that is no
+// such record, as FILE:LINE: FIELD: what is wrong, and for a file without a token.
 absl::StatusOr<CalibrationText> LoadCalibrationText(const std::filesystem::path& path,
                                                     const Tokenizer& tokenizer,
                                                     const CalibrationLimits& limits);

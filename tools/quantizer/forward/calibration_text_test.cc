@@ -62,20 +62,19 @@ TEST_F(CalibrationTextTest, AnAnswerIsEncodedApartAndTheLastEndsGeneration) {
       R"({"role": "assistant", "content": "A2"}]})");
   ASSERT_TRUE(chat.ok()) << chat.status();
   const Tokenizer& tokenizer = DemoTokenizer();
-  EXPECT_THAT(
-      chat->sequences,
-      ElementsAre(Join({tokenizer.Encode("<|begin_of_sentence|>S\nUser: U1\nAssistant: "),
-                        tokenizer.Encode("A1"),
-                        tokenizer.Encode("<|end_of_sentence|>User: U2\nAssistant: "),
-                        tokenizer.Encode("A2"),
-                        {2}})));
+  EXPECT_THAT(chat->sequences,
+              ElementsAre(Join({tokenizer.Encode("<|begin_of_sentence|>S\nUser: U1\nAssistant: "),
+                                tokenizer.Encode("A1"),
+                                tokenizer.Encode("<|end_of_sentence|>User: U2\nAssistant: "),
+                                tokenizer.Encode("A2"),
+                                {2}})));
 }
 
 TEST_F(CalibrationTextTest, AChatThatWaitsForItsAnswerIsAPrompt) {
   const auto chat = Load("a.jsonl", R"({"messages": [{"role": "user", "content": "U"}]})");
   ASSERT_TRUE(chat.ok()) << chat.status();
-  EXPECT_THAT(chat->sequences, ElementsAre(DemoTokenizer().Encode(
-                                   "<|begin_of_sentence|>User: U\nAssistant: ")));
+  EXPECT_THAT(chat->sequences,
+              ElementsAre(DemoTokenizer().Encode("<|begin_of_sentence|>User: U\nAssistant: ")));
 }
 
 TEST_F(CalibrationTextTest, LimitsCutRecordsTokensAndSequences) {
@@ -120,7 +119,8 @@ TEST_F(CalibrationTextTest, APlainTextIsCutIntoPieces) {
   EXPECT_EQ(text->num_cut_records, 0);
 
   // Without a newline at its end, and no further than wanted.
-  const auto first = Load("a.txt", "a 1 b 2\nc 3 d 4", {.max_records = 1, .max_sequence_tokens = 4});
+  const auto first =
+      Load("a.txt", "a 1 b 2\nc 3 d 4", {.max_records = 1, .max_sequence_tokens = 4});
   ASSERT_TRUE(first.ok());
   EXPECT_THAT(first->sequences, ElementsAre(TokenSequence(joined.begin(), joined.begin() + 4)));
 }

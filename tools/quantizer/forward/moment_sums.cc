@@ -65,14 +65,15 @@ void MomentSums::Add(ConstRows x_q, ConstRows x_f, ConstRows d, int64_t num_rows
 
   const auto right = [&](int64_t num_columns, const auto& row) {
     std::vector<float> values(stride * num_columns);
-    pool_->Run(num_rows, num_rows * num_columns, [&](int64_t r, int) {
-      row(r, root(r), values.data() + r * num_columns);
-    });
+    pool_->Run(num_rows, num_rows * num_columns,
+               [&](int64_t r, int) { row(r, root(r), values.data() + r * num_columns); });
     return values;
   };
-  AddProduct(left, stride, right(k_, [&](int64_t r, float scale, float* out) {
-               for (int64_t i = 0; i < k_; ++i) out[i] = x_q.row(r)[i] * scale;
-             }),
+  AddProduct(left, stride,
+             right(k_,
+                   [&](int64_t r, float scale, float* out) {
+                     for (int64_t i = 0; i < k_; ++i) out[i] = x_q.row(r)[i] * scale;
+                   }),
              k_, /*is_symmetric=*/true, &moments_.hessian);
 
   bool differs = false;
@@ -81,17 +82,21 @@ void MomentSums::Add(ConstRows x_q, ConstRows x_f, ConstRows d, int64_t num_rows
   }
   if (differs) {
     moments_.cross.resize(k_ * k_);
-    AddProduct(left, stride, right(k_, [&](int64_t r, float scale, float* out) {
-                 for (int64_t i = 0; i < k_; ++i) {
-                   out[i] = (x_f.row(r)[i] - x_q.row(r)[i]) * scale;
-                 }
-               }),
+    AddProduct(left, stride,
+               right(k_,
+                     [&](int64_t r, float scale, float* out) {
+                       for (int64_t i = 0; i < k_; ++i) {
+                         out[i] = (x_f.row(r)[i] - x_q.row(r)[i]) * scale;
+                       }
+                     }),
                k_, /*is_symmetric=*/false, &moments_.cross);
   }
   if (num_outputs_ > 0) {
-    AddProduct(left, stride, right(num_outputs_, [&](int64_t r, float scale, float* out) {
-                 for (int64_t i = 0; i < num_outputs_; ++i) out[i] = d.row(r)[i] * scale;
-               }),
+    AddProduct(left, stride,
+               right(num_outputs_,
+                     [&](int64_t r, float scale, float* out) {
+                       for (int64_t i = 0; i < num_outputs_; ++i) out[i] = d.row(r)[i] * scale;
+                     }),
                num_outputs_, /*is_symmetric=*/false, &moments_.cross_output);
   }
   moments_.num_rows += num_rows;

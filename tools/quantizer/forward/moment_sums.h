@@ -13,7 +13,8 @@ namespace wintserve::quantizer {
 
 // Threading: one thread calls; the pool outlives it.
 // Memory:    the Moments, and 12 k bytes for each row of a call.
-// Precision: float32 inside a call, whose sums are then added to the Moments: a relative error of at
+// Precision: float32 inside a call, whose sums are then added to the Moments: a relative error of
+// at
 //            most (rows of a call + number of calls) * 2^-24, of the sum of magnitudes.
 // Determinism: sums do not depend on the number of threads, but on how rows are split over calls.
 class MomentSums {

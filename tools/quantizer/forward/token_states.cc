@@ -88,9 +88,9 @@ absl::Status TokenStates::Attend(const float* gain, const WeightMatrix& qkv_weig
 }
 
 absl::Status TokenStates::AddAttentionOutput(const WeightMatrix& output) {
-  ASSIGN_OR_RETURN(const RowBuffer delta,
-                   RowBuffer::Allocate(backend_, std::min(kChunkRows, num_tokens()),
-                                       config_.hidden_size));
+  ASSIGN_OR_RETURN(
+      const RowBuffer delta,
+      RowBuffer::Allocate(backend_, std::min(kChunkRows, num_tokens()), config_.hidden_size));
   for (int64_t first = 0; first < num_tokens(); first += kChunkRows) {
     const int64_t count = std::min(kChunkRows, num_tokens() - first);
     backend_->Linear(attended_.From(first), count, output, delta.rows());
@@ -106,9 +106,9 @@ absl::Status TokenStates::Route(const float* gain, const WeightMatrix& router, c
   ASSIGN_OR_RETURN(mlp_sum_, RowBuffer::Allocate(backend_, num_tokens(), config_.hidden_size));
   expert_ids_.resize(num_tokens() * shape.top_k);
   expert_weights_.resize(num_tokens() * shape.top_k);
-  ASSIGN_OR_RETURN(const RowBuffer normed,
-                   RowBuffer::Allocate(backend_, std::min(kChunkRows, num_tokens()),
-                                       config_.hidden_size));
+  ASSIGN_OR_RETURN(
+      const RowBuffer normed,
+      RowBuffer::Allocate(backend_, std::min(kChunkRows, num_tokens()), config_.hidden_size));
   for (int64_t first = 0; first < num_tokens(); first += kChunkRows) {
     const int64_t count = std::min(kChunkRows, num_tokens() - first);
     Normalize(first, count, gain, normed.rows());
@@ -166,8 +166,7 @@ absl::Status TokenStates::AddDown(const TokenRows& rows, ConstRows activations,
   for (int64_t first = 0; first < rows.size(); first += kChunkRows) {
     const int64_t count = std::min(kChunkRows, rows.size() - first);
     pool_->Run(count, count * width, [&](int64_t r, int) {
-      std::memcpy(gathered.From(r).data, activations.row(places[first + r]),
-                  width * sizeof(float));
+      std::memcpy(gathered.From(r).data, activations.row(places[first + r]), width * sizeof(float));
     });
     backend_->Linear(gathered.rows(), count, down, product.rows());
     pool_->Run(count, count * hidden, [&](int64_t r, int) {

@@ -54,6 +54,11 @@ class TokenStates {
   // [tokens, heads * head_dim] between Attend and AddAttentionOutput.
   kernels::ConstRows attended() const { return attended_.rows(); }
 
+  // [tokens, hidden_size] between Route and FinishMlp; else null.
+  kernels::ConstRows mlp_sum() const {
+    return mlp_sum_.is_empty() ? kernels::ConstRows() : kernels::ConstRows(mlp_sum_.rows());
+  }
+
   void Embed(const kernels::WeightMatrix& table);
 
   // out[i, :] = the residual of tokens[i], normalised: the inputs of qkv, router and gate-up.
@@ -98,7 +103,7 @@ class TokenStates {
   RowBuffer residual_;
   RowBuffer attended_;
   RowBuffer mlp_sum_;
-  std::vector<int32_t> expert_ids_;     // [tokens, experts of a token]
+  std::vector<int32_t> expert_ids_;  // [tokens, experts of a token]
   std::vector<float> expert_weights_;
 };
 
