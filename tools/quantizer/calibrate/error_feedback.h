@@ -32,9 +32,10 @@ struct FeedbackOptions {
   double damping = 0.03;
   bool important_first = true;
   formats::KOrder k_order = formats::KOrder::kMma64;
-  // Sweeps after the feedback, at most: a column of tiles whose error falls by less than a
-  // thousandth gets no more.
+  // Sweeps after the feedback, at most. 64 columns that go together get no more after one that
+  // lowered their error by less than least_gain of it. 0 or more; at least 0, below 1.
   int num_sweeps = 4;
+  double least_gain = 0.001;
   // Before each sweep, fit the scale of every column (super scale of WINT2) by least squares; kept
   // where it lowers the error.
   bool refit_scale = true;
@@ -56,8 +57,9 @@ struct FeedbackResult {
 };
 
 // WINT2. `target` [k, n] in true K order, k == factor.k().
+// Without calibration rows the search starts from EncodeWint2's result, so it is never worse.
 // Deterministic: it does not depend on the number of threads. Beside the result, a thread holds
-// 16 k bytes for each of 64 columns.
+// 20 k bytes for each of 64 columns.
 // Errors: InvalidArgument if target.k is not a multiple of 128 or not factor.k(), if a weight is
 // not finite or beyond kLargestWeight, or if `options` is not as said above. REQUIRES: factor was
 // made for kWint2.

@@ -100,12 +100,13 @@ void FeedbackFactor::SetHessian(const Moments& moments, kernels::cpu::ThreadPool
   double sum = 0;
   for (int64_t row = 0; row < k_; ++row) sum += moments.hessian[row * k_ + row];
   hessian_.resize(k_ * k_);
+  is_identity_ = !(sum > 0);
   unit_ = sum > 0 ? sum / static_cast<double>(k_) : 1;
   const auto damping = static_cast<float>(options_.damping);
   pool.Run(k_, k_ * k_, [&](int64_t row, int) {
     const float* from = moments.hessian.data() + int64_t{true_row_[row]} * k_;
     float* to = hessian_.data() + row * k_;
-    if (sum > 0) {
+    if (!is_identity_) {
       for (int64_t i = 0; i < k_; ++i) to[i] = static_cast<float>(from[true_row_[i]] / unit_);
       to[row] += damping;
     } else {

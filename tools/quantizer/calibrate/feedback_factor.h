@@ -49,6 +49,9 @@ class FeedbackFactor {
   // Mean of the undamped diagonal, by which hessian() is divided (1 for a hessian of zeros).
   double unit() const { return unit_; }
 
+  // Whether there were no calibration rows: hessian() is the identity.
+  bool is_identity() const { return is_identity_; }
+
   // [k]: the true row at each position of the encoding order, and its row in the stored order. The
   // four rows of a WINT2 byte are neighbours in slot order, the 64 rows of a group as well.
   std::span<const int32_t> true_row() const { return true_row_; }
@@ -72,6 +75,7 @@ class FeedbackFactor {
   int64_t k_ = 0;
   FactorOptions options_;
   double unit_ = 1;
+  bool is_identity_ = false;
   std::vector<int32_t> true_row_;
   std::vector<int32_t> stored_row_;
   std::vector<float> hessian_;
