@@ -4,7 +4,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -280,6 +282,56 @@ TEST(CalibratedQuantizer, MomentsAreThoseOfTheInputsOfBothModels) {
   ThreadPool pool(2);
   // qkv, output, router, and two of each of the four experts and of the shared one.
   EXPECT_EQ(MomentChecker(checkpoint, &pool).Run(), 3 + 2 * 5);
+}
+
+// The moments of layer 1, by place, of a model whose matrices stay as they are.
+std::map<std::string, Moments> MomentsOfLayer1(const SmallCheckpoint& checkpoint,
+                                               const CalibrationOptions& options) {
+  ThreadPool pool(2);
+  std::map<std::string, Moments> found;
+  const auto quantizer =
+      Create(checkpoint, RandomSequences(checkpoint.config(), 20, 60, 9),
+             Encoder([&](const MatrixRef& ref, const HostMatrix& source, const Moments& moments) {
+               if (ref.layer == 1) found[MatrixPlace(ref)] = moments;
+               return source;
+             }),
+             &pool, options);
+  for (const MatrixRef& ref : checkpoint.refs()) {
+    const auto made = quantizer->Next(ref, StoredFormat::kPlain);
+    CHECK(made.ok(), "{}", made.status().ToString());
+  }
+  return found;
+}
+
+TEST(CalibratedQuantizer, AnExpertWithFewRowsLeansOnItsLayer) {
+  const SmallCheckpoint checkpoint(SmallMoeConfig());
+  const auto own = MomentsOfLayer1(checkpoint, {.poor_rows = 0});
+  const auto leaning = MomentsOfLayer1(checkpoint, {.poor_rows = 1e6, .prior_rows = 0.5});
+  const Moments& all = own.at("layer 1 router");
+  for (const char* place : {"layer 1 expert 0 gate-up", "layer 1 expert 0 down"}) {
+    SCOPED_TRACE(place);
+    const Moments& before = own.at(place);
+    const Moments& after = leaning.at(place);
+    EXPECT_EQ(after.num_rows, before.num_rows);
+    const double prior_weight =
+        0.5 * static_cast<double>(before.k) * before.weight / static_cast<double>(before.num_rows);
+    EXPECT_NEAR(after.weight, before.weight + prior_weight, 1e-9 * after.weight);
+    for (int64_t i = 0; i < before.k * before.k; i += before.k + 1) {
+      EXPECT_GT(after.hessian[i], before.hessian[i]);
+    }
+    if (std::string(place).ends_with("down")) continue;  // whose layer has no inputs in common
+    for (size_t i = 0; i < before.hessian.size(); ++i) {
+      const double expected =
+          before.hessian[i] + prior_weight / static_cast<double>(all.num_rows) * all.hessian[i];
+      ASSERT_NEAR(after.hessian[i], expected,
+                  4 * kEpsilon * (std::abs(before.hessian[i]) + std::abs(expected)))
+          << i;
+    }
+  }
+  // An expert that has enough stands alone, and so does what every token goes through.
+  EXPECT_EQ(leaning.at("layer 1 router").hessian, all.hessian);
+  EXPECT_EQ(leaning.at("layer 1 shared experts down").hessian,
+            own.at("layer 1 shared experts down").hessian);
 }
 
 // Depends on every value of the moments.
