@@ -219,6 +219,11 @@ class CheckpointFiles : public Checkpoint {
   KOrder k_order() const override { return k_order_; }
   uint64_t digest() const override { return digest_; }
   int64_t total_bytes() const override { return total_bytes_; }
+  void ReleasePages() const override {
+    for (const TensorSet& set : sets_) {
+      for (const SafetensorsFile& file : set.files()) file.ReleasePages();
+    }
+  }
 
   absl::Status DecideKOrder(KOrderChoice choice);
 
