@@ -5,6 +5,7 @@
 #include <fmt/ranges.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -137,6 +138,15 @@ ParsedTensor ParseTensor(const nlohmann::json& entry, std::span<const uint8_t> d
 
 std::string_view TensorTypeName(TensorType type) { return InfoOf(type).name; }
 int64_t TensorTypeBytes(TensorType type) { return InfoOf(type).bytes; }
+
+void DropPages(std::span<const uint8_t> data) {
+  if (data.empty()) return;
+  static const auto kPageBytes = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(data.data()) / kPageBytes * kPageBytes;
+  const auto end = reinterpret_cast<uintptr_t>(data.data()) + data.size();
+  // Of a private mapping that nobody writes, this forgets nothing. An error would cost memory only.
+  ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
 
 SafetensorsFile::SafetensorsFile(SafetensorsFile&& other) noexcept
     : path_(std::move(other.path_)),
