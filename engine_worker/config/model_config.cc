@@ -18,6 +18,10 @@ constexpr int kMaxExperts = 1 << 12;
 constexpr int kDefaultLastWint4Layer = 6;
 constexpr int kWint2GroupRows = 64;
 
+// In the place of a quantised type: not quantised. Not in published files; `wintserve quantize`
+// writes it.
+constexpr char kBfloat16[] = "bfloat16";
+
 constexpr char kMoe[] = "Ernie4_5_MoeForCausalLM";
 constexpr char kDense[] = "Ernie4_5ForCausalLM";
 constexpr char kDenseFirstRelease[] = "Ernie4_5_ForCausalLM";  // of the same model
@@ -113,7 +117,9 @@ absl::Status ReadWint2(const JsonObject& quantization, ModelConfig& config) {
                           : quantization.ChoiceOr("moe_quant_type", {"w4w2"}, "w4w2"))
                       .status());
   ASSIGN_OR_RETURN(const JsonObject wint4, moe.ObjectOrEmpty("moe_w4_quant_config"));
-  RETURN_IF_ERROR(wint4.ChoiceOr("quant_type", {"wint4"}, "wint4").status());
+  ASSIGN_OR_RETURN(const std::string first_type,
+                   wint4.ChoiceOr("quant_type", {"wint4", kBfloat16}, "wint4"));
+  config.first_experts_are_plain = first_type == kBfloat16;
   RETURN_IF_ERROR(wint4.ChoiceOr("quant_granularity", {"per_channel"}, "per_channel").status());
   ASSIGN_OR_RETURN(config.last_wint4_layer,
                    wint4.IntOr("quant_end_layer", -1, kMaxLayers, kDefaultLastWint4Layer));
@@ -164,10 +170,11 @@ absl::Status ReadQuantization(const JsonObject& json, ModelConfig& config) {
   }
   const bool is_moe = config.num_experts > 0;
   RETURN_IF_ERROR(CheckPrequantized(json, quantization, is_moe));
-  RETURN_IF_ERROR(quantization.ChoiceOr("dense_quant_type", {"wint8"}, "wint8").status());
+  ASSIGN_OR_RETURN(const std::string dense_type,
+                   quantization.ChoiceOr("dense_quant_type", {"wint8", kBfloat16}, "wint8"));
   RETURN_IF_ERROR(
       quantization.ChoiceOr("dense_quant_granularity", {"per_channel"}, "per_channel").status());
-  config.dense_is_wint8 = true;
+  config.dense_is_wint8 = dense_type == "wint8";
   if (!is_moe) return absl::OkStatus();
   if (scheme == "wint2") return ReadWint2(quantization, config);
   const std::string by_scheme = scheme == "mix_quant" ? "" : scheme;

@@ -41,7 +41,8 @@ struct ModelConfig {
 
   bool dense_is_wint8 = false;  // attention, dense MLP, shared experts
   ExpertQuantization expert_quantization = ExpertQuantization::kNone;
-  int last_wint4_layer = -1;  // kW4W2: MoE layers up to and including it are wint4
+  int last_wint4_layer = -1;             // kW4W2: MoE layers up to and including it are wint4
+  bool first_experts_are_plain = false;  // kW4W2: those layers' experts are not quantised instead
 
   bool IsMoeLayer(int layer) const {
     return num_experts > 0 && layer >= moe_layer_start && layer <= moe_layer_end &&

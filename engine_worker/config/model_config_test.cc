@@ -159,6 +159,16 @@ INSTANTIATE_TEST_SUITE_P(
                   EXPECT_TRUE(c.dense_is_wint8);
                   EXPECT_EQ(c.expert_quantization, ExpertQuantization::kWint4);
                 }},
+        Variant{"DenseMatricesAndFirstExpertsThatAreNotQuantised",
+                R"({"quantization_config": {"quantization": "wint2",
+                    "dense_quant_type": "bfloat16", "moe_quant_config": {"moe_w4_quant_config":
+                    {"quant_type": "bfloat16", "quant_end_layer": 4}}}})",
+                [](const ModelConfig& c) {
+                  EXPECT_FALSE(c.dense_is_wint8);
+                  EXPECT_EQ(c.expert_quantization, ExpertQuantization::kW4W2);
+                  EXPECT_TRUE(c.first_experts_are_plain);
+                  EXPECT_EQ(c.last_wint4_layer, 4);
+                }},
         Variant{"PlainWint8Scheme", R"({"quantization_config": {"quantization": "wint8"}})",
                 [](const ModelConfig& c) {
                   EXPECT_EQ(c.expert_quantization, ExpertQuantization::kWint8);
@@ -167,6 +177,8 @@ INSTANTIATE_TEST_SUITE_P(
                 [](const ModelConfig& c) {
                   EXPECT_EQ(c.expert_quantization, ExpertQuantization::kW4W2);
                   EXPECT_EQ(c.last_wint4_layer, 6);
+                  EXPECT_TRUE(c.dense_is_wint8);
+                  EXPECT_FALSE(c.first_experts_are_plain);
                 }},
         Variant{"NestedMoeTypeWinsOverTheTopLevelOne",
                 R"({"quantization_config": {"quantization": "wint2", "moe_quant_type": "w2",

@@ -350,6 +350,30 @@ TEST(Checkpoint, APreShardedDirectoryGivesEveryRankItsOwnFiles) {
   }
 }
 
+TEST(Checkpoint, DenseMatricesAndFirstExpertsMayBeLeftUnquantised) {
+  ModelConfig config = SmallWint2Config();
+  config.dense_is_wint8 = false;
+  config.first_experts_are_plain = true;
+  const auto checkpoint = WriteAndOpen(MakeTensors(config, TestLayout::kPaddle, kSeed), config);
+  for (const MatrixRef& ref : AllMatrices(config)) {
+    const bool is_wint2 = ref.layer == 2 && ref.expert >= 0;
+    const bool is_router = ref.role == MatrixRole::kRouter;
+    EXPECT_EQ(Load(*checkpoint, ref).format, is_wint2    ? formats::WeightFormat::kWint2
+                                             : is_router ? formats::WeightFormat::kFloat32
+                                                         : formats::WeightFormat::kBfloat16)
+        << Show(ref);
+  }
+}
+
+TEST(Checkpoint, PagesThatWereReleasedAreReadAgain) {
+  const ModelConfig config = SmallWint2Config();
+  const auto checkpoint = WriteAndOpen(MakeTensors(config, TestLayout::kPaddle, kSeed), config);
+  const MatrixRef ref = {MatrixRole::kGateUp, 2, 1};
+  const std::vector<float> before = DecodeToFloat(Load(*checkpoint, ref));
+  checkpoint->ReleasePages();
+  EXPECT_EQ(DecodeToFloat(Load(*checkpoint, ref)), before);
+}
+
 TEST(Checkpoint, AForcedKOrderIsKept) {
   const ModelConfig config = SmallWint2Config();
   const TestTensors tensors = MakeTensors(config, TestLayout::kPaddle, kSeed);

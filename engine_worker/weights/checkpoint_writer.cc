@@ -163,7 +163,8 @@ class Maker {
       case ExpertQuantization::kWint4:
         return "wint4";
       case ExpertQuantization::kW4W2:
-        return layer <= config_.last_wint4_layer ? "wint4" : "wint2";
+        if (layer > config_.last_wint4_layer) return "wint2";
+        return config_.first_experts_are_plain ? "plain" : "wint4";
     }
     return "";
   }

@@ -41,7 +41,8 @@ StoredFormat MlpFormat(const ModelConfig& config, const MatrixRef& ref) {
     case ExpertQuantization::kWint4:
       return StoredFormat::kWint4;
     case ExpertQuantization::kW4W2:
-      return ref.layer <= config.last_wint4_layer ? StoredFormat::kWint4 : StoredFormat::kWint2;
+      if (ref.layer > config.last_wint4_layer) return StoredFormat::kWint2;
+      return config.first_experts_are_plain ? StoredFormat::kPlain : StoredFormat::kWint4;
   }
   return StoredFormat::kPlain;
 }
