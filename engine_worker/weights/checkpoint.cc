@@ -36,11 +36,13 @@ void HashFile(const SafetensorsFile& file, XXH3_state_t* state) {
     XXH3_64bits_update(state, data.data(), data.size());
     return;
   }
+  AdviseReading(data, Reading::kSparse);
   for (size_t i = 0; i < kSamples; ++i) {
     const size_t offset = (data.size() - kSampleBytes) / (kSamples - 1) * i;
     XXH3_64bits_update(state, data.data() + offset, kSampleBytes);
   }
-  DropPages(data);  // the system maps the neighbours of what is read, too
+  AdviseReading(data, Reading::kWhole);
+  DropPages(data);
 }
 
 class MappedCheckpoint : public Checkpoint {
