@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "engine_worker/config/model_config.h"
+#include "engine_worker/weights/k_order.h"
 #include "kernels/formats/matrix.h"
 
 namespace wintserve {
@@ -41,11 +42,17 @@ enum class VectorRole { kInputNorm, kPostAttentionNorm, kFinalNorm, kRouterBias 
 
 enum class KOrderChoice { kAuto, kMma64, kNatural };
 
+struct MatrixBytes {
+  int64_t on_disk = 0;
+  int64_t on_host = 0;  // as a HostMatrix
+};
+
 // Threading: thread-safe after Open. The files stay mapped for the object's life.
 class Checkpoint {
  public:
   // Finds the files, maps them and checks every tensor: none missing, unknown, misshapen, of a
-  // wrong type or beyond its file's end. One error names file, tensor, found and expected.
+  // wrong type or beyond its file's end. One error names file, tensor, found and expected
+  // (checkpoint_files.h has all of them).
   static absl::StatusOr<std::unique_ptr<Checkpoint>> Open(const std::filesystem::path& dir,
                                                           const ModelConfig& config,
                                                           KOrderChoice k_order);
@@ -57,12 +64,17 @@ class Checkpoint {
   // REQUIRES: `ref` names a matrix of the model; 0 <= rank < world_size.
   virtual absl::StatusOr<formats::HostMatrix> LoadMatrix(const MatrixRef& ref, int rank,
                                                          int world_size) const = 0;
+  // Of what LoadMatrix reads and gives: on disk about, on the host exactly. REQUIRES: as
+  // LoadMatrix, and the model splits over world_size.
+  virtual MatrixBytes BytesOf(const MatrixRef& ref, int rank, int world_size) const = 0;
   // Float32, replicated on every rank. `layer` is ignored for kFinalNorm.
   virtual absl::StatusOr<std::vector<float>> LoadVector(VectorRole role, int layer) const = 0;
 
   virtual bool head_is_tied() const = 0;
   virtual bool has_router_bias() const = 0;
   virtual formats::KOrder k_order() const = 0;  // what kAuto decided
+  // Why; nothing where the choice was forced or there is no WINT2.
+  virtual KOrderEvidence k_order_evidence() const { return {}; }
   // XXH3-64 over every file's header, size and samples of its data: tells checkpoints apart (two
   // trainings of one model included), does not verify the bytes.
   virtual uint64_t digest() const = 0;

@@ -11,6 +11,7 @@
 namespace wintserve {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using testing::MakeTensors;
 using ::testing::Not;
@@ -151,6 +152,21 @@ INSTANTIATE_TEST_SUITE_P(
                    t.at("model.layers.0.mlp.down_proj.weight").shape = {192, 128};
                  },
                  {"found BF16 [192, 128], expected", "[128, 192]"},
+                 false},
+        Breakage{"TensorsForImages",
+                 [](TestTensors& t) {
+                   // As vision-language releases have them, beside twice as many experts.
+                   for (const char* name :
+                        {"vision_model.blocks.0.attn.qkv.weight", "vision_model.ln.bias",
+                         "model.resampler_model.spatial_linear.0.weight",
+                         "model.layers.1.mlp.gate.weight_1"}) {
+                     t[name] = {"F32", {1}, {0, 0, 0, 0}};
+                   }
+                   t["model.layers.1.mlp.experts.2.up_proj.weight"] = {"F32", {1}, {0, 0, 0, 0}};
+                 },
+                 {"tensor model.layers.1.mlp.gate.weight_1: found 4 tensors for images, video or "
+                  "sound, expected a model of text alone: vision-language models cannot be served",
+                  "(and 1 more)"},
                  false},
         Breakage{"Misspelt",
                  [](TestTensors& t) {
@@ -298,7 +314,11 @@ TEST(CheckpointErrors, ADirectoryWithoutAModelIsNotFound) {
               HasSubstr("neither model.safetensors nor model.safetensors.index.json"));
   testing::WriteFile(dir.path() / "model_state.pdparams", "");
   EXPECT_THAT(ErrorOf(dir.path(), SmallConfig(), absl::StatusCode::kNotFound),
-              HasSubstr("*.pdparams files are not supported"));
+              AllOf(HasSubstr("*.pdparams files are not supported"),
+                    HasSubstr("take the safetensors release of the model")));
+  std::filesystem::rename(dir.path() / "model_state.pdparams", dir.path() / "scheduler.pdparams");
+  EXPECT_THAT(ErrorOf(dir.path(), SmallConfig(), absl::StatusCode::kNotFound),
+              Not(HasSubstr("pdparams")));
 }
 
 TEST(CheckpointErrors, RankDirectoriesMustBeNumberedAndFitTheModel) {

@@ -1,5 +1,6 @@
 #include "engine_worker/weights/checkpoint_writer.h"
 
+#include <fmt/format.h>
 #include <stdlib.h>
 
 #include <bit>
@@ -301,6 +302,94 @@ std::string SafetensorsBytes(const TestTensors& tensors) {
   std::string bytes(sizeof(length), '\0');
   std::memcpy(bytes.data(), &length, sizeof(length));
   return bytes + json + data;
+}
+
+std::string ConfigJson(const ModelConfig& config) {
+  nlohmann::json json = {{"architectures", {config.architecture}},
+                         {"vocab_size", config.vocab_size},
+                         {"hidden_size", config.hidden_size},
+                         {"num_hidden_layers", config.num_layers},
+                         {"num_attention_heads", config.num_heads},
+                         {"num_key_value_heads", config.num_kv_heads},
+                         {"head_dim", config.head_dim},
+                         {"intermediate_size", config.intermediate_size},
+                         {"max_position_embeddings", config.max_position_embeddings},
+                         {"rope_theta", config.rope_theta}};
+  if (config.tie_word_embeddings_is_set) json["tie_word_embeddings"] = config.tie_word_embeddings;
+  if (config.num_experts > 0) {
+    json["moe_num_experts"] = config.num_experts;
+    json["moe_k"] = config.num_experts_per_token;
+    json["moe_intermediate_size"] = config.moe_intermediate_size;
+    json["moe_num_shared_experts"] = config.num_shared_experts;
+    json["moe_layer_start_index"] = config.moe_layer_start;
+    json["moe_layer_end_index"] = config.moe_layer_end;
+    json["moe_layer_interval"] = config.moe_layer_interval;
+    if (config.has_router_bias_is_set) json["moe_use_aux_free"] = config.has_router_bias;
+  }
+  const char* const dense = config.dense_is_wint8 ? "wint8" : "bfloat16";
+  switch (config.expert_quantization) {
+    case ExpertQuantization::kNone:
+      if (config.dense_is_wint8) json["quantization_config"] = {{"quantization", "wint8"}};
+      break;
+    case ExpertQuantization::kWint8:
+    case ExpertQuantization::kWint4:
+      json["quantization_config"] = {
+          {"quantization", "mix_quant"},
+          {"dense_quant_type", dense},
+          {"moe_quant_type",
+           config.expert_quantization == ExpertQuantization::kWint8 ? "wint8" : "wint4"},
+          {"is_quantized", true},
+          {"kv_cache_quant_type", ""}};
+      break;
+    case ExpertQuantization::kW4W2:
+      json["quantization_config"] = {
+          {"quantization", "wint2"},
+          {"dense_quant_type", dense},
+          {"moe_quant_config",
+           {{"moe_w4_quant_config",
+             {{"quant_type", config.first_experts_are_plain ? "bfloat16" : "wint4"},
+              {"quant_end_layer", config.last_wint4_layer}}}}}};
+      break;
+  }
+  return json.dump(2);
+}
+
+void WriteSparseSafetensors(const std::filesystem::path& path, const TensorShapes& tensors) {
+  nlohmann::json header = nlohmann::json::object();
+  int64_t end = 0;
+  for (const auto& [name, tensor] : tensors) {
+    const int64_t element = tensor.type == "BF16" ? 2 : tensor.type == "F32" ? 4 : 1;
+    const int64_t begin = end;
+    end += element * CountOf(tensor.shape);
+    header[name] = {
+        {"dtype", tensor.type}, {"shape", tensor.shape}, {"data_offsets", {begin, end}}};
+  }
+  const std::string json = header.dump();
+  const uint64_t length = json.size();
+  std::string bytes(sizeof(length), '\0');
+  std::memcpy(bytes.data(), &length, sizeof(length));
+  WriteFile(path, bytes + json);
+  std::filesystem::resize_file(path, bytes.size() + json.size() + static_cast<uint64_t>(end));
+}
+
+void WriteSparseShards(const std::filesystem::path& dir, const TensorShapes& tensors,
+                       int num_shards) {
+  std::vector<TensorShapes> shards(num_shards);
+  nlohmann::json weight_map = nlohmann::json::object();
+  size_t i = 0;
+  const auto file_name = [&](size_t shard) {
+    return fmt::format("model-{:05}-of-{:05}.safetensors", shard + 1, num_shards);
+  };
+  for (const auto& [name, tensor] : tensors) {
+    const size_t shard = i++ % shards.size();
+    shards[shard][name] = tensor;
+    weight_map[name] = file_name(shard);
+  }
+  for (size_t shard = 0; shard < shards.size(); ++shard) {
+    WriteSparseSafetensors(dir / file_name(shard), shards[shard]);
+  }
+  WriteFile(dir / "model.safetensors.index.json",
+            nlohmann::json{{"weight_map", weight_map}}.dump());
 }
 
 void WriteFile(const std::filesystem::path& path, const std::string& bytes) {

@@ -47,6 +47,20 @@ TestTensors MakeTensors(const ModelConfig& config, TestLayout layout, uint32_t s
 TestTensor ConvertFloats(const TestTensor& tensor, const std::string& type);
 
 std::string SafetensorsBytes(const TestTensors& tensors);
+
+// config.json of a model.
+std::string ConfigJson(const ModelConfig& config);
+
+// Tensors without bytes of their own: `shape` of `type` in zeros, which take no room on a disk.
+struct TensorShape {
+  std::string type;
+  std::vector<int64_t> shape;
+};
+using TensorShapes = std::map<std::string, TensorShape>;
+void WriteSparseSafetensors(const std::filesystem::path& path, const TensorShapes& tensors);
+// model.safetensors.index.json and so many shards, a tensor each in turn.
+void WriteSparseShards(const std::filesystem::path& dir, const TensorShapes& tensors,
+                       int num_shards);
 void WriteFile(const std::filesystem::path& path, const std::string& bytes);
 
 }  // namespace wintserve::testing

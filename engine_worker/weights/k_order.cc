@@ -1,5 +1,7 @@
 #include "engine_worker/weights/k_order.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -70,57 +72,128 @@ std::vector<double> InTrueOrder(const std::vector<double>& stored, KOrder order)
   return rows;
 }
 
-// Pearson's; 0 if either side is constant.
-double Correlation(const std::vector<double>& a, const std::vector<double>& b) {
-  double mean_a = 0, mean_b = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    mean_a += a[i] / a.size();
-    mean_b += b[i] / b.size();
+// Each value less the mean of its 64-group.
+std::vector<double> WithinGroups(const std::vector<double>& values) {
+  std::vector<double> centred(values.size());
+  for (size_t begin = 0; begin < values.size(); begin += formats::kWint2GroupSize) {
+    const size_t end = std::min(values.size(), begin + formats::kWint2GroupSize);
+    double mean = 0;
+    for (size_t i = begin; i < end; ++i) mean += values[i] / static_cast<double>(end - begin);
+    for (size_t i = begin; i < end; ++i) centred[i] = values[i] - mean;
   }
-  double aa = 0, bb = 0, ab = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    aa += (a[i] - mean_a) * (a[i] - mean_a);
-    bb += (b[i] - mean_b) * (b[i] - mean_b);
-    ab += (a[i] - mean_a) * (b[i] - mean_b);
-  }
-  // Of a constant only the rounding of its mean is left, which must not pass for a deviation.
-  constexpr double kRounding = 1e-9;
-  const auto is_constant = [&](double sum, double mean) {
-    return sum <= kRounding * kRounding * mean * mean * static_cast<double>(a.size());
-  };
-  return is_constant(aa, mean_a) || is_constant(bb, mean_b) ? 0 : ab / std::sqrt(aa * bb);
+  return centred;
 }
+
+// Pearson's of what differs within the groups; 0 if either side is constant there.
+double Correlation(const std::vector<double>& a, const std::vector<double>& b) {
+  const std::vector<double> x = WithinGroups(a), y = WithinGroups(b);
+  double xx = 0, yy = 0, xy = 0, aa = 0, bb = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    xx += x[i] * x[i];
+    yy += y[i] * y[i];
+    xy += x[i] * y[i];
+    aa += a[i] * a[i];
+    bb += b[i] * b[i];
+  }
+  // Of constants only the rounding of their means is left, which must not pass for a deviation.
+  constexpr double kRounding = 1e-9;
+  const auto is_constant = [](double sum, double whole) {
+    return sum <= kRounding * kRounding * whole;
+  };
+  return is_constant(xx, aa) || is_constant(yy, bb) ? 0 : xy / std::sqrt(xx * yy);
+}
+
+// Of the rows of a float32 matrix.
+std::vector<double> RowLogNorms(const HostMatrix& matrix) {
+  std::vector<double> norms(matrix.k);
+  for (int64_t row = 0; row < matrix.k; ++row) {
+    double sum = 0;
+    for (int64_t column = 0; column < matrix.n; ++column) {
+      const double weight = matrix.values_f32[row * matrix.n + column];
+      sum += weight * weight;
+    }
+    norms[row] = std::log(std::sqrt(sum) + kSmallestNorm);
+  }
+  return norms;
+}
+
+void Add(const std::vector<double>& known, const std::vector<double>& stored,
+         KOrderCorrelations& sums) {
+  sums.mma64 += Correlation(known, InTrueOrder(stored, KOrder::kMma64));
+  sums.natural += Correlation(known, InTrueOrder(stored, KOrder::kNatural));
+  sums.num_values += static_cast<int64_t>(known.size());
+}
+
+constexpr double kSignificant = 4;
 
 }  // namespace
 
-void KOrderVote::AddExpert(const HostMatrix& gate_up, const HostMatrix& down) {
+double KOrderCorrelations::LeadOfNatural() const {
+  return (std::fabs(natural) - std::fabs(mma64)) * std::sqrt(static_cast<double>(num_values));
+}
+
+KOrder KOrderEvidence::Decide() const {
+  for (const KOrderCorrelations* check : {&neurons, &hidden}) {
+    const double lead = check->LeadOfNatural();
+    if (std::fabs(lead) > kSignificant) return lead > 0 ? KOrder::kNatural : KOrder::kMma64;
+  }
+  return KOrder::kMma64;
+}
+
+bool KOrderEvidence::contradicts_itself() const {
+  const double first = neurons.LeadOfNatural(), second = hidden.LeadOfNatural();
+  return std::fabs(first) > kSignificant && std::fabs(second) > kSignificant &&
+         (first > 0) != (second > 0);
+}
+
+std::string KOrderEvidence::Describe() const {
+  return fmt::format(
+      "{} (norms of neurons correlate {:.3f} as mma64, {:.3f} as natural, those of hidden "
+      "dimensions {:.3f} and {:.3f}; {} experts of {} layers)",
+      Decide() == KOrder::kMma64 ? "mma64" : "natural", neurons.mma64, neurons.natural,
+      hidden.mma64, hidden.natural, num_experts, num_layers);
+}
+
+void KOrderVote::Layer::AddExpert(const HostMatrix& gate_up, const HostMatrix& down) {
   const int64_t width = down.k;
   CHECK(gate_up.n == 2 * width, "n={} width={}", gate_up.n, width);
+  CHECK(gate_up.k == static_cast<int64_t>(row_norms_.size()), "k={}", gate_up.k);
   const std::vector<double> columns =
       ColumnLogNorms(gate_up, std::min(gate_up.k, kMaxSampledWeights) / 4);
   std::vector<double> neurons(width);
   for (int64_t i = 0; i < width; ++i) neurons[i] = columns[i] + columns[width + i];
-  const std::vector<double> rows = StoredRowLogNorms(down, std::min(down.n, kMaxSampledWeights));
-  natural_sum_ += Correlation(neurons, InTrueOrder(rows, KOrder::kNatural));
-  mma64_sum_ += Correlation(neurons, InTrueOrder(rows, KOrder::kMma64));
+  Add(neurons, StoredRowLogNorms(down, std::min(down.n, kMaxSampledWeights)), neurons_);
+  const std::vector<double> rows =
+      StoredRowLogNorms(gate_up, std::min(gate_up.n, kMaxSampledWeights));
+  for (size_t i = 0; i < rows.size(); ++i) row_norms_[i] += rows[i];
   ++num_experts_;
-  num_neurons_ += width;
 }
 
-double KOrderVote::natural_correlation() const {
-  return num_experts_ == 0 ? 0 : natural_sum_ / static_cast<double>(num_experts_);
+KOrderVote::Layer KOrderVote::BeginLayer(const HostMatrix& router) const {
+  Layer layer;
+  layer.router_norms_ = RowLogNorms(router);
+  layer.row_norms_.resize(router.k);
+  return layer;
 }
 
-double KOrderVote::mma64_correlation() const {
-  return num_experts_ == 0 ? 0 : mma64_sum_ / static_cast<double>(num_experts_);
+void KOrderVote::EndLayer(const Layer& layer) {
+  if (layer.num_experts_ == 0) return;
+  Add(layer.router_norms_, layer.row_norms_, sums_.hidden);
+  sums_.neurons.mma64 += layer.neurons_.mma64;
+  sums_.neurons.natural += layer.neurons_.natural;
+  sums_.neurons.num_values += layer.neurons_.num_values;
+  sums_.num_experts += layer.num_experts_;
+  ++sums_.num_layers;
 }
 
-KOrder KOrderVote::Decide() const {
-  if (num_experts_ == 0) return KOrder::kMma64;
-  // The mean of correlations of unrelated norms deviates from 0 by one in sqrt(neurons).
-  const double four_sigma = 4 / std::sqrt(static_cast<double>(num_neurons_));
-  const double lead = std::fabs(natural_correlation()) - std::fabs(mma64_correlation());
-  return lead > four_sigma ? KOrder::kNatural : KOrder::kMma64;
+KOrderEvidence KOrderVote::evidence() const {
+  KOrderEvidence means = sums_;
+  if (means.num_experts == 0) return means;
+  means.neurons.mma64 /= means.num_experts;
+  means.neurons.natural /= means.num_experts;
+  means.hidden.mma64 /= means.num_layers;
+  means.hidden.natural /= means.num_layers;
+  return means;
 }
 
 }  // namespace wintserve

@@ -17,11 +17,14 @@ bool IsQuantized(const ModelConfig& config) {
   return config.dense_is_wint8 || config.expert_quantization != ExpertQuantization::kNone;
 }
 
-// Whether a tensor is there with this shape; false for a square one, which tells nothing.
-bool HasShape(const TensorSet& set, const std::string& name, int64_t rows, int64_t columns) {
+// Whether the tensor of a matrix [k, n] lies as [n, k]. nullopt: it is square, which tells nothing,
+// of neither shape, or not there.
+std::optional<bool> IsOutIn(const TensorSet& set, const std::string& name, int64_t k, int64_t n) {
   const TensorSet::Entry* entry = set.Find(name);
-  return entry != nullptr && rows != columns &&
-         entry->view->shape == std::vector<int64_t>{rows, columns};
+  if (entry == nullptr || k == n) return std::nullopt;
+  if (entry->view->shape == std::vector<int64_t>{k, n}) return false;
+  if (entry->view->shape == std::vector<int64_t>{n, k}) return true;
+  return std::nullopt;
 }
 
 StoredFormat DenseFormat(const ModelConfig& config) {
@@ -92,6 +95,26 @@ LogicalMatrix Single(StoredMatrix stored, Split split) {
   return {{MatrixPart{std::move(stored), 0, n, 1}}, split};
 }
 
+// Of the first matrix of the layers that is not square; qkv_proj and o_proj are never both. What no
+// shape tells is as in the releases: Paddle's prefix and quantised matrices are Paddle's way.
+void DetectOrientation(const TensorSet& set, const ModelConfig& config, Layout& layout) {
+  layout.is_out_in = layout.prefix == "model" && !IsQuantized(config);
+  std::optional<bool> linear, router;
+  for (const MatrixRef& ref : AllMatrices(config)) {
+    if (ref.role == MatrixRole::kEmbedding || ref.role == MatrixRole::kHead) continue;
+    std::optional<bool>& found = ref.role == MatrixRole::kRouter ? router : linear;
+    for (const MatrixPart& part : DescribeMatrix(layout, config, ref).parts) {
+      if (found || part.stored.format != StoredFormat::kPlain) continue;
+      found = IsOutIn(set, part.stored.name + ".weight", part.stored.k, part.stored.n);
+    }
+    if (linear && router) break;
+  }
+  layout.is_out_in = linear.value_or(layout.is_out_in);
+  layout.router_is_out_in = router.value_or(layout.is_out_in);
+  layout.head_is_out_in =
+      IsOutIn(set, kHeadTensor, config.hidden_size, config.vocab_size).value_or(layout.is_out_in);
+}
+
 }  // namespace
 
 absl::StatusOr<Layout> DetectLayout(const TensorSet& set, const ModelConfig& config) {
@@ -105,22 +128,13 @@ absl::StatusOr<Layout> DetectLayout(const TensorSet& set, const ModelConfig& con
     layout.prefix = "ernie";
   } else if (any("model.", "")) {
     layout.prefix = "model";
-    layout.has_fused_qkv = !any("model.", ".self_attn.q_proj.");
-    layout.has_fused_gate_up = !any("model.", ".gate_proj.");
-    // Fused matrices under "model." are Paddle's own layout or an early PT release: the shape
-    // tells, (qkv_proj and o_proj are never both square), and quantised ones exist in Paddle's
-    // only.
-    const std::string layer = "model.layers.0.";
-    const int64_t hidden = config.hidden_size;
-    const int64_t qkv = int64_t{config.num_heads + 2 * config.num_kv_heads} * config.head_dim;
-    const bool is_in_out = HasShape(set, layer + "self_attn.qkv_proj.weight", hidden, qkv) ||
-                           HasShape(set, layer + "self_attn.o_proj.weight",
-                                    int64_t{config.num_heads} * config.head_dim, hidden);
-    layout.is_out_in = !is_in_out && !IsQuantized(config);
   } else {
     return absl::DataLossError(fmt::format("{}: found {} tensors but none named ernie.* or model.*",
                                            set.dir().string(), set.tensors().size()));
   }
+  const std::string layers = layout.prefix + ".layers.";  // not those of multi-token prediction
+  layout.has_fused_qkv = !any(layers, ".self_attn.q_proj.");
+  layout.has_fused_gate_up = !any(layers, ".gate_proj.");
   if (IsQuantized(config) && !(layout.has_fused_qkv && layout.has_fused_gate_up)) {
     return absl::DataLossError(
         fmt::format("{}: found separate q_proj or gate_proj tensors, expected the fused qkv_proj "
@@ -130,12 +144,9 @@ absl::StatusOr<Layout> DetectLayout(const TensorSet& set, const ModelConfig& con
   const bool has_head = set.Find(kHeadTensor) != nullptr;
   layout.head_is_tied = config.tie_word_embeddings_is_set ? config.tie_word_embeddings : !has_head;
   // transformers does not write the key, and every model of its has the biases.
-  layout.has_router_bias = config.has_router_bias_is_set
-                               ? config.has_router_bias
-                               : any(layout.prefix + ".", kRouterBiasSuffix);
-  layout.head_is_out_in =
-      HasShape(set, kHeadTensor, config.vocab_size, config.hidden_size) ||
-      (layout.is_out_in && !HasShape(set, kHeadTensor, config.hidden_size, config.vocab_size));
+  layout.has_router_bias =
+      config.has_router_bias_is_set ? config.has_router_bias : any(layers, kRouterBiasSuffix);
+  DetectOrientation(set, config, layout);
   return layout;
 }
 
@@ -230,6 +241,7 @@ LogicalMatrix DescribeMatrix(const Layout& layout, const ModelConfig& config,
     case MatrixRole::kRouter:
       pattern.name = LayerName(layout, ref.layer) + ".mlp.gate";
       pattern.n = config.num_experts;
+      pattern.is_out_in = layout.router_is_out_in;
       return Single(std::move(pattern), Split::kNone);
   }
   CHECK(false, "role={}", static_cast<int>(ref.role));
@@ -250,14 +262,37 @@ std::string VectorTensorName(const Layout& layout, VectorRole role, int layer) {
   CHECK(false, "role={}", static_cast<int>(role));
 }
 
-bool IsSkippedTensor(const Layout& layout, std::string_view name) {
-  if (name == kHeadTensor) return layout.head_is_tied;
-  for (std::string_view part : {".mtp_", "cachek_matmul.", "cachev_matmul."}) {
-    if (name.find(part) != std::string_view::npos) return true;
+std::string_view SkipReasonName(SkipReason reason) {
+  switch (reason) {
+    case SkipReason::kMultiTokenPrediction:
+      return "multi-token prediction";
+    case SkipReason::kKvCacheScale:
+      return "scales of a quantised KV cache";
+    case SkipReason::kOtherScheme:
+      return "statistics of other quantisation schemes";
+    case SkipReason::kTiedHead:
+      return "a head that is tied to the embedding";
   }
+  CHECK(false, "reason={}", static_cast<int>(reason));
+}
+
+std::optional<SkipReason> WhySkipped(const Layout& layout, std::string_view name) {
+  if (name == kHeadTensor && layout.head_is_tied) return SkipReason::kTiedHead;
+  const auto has = [&](std::string_view part) { return name.find(part) != name.npos; };
+  if (has(".mtp_")) return SkipReason::kMultiTokenPrediction;
+  if (has("cachek_matmul.") || has("cachev_matmul.")) return SkipReason::kKvCacheScale;
   for (std::string_view suffix :
        {".activation_scale", ".shift_bias", ".smooth_weight", ".out_scale"}) {
-    if (name.ends_with(suffix)) return true;
+    if (name.ends_with(suffix)) return SkipReason::kOtherScheme;
+  }
+  return std::nullopt;
+}
+
+bool IsOfAnotherModality(std::string_view name) {
+  // The last is the router of the experts for images.
+  for (std::string_view part :
+       {"vision_", "resampler_model.", "visual.", "audio_", ".mlp.gate.weight_1"}) {
+    if (name.find(part) != name.npos) return true;
   }
   return false;
 }

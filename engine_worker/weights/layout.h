@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -18,11 +19,13 @@ namespace wintserve {
 //   Paddle         ernie.* (or model.*), fused matrices, [in, out]
 //   Hugging Face   model.*, separate matrices, [out, in]
 //   early PT       model.*, fused matrices, [out, in]
+// and any other mixture of the three.
 struct Layout {
   std::string prefix;  // "ernie" or "model"
   bool has_fused_qkv = true;
   bool has_fused_gate_up = true;
   bool is_out_in = false;
+  bool router_is_out_in = false;
   bool head_is_out_in = false;
   bool head_is_tied = false;
   bool has_router_bias = false;
@@ -78,8 +81,19 @@ LogicalMatrix DescribeMatrix(const Layout& layout, const ModelConfig& config, co
 // "ernie.layers.3.input_layernorm.weight". `layer` is ignored for kFinalNorm.
 std::string VectorTensorName(const Layout& layout, VectorRole role, int layer);
 
-// Tensors that other programs use and this one skips: multi-token prediction, KV-cache scales,
-// statistics of other quantisation schemes, the unused head of a tied model.
-bool IsSkippedTensor(const Layout& layout, std::string_view name);
+// Tensors that other programs use and this one skips.
+enum class SkipReason {
+  kMultiTokenPrediction,
+  kKvCacheScale,
+  kOtherScheme,  // statistics of other quantisation schemes
+  kTiedHead,     // the unused head of a tied model
+};
+// "multi-token prediction"
+std::string_view SkipReasonName(SkipReason reason);
+// nullopt: the tensor is not skipped.
+std::optional<SkipReason> WhySkipped(const Layout& layout, std::string_view name);
+
+// Of the part of a vision-language model that is not text.
+bool IsOfAnotherModality(std::string_view name);
 
 }  // namespace wintserve

@@ -221,6 +221,21 @@ WeightFormat CanonicalFormat(const TensorSet& set, const LogicalMatrix& matrix, 
   return all_bf16 && !as_float32 ? WeightFormat::kBfloat16 : WeightFormat::kFloat32;
 }
 
+int64_t HostBytes(WeightFormat format, int64_t k, int64_t n) {
+  switch (format) {
+    case WeightFormat::kFloat32:
+      return k * n * 4;
+    case WeightFormat::kBfloat16:
+      return k * n * 2;
+    case WeightFormat::kWint8:
+    case WeightFormat::kWint4:
+      return k * n + n * 4;
+    case WeightFormat::kWint2:
+      return k / 4 * n + k / formats::kWint2GroupSize * n + 3 * n * 4;
+  }
+  CHECK(false, "format={}", static_cast<int>(format));
+}
+
 }  // namespace
 
 std::vector<TensorType> FloatTensorTypes() {
@@ -259,6 +274,28 @@ std::vector<float> ReadFloats(const TensorView& view) {
   return values;
 }
 
+MatrixBytes BytesOfSlice(const TensorSet& set, const LogicalMatrix& matrix, int rank,
+                         int world_size, bool as_float32) {
+  MatrixBytes bytes;
+  int64_t num_rows = 0, num_columns = 0;
+  for (const MatrixPart& part : matrix.parts) {
+    const MatrixSlice slice = SliceOf(part, matrix.split, rank, world_size);
+    num_rows = slice.num_rows();
+    num_columns += slice.num_columns();
+    const double share = static_cast<double>(slice.num_rows() * slice.num_columns()) /
+                         static_cast<double>(part.stored.k * part.stored.n);
+    int64_t whole = 0;
+    for (const ExpectedTensor& expected : ExpectedTensors(part.stored)) {
+      const TensorSet::Entry* entry = set.Find(expected.name);
+      CHECK(entry != nullptr, "{}", expected.name);
+      whole += static_cast<int64_t>(entry->view->data.size());
+    }
+    bytes.on_disk += static_cast<int64_t>(share * static_cast<double>(whole));
+  }
+  bytes.on_host = HostBytes(CanonicalFormat(set, matrix, as_float32), num_rows, num_columns);
+  return bytes;
+}
+
 absl::StatusOr<HostMatrix> LoadMatrixSlice(const TensorSet& set, const LogicalMatrix& matrix,
                                            int rank, int world_size, formats::KOrder k_order,
                                            bool as_float32) {
@@ -275,6 +312,11 @@ absl::StatusOr<HostMatrix> LoadMatrixSlice(const TensorSet& set, const LogicalMa
   for (size_t i = 0; i < slices.size(); ++i) {
     RETURN_IF_ERROR(LoadPart(set, matrix.parts[i].stored, slices[i], first_column, loaded));
     first_column += slices[i].num_columns();
+  }
+  for (const MatrixPart& part : matrix.parts) {
+    for (const ExpectedTensor& expected : ExpectedTensors(part.stored)) {
+      DropPages(set.Find(expected.name)->view->data);
+    }
   }
   return loaded;
 }

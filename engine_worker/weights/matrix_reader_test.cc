@@ -26,6 +26,9 @@ class CountingCheckpoint final : public Checkpoint {
     if (ref.layer == bad_layer) return absl::DataLossError("a bad tensor");
     return formats::MakeHostMatrix(formats::WeightFormat::kBfloat16, ref.layer + 1, 1);
   }
+  MatrixBytes BytesOf(const MatrixRef& ref, int, int) const override {
+    return ref.layer == big_layer ? MatrixBytes{big_bytes, big_bytes} : MatrixBytes{};
+  }
   absl::StatusOr<std::vector<float>> LoadVector(VectorRole, int) const override {
     return std::vector<float>();
   }
@@ -36,9 +39,12 @@ class CountingCheckpoint final : public Checkpoint {
   int64_t total_bytes() const override { return 0; }
 
   void Taken() { ++num_taken_; }
+  int num_begun() const { return num_begun_; }
   int most_ahead() const { return most_ahead_; }
 
   int bad_layer = -1;
+  int big_layer = -1;
+  int64_t big_bytes = 0;
 
  private:
   mutable std::atomic<int> num_begun_{0};
@@ -75,6 +81,19 @@ TEST(MatrixReader, HoldsAtMostOneMatrixAThread) {
   }
   EXPECT_LE(checkpoint.most_ahead(), 3);
   EXPECT_GE(checkpoint.most_ahead(), 2);
+}
+
+TEST(MatrixReader, ReadsNothingAheadOfAMatrixThatIsAsLargeAsALayerMayBe) {
+  CountingCheckpoint checkpoint;
+  checkpoint.big_layer = 5;
+  checkpoint.big_bytes = 1000;  // 2000 while it is read: more than the 1000 that a layer is on disk
+  MatrixReader reader(checkpoint, Refs(10), 1, 2, 4);
+  for (const MatrixRef& ref : Refs(5)) ASSERT_TRUE(reader.Next(ref).ok());
+  ASSERT_TRUE(reader.Next({MatrixRole::kOutput, 5}).ok());
+  // Whoever reads ahead in spite of it has time to.
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  EXPECT_EQ(checkpoint.num_begun(), 6);
+  ASSERT_TRUE(reader.Next({MatrixRole::kOutput, 6}).ok());
 }
 
 TEST(MatrixReader, AnErrorComesInTheTurnOfItsMatrix) {

@@ -5,6 +5,7 @@
 #include <fmt/ranges.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -133,10 +134,28 @@ ParsedTensor ParseTensor(const nlohmann::json& entry, std::span<const uint8_t> d
   return {{type->type, *shape, data.subspan(begin, end - begin)}, ""};
 }
 
+// Of whole pages. An error would cost time or memory, never a wrong byte.
+void Advise(std::span<const uint8_t> data, int advice) {
+  if (data.empty()) return;
+  static const auto kPageBytes = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(data.data()) / kPageBytes * kPageBytes;
+  const auto end = reinterpret_cast<uintptr_t>(data.data()) + data.size();
+  ::madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+}
+
 }  // namespace
 
 std::string_view TensorTypeName(TensorType type) { return InfoOf(type).name; }
 int64_t TensorTypeBytes(TensorType type) { return InfoOf(type).bytes; }
+
+void DropPages(std::span<const uint8_t> data) {
+  // Of a private mapping that nobody writes, this forgets nothing.
+  Advise(data, MADV_DONTNEED);
+}
+
+void AdviseReading(std::span<const uint8_t> data, Reading reading) {
+  Advise(data, reading == Reading::kSparse ? MADV_RANDOM : MADV_NORMAL);
+}
 
 SafetensorsFile::SafetensorsFile(SafetensorsFile&& other) noexcept
     : path_(std::move(other.path_)),

@@ -41,6 +41,17 @@ struct TensorView {
   std::span<const uint8_t> data;
 };
 
+// Mapped pages that were read count as this process's memory. Tells the system that these bytes
+// will not be read again soon; if they are, they come from the file's cache or the file. Whole
+// pages go, also where they hold the end of a neighbour. `data` lies in a SafetensorsFile.
+// Threading: any, also while others read.
+void DropPages(std::span<const uint8_t> data);
+
+// Reads of `data` that follow are of single places (kSparse): the system then reads none of what
+// lies behind them, which is megabytes on some machines; or of whole tensors (kWhole), as at first.
+enum class Reading { kWhole, kSparse };
+void AdviseReading(std::span<const uint8_t> data, Reading reading);
+
 // Ownership: the mapping; views point into it.
 // Threading: thread-safe after Open.
 // A file that is shortened while it is mapped kills the process (SIGBUS), as with every mapping.

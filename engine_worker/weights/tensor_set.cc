@@ -23,7 +23,11 @@ bool Exists(const std::filesystem::path& path) {
 bool HasPaddleParameters(const std::filesystem::path& dir) {
   std::error_code error;
   for (const auto& entry : std::filesystem::directory_iterator(dir, error)) {
-    if (entry.path().extension() == ".pdparams") return true;
+    // FastDeploy's own writes the last one beside weights of either kind.
+    if (entry.path().extension() == ".pdparams" &&
+        entry.path().filename() != "scheduler.pdparams") {
+      return true;
+    }
   }
   return false;
 }
@@ -82,7 +86,10 @@ absl::StatusOr<TensorSet> TensorSet::Open(const std::filesystem::path& dir) {
   }
   return absl::NotFoundError(
       fmt::format("{}: neither {} nor {} is there{}", dir.string(), kSingleFile, kIndexFile,
-                  HasPaddleParameters(dir) ? "; *.pdparams files are not supported" : ""));
+                  HasPaddleParameters(dir)
+                      ? "; *.pdparams files are not supported: take the safetensors release of the "
+                        "model, or save it again with save_pretrained(..., safe_serialization=True)"
+                      : ""));
 }
 
 absl::Status TensorSet::OpenSharded(const std::filesystem::path& index_path) {

@@ -167,6 +167,14 @@ class TileWriter {
 
 }  // namespace
 
+int64_t PackedMatrix::SizeBytes(WeightFormat format, int64_t k, int64_t n, MatrixUse use) {
+  PackedMatrix packed;
+  packed.use_ = use;
+  packed.n_ = n;
+  const int halves = use == MatrixUse::kGateUp ? 2 : 1;
+  return packed.width_tiles() * halves * TileBytes(format, k);
+}
+
 absl::StatusOr<std::unique_ptr<PackedMatrix>> PackedMatrix::Create(const HostMatrix& matrix,
                                                                    MatrixUse use,
                                                                    WeightRounding rounding,

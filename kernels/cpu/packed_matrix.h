@@ -46,6 +46,9 @@ class PackedMatrix final : public WeightMatrix {
                                                               WeightRounding rounding,
                                                               ThreadPool* pool = nullptr);
 
+  // size_bytes() of a matrix [k, n].
+  static int64_t SizeBytes(formats::WeightFormat format, int64_t k, int64_t n, MatrixUse use);
+
   int64_t k() const override { return k_; }
   int64_t n() const override { return n_; }
   int64_t size_bytes() const override { return num_tiles_ * tile_bytes_; }
