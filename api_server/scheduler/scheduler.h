@@ -74,7 +74,7 @@ struct SequenceToken {
   SequenceKey sequence;
   int32_t token = 0;
   std::optional<SequenceEnd> end;  // this token was its last
-  std::optional<SampledLogprobs> logprobs = {};
+  std::optional<PositionLogprobs> logprobs = {};
 };
 
 // What the cache manager is asked; every tag is answered once, by the event of the same name,
