@@ -109,6 +109,25 @@ TEST_F(LauncherTest, AMissingProgramIsNamed) {
   ExpectNothingLeft();
 }
 
+// A shell stands in for the program: it shows what it is started with.
+TEST_F(LauncherTest, AVerbThatIsAProgramBecomesItWithItsArgumentsAndSignalsAsTheyWere) {
+  fs::copy_file("/bin/sh", dir_ / "bin" / "wintserve-quantize");
+  Start({"quantize", "-c", "echo \"<$0>\"; echo $$; grep ^Sig /proc/self/status; exit 7"});
+  const pid_t pid = launcher_.pid();
+  EXPECT_EQ(ExitCode(), 7) << Stderr();
+  EXPECT_THAT(Stdout(), HasSubstr(fmt::format("<wintserve quantize>\n{}\n", pid)));
+  EXPECT_THAT(Stdout(), HasSubstr("SigBlk:\t0000000000000000"));
+  EXPECT_THAT(Stdout(), HasSubstr("SigIgn:\t0000000000000000"));
+  EXPECT_EQ(Stderr(), "");
+}
+
+TEST_F(LauncherTest, AVerbWhoseProgramIsMissingIsOneLine) {
+  Start({"inspect", "x"});
+  EXPECT_EQ(ExitCode(), kExitInternal);
+  EXPECT_EQ(Stderr(), fmt::format("error: cannot start {}: No such file or directory\n",
+                                  (dir_ / "bin/wintserve-inspect").string()));
+}
+
 TEST_F(LauncherTest, KillingTheLauncherKillsTheChildrenAndTheNextStartSweeps) {
   StartServing({}, {{"api_server", "ignore"}, {"cache_manager", "ignore"}});
   ASSERT_TRUE(ChildrenRun(3)) << Stderr();

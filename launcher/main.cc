@@ -21,6 +21,7 @@
 #include "launcher/preflight.h"
 #include "launcher/runtime_dir.h"
 #include "launcher/shared_dir.h"
+#include "launcher/sibling_program.h"
 #include "launcher/supervisor.h"
 
 namespace wintserve {
@@ -159,6 +160,9 @@ int Main(int argc, char** argv) {
   CommandLine command = ParseCommandLine({argv + 1, argv + argc}, ::getenv);
   if (!command.error.empty()) fmt::print(stderr, "{}\n", command.error);
   if (!command.print.empty()) fmt::print("{}", command.print);
+  if (!command.program.empty()) {
+    return Fail(kExitInternal, BecomeSibling(command.program, std::move(command.program_args)));
+  }
   if (!command.verb.has_value()) return command.exit_code;
   return RunInstance(std::move(command));
 }

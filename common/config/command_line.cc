@@ -24,9 +24,15 @@ constexpr char kUsage[] =
     "\n"
     "  wintserve serve [--flag value ...]           OpenAI-compatible HTTP server\n"
     "  wintserve generate --prompt TEXT [...]       answer one prompt on stdout, without a server\n"
+    "  wintserve quantize --model DIR --output DIR  a checkpoint in WINT2, WINT4 or WINT8 from one "
+    "in "
+    "bfloat16\n"
+    "  wintserve inspect DIR [...]                  what a checkpoint is, and whether it is whole\n"
+    "  wintserve eval --model DIR [...]             how good a model is: perplexity, choices, "
+    "answers\n"
     "  wintserve --version\n"
     "\n"
-    "`wintserve serve --help` and `wintserve generate --help` list the flags.\n";
+    "`wintserve VERB --help` lists the flags of a verb.\n";
 constexpr char kServeHelp[] =
     "Serves a model over an OpenAI-compatible HTTP API.\n"
     "Flags take --name value or --name=value, with dashes or underscores; switches also --no-name.";
@@ -34,6 +40,17 @@ constexpr char kGenerateHelp[] =
     "Answers one prompt on stdout, with the processes of `serve` but no HTTP.\n"
     "--prompt is one user message in the model's chat template; --raw continues it as plain text.\n"
     "Logs go to stderr, at level warning unless --log-level says otherwise.";
+
+// Verbs that are programs of their own, whose flags are not ours.
+struct ProgramVerb {
+  const char* name;
+  const char* program;
+};
+constexpr ProgramVerb kProgramVerbs[] = {
+    {"quantize", "wintserve-quantize"},
+    {"inspect", "wintserve-inspect"},
+    {"eval", "wintserve-eval"},
+};
 
 // ---- Names.
 
@@ -453,6 +470,14 @@ CommandLine Print(std::string text) {
   return command;
 }
 
+CommandLine BecomeProgram(const ProgramVerb& verb, const std::vector<std::string>& args) {
+  CommandLine command;
+  command.program = verb.program;
+  command.program_args = {std::string("wintserve ") + verb.name};
+  command.program_args.insert(command.program_args.end(), args.begin(), args.end());
+  return command;
+}
+
 CommandLine ParseVerb(Verb verb, const std::vector<std::string>& args,
                       const std::function<const char*(const char*)>& get_env) {
   auto canonical = Canonical(args, verb);
@@ -544,6 +569,11 @@ CommandLine ParseCommandLine(const std::vector<std::string>& args,
   const std::vector<std::string> rest(args.begin() + 1, args.end());
   if (args[0] == "serve") return ParseVerb(Verb::kServe, rest, get_env);
   if (args[0] == "generate") return ParseVerb(Verb::kGenerate, rest, get_env);
+  std::vector<std::string> verbs = {"serve", "generate"};
+  for (const ProgramVerb& verb : kProgramVerbs) {
+    if (args[0] == verb.name) return BecomeProgram(verb, rest);
+    verbs.emplace_back(verb.name);
+  }
   if (args[0] == "--version") return Print("wintserve " WINTSERVE_VERSION "\n");
   if (args[0] == "--help" || args[0] == "-h" || args[0] == "help") return Print(kUsage);
   if (args[0].starts_with("-")) {
@@ -551,8 +581,12 @@ CommandLine ParseCommandLine(const std::vector<std::string>& args,
                                            ForErrorLine(args[0]), ForErrorLine(args[0])))
         .ToCommandLine();
   }
-  return Failure(kExitUsage, fmt::format("{}: unknown verb{}", ForErrorLine(args[0]),
-                                         Suggestion(args[0], {"serve", "generate"}, "")))
+  const std::string suggestion = Suggestion(args[0], verbs, "");
+  return Failure(kExitUsage,
+                 fmt::format("{}: unknown verb{}", ForErrorLine(args[0]),
+                             suggestion.empty()
+                                 ? fmt::format("; there are {}", absl::StrJoin(verbs, ", "))
+                                 : suggestion))
       .ToCommandLine();
 }
 

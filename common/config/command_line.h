@@ -31,14 +31,18 @@ struct GenerateOptions {
 };
 
 struct CommandLine {
-  // Exactly one of these three holds.
+  // Exactly one of these four holds.
   std::string error;         // one line for stderr; exit with exit_code
   std::string print;         // help or version for stdout; exit with exit_code
   std::optional<Verb> verb;  // run it
+  std::string program;       // of the launcher's own directory: becomes it, with program_args
 
   int exit_code = 0;
-  ServeOptions options;            // effective: checked, defaults filled in
-  GenerateOptions generate;        // verb kGenerate
+  ServeOptions options;      // effective: checked, defaults filled in
+  GenerateOptions generate;  // verb kGenerate
+  // argv of `program`, which reads it itself: "wintserve quantize", then what stood behind the
+  // verb.
+  std::vector<std::string> program_args;
   std::vector<std::string> notes;  // one warning a line: what was accepted and has no effect
 };
 

@@ -502,6 +502,27 @@ TEST(CommandLine, VerbsAreExplained) {
   EXPECT_THAT(Parse({"--port", "1"}).error, HasSubstr("a verb comes first: wintserve serve"));
 }
 
+TEST(CommandLine, TheOtherVerbsAreProgramsThatReadTheirOwnArguments) {
+  for (const char* verb : {"quantize", "inspect", "eval"}) {
+    SCOPED_TRACE(verb);
+    EXPECT_THAT(Parse({"--help"}).print, HasSubstr(std::string("  wintserve ") + verb + " "));
+    const CommandLine command = Parse({verb, "--help", "", "--prot=1", "serve"});
+    EXPECT_EQ(command.error, "");
+    EXPECT_EQ(command.print, "");
+    EXPECT_FALSE(command.verb.has_value());
+    EXPECT_EQ(command.program, std::string("wintserve-") + verb);
+    EXPECT_THAT(command.program_args,
+                ElementsAre(std::string("wintserve ") + verb, "--help", "", "--prot=1", "serve"));
+  }
+}
+
+TEST(CommandLine, AVerbThatDoesNotExistNamesTheOneMeantOrAll) {
+  EXPECT_EQ(Parse({"quanitze"}).error, "error: quanitze: unknown verb (did you mean quantize?)");
+  EXPECT_EQ(Parse({"quanitze"}).exit_code, kExitUsage);
+  EXPECT_EQ(Parse({"convert"}).error,
+            "error: convert: unknown verb; there are serve, generate, quantize, inspect, eval");
+}
+
 TEST(CommandLine, GenerateTakesTheEngineFlagsAndItsOwn) {
   const CommandLine command =
       Parse({"generate", "--model", "m", "--prompt=--写一首诗", "--temperature", "0.7", "--top-p",
