@@ -103,7 +103,7 @@ absl::StatusOr<ServedModel> FindModel(HttpClient& client, const std::string& wan
 absl::Status FindEchoForm(HttpClient& client, ServedModel* model) {
   constexpr EchoForm kForms[] = {{0, 0}, {1, 0}, {1, 1}};
   constexpr int32_t kProbe[] = {1, 2, 1};  // any model has these
-  absl::Status first_failure;
+  absl::Status failure;
   for (const EchoForm& form : kForms) {
     const auto logprobs = AskForLogprobs(client, *model, kProbe, form);
     if (logprobs.ok()) {
@@ -114,12 +114,12 @@ absl::Status FindEchoForm(HttpClient& client, ServedModel* model) {
     const bool is_refusal =
         code == absl::StatusCode::kInvalidArgument || code == absl::StatusCode::kInternal;
     if (!is_refusal) return logprobs.status();
-    if (first_failure.ok()) first_failure = logprobs.status();
+    failure = logprobs.status();  // the last form is the one that most servers answer
   }
   return absl::UnimplementedError(fmt::format(
       "{} does not give the log-probabilities of a prompt (/v1/completions with \"echo\" "
       "and \"logprobs\"), which all tasks but --exact need: {}",
-      client.url(), std::string(first_failure.message())));
+      client.url(), std::string(failure.message())));
 }
 
 absl::StatusOr<std::vector<double>> PromptLogprobs(HttpClient& client, const ServedModel& model,
