@@ -120,6 +120,16 @@ class Quality(unittest.TestCase):
         self.assertIn("    wintserve quantize --model POET_BF16 --output wint8 --scheme wint8", text)
         self.assertNotIn(str(self.root), text)
 
+    def test_a_recorded_run_gives_the_same_page_without_programs(self):
+        first, second = self.root / "first.md", self.root / "second.md"
+        for page in (first, second):
+            page.write_text("<!-- quality: begin -->\n<!-- quality: end -->\n")
+        report = self.root / "report.json"
+        self.run_tool("--only", "wint8", "--json", str(report), "--write", str(first))
+        with contextlib.redirect_stdout(io.StringIO()):
+            quality.main(["--render", str(report), "--write", str(second)])
+        self.assertEqual(first.read_text(), second.read_text())
+
     def test_what_is_missing_is_named_before_anything_runs(self):
         (self.evals / "recite.jsonl").unlink()
         with contextlib.redirect_stderr(io.StringIO()) as error, self.assertRaises(SystemExit) as ended:

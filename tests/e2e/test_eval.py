@@ -119,6 +119,12 @@ def test_a_flag_that_the_server_refuses_is_told_with_its_exit_code():
     assert "`wintserve serve` ended before it was ready with exit code 64" in error
 
 
+def test_a_report_that_cannot_be_written_is_told_before_the_work():
+    code, output, error = run("--model", POET, "--exact", EVALS / "recite.jsonl", "--json", "/no-such-directory/report.json")
+    assert (code, output) == (64, "")
+    assert error == "error: --json: cannot write into /no-such-directory: No such file or directory\n"
+
+
 def launcher_of(evaluation):
     """Its process id, once the server is at work."""
     wait_for(lambda: "wintserve-engine-worker" in evaluation.processes().values(), 60, "a server has started")

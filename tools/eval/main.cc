@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <memory>
 #include <optional>
@@ -187,7 +188,20 @@ int RunTasks(const Options& options, const std::vector<Task>& tasks, const Endpo
   return Show(*report, options);
 }
 
+// Told before hours of work, not behind them.
+absl::Status CheckJsonPlace(const std::string& path) {
+  if (path.empty()) return absl::OkStatus();
+  const std::filesystem::path parent = std::filesystem::path(path).parent_path();
+  const std::string directory = parent.empty() ? "." : parent.string();
+  if (::access(directory.c_str(), W_OK) == 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      fmt::format("--json: cannot write into {}: {}", directory, std::strerror(errno)));
+}
+
 int Run(const Options& options) {
+  if (const absl::Status status = CheckJsonPlace(options.json_path); !status.ok()) {
+    return Fail(kExitUsage, std::string(status.message()));
+  }
   std::unique_ptr<Tokenizer> tokenizer;
   if (options.NeedsTokenizer()) {
     auto loaded = Tokenizer::Load(options.tokenizer);
