@@ -149,7 +149,7 @@ class Evaluation {
     ASSIGN_OR_RETURN(*model, FindModel(client, options_.served_model_name));
     if (options_.NeedsTokenizer()) {
       ASSIGN_OR_RETURN(HttpClient patient, HttpClient::Create(endpoint_, stop_));
-      RETURN_IF_ERROR(FindEchoForm(patient, model));
+      RETURN_IF_ERROR(FindPromptForm(patient, model));
     }
     model_ = *model;
     return absl::OkStatus();

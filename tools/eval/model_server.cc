@@ -21,22 +21,46 @@ json FirstChoice(const json& answer) {
   return choices->front();
 }
 
-absl::StatusOr<std::vector<double>> ReadLogprobs(const json& answer, size_t num_ids,
-                                                 const EchoForm& form) {
+json Member(const json& object, const char* name) {
+  return object.is_object() ? object.value(name, json()) : json();
+}
+
+// The log-probability of each id, null where there is none, and perhaps those of generated tokens.
+// Null: the answer does not have them.
+json LogprobsOf(const json& answer, std::span<const int32_t> ids, PromptForm::Kind kind) {
   const json choice = FirstChoice(answer);
-  const json logprobs = choice.is_object() ? choice.value("logprobs", json()) : json();
-  const json values = logprobs.is_object() ? logprobs.value("token_logprobs", json()) : json();
+  if (kind == PromptForm::Kind::kEcho) {
+    return Member(Member(choice, "logprobs"), "token_logprobs");
+  }
+  // A list with {"ID": {"logprob": …}} of each position.
+  const json positions = Member(choice, "prompt_logprobs");
+  if (!positions.is_array()) return json();
+  json values = json::array();
+  for (size_t i = 0; i < positions.size(); ++i) {
+    const std::string id = i < ids.size() ? fmt::format("{}", ids[i]) : "";
+    values.push_back(Member(Member(positions[i], id.c_str()), "logprob"));
+  }
+  return values;
+}
+
+absl::StatusOr<std::vector<double>> ReadLogprobs(const json& answer, std::span<const int32_t> ids,
+                                                 const PromptForm& form) {
+  const bool is_echo = form.kind == PromptForm::Kind::kEcho;
+  const json values = LogprobsOf(answer, ids, form.kind);
   if (!values.is_array()) {
-    return absl::InternalError("the answer has no choices[0].logprobs.token_logprobs");
+    return absl::InternalError(
+        fmt::format("the answer has no choices[0].{}",
+                    is_echo ? "logprobs.token_logprobs" : "prompt_logprobs"));
   }
   // What the server generated stands behind, but not the end that it found.
-  if (values.size() < num_ids || values.size() > num_ids + static_cast<size_t>(form.max_tokens)) {
+  const size_t most = ids.size() + static_cast<size_t>(is_echo ? form.max_tokens : 0);
+  if (values.size() < ids.size() || values.size() > most) {
     return absl::InternalError(
         fmt::format("the answer has log-probabilities of {} tokens for a prompt of {}",
-                    values.size(), num_ids));
+                    values.size(), ids.size()));
   }
-  std::vector<double> result(num_ids, 0);
-  for (size_t i = 1; i < num_ids; ++i) {
+  std::vector<double> result(ids.size(), 0);
+  for (size_t i = 1; i < ids.size(); ++i) {
     if (!values[i].is_number() || !std::isfinite(values[i].get<double>())) {
       return absl::InternalError(
           fmt::format("the answer has {} as the log-probability of token {}", values[i].dump(), i));
@@ -58,16 +82,20 @@ absl::Status CheckPromptTokens(const json& answer, size_t num_ids) {
 
 absl::StatusOr<std::vector<double>> AskForLogprobs(HttpClient& client, const ServedModel& model,
                                                    std::span<const int32_t> ids,
-                                                   const EchoForm& form) {
-  const json body = {{"model", model.name},
-                     {"prompt", std::vector<int32_t>(ids.begin(), ids.end())},
-                     {"echo", true},
-                     {"logprobs", form.logprobs},
-                     {"max_tokens", form.max_tokens},
-                     {"temperature", 0}};
+                                                   const PromptForm& form) {
+  json body = {{"model", model.name},
+               {"prompt", std::vector<int32_t>(ids.begin(), ids.end())},
+               {"max_tokens", form.max_tokens},
+               {"temperature", 0}};
+  if (form.kind == PromptForm::Kind::kEcho) {
+    body["echo"] = true;
+    body["logprobs"] = form.logprobs;
+  } else {
+    body["prompt_logprobs"] = form.logprobs;
+  }
   ASSIGN_OR_RETURN(const json answer, client.Post("/v1/completions", body));
   RETURN_IF_ERROR(CheckPromptTokens(answer, ids.size()));
-  return ReadLogprobs(answer, ids.size(), form);
+  return ReadLogprobs(answer, ids, form);
 }
 
 }  // namespace
@@ -100,38 +128,44 @@ absl::StatusOr<ServedModel> FindModel(HttpClient& client, const std::string& wan
   return *std::move(found);
 }
 
-absl::Status FindEchoForm(HttpClient& client, ServedModel* model) {
-  constexpr EchoForm kForms[] = {{0, 0}, {1, 0}, {1, 1}};
+absl::Status FindPromptForm(HttpClient& client, ServedModel* model) {
+  using Kind = PromptForm::Kind;
+  constexpr PromptForm kForms[] = {
+      {Kind::kEcho, 0, 0}, {Kind::kEcho, 1, 0}, {Kind::kEcho, 1, 1}, {Kind::kPromptLogprobs, 1, 1}};
   constexpr int32_t kProbe[] = {1, 2, 1};  // any model has these
-  absl::Status failure;
-  for (const EchoForm& form : kForms) {
+  std::string failures;
+  for (const PromptForm& form : kForms) {
     const auto logprobs = AskForLogprobs(client, *model, kProbe, form);
     if (logprobs.ok()) {
-      model->echo = form;
+      model->form = form;
       return absl::OkStatus();
     }
     const absl::StatusCode code = logprobs.status().code();
     const bool is_refusal =
         code == absl::StatusCode::kInvalidArgument || code == absl::StatusCode::kInternal;
     if (!is_refusal) return logprobs.status();
-    failure = logprobs.status();  // the last form is the one that most servers answer
+    // Of each way to ask what stands against its last, most modest form.
+    const bool is_last = form.kind == Kind::kPromptLogprobs || form.logprobs == 1;
+    if (!is_last) continue;
+    failures +=
+        fmt::format("{}{}", failures.empty() ? "" : "; ", std::string(logprobs.status().message()));
   }
   return absl::UnimplementedError(fmt::format(
       "{} does not give the log-probabilities of a prompt (/v1/completions with \"echo\" "
-      "and \"logprobs\"), which all tasks but --exact need: {}",
-      client.url(), std::string(failure.message())));
+      "and \"logprobs\", or \"prompt_logprobs\"), which all tasks but --exact need: {}",
+      client.url(), failures));
 }
 
 absl::StatusOr<std::vector<double>> PromptLogprobs(HttpClient& client, const ServedModel& model,
                                                    std::span<const int32_t> ids) {
-  CHECK(model.echo.has_value() && ids.size() >= 2, "ids={}", ids.size());
-  const auto num_tokens = std::ssize(ids) + model.echo->max_tokens;
+  CHECK(model.form.has_value() && ids.size() >= 2, "ids={}", ids.size());
+  const auto num_tokens = std::ssize(ids) + model.form->max_tokens;
   if (model.max_model_len.has_value() && num_tokens > *model.max_model_len) {
     return absl::InvalidArgumentError(
         fmt::format("{} tokens; the server takes at most {} (its max_model_len is {})", ids.size(),
-                    *model.max_model_len - model.echo->max_tokens, *model.max_model_len));
+                    *model.max_model_len - model.form->max_tokens, *model.max_model_len));
   }
-  return AskForLogprobs(client, model, ids, *model.echo);
+  return AskForLogprobs(client, model, ids, *model.form);
 }
 
 absl::StatusOr<std::string> GreedyAnswer(HttpClient& client, const ServedModel& model,

@@ -18,6 +18,7 @@ using testing::ElementsAre;
 using testing::HasSubstr;
 
 constexpr int32_t kIds[] = {3, 20, 5};
+constexpr PromptForm kEchoForm = {PromptForm::Kind::kEcho, 0, 0};
 
 std::string MessageOf(const absl::Status& status) { return std::string(status.message()); }
 
@@ -32,7 +33,7 @@ class ModelServer : public testing::Test {
   // Of kIds, by a client that asks in the first form.
   absl::StatusOr<std::vector<double>> Ask(int retry_seconds = 0) {
     HttpClient client = Client(retry_seconds);
-    return PromptLogprobs(client, {"poet", 64, EchoForm{0, 0}}, kIds);
+    return PromptLogprobs(client, {"poet", 64, kEchoForm}, kIds);
   }
 
   FakeServer server_;
@@ -59,9 +60,9 @@ TEST_F(ModelServer, IsAskedForATokenIfItRefusesNone) {
   });
   HttpClient client = Client();
   ServedModel model{"poet", std::nullopt, std::nullopt};
-  ASSERT_TRUE(FindEchoForm(client, &model).ok());
-  EXPECT_EQ(model.echo->max_tokens, 1);
-  EXPECT_EQ(model.echo->logprobs, 0);
+  ASSERT_TRUE(FindPromptForm(client, &model).ok());
+  EXPECT_EQ(model.form->max_tokens, 1);
+  EXPECT_EQ(model.form->logprobs, 0);
   const auto logprobs = PromptLogprobs(client, model, kIds);
   ASSERT_TRUE(logprobs.ok()) << logprobs.status();
   EXPECT_EQ(logprobs->size(), 3u);
@@ -74,8 +75,29 @@ TEST_F(ModelServer, IsAskedForACandidateIfItRefusesNone) {
   });
   HttpClient client = Client();
   ServedModel model{"poet", std::nullopt, std::nullopt};
-  ASSERT_TRUE(FindEchoForm(client, &model).ok());
-  EXPECT_EQ(model.echo->logprobs, 1);
+  ASSERT_TRUE(FindPromptForm(client, &model).ok());
+  EXPECT_EQ(model.form->logprobs, 1);
+}
+
+TEST_F(ModelServer, IsAskedByItsExtensionIfItKnowsNoEcho) {
+  server_.SetCompletions([](const json& body) -> FakeReply {
+    if (!body.contains("prompt_logprobs")) return {400, "{}", ""};
+    // The likeliest token stands beside the prompt's own.
+    json positions = json::array({nullptr});
+    for (size_t i = 1; i < body["prompt"].size(); ++i) {
+      const int32_t id = body["prompt"][i];
+      positions.push_back({{std::to_string(id), {{"logprob", FakeServer::LogprobOf(id)}}},
+                           {"77", {{"logprob", -0.1}}}});
+    }
+    return {200, json({{"choices", {{{"prompt_logprobs", positions}}}}}).dump(), ""};
+  });
+  HttpClient client = Client();
+  ServedModel model{"poet", std::nullopt, std::nullopt};
+  ASSERT_TRUE(FindPromptForm(client, &model).ok());
+  EXPECT_EQ(model.form->kind, PromptForm::Kind::kPromptLogprobs);
+  const auto logprobs = PromptLogprobs(client, model, kIds);
+  ASSERT_TRUE(logprobs.ok()) << logprobs.status();
+  EXPECT_THAT(*logprobs, ElementsAre(0, FakeServer::LogprobOf(20), FakeServer::LogprobOf(5)));
 }
 
 TEST_F(ModelServer, ThatCannotScoreAPromptIsToldWithItsOwnWords) {
@@ -84,7 +106,7 @@ TEST_F(ModelServer, ThatCannotScoreAPromptIsToldWithItsOwnWords) {
   });
   HttpClient client = Client();
   ServedModel model{"poet", std::nullopt, std::nullopt};
-  const absl::Status status = FindEchoForm(client, &model);
+  const absl::Status status = FindPromptForm(client, &model);
   EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
   EXPECT_THAT(MessageOf(status), HasSubstr("does not give the log-probabilities of a prompt"));
   EXPECT_THAT(MessageOf(status), HasSubstr("echo: is not supported with logprobs"));
@@ -97,7 +119,7 @@ TEST_F(ModelServer, ThatScoresOnlyWhatItGeneratesCannotScoreAPrompt) {
   });
   HttpClient client = Client();
   ServedModel model{"poet", std::nullopt, std::nullopt};
-  const absl::Status status = FindEchoForm(client, &model);
+  const absl::Status status = FindPromptForm(client, &model);
   EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
   EXPECT_THAT(MessageOf(status), HasSubstr("log-probabilities of 1 tokens for a prompt of 3"));
 }
@@ -107,7 +129,7 @@ TEST_F(ModelServer, WithAWrongKeyIsNotAskedInOtherForms) {
   api_key_ = "wrong";
   HttpClient client = Client();
   ServedModel model{"poet", std::nullopt, std::nullopt};
-  const absl::Status status = FindEchoForm(client, &model);
+  const absl::Status status = FindPromptForm(client, &model);
   EXPECT_EQ(status.code(), absl::StatusCode::kPermissionDenied);
   EXPECT_THAT(MessageOf(status), HasSubstr("HTTP 401: wrong key"));
   EXPECT_EQ(server_.num_requests(), 1);
@@ -117,7 +139,8 @@ TEST_F(ModelServer, WithAWrongKeyIsNotAskedInOtherForms) {
 
 TEST_F(ModelServer, GetsNoPromptThatIsLongerThanItTakes) {
   HttpClient client = Client();
-  const auto logprobs = PromptLogprobs(client, {"poet", 3, EchoForm{1, 0}}, kIds);
+  const auto logprobs =
+      PromptLogprobs(client, {"poet", 3, PromptForm{PromptForm::Kind::kEcho, 1, 0}}, kIds);
   EXPECT_EQ(logprobs.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(MessageOf(logprobs.status()),
               HasSubstr("3 tokens; the server takes at most 2 (its max_model_len is 3)"));
