@@ -5,8 +5,13 @@ BUILD := build/$(PRESET)
 
 .DEFAULT_GOAL := help
 .PHONY: help serve setup python-env build test test-long test-asan test-tsan test-gpu \
+<<<<<<< HEAD
         test-gpu-accuracy test-gpu-e2e test-gpu-faults test-gpu-transformers test-poet-bf16 \
         test-quantize-shapes cuda-check bundle format format-check tidy bench bench-gpu bench-gpu-shapes bench-scheduling build-cuda clean \
+=======
+        test-gpu-accuracy test-gpu-e2e test-gpu-faults test-gpu-transformers test-poet-bf16 quality cuda-check bundle format \
+        format-check tidy bench bench-gpu bench-gpu-shapes bench-scheduling build-cuda clean \
+>>>>>>> eval
         fuzz fuzz-smoke test-faults
 
 help:  ## Print this list
@@ -132,6 +137,13 @@ test-poet-bf16: build  ## Tests on the bfloat16 demo checkpoint in MODEL=DIR, wh
 	@test -f '$(MODEL)/config.json' || \
 	  { echo "test-poet-bf16: MODEL='$(MODEL)' has no config.json; give MODEL=DIR" >&2; exit 2; }
 	$(BUILD)/tests/ernie45_test --model='$(abspath $(MODEL))' --golden=tests/golden/poet-bf16.json
+
+# QUALITY: further options of tests/accuracy/quality, like `--only wint8` or `--device cuda`.
+QUALITY :=
+quality: setup $(BUILD)/build.ninja  ## Every kind of quantised checkpoint of MODEL=DIR (BF16), measured on EVAL=DIR; writes docs/QUALITY.md
+	@ninja -C $(BUILD) programs
+	@tests/accuracy/quality --model '$(MODEL)' --evals '$(EVAL)' --bin $(BUILD)/bin --work build/quality \
+	  --json build/quality/quality.json --write docs/QUALITY.md $(QUALITY)
 
 format: setup  ## Format every C++ file in place
 	@tools/format

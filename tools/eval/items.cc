@@ -1,0 +1,220 @@
+#include "tools/eval/items.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <string_view>
+#include <utility>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "common/json_depth.h"
+#include "common/read_file.h"
+#include "common/status_macros.h"
+
+namespace wintserve::eval {
+namespace {
+
+using nlohmann::json;
+
+constexpr size_t kShownBytes = 60;
+
+// A value as it stands in an error, cut where it is long.
+std::string Shown(const json& value) {
+  std::string text = value.dump(-1, ' ', false, json::error_handler_t::replace);
+  if (text.size() <= kShownBytes) return text;
+  size_t end = kShownBytes;
+  while ((static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;  // no half character
+  return text.substr(0, end) + "…";
+}
+
+absl::Status Wrong(const std::string& field, std::string_view must, const json& got) {
+  return absl::InvalidArgumentError(fmt::format("{}: must be {}, got {}", field, must, Shown(got)));
+}
+
+// The errors of these name a field; the caller puts file and line in front.
+absl::StatusOr<const json*> Field(const json& object, const std::string& name) {
+  const auto found = object.find(name);
+  if (found == object.end()) {
+    return absl::InvalidArgumentError(fmt::format("{}: is missing", name));
+  }
+  return &*found;
+}
+
+absl::StatusOr<std::string> Text(const json& value, const std::string& field) {
+  if (!value.is_string()) return Wrong(field, "a text", value);
+  return value.get<std::string>();
+}
+
+absl::StatusOr<std::string> TextField(const json& object, const std::string& name) {
+  ASSIGN_OR_RETURN(const json* value, Field(object, name));
+  return Text(*value, name);
+}
+
+// "prompt", or "question" as many published sets call it.
+absl::StatusOr<std::string> PromptOf(const json& object) {
+  const bool is_question = !object.contains("prompt") && object.contains("question");
+  ASSIGN_OR_RETURN(std::string prompt, TextField(object, is_question ? "question" : "prompt"));
+  if (prompt.empty()) {
+    return absl::InvalidArgumentError(
+        fmt::format("{}: must not be empty", is_question ? "question" : "prompt"));
+  }
+  return prompt;
+}
+
+std::string Stripped(const std::string& text) {
+  return std::string(absl::StripAsciiWhitespace(text));
+}
+
+absl::Status ForEachObject(
+    const std::string& path,
+    const std::function<absl::StatusOr<bool>(const std::string& place, const json&)>& take) {
+  // For its error, which says why a file cannot be opened.
+  std::ifstream file(path);
+  if (!file.good()) return ReadFile(path).status();
+  int64_t number = 0;
+  for (std::string line; std::getline(file, line);) {
+    ++number;
+    if (absl::StripAsciiWhitespace(line).empty()) continue;
+    const std::string place = fmt::format("{}:{}", path, number);
+    if (IsNestedTooDeep(line)) {
+      return absl::InvalidArgumentError(
+          fmt::format("{}: nested deeper than {} levels", place, kMaxJsonDepth));
+    }
+    const json object = json::parse(line, nullptr, /*allow_exceptions=*/false);
+    if (!object.is_object()) {
+      return absl::InvalidArgumentError(fmt::format("{}: is no JSON object", place));
+    }
+    const absl::StatusOr<bool> goes_on = take(place, object);
+    if (!goes_on.ok()) {
+      return absl::Status(goes_on.status().code(),
+                          fmt::format("{}: {}", place, std::string(goes_on.status().message())));
+    }
+    if (!*goes_on) break;
+  }
+  if (file.bad()) return absl::DataLossError(fmt::format("{}: cannot be read to its end", path));
+  return absl::OkStatus();
+}
+
+template <typename Item>
+absl::StatusOr<std::vector<Item>> ReadItems(const std::string& path, int64_t limit,
+                                            absl::StatusOr<Item> (*parse)(const json&)) {
+  std::vector<Item> items;
+  RETURN_IF_ERROR(ForEachObject(
+      path, [&](const std::string& place, const json& object) -> absl::StatusOr<bool> {
+        ASSIGN_OR_RETURN(Item item, parse(object));
+        item.place = place;
+        items.push_back(std::move(item));
+        return limit == 0 || static_cast<int64_t>(items.size()) < limit;
+      }));
+  if (items.empty()) return absl::InvalidArgumentError(fmt::format("{}: holds no item", path));
+  return items;
+}
+
+absl::StatusOr<ChatItem> ParseChat(const json& object) {
+  ASSIGN_OR_RETURN(const json* messages, Field(object, "messages"));
+  if (!messages->is_array() || messages->empty()) {
+    return Wrong("messages", "a list of messages", *messages);
+  }
+  ChatItem item;
+  for (size_t i = 0; i < messages->size(); ++i) {
+    const json& message = (*messages)[i];
+    const std::string name = fmt::format("messages[{}]", i);
+    if (!message.is_object()) return Wrong(name, "an object", message);
+    for (const char* field : {"role", "content"}) {
+      if (!message.contains(field)) {
+        return absl::InvalidArgumentError(fmt::format("{}.{}: is missing", name, field));
+      }
+    }
+    ASSIGN_OR_RETURN(std::string role, Text(message["role"], name + ".role"));
+    ASSIGN_OR_RETURN(std::string content, Text(message["content"], name + ".content"));
+    item.messages.push_back({std::move(role), std::move(content)});
+  }
+  return item;
+}
+
+// An index, a choice's own text, or its letter, in this order.
+absl::StatusOr<size_t> AnswerOf(const json& answer, const std::vector<std::string>& choices) {
+  if (answer.is_number_integer()) {
+    const auto index = answer.get<int64_t>();
+    if (index >= 0 && index < static_cast<int64_t>(choices.size())) {
+      return static_cast<size_t>(index);
+    }
+  } else if (answer.is_string()) {
+    const auto text = answer.get<std::string>();
+    const auto found = std::find(choices.begin(), choices.end(), text);
+    if (found != choices.end()) return static_cast<size_t>(found - choices.begin());
+    if (text.size() == 1) {
+      const auto letter = static_cast<size_t>(absl::ascii_toupper(text[0]) - 'A');
+      if (letter < choices.size()) return letter;
+    }
+  }
+  return Wrong("answer",
+               fmt::format("an index from 0 to {}, a letter from A to {:c}, or one of the choices",
+                           choices.size() - 1, 'A' + static_cast<int>(choices.size()) - 1),
+               answer);
+}
+
+absl::StatusOr<ChoiceItem> ParseChoice(const json& object) {
+  ChoiceItem item;
+  ASSIGN_OR_RETURN(item.prompt, PromptOf(object));
+  ASSIGN_OR_RETURN(const json* choices, Field(object, "choices"));
+  if (!choices->is_array() || choices->size() < 2 || choices->size() > 26) {
+    return Wrong("choices", "a list of 2 to 26 texts", *choices);
+  }
+  for (size_t i = 0; i < choices->size(); ++i) {
+    const std::string name = fmt::format("choices[{}]", i);
+    ASSIGN_OR_RETURN(std::string choice, Text((*choices)[i], name));
+    if (choice.empty()) return absl::InvalidArgumentError(name + ": must not be empty");
+    item.choices.push_back(std::move(choice));
+  }
+  ASSIGN_OR_RETURN(const json* answer, Field(object, "answer"));
+  ASSIGN_OR_RETURN(item.answer, AnswerOf(*answer, item.choices));
+  return item;
+}
+
+absl::StatusOr<ExactItem> ParseExact(const json& object) {
+  ExactItem item;
+  ASSIGN_OR_RETURN(item.prompt, PromptOf(object));
+  ASSIGN_OR_RETURN(const json* answer, Field(object, "answer"));
+  const json answers = answer->is_array() ? *answer : json::array({*answer});
+  if (answers.empty()) return Wrong("answer", "a text or a list of texts", *answer);
+  for (const json& one : answers) {
+    if (!one.is_string()) return Wrong("answer", "a text or a list of texts", *answer);
+    std::string text = Stripped(one.get<std::string>());
+    if (text.empty()) return absl::InvalidArgumentError("answer: must not be empty");
+    item.answers.push_back(std::move(text));
+  }
+  return item;
+}
+
+}  // namespace
+
+absl::StatusOr<std::vector<ChatItem>> ReadChats(const std::string& path, int64_t limit) {
+  return ReadItems<ChatItem>(path, limit, ParseChat);
+}
+
+absl::StatusOr<std::vector<ChoiceItem>> ReadChoices(const std::string& path, int64_t limit) {
+  return ReadItems<ChoiceItem>(path, limit, ParseChoice);
+}
+
+absl::StatusOr<std::vector<ExactItem>> ReadExactItems(const std::string& path, int64_t limit) {
+  return ReadItems<ExactItem>(path, limit, ParseExact);
+}
+
+absl::Status ReadDocuments(const std::string& path,
+                           const std::function<bool(const std::string& text)>& take) {
+  if (!absl::EndsWith(path, ".jsonl")) {
+    ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+    take(text);
+    return absl::OkStatus();
+  }
+  return ForEachObject(path, [&](const std::string&, const json& object) -> absl::StatusOr<bool> {
+    ASSIGN_OR_RETURN(const std::string text, TextField(object, "text"));
+    return take(text);
+  });
+}
+
+}  // namespace wintserve::eval

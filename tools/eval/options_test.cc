@@ -1,0 +1,103 @@
+#include "tools/eval/options.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+#include "common/exit_code.h"
+
+namespace wintserve::eval {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+
+CommandLine Parse(std::vector<const char*> words) {
+  words.insert(words.begin(), "wintserve eval");
+  return ParseCommandLine(static_cast<int>(words.size()), words.data());
+}
+
+TEST(EvalOptions, ALimitIsOfTheTaskBeforeItAndInFrontOfAllOfEveryTask) {
+  const CommandLine command =
+      Parse({"--model", "m", "--limit", "7", "--exact", "a", "--perplexity", "b", "--limit=40",
+             "--exact", "c", "--limit", "200", "--chat-loss", "d"});
+  ASSERT_EQ(command.error, "");
+  const std::vector<TaskOptions>& tasks = command.options.tasks;
+  ASSERT_EQ(tasks.size(), 4u);
+  EXPECT_EQ(tasks[0].kind, TaskKind::kExact);
+  EXPECT_EQ(tasks[0].file, "a");
+  EXPECT_EQ(tasks[0].limit, 7);
+  EXPECT_EQ(tasks[1].kind, TaskKind::kPerplexity);
+  EXPECT_EQ(tasks[1].limit, 40);
+  EXPECT_EQ(tasks[2].file, "c");
+  EXPECT_EQ(tasks[2].limit, 200);
+  EXPECT_EQ(tasks[3].kind, TaskKind::kChatLoss);
+  EXPECT_EQ(tasks[3].limit, 7);
+}
+
+TEST(EvalOptions, WhatStandsBehindTwoDashesIsForTheServer) {
+  const CommandLine command =
+      Parse({"--model", "m", "--exact", "a", "--", "--device", "cuda", "--limit", "3"});
+  ASSERT_EQ(command.error, "");
+  EXPECT_THAT(command.options.server_flags, ElementsAre("--device", "cuda", "--limit", "3"));
+  EXPECT_EQ(command.options.tasks[0].limit, 0);
+}
+
+TEST(EvalOptions, TheTokenizerIsThatOfTheModelUnlessSaidOtherwise) {
+  EXPECT_EQ(Parse({"--model", "m", "--exact", "a"}).options.tokenizer, "m");
+  EXPECT_EQ(Parse({"--model", "m", "--tokenizer", "t", "--exact", "a"}).options.tokenizer, "t");
+}
+
+TEST(EvalOptions, ExactAnswersOfAServerNeedNoTokenizer) {
+  EXPECT_EQ(Parse({"--server", "http://h", "--exact", "a"}).error, "");
+}
+
+TEST(EvalOptions, HelpIsForStdout) {
+  const CommandLine command = Parse({"--help"});
+  EXPECT_EQ(command.exit_code, 0);
+  EXPECT_THAT(command.print, HasSubstr("--multiple-choice"));
+  EXPECT_EQ(command.error, "");
+}
+
+struct BadCommand {
+  const char* name;
+  std::vector<const char*> words;
+  const char* error;
+};
+
+class BadCommandLine : public testing::TestWithParam<BadCommand> {};
+
+TEST_P(BadCommandLine, IsNamedInOneLine) {
+  const CommandLine command = Parse(GetParam().words);
+  EXPECT_EQ(command.exit_code, kExitUsage);
+  EXPECT_THAT(command.error, HasSubstr(GetParam().error));
+  EXPECT_EQ(command.error.find('\n'), std::string::npos);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, BadCommandLine,
+    testing::Values(
+        BadCommand{"NoTask", {"--model", "m"}, "nothing to do: give --perplexity"},
+        BadCommand{"NoModel", {"--exact", "a"}, "give --model DIR or --server URL"},
+        BadCommand{"Both", {"--exact", "a", "--model", "m", "--server", "u"}, "exclude each other"},
+        BadCommand{"FlagsForNoServer",
+                   {"--exact", "a", "--server", "u", "--", "--device", "cuda"},
+                   "--device: flags behind \"--\""},
+        BadCommand{"LogOfNoServer",
+                   {"--exact", "a", "--server", "u", "--server-log", "l"},
+                   "--server-log"},
+        BadCommand{
+            "NoTokenizer", {"--chat-loss", "a", "--server", "u"}, "--tokenizer: chat loss needs"},
+        BadCommand{"LimitZero", {"--model", "m", "--exact", "a", "--limit", "0"}, "--limit"},
+        BadCommand{"LimitNoNumber", {"--model", "m", "--exact", "a", "--limit", "x"}, "--limit"},
+        BadCommand{"NoFile", {"--model", "m", "--exact"}, "--exact"},
+        BadCommand{"Context",
+                   {"--model", "m", "--exact", "a", "--context-tokens", "1"},
+                   "--context-tokens"},
+        BadCommand{"Unknown", {"--model", "m", "--exact", "a", "--foo"}, "--foo"}),
+    [](const auto& info) { return info.param.name; });
+
+}  // namespace
+}  // namespace wintserve::eval

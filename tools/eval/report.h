@@ -1,0 +1,24 @@
+// What came out, for people and for programs.
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "absl/status/status.h"
+#include "tools/eval/evaluate.h"
+#include "tools/eval/options.h"
+
+namespace wintserve::eval {
+
+// One row a measure, values with standard errors; columns are aligned.
+std::string Table(const Report& report);
+
+// {"model", "server" or "checkpoint", …, "tasks": [{"task", "file", "items", "tokens",
+// "measures": {NAME: {"value", "standard_error"}}, "seconds"}]}; a standard error that is not
+// known is null.
+nlohmann::ordered_json ToJson(const Report& report, const Options& options);
+
+// Writes the report beside its place and moves it there, so that what is there is whole.
+absl::Status WriteJson(const nlohmann::ordered_json& report, const std::string& path);
+
+}  // namespace wintserve::eval

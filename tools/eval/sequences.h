@@ -1,0 +1,47 @@
+// What is scored: token ids, and which of them count.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "api_server/text/tokenizer.h"
+#include "tools/eval/items.h"
+
+namespace wintserve::eval {
+
+struct ScoredSequence {
+  std::string place;         // for errors: "chats.jsonl:12"
+  std::vector<int32_t> ids;  // at least two
+  // One an id: whether its log-probability, given all ids before it, counts. Never the first one's.
+  std::vector<bool> is_scored;
+  int64_t num_bytes = 0;  // of text that the scored ids stand for; markers have none
+
+  int64_t NumScored() const;
+};
+
+// The documents of a file, each as the tokenizer encodes it with the marker that begins a text
+// (cls_token of tokenizer_config.json, where the vocabulary has it) in front and </s> behind,
+// joined and cut into windows of `context_tokens` ids. All ids of a window but its first one are
+// scored, the markers among them. The last window holds the rest; of a single id there is none.
+// limit: that many windows at most, 0: all. INVALID_ARGUMENT: the file (see ReadDocuments), or no
+// document in it.
+absl::StatusOr<std::vector<ScoredSequence>> ReadWindows(const std::string& path,
+                                                        const Tokenizer& tokenizer,
+                                                        int context_tokens, int64_t limit);
+
+// A chat as the chat template renders it, every answer of the assistant scored. Text is encoded
+// from the end of one answer to the beginning of the next, and each answer alone, so that the ids
+// are those of a prompt with the ids of an answer that the model could have given; the last
+// message, if it is an answer, ends with </s>, which is scored, the ones before it with the
+// template's separator, which is not. INVALID_ARGUMENT: no answer, an empty one, or a role that the
+// template has no words for.
+absl::StatusOr<ScoredSequence> EncodeChat(const ChatItem& item, const Tokenizer& tokenizer);
+
+// One sequence for each choice: the prompt, as the user's message of the chat template or (raw) as
+// it is, and the choice, encoded alone and scored, without an end. Nothing is put between the two.
+absl::StatusOr<std::vector<ScoredSequence>> EncodeChoices(const ChoiceItem& item, bool raw,
+                                                          const Tokenizer& tokenizer);
+
+}  // namespace wintserve::eval
