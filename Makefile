@@ -5,13 +5,9 @@ BUILD := build/$(PRESET)
 
 .DEFAULT_GOAL := help
 .PHONY: help serve setup python-env build test test-long test-asan test-tsan test-gpu \
-<<<<<<< HEAD
         test-gpu-accuracy test-gpu-e2e test-gpu-faults test-gpu-transformers test-poet-bf16 \
-        test-quantize-shapes cuda-check bundle format format-check tidy bench bench-gpu bench-gpu-shapes bench-scheduling build-cuda clean \
-=======
-        test-gpu-accuracy test-gpu-e2e test-gpu-faults test-gpu-transformers test-poet-bf16 quality cuda-check bundle format \
-        format-check tidy bench bench-gpu bench-gpu-shapes bench-scheduling build-cuda clean \
->>>>>>> eval
+        test-quantize-shapes quality cuda-check bundle format format-check tidy bench bench-gpu \
+        bench-gpu-shapes bench-scheduling build-cuda clean \
         fuzz fuzz-smoke test-faults
 
 help:  ## Print this list
