@@ -174,8 +174,9 @@ def test_killed_during_recovery(instance, note, second):
 @pytest.mark.fault(what="kill -9 worker", when="blocks are copied between the tiers", holds="I1 I2 I7 I8 I9")
 @RANKS
 def test_killed_while_blocks_are_copied(instance, rank):
-    """A pool of three prompts, and clients who ask for sixteen, which come back from the host tier all the time."""
-    server = instance("--max-model-len", 1024, "--max-num-seqs", 8, "--num-gpu-blocks-override", 40,
+    """A pool of eleven prompts, and clients who ask for sixteen, which come back from the host tier all the time. In a
+    smaller one the next prompt takes what is to be written back before it is: an eighth of the pool is, ahead of time."""
+    server = instance("--max-model-len", 1024, "--max-num-seqs", 8, "--num-gpu-blocks-override", 160,
                       "--swap-space", 0.25).wait_ready()
     requests = [{**request, "prompt": request["prompt"][:2] + "床前明月光，疑是地上霜。" * 200, "max_tokens": 24}
                 for request in long_requests(16)]
