@@ -25,8 +25,8 @@ struct SchemeOptions {
   Scheme scheme = Scheme::kWint2;
   // kWint2: of how many of the first MoE layers the experts are wint4, or the last layer of which
   // they are, counted from 0 over all layers. At most one of the two; neither: DefaultWint4Layers.
-  std::optional<int> wint4_layers;
-  std::optional<int> wint4_end_layer;
+  std::optional<int> wint4_layers = {};
+  std::optional<int> wint4_end_layer = {};
   // Left in bf16, to measure or serve the rest of the scheme alone. FastDeploy does not load that.
   bool plain_dense = false;
   bool plain_first_experts = false;  // kWint2: those that would be wint4
