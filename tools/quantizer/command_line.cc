@@ -2,7 +2,9 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <map>
+#include <utility>
+
+#include "absl/strings/str_join.h"
 
 namespace wintserve::quantizer {
 namespace {
@@ -15,56 +17,61 @@ constexpr char kHelp[] =
     "the same command goes on where it was.";
 constexpr int kMaxThreads = 1024;
 
-void AddScheme(CLI::App* app, SchemeOptions* scheme) {
-  const std::map<std::string, Scheme> schemes = {
-      {"wint2", Scheme::kWint2}, {"wint4", Scheme::kWint4}, {"wint8", Scheme::kWint8}};
+// An option that takes one of the names.
+template <typename Value>
+CLI::Option* AddChoice(CLI::App* app, const std::string& name, Value* value,
+                       const std::vector<std::pair<std::string, Value>>& choices,
+                       const std::string& help) {
+  std::vector<std::string> names;
+  for (const auto& [choice, meaning] : choices) names.push_back(choice);
+  const auto set = [value, choices](const std::string& text) {
+    for (const auto& [choice, meaning] : choices) {
+      if (choice == text) *value = meaning;
+    }
+  };
+  return app->add_option_function<std::string>(name, set, help)
+      ->check(CLI::IsMember(names).description(""))
+      ->type_name(absl::StrJoin(names, "|"))
+      ->default_str(names.front());
+}
+
+void AddScheme(CLI::App* app, SchemeOptions* scheme, formats::KOrder* k_order) {
   const std::string group = "Scheme";
-  app->add_option(
-         "--scheme", scheme->scheme,
-         "wint2: experts in 2 bits, those of the first MoE layers in 4, the rest in 8; "
-         "wint4: experts in 4 bits, the rest in 8; wint8: all in 8. Embedding, head, norms "
-         "and router stay as they are")
-      ->transform(CLI::CheckedTransformer(schemes).description("wint2|wint4|wint8"))
-      ->default_str("wint2")
+  AddChoice<Scheme>(
+      app, "--scheme", &scheme->scheme,
+      {{"wint2", Scheme::kWint2}, {"wint4", Scheme::kWint4}, {"wint8", Scheme::kWint8}},
+      "wint2: experts in 2 bits, those of the first MoE\nlayers in 4, the rest in 8; "
+      "wint4: experts in 4\nbits, the rest in 8; wint8: all in 8. Embedding,\nhead, norms "
+      "and router stay as they are")
       ->group(group);
   app->add_option(
          "--wint4-layers", scheme->wint4_layers,
-         "Of how many of the first MoE layers the experts are wint4 in --scheme wint2; by "
-         "default 4 of 51, as in the 300B release, of another number as large a share, but "
+         "Of how many of the first MoE layers the experts\nare wint4 in --scheme wint2; by "
+         "default 4 of 51,\nas in the 300B release, of another number as large\na share, but "
          "at least one")
       ->type_name("N")
       ->group(group);
   app->add_option("--wint4-end-layer", scheme->wint4_end_layer,
-                  "The same as the last layer whose experts are wint4, counted from 0 over all "
+                  "The same as the last layer whose experts are\nwint4, counted from 0 over all "
                   "layers")
       ->type_name("LAYER")
       ->group(group);
-  const std::map<std::string, bool> dense = {{"wint8", false}, {"bf16", true}};
-  app->add_option("--dense", scheme->plain_dense,
-                  "Attention, dense layers' MLP and shared experts. FastDeploy does not load bf16 "
+  AddChoice<bool>(app, "--dense", &scheme->plain_dense, {{"wint8", false}, {"bf16", true}},
+                  "Attention, dense layers' MLP and shared experts;\nFastDeploy does not load bf16 "
                   "here")
-      ->transform(CLI::CheckedTransformer(dense).description("wint8|bf16"))
-      ->default_str("wint8")
       ->group(group);
-  const std::map<std::string, bool> first = {{"wint4", false}, {"bf16", true}};
-  app->add_option("--first-experts", scheme->plain_first_experts,
-                  "The experts of the first MoE layers in --scheme wint2. FastDeploy does not load "
-                  "bf16 here")
-      ->transform(CLI::CheckedTransformer(first).description("wint4|bf16"))
-      ->default_str("wint4")
+  AddChoice<bool>(
+      app, "--first-experts", &scheme->plain_first_experts, {{"wint4", false}, {"bf16", true}},
+      "The experts of the first MoE layers in --scheme\nwint2; FastDeploy does not load "
+      "bf16 here")
       ->group(group);
-}
-
-void AddMethod(CLI::App* app, MethodOptions* method) {
-  using formats::KOrder;
-  const std::map<std::string, KOrder> orders = {{"mma64", KOrder::kMma64},
-                                                {"natural", KOrder::kNatural}};
-  app->add_option("--k-order", method->k_order,
-                  "Order of the rows in each group of 64 of a wint2 matrix: mma64 as FastDeploy "
-                  "since July 2025 wants it, natural as before")
-      ->transform(CLI::CheckedTransformer(orders).description("mma64|natural"))
-      ->default_str("mma64")
-      ->group("Scheme");
+  AddChoice<formats::KOrder>(
+      app, "--k-order", k_order,
+      {{"mma64", formats::KOrder::kMma64}, {"natural", formats::KOrder::kNatural}},
+      "Order of the rows in each group of 64 of a wint2\nmatrix: mma64 as FastDeploy since July "
+      "2025 "
+      "wants\nit, natural as before")
+      ->group(group);
 }
 
 void AddOperation(CLI::App* app, QuantizeOptions* options) {
@@ -80,7 +87,7 @@ void AddOperation(CLI::App* app, QuantizeOptions* options) {
       ->group(group);
   app->add_option("--max-shard-gib", options->max_shard_gib,
                   "Largest file of tensors, in GiB; a matrix is never split")
-      ->check(CLI::Range(0.0, 1e6).description(""))
+      ->check(CLI::Range(0.001, 1e6).description(""))
       ->capture_default_str()
       ->type_name("X")
       ->group(group);
@@ -102,8 +109,7 @@ QuantizeCommand ParseQuantizeCommand(const std::vector<std::string>& args, int n
   CLI::App app(kHelp, "wintserve quantize");
   app.get_formatter()->column_width(36);
   AddOperation(&app, &options);
-  AddScheme(&app, &options.scheme);
-  AddMethod(&app, &options.method);
+  AddScheme(&app, &options.scheme, &options.method.k_order);
   try {
     std::vector<std::string> reversed(args.rbegin(), args.rend());  // as CLI11 takes a vector
     app.parse(std::move(reversed));
