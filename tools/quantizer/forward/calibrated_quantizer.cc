@@ -120,6 +120,37 @@ absl::Status CalibratedQuantizer::Replay(const MatrixRef& ref, HostMatrix done) 
   return Advance(ref, done);
 }
 
+absl::StatusOr<std::vector<float>> CalibratedQuantizer::FinalNorm() const {
+  CHECK(std::ssize(drift_) == config_.num_layers);
+  ASSIGN_OR_RETURN(std::vector<float> gain, checkpoint_.LoadVector(VectorRole::kFinalNorm, 0));
+  if (!models_differ_) return gain;
+  const std::vector<float> ones(gain.size(), 1.0f);
+  RowBuffer normed[2];
+  for (RowBuffer& buffer : normed) {
+    ASSIGN_OR_RETURN(
+        buffer, RowBuffer::Allocate(backend_.get(), TokenStates::kChunkRows, config_.hidden_size));
+  }
+  std::vector<double> product(gain.size());
+  std::vector<double> square(gain.size());
+  for (int64_t first = 0; first < batches_.num_tokens(); first += TokenStates::kChunkRows) {
+    const int64_t count = std::min(TokenStates::kChunkRows, batches_.num_tokens() - first);
+    states_[kUnquantized]->Normalize(first, count, gain.data(), normed[kUnquantized].rows());
+    states_[kQuantized]->Normalize(first, count, ones.data(), normed[kQuantized].rows());
+    for (int64_t r = 0; r < count; ++r) {
+      const float* y = normed[kUnquantized].From(r).data;
+      const float* z = normed[kQuantized].From(r).data;
+      for (size_t c = 0; c < gain.size(); ++c) {
+        product[c] += double{z[c]} * y[c];
+        square[c] += double{z[c]} * z[c];
+      }
+    }
+  }
+  for (size_t c = 0; c < gain.size(); ++c) {
+    if (square[c] > 0) gain[c] = static_cast<float>(product[c] / square[c]);
+  }
+  return gain;
+}
+
 absl::Status CalibratedQuantizer::Begin(const MatrixRef& ref) {
   CHECK(num_done_ < refs_.size());
   const MatrixRef& next = refs_[num_done_];

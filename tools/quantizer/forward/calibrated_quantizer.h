@@ -79,6 +79,12 @@ class CalibratedQuantizer final : public MatrixQuantizer {
 
   absl::StatusOr<formats::HostMatrix> Next(const MatrixRef& ref, StoredFormat format) override;
   absl::Status Replay(const MatrixRef& ref, formats::HostMatrix done) override;
+  // The gain of the final norm [hidden_size] that brings what the head gets nearest to what it gets
+  // in the unquantised model: for each column i the least sum over tokens of
+  //   (gain_i r_q,i / rms(r_q) - n_i r_f,i / rms(r_f))^2
+  // with n the checkpoint's gain; n itself while the models do not differ.
+  // REQUIRES: every layer is done.
+  absl::StatusOr<std::vector<float>> FinalNorm() const;
   const formats::HostMatrix* source() const override { return source_.k == 0 ? nullptr : &source_; }
 
   const TokenStates& unquantized() const { return *states_[kUnquantized]; }

@@ -428,6 +428,53 @@ TEST(CalibratedQuantizer, ReplayedStepsLeaveTheStateOfTheirFirstRun) {
   }
 }
 
+TEST(CalibratedQuantizer, TheFinalNormBringsTheHeadsInputsNearest) {
+  const SmallCheckpoint checkpoint(SmallMoeConfig());
+  ThreadPool pool(2);
+  const auto run = [&](bool disturbs) {
+    auto quantizer =
+        Create(checkpoint, RandomSequences(checkpoint.config(), 30, 100, 4),
+               Encoder([&](const MatrixRef&, const HostMatrix& source, const Moments&) {
+                 return disturbs ? Disturbed(source, 5) : source;
+               }),
+               &pool);
+    for (const MatrixRef& ref : checkpoint.refs()) {
+      CHECK(quantizer->Next(ref, StoredFormat::kPlain).ok());
+    }
+    return quantizer;
+  };
+  const std::vector<float> source = *checkpoint.get().LoadVector(VectorRole::kFinalNorm, 0);
+  EXPECT_EQ(*run(false)->FinalNorm(), source);
+
+  const auto quantizer = run(true);
+  const std::vector<float> solved = *quantizer->FinalNorm();
+  const int64_t hidden = checkpoint.config().hidden_size;
+  const auto backend = kernels::cpu::CreateCpuBackend({.num_threads = 1});
+  const int64_t num_tokens = quantizer->quantized().num_tokens();
+  const RowBuffer wanted = *RowBuffer::Allocate(backend.get(), num_tokens, hidden);
+  const RowBuffer found = *RowBuffer::Allocate(backend.get(), num_tokens, hidden);
+  quantizer->unquantized().Normalize(0, num_tokens, source.data(), wanted.rows());
+  const auto error = [&](const std::vector<float>& gain, int64_t column) {
+    quantizer->quantized().Normalize(0, num_tokens, gain.data(), found.rows());
+    double sum = 0;
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      const double difference =
+          double{found.From(t).data[column]} - double{wanted.From(t).data[column]};
+      sum += difference * difference;
+    }
+    return sum;
+  };
+  for (const int64_t column : {int64_t{0}, hidden / 2, hidden - 1}) {
+    const double least = error(solved, column);
+    EXPECT_LT(least, error(source, column));
+    for (const float factor : {0.99f, 1.01f}) {
+      std::vector<float> other = solved;
+      other[column] *= factor;
+      EXPECT_LT(least, error(other, column)) << column;
+    }
+  }
+}
+
 TEST(CalibratedQuantizer, ResultsDoNotDependOnTheNumberOfThreads) {
   const SmallCheckpoint checkpoint(SmallMoeConfig());
   const std::vector<HostMatrix> whole = Quantize(checkpoint, 1, {}, 0);
