@@ -122,8 +122,8 @@ absl::Status CalibratedQuantizer::Replay(const MatrixRef& ref, HostMatrix done) 
 
 absl::StatusOr<std::vector<float>> CalibratedQuantizer::FinalNorm() const {
   CHECK(std::ssize(drift_) == config_.num_layers);
+  if (!models_differ_ || !options_.solve_final_norm) return std::vector<float>();
   ASSIGN_OR_RETURN(std::vector<float> gain, checkpoint_.LoadVector(VectorRole::kFinalNorm, 0));
-  if (!models_differ_) return gain;
   const std::vector<float> ones(gain.size(), 1.0f);
   RowBuffer normed[2];
   for (RowBuffer& buffer : normed) {

@@ -21,6 +21,7 @@
 namespace wintserve::quantizer {
 
 struct CalibrationOptions {
+  bool solve_final_norm = true;
   // An expert with fewer than `poor_rows` rows for each of its inputs counts `prior_rows` average
   // rows of its layer for each besides: for gate-up those of all tokens, for down what the expert
   // itself makes of a sample of all tokens.
@@ -82,9 +83,9 @@ class CalibratedQuantizer final : public MatrixQuantizer {
   // The gain of the final norm [hidden_size] that brings what the head gets nearest to what it gets
   // in the unquantised model: for each column i the least sum over tokens of
   //   (gain_i r_q,i / rms(r_q) - n_i r_f,i / rms(r_f))^2
-  // with n the checkpoint's gain; n itself while the models do not differ.
+  // with n the checkpoint's gain. Nothing where the models do not differ, or if it is switched off.
   // REQUIRES: every layer is done.
-  absl::StatusOr<std::vector<float>> FinalNorm() const;
+  absl::StatusOr<std::vector<float>> FinalNorm() const override;
   const formats::HostMatrix* source() const override { return source_.k == 0 ? nullptr : &source_; }
 
   const TokenStates& unquantized() const { return *states_[kUnquantized]; }

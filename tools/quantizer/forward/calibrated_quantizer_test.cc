@@ -444,7 +444,7 @@ TEST(CalibratedQuantizer, TheFinalNormBringsTheHeadsInputsNearest) {
     return quantizer;
   };
   const std::vector<float> source = *checkpoint.get().LoadVector(VectorRole::kFinalNorm, 0);
-  EXPECT_EQ(*run(false)->FinalNorm(), source);
+  EXPECT_TRUE(run(false)->FinalNorm()->empty());
 
   const auto quantizer = run(true);
   const std::vector<float> solved = *quantizer->FinalNorm();
