@@ -1,5 +1,7 @@
 #include "tools/quantizer/command_line.h"
 
+#include <fmt/format.h>
+
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <utility>
@@ -74,6 +76,55 @@ void AddScheme(CLI::App* app, SchemeOptions* scheme, formats::KOrder* k_order) {
       ->group(group);
 }
 
+void AddCalibration(CLI::App* app, MethodOptions* method) {
+  const std::string group = "Calibration";
+  CLI::Option* file = app->add_option(
+      "--calibration", method->calibration,
+      "Text that the model is meant for: every matrix is made\nfor the inputs that it "
+      "gets from it, with error feedback.\n*.jsonl: records with \"text\" or \"messages\"; "
+      "any other\nfile: plain text. Without it weights are rounded alone");
+  file->type_name("FILE")->group(group);
+  const auto add_number = [&](const std::string& name, auto* value, auto least, auto most,
+                              const char* type, const std::string& help) {
+    return app->add_option(name, *value, help)
+        ->check(CLI::Range(least, most).description(""))
+        ->capture_default_str()
+        ->needs(file)
+        ->type_name(type)
+        ->group(group);
+  };
+  const auto add_switch = [&](const std::string& name, bool* value, const std::string& help) {
+    app->add_flag(fmt::format("--{0},!--no-{0}", name), *value, help)
+        ->default_str(*value ? "yes" : "no")
+        ->needs(file)
+        ->group(group);
+  };
+  constexpr int64_t kMany = int64_t{1} << 40;
+  CalibrationLimits& limits = method->limits;
+  add_number("--calibration-records", &limits.max_records, int64_t{0}, kMany, "N",
+             "How many records, from the first on; 0: all");
+  add_number("--calibration-tokens", &limits.max_tokens, int64_t{0}, kMany, "N",
+             "How many tokens; 0: as many as 4 GiB of activations hold");
+  add_number("--calibration-sequence", &limits.max_sequence_tokens, int64_t{1}, kMany, "N",
+             "Tokens of a sequence at most");
+  FeedbackEncoderOptions& feedback = method->feedback;
+  add_number("--sweeps", &feedback.feedback.num_sweeps, 0, 1000, "N",
+             "Sweeps over the codes of a matrix after the feedback");
+  add_number("--damping", &feedback.feedback.damping, 0.0, 1e6, "X",
+             "How much weights count that the inputs do not show, of\ntheir mean square");
+  add_switch("asymmetric", &feedback.asymmetric,
+             "Aim at the outputs of the unquantised model, not at\nthose of its weights for the "
+             "inputs of the quantised one");
+  add_number("--ridge", &feedback.target.ridge, kSmallestRidge, 1e6, "X",
+             "How much the aim stays near the weights");
+  add_switch("repair-residual", &feedback.repair_residual,
+             "Matrices that add to the residual make up for what it\nhas lost so far");
+  add_switch("resolve-router", &feedback.resolve_router,
+             "Solve routers anew for the quantised inputs");
+  add_switch("resolve-dense", &feedback.resolve_plain,
+             "The same for dense matrices with --dense bf16");
+}
+
 void AddOperation(CLI::App* app, QuantizeOptions* options) {
   const std::string group = "Operation";
   app->set_help_flag("--help,-h", "Print this help")->group(group);
@@ -110,6 +161,7 @@ QuantizeCommand ParseQuantizeCommand(const std::vector<std::string>& args, int n
   app.get_formatter()->column_width(36);
   AddOperation(&app, &options);
   AddScheme(&app, &options.scheme, &options.method.k_order);
+  AddCalibration(&app, &options.method);
   try {
     std::vector<std::string> reversed(args.rbegin(), args.rend());  // as CLI11 takes a vector
     app.parse(std::move(reversed));

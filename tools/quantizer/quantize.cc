@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "common/exit_code.h"
+#include "common/log.h"
 #include "common/progress.h"
 #include "tools/quantizer/output/convert.h"
 
@@ -92,11 +93,12 @@ QuantizeResult Quantize(const QuantizeOptions& options, const std::atomic<bool>*
   if (!of_method.ok()) return Fail(kExitUsage, of_method.status());
   identity.insert(identity.end(), of_method->begin(), of_method->end());
   kernels::cpu::ThreadPool pool(options.num_threads);
-  const auto quantizer = MakeQuantizer(options.method, *source, *target, &pool);
-  if (!quantizer.ok()) return Fail(kExitUsage, quantizer.status());
+  // The output first: tokenising a long text only to find it taken would be a pity.
   auto output =
       OutputDir::Open(options.output, *plan, std::move(identity), options.overwrite_partial);
   if (!output.ok()) return Fail(kExitOutput, output.status());
+  const auto method = MakeQuantizer(options.method, *source, &pool);
+  if (!method.ok()) return Fail(kExitUsage, method.status());
 
   absl::StatusOr<Totals> totals;
   {
@@ -105,6 +107,9 @@ QuantizeResult Quantize(const QuantizeOptions& options, const std::atomic<bool>*
                        .total = CountMatrices(*plan),
                        .noun = "matrices",
                        .done_before = num_before});
+    // Lines of the log keep out of the bar's way.
+    InitLog("quantize", "info", [&progress](std::string_view line) { progress.Print(line); });
+    if (!method->note.empty()) progress.Print(method->note);
     if (num_before > 0) {
       progress.Print(fmt::format("{}: going on after {} of {} matrices", output->partial().string(),
                                  num_before, CountMatrices(*plan)));
@@ -113,11 +118,12 @@ QuantizeResult Quantize(const QuantizeOptions& options, const std::atomic<bool>*
                       .target = &*target,
                       .plan = &*plan,
                       .k_order = options.method.k_order,
-                      .quantizer = quantizer->get(),
+                      .quantizer = method->quantizer.get(),
                       .pool = &pool,
                       .output = &*output,
                       .progress = &progress,
                       .stop = stop});
+    InitLog("quantize", "warning");
   }
   if (!totals.ok()) {
     const bool is_source = totals.status().code() == absl::StatusCode::kDataLoss ||

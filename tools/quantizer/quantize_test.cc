@@ -55,6 +55,31 @@ TEST(QuantizeCommand, EveryOptionIsTaken) {
   EXPECT_TRUE(command.options.overwrite_partial);
 }
 
+TEST(QuantizeCommand, CalibrationTakesItsOptions) {
+  const QuantizeCommand command =
+      Parse({"--calibration=c.jsonl", "--calibration-records=9", "--calibration-tokens=1000",
+             "--calibration-sequence=64", "--sweeps=1", "--damping=0.1", "--ridge=0.2",
+             "--no-asymmetric", "--repair-residual", "--no-resolve-router", "--no-resolve-dense"});
+  ASSERT_TRUE(command.run) << command.error;
+  const MethodOptions& method = command.options.method;
+  EXPECT_EQ(method.calibration, "c.jsonl");
+  EXPECT_EQ(method.limits.max_records, 9);
+  EXPECT_EQ(method.limits.max_tokens, 1000);
+  EXPECT_EQ(method.limits.max_sequence_tokens, 64);
+  EXPECT_EQ(method.feedback.feedback.num_sweeps, 1);
+  EXPECT_EQ(method.feedback.feedback.damping, 0.1);
+  EXPECT_EQ(method.feedback.target.ridge, 0.2);
+  EXPECT_FALSE(method.feedback.asymmetric);
+  EXPECT_TRUE(method.feedback.repair_residual);
+  EXPECT_FALSE(method.feedback.resolve_router);
+  EXPECT_FALSE(method.feedback.resolve_plain);
+}
+
+TEST(QuantizeCommand, TokensByDefaultFitFourGib) {
+  EXPECT_EQ(DefaultCalibrationTokens(*LoadModelConfig("models/shapes/ernie-4.5-300b-a47b-wint2")),
+            32768);
+}
+
 struct BadArguments {
   const char* name;
   std::vector<std::string> args;
@@ -77,6 +102,8 @@ INSTANTIATE_TEST_SUITE_P(
         BadArguments{"Dense", {"--dense", "fp8"}, "--dense: fp8 not in {wint8,bf16}"},
         BadArguments{"NoThreads", {"--threads=0"}, "--threads: Value 0 not in range 1 to 1024"},
         BadArguments{"NoShard", {"--max-shard-gib=0"}, "--max-shard-gib: Value 0"},
+        BadArguments{"SweepsWithoutText", {"--sweeps=2"}, "--sweeps requires --calibration"},
+        BadArguments{"NoRidge", {"--calibration=c", "--ridge=0"}, "--ridge: Value 0 not in range"},
         BadArguments{"Unknown", {"--frob"}, "--frob"},
         BadArguments{"NoNumber", {"--wint4-layers=x"}, "--wint4-layers"}),
     [](const auto& info) { return info.param.name; });
@@ -158,6 +185,62 @@ TEST_F(QuantizeModel, ARunGoesOnWithOptionsThatMeanTheSameAndNoOthers) {
     EXPECT_THAT(refused.error, HasSubstr("was begun by another run"));
   }
   EXPECT_EQ(Run({"--wint4-end-layer=1", "--threads=1"}).exit_code, kExitOk);
+}
+
+// The text, byte for byte, and what is taken of it.
+class QuantizeTiny : public ::testing::Test {
+ protected:
+  QuantizeResult Run(std::vector<std::string> args, const std::string& output = "out") {
+    args.insert(args.end(),
+                {"--model=tests/data/tiny-bf16", "--scheme=wint4",
+                 "--output=" + (dir_.path() / output).string(), "--calibration=" + Text()});
+    const QuantizeCommand command = ParseQuantizeCommand(args, 2);
+    EXPECT_TRUE(command.run) << command.error;
+    return Quantize(command.options, &stop_);
+  }
+  std::string Text() const { return (dir_.path() / "text.jsonl").string(); }
+  void WriteText(const std::string& first) {
+    wintserve::testing::WriteFile(
+        Text(), "{\"text\": \"" + first +
+                    "\"}\n{\"messages\": [{\"role\": \"user\", \"content\": \"静夜思\"}, "
+                    "{\"role\": \"assistant\", \"content\": \"床前明月光\"}]}\n");
+  }
+
+  const TempDir dir_;
+  std::atomic<bool> stop_ = false;
+};
+
+TEST_F(QuantizeTiny, CalibrationMakesOtherWeightsAndTheSameOnesTwice) {
+  WriteText("春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。");
+  ASSERT_EQ(Run({}, "first").error, "");
+  ASSERT_EQ(Run({"--threads=1"}, "second").error, "");
+  EXPECT_EQ(FilesOf(dir_.path() / "first"), FilesOf(dir_.path() / "second"));
+  ASSERT_EQ(Run({"--calibration-records=1"}, "other").error, "");
+  EXPECT_NE(FilesOf(dir_.path() / "first"), FilesOf(dir_.path() / "other"));
+}
+
+TEST_F(QuantizeTiny, ARunGoesOnWithTheSameTextOnly) {
+  WriteText("春眠不觉晓");
+  ASSERT_EQ(Run({}, "whole").error, "");
+  stop_ = true;
+  EXPECT_TRUE(Run({}).stopped);
+  stop_ = false;
+  WriteText("春眠不觉暁");
+  EXPECT_THAT(Run({}).error, HasSubstr("the calibration file's digest was "));
+  WriteText("春眠不觉晓");
+  EXPECT_THAT(Run({"--sweeps=3"}).error, HasSubstr("--sweeps was 4 and is 3"));
+  EXPECT_EQ(Run({}).error, "");
+  EXPECT_EQ(FilesOf(dir_.path() / "whole"), FilesOf(dir_.path() / "out"));
+}
+
+TEST_F(QuantizeTiny, ATextThatCannotBeReadIsNamed) {
+  const QuantizeResult missing = Run({});
+  EXPECT_EQ(missing.exit_code, kExitUsage);
+  EXPECT_THAT(missing.error, HasSubstr(Text()));
+  wintserve::testing::WriteFile(Text(), "{}\n");
+  const QuantizeResult empty = Run({});
+  EXPECT_EQ(empty.exit_code, kExitUsage);
+  EXPECT_THAT(empty.error, HasSubstr(Text() + ":1"));
 }
 
 TEST_F(QuantizeModel, AnotherModelIsNotMistakenForTheOneThatWasBegun) {

@@ -1,8 +1,7 @@
 #include "tools/quantizer/forward/calibrated_quantizer.h"
 
 #include <algorithm>
-#include <cmath>
-#include <numeric>
+#include <iterator>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -13,6 +12,7 @@
 #include "fmt/format.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/packed_matrix.h"
+#include "kernels/cpu/row_ops.h"
 #include "tools/quantizer/forward/moment_sums.h"
 
 namespace wintserve::quantizer {
@@ -21,6 +21,8 @@ namespace {
 using formats::HostMatrix;
 using kernels::ConstRows;
 using kernels::Rows;
+using kernels::WeightMatrix;
+using kernels::cpu::AccumulateScaled;
 
 // Attention takes whole sequences at once; more tokens in a batch would only cost memory.
 constexpr int64_t kBatchTokens = 4096;
@@ -118,6 +120,37 @@ absl::Status CalibratedQuantizer::Replay(const MatrixRef& ref, HostMatrix done) 
   return Advance(ref, done);
 }
 
+absl::StatusOr<std::vector<float>> CalibratedQuantizer::FinalNorm() const {
+  CHECK(std::ssize(drift_) == config_.num_layers);
+  if (!models_differ_ || !options_.solve_final_norm) return std::vector<float>();
+  ASSIGN_OR_RETURN(std::vector<float> gain, checkpoint_.LoadVector(VectorRole::kFinalNorm, 0));
+  const std::vector<float> ones(gain.size(), 1.0f);
+  RowBuffer normed[2];
+  for (RowBuffer& buffer : normed) {
+    ASSIGN_OR_RETURN(
+        buffer, RowBuffer::Allocate(backend_.get(), TokenStates::kChunkRows, config_.hidden_size));
+  }
+  std::vector<double> product(gain.size());
+  std::vector<double> square(gain.size());
+  for (int64_t first = 0; first < batches_.num_tokens(); first += TokenStates::kChunkRows) {
+    const int64_t count = std::min(TokenStates::kChunkRows, batches_.num_tokens() - first);
+    states_[kUnquantized]->Normalize(first, count, gain.data(), normed[kUnquantized].rows());
+    states_[kQuantized]->Normalize(first, count, ones.data(), normed[kQuantized].rows());
+    for (int64_t r = 0; r < count; ++r) {
+      const float* y = normed[kUnquantized].From(r).data;
+      const float* z = normed[kQuantized].From(r).data;
+      for (size_t c = 0; c < gain.size(); ++c) {
+        product[c] += double{z[c]} * y[c];
+        square[c] += double{z[c]} * z[c];
+      }
+    }
+  }
+  for (size_t c = 0; c < gain.size(); ++c) {
+    if (square[c] > 0) gain[c] = static_cast<float>(product[c] / square[c]);
+  }
+  return gain;
+}
+
 absl::Status CalibratedQuantizer::Begin(const MatrixRef& ref) {
   CHECK(num_done_ < refs_.size());
   const MatrixRef& next = refs_[num_done_];
@@ -202,17 +235,15 @@ absl::StatusOr<Moments> CalibratedQuantizer::PriorMoments(const MatrixRef& ref,
   // So many tokens as there are inputs, evenly spread.
   const int64_t num_samples = std::min(batches_.num_tokens(), source_.k);
   MlpStep sample;
-  TokenRows& rows = sample.rows[kQuantized];
   for (int64_t i = 0; i < num_samples; ++i) {
-    rows.tokens.push_back(static_cast<int32_t>(i * batches_.num_tokens() / num_samples));
-    rows.gates.push_back(1.0f);
+    sample.rows.tokens.push_back(static_cast<int32_t>(i * batches_.num_tokens() / num_samples));
+    sample.rows.gates.push_back(1.0f);
   }
-  for (const Which which : {kUnquantized, kQuantized}) {
-    ASSIGN_OR_RETURN(sample.activations[which],
-                     states_[which]->Activate(gain_.data(), rows.tokens, gate_up_.of(which)));
+  for (const Which which : kBoth) {
+    ASSIGN_OR_RETURN(
+        sample.activations[which],
+        states_[which]->Activate(gain_.data(), sample.rows.tokens, gate_up_.of(which)));
   }
-  sample.counterparts.resize(num_samples);
-  std::iota(sample.counterparts.begin(), sample.counterparts.end(), 0);
   return DownMoments(sample, prior_needs);
 }
 
@@ -242,17 +273,9 @@ absl::StatusOr<Moments> CalibratedQuantizer::NormedMoments(const TokenRows& rows
 
 absl::StatusOr<Moments> CalibratedQuantizer::DownMoments(const MlpStep& step,
                                                          const MomentNeeds& needs) {
-  ASSIGN_OR_RETURN(const RowBuffer gathered,
-                   RowBuffer::Allocate(backend_.get(), TokenStates::kChunkRows, source_.k));
-  return Gather(
-      step.rows[kQuantized], source_.k, needs, [&](Which which, int64_t first, int64_t count) {
-        if (which == kQuantized) return ConstRows(step.activations[which].From(first));
-        for (int64_t i = 0; i < count; ++i) {
-          const float* row = step.activations[which].From(step.counterparts[first + i]).data;
-          std::copy(row, row + source_.k, gathered.From(i).data);
-        }
-        return ConstRows(gathered.rows());
-      });
+  return Gather(step.rows, source_.k, needs, [&](Which which, int64_t first, int64_t /*count*/) {
+    return ConstRows(step.activations[which].From(first));
+  });
 }
 
 absl::StatusOr<Moments> CalibratedQuantizer::Gather(const TokenRows& rows, int64_t k,
@@ -285,15 +308,16 @@ void CalibratedQuantizer::FillRepairs(const TokenRows& rows, int64_t first, int6
     const int32_t token = rows.tokens[first + i];
     const float gate = rows.gates[first + i];
     float* d = out.row(i);
-    std::fill(d, d + columns, 0.0f);
-    if (gate == 0) return;  // weighs nothing
-    const auto add_difference = [&](ConstRows x_f, ConstRows x_q) {
-      if (x_f.data == nullptr) return;
-      for (int64_t c = 0; c < columns; ++c) d[c] += x_f.row(token)[c] - x_q.row(token)[c];
-    };
-    add_difference(states_[kUnquantized]->residual(), states_[kQuantized]->residual());
-    add_difference(states_[kUnquantized]->mlp_sum(), states_[kQuantized]->mlp_sum());
-    for (int64_t c = 0; c < columns; ++c) d[c] /= gate;
+    if (gate == 0) {  // weighs nothing
+      std::fill(d, d + columns, 0.0f);
+    } else if (shortfall_.is_empty()) {
+      const float* x_f = states_[kUnquantized]->residual().row(token);
+      const float* x_q = states_[kQuantized]->residual().row(token);
+      for (int64_t c = 0; c < columns; ++c) d[c] = (x_f[c] - x_q[c]) / gate;
+    } else {
+      const float* shortfall = shortfall_.From(token).data;
+      for (int64_t c = 0; c < columns; ++c) d[c] = shortfall[c] / gate;
+    }
   });
 }
 
@@ -303,29 +327,26 @@ absl::Status CalibratedQuantizer::Advance(const MatrixRef& ref, const HostMatrix
   ASSIGN_OR_RETURN(Packed packed, Pack(ref, made));
   switch (ref.role) {
     case MatrixRole::kEmbedding:
-      for (const Which which : {kUnquantized, kQuantized}) states_[which]->Embed(packed.of(which));
+      for (const Which which : kBoth) states_[which]->Embed(packed.of(which));
       return absl::OkStatus();
     case MatrixRole::kQkv:
-      for (const Which which : {kUnquantized, kQuantized}) {
+      for (const Which which : kBoth) {
         RETURN_IF_ERROR(states_[which]->Attend(gain_.data(), packed.of(which)));
       }
       return absl::OkStatus();
     case MatrixRole::kOutput:
-      for (const Which which : {kUnquantized, kQuantized}) {
+      for (const Which which : kBoth) {
         RETURN_IF_ERROR(states_[which]->AddAttentionOutput(packed.of(which)));
       }
       return absl::OkStatus();
     case MatrixRole::kRouter:
-      for (const Which which : {kUnquantized, kQuantized}) {
+      for (const Which which : kBoth) {
         RETURN_IF_ERROR(states_[which]->Route(
             gain_.data(), packed.of(which), router_bias_.empty() ? nullptr : router_bias_.data()));
       }
-      return absl::OkStatus();
-    case MatrixRole::kGateUp: {
-      ASSIGN_OR_RETURN(mlp_, StartMlp(ref, packed));
-      gate_up_ = std::move(packed);
-      return absl::OkStatus();
-    }
+      return BeginExperts(ref.layer);
+    case MatrixRole::kGateUp:
+      return StartMlp(ref, std::move(packed));
     case MatrixRole::kDown:
       return FinishMlp(ref, packed);
     case MatrixRole::kHead:
@@ -347,44 +368,86 @@ absl::StatusOr<CalibratedQuantizer::Packed> CalibratedQuantizer::Pack(const Matr
   return packed;
 }
 
-absl::StatusOr<CalibratedQuantizer::MlpStep> CalibratedQuantizer::StartMlp(const MatrixRef& ref,
-                                                                           const Packed& gate_up) {
-  MlpStep step;
-  if (IsRouted(ref)) {
-    for (const Which which : {kUnquantized, kQuantized}) {
-      step.rows[which] = states_[which]->RoutedTo(ref.expert);
-    }
-  } else {
-    step.rows[kQuantized] = step.rows[kUnquantized] = AllTokens(batches_.num_tokens());
+absl::Status CalibratedQuantizer::BeginExperts(int layer) {
+  const int64_t columns = config_.hidden_size;
+  ASSIGN_OR_RETURN(shortfall_, RowBuffer::Allocate(backend_.get(), batches_.num_tokens(), columns));
+  pool_->Run(batches_.num_tokens(), batches_.num_tokens() * columns, [&](int64_t t, int) {
+    const float* x_f = states_[kUnquantized]->residual().row(t);
+    const float* x_q = states_[kQuantized]->residual().row(t);
+    float* shortfall = shortfall_.From(t).data;
+    for (int64_t c = 0; c < columns; ++c) shortfall[c] = x_f[c] - x_q[c];
+  });
+  for (int expert = 0; expert < config_.num_experts; ++expert) {
+    RETURN_IF_ERROR(ForeseeExpert(layer, expert));
   }
-  // The unquantised model computes the expert also for tokens that only the other sends there.
-  const std::vector<int32_t>& own = step.rows[kUnquantized].tokens;
-  const std::vector<int32_t>& other = step.rows[kQuantized].tokens;
-  std::vector<int32_t> inputs;
-  std::set_union(own.begin(), own.end(), other.begin(), other.end(), std::back_inserter(inputs));
-  const auto places = [&](const std::vector<int32_t>& tokens) {
-    std::vector<int32_t> found(tokens.size());
-    for (size_t i = 0, at = 0; i < tokens.size(); ++i) {
-      while (inputs[at] != tokens[i]) ++at;
-      found[i] = static_cast<int32_t>(at);
+  return absl::OkStatus();
+}
+
+// The unquantised model passes its experts here, all at once. For the tokens that only the other
+// sends to an expert it computes that as well.
+absl::Status CalibratedQuantizer::ForeseeExpert(int layer, int expert) {
+  const TokenRows rows[2] = {states_[kUnquantized]->RoutedTo(expert),
+                             states_[kQuantized]->RoutedTo(expert)};
+  std::vector<int32_t> tokens;
+  std::set_union(rows[0].tokens.begin(), rows[0].tokens.end(), rows[1].tokens.begin(),
+                 rows[1].tokens.end(), std::back_inserter(tokens));
+  std::vector<float> gates[2];
+  for (const Which which : kBoth) {
+    size_t next = 0;
+    for (const int32_t token : tokens) {
+      const bool is_routed = next < rows[which].tokens.size() && rows[which].tokens[next] == token;
+      gates[which].push_back(is_routed ? rows[which].gates[next++] : 0);
     }
-    return found;
+  }
+  const auto load = [&](MatrixRole role) -> absl::StatusOr<std::unique_ptr<WeightMatrix>> {
+    ASSIGN_OR_RETURN(const HostMatrix host, checkpoint_.LoadMatrix({role, layer, expert}, 0, 1));
+    return backend_->Pack(host, kernels::MatrixUse::kLinear);
   };
-  step.places[kUnquantized] = places(own);
-  step.counterparts = places(other);
-  step.places[kQuantized].resize(other.size());
-  std::iota(step.places[kQuantized].begin(), step.places[kQuantized].end(), 0);
-  ASSIGN_OR_RETURN(step.activations[kUnquantized],
-                   states_[kUnquantized]->Activate(gain_.data(), inputs, gate_up.of(kUnquantized)));
-  ASSIGN_OR_RETURN(step.activations[kQuantized],
-                   states_[kQuantized]->Activate(gain_.data(), other, gate_up.of(kQuantized)));
-  return step;
+  ASSIGN_OR_RETURN(const std::unique_ptr<WeightMatrix> gate_up, load(MatrixRole::kGateUp));
+  ASSIGN_OR_RETURN(const std::unique_ptr<WeightMatrix> down, load(MatrixRole::kDown));
+  ASSIGN_OR_RETURN(const RowBuffer activations,
+                   states_[kUnquantized]->Activate(gain_.data(), tokens, *gate_up));
+  return states_[kUnquantized]->MultiplyDown(
+      activations.rows(), std::ssize(tokens), *down, [&](int64_t i, const float* y) {
+        const float gate_f = gates[kUnquantized][i];
+        if (gate_f != 0) {
+          AccumulateScaled(gate_f, y, config_.hidden_size,
+                           states_[kUnquantized]->MlpOutput(tokens[i]));
+        }
+        AccumulateScaled(gate_f - gates[kQuantized][i], y, config_.hidden_size,
+                         shortfall_.From(tokens[i]).data);
+      });
+}
+
+absl::Status CalibratedQuantizer::StartMlp(const MatrixRef& ref, Packed gate_up) {
+  mlp_.rows =
+      IsRouted(ref) ? states_[kQuantized]->RoutedTo(ref.expert) : AllTokens(batches_.num_tokens());
+  for (const Which which : kBoth) {
+    ASSIGN_OR_RETURN(mlp_.activations[which],
+                     states_[which]->Activate(gain_.data(), mlp_.rows.tokens, gate_up.of(which)));
+  }
+  gate_up_ = std::move(gate_up);
+  return absl::OkStatus();
 }
 
 absl::Status CalibratedQuantizer::FinishMlp(const MatrixRef& ref, const Packed& down) {
-  for (const Which which : {kUnquantized, kQuantized}) {
-    RETURN_IF_ERROR(states_[which]->AddDown(mlp_.rows[which], mlp_.activations[which].rows(),
-                                            mlp_.places[which], down.of(which)));
+  // Between equal models it stays 0; what both add would leave a rounding error.
+  const bool falls_short = !shortfall_.is_empty() && models_differ_;
+  for (const Which which : kBoth) {
+    // BeginExperts has added the experts of the unquantised model.
+    const bool is_added = which == kUnquantized && IsRouted(ref);
+    const float sign = which == kUnquantized ? 1.0f : -1.0f;
+    RETURN_IF_ERROR(states_[which]->MultiplyDown(
+        mlp_.activations[which].rows(), mlp_.rows.size(), down.of(which),
+        [&](int64_t i, const float* y) {
+          const int32_t token = mlp_.rows.tokens[i];
+          const float gate = mlp_.rows.gates[i];
+          if (!is_added) {
+            AccumulateScaled(gate, y, config_.hidden_size, states_[which]->MlpOutput(token));
+          }
+          if (!falls_short) return;
+          AccumulateScaled(sign * gate, y, config_.hidden_size, shortfall_.From(token).data);
+        }));
   }
   mlp_ = {};
   gate_up_ = {};
@@ -396,7 +459,8 @@ absl::Status CalibratedQuantizer::FinishMlp(const MatrixRef& ref, const Packed& 
 absl::Status CalibratedQuantizer::FinishLayer(int layer) {
   all_tokens_ = nullptr;
   if (config_.IsMoeLayer(layer)) {
-    for (const Which which : {kUnquantized, kQuantized}) states_[which]->FinishMlp();
+    for (const Which which : kBoth) states_[which]->FinishMlp();
+    shortfall_ = {};
   }
   double error = 0;
   double square = 0;

@@ -21,6 +21,7 @@
 namespace wintserve::quantizer {
 
 struct CalibrationOptions {
+  bool solve_final_norm = true;
   // An expert with fewer than `poor_rows` rows for each of its inputs counts `prior_rows` average
   // rows of its layer for each besides: for gate-up those of all tokens, for down what the expert
   // itself makes of a sample of all tokens.
@@ -43,17 +44,26 @@ struct LayerDrift {
 // times that of the expert. Next to them go the inputs that the unquantised model has for the same
 // tokens, be they routed to the expert there or not.
 //
+// What repairs the residual (Moments::cross_output) is, for the matrices of attention and of a
+// dense MLP, the difference of the residuals r_f - r_q that they add to. The experts of a layer are
+// made one after another, so each also makes up for what routing and the experts before it have
+// changed:
+//   d = (r_f + sum over experts, as the unquantised model routes, of g_f e(x_f)
+//        - r_q - sum over experts done, as the quantised model routes, of g_q e_q(x_q)
+//        - sum over experts to come, as the quantised model routes, of g_q e(x_f)) / g_q
+// with e the unquantised expert and e_q what became of it.
+//
 // Memory, besides one matrix at a time as read, as made and as packed for both models, T tokens, H
 // hidden size, A = heads * head_dim, M width of an MLP, R rows of an expert:
 //   8 T H            residuals of both
 //   8 T A            between qkv and output, attention of both
-//   8 T H            in MoE layers, the sums of the experts
+//   12 T H           in MoE layers, the sums of the experts of both, and what is to be made up for
 //   8 R M            what both models feed to the down matrix (R = T for dense and shared MLPs)
 //   8 k^2            hessian and cross of the matrix (4 k n more with cross_output), and whatever
 //                    the encoder needs
 //   8 H^2            in MoE layers, the same over all tokens, for the router and poor experts
-// For T = 16,384 tokens, H = A = 8192, M = 3584 and 64 experts of which a token takes 8: 1 + 1 GiB
-// of residuals and sums, 0.06 GiB (R = T / 8) to 0.5 GiB of an expert's activations, 1 GiB of
+// For T = 16,384 tokens, H = A = 8192, M = 3584 and 64 experts of which a token takes 8: 1 + 1.5
+// GiB of residuals and sums, 0.06 GiB (R = T / 8) to 0.5 GiB of an expert's activations, 1 GiB of
 // moments, 1 GiB of gate-up matrices as bf16, float32 and packed, and the encoder's 1.5 GiB.
 //
 // Log: after each layer its LayerDrift.
@@ -70,6 +80,12 @@ class CalibratedQuantizer final : public MatrixQuantizer {
 
   absl::StatusOr<formats::HostMatrix> Next(const MatrixRef& ref, StoredFormat format) override;
   absl::Status Replay(const MatrixRef& ref, formats::HostMatrix done) override;
+  // The gain of the final norm [hidden_size] that brings what the head gets nearest to what it gets
+  // in the unquantised model: for each column i the least sum over tokens of
+  //   (gain_i r_q,i / rms(r_q) - n_i r_f,i / rms(r_f))^2
+  // with n the checkpoint's gain. Nothing where the models do not differ, or if it is switched off.
+  // REQUIRES: every layer is done.
+  absl::StatusOr<std::vector<float>> FinalNorm() const override;
   const formats::HostMatrix* source() const override { return source_.k == 0 ? nullptr : &source_; }
 
   const TokenStates& unquantized() const { return *states_[kUnquantized]; }
@@ -79,14 +95,12 @@ class CalibratedQuantizer final : public MatrixQuantizer {
 
  private:
   enum Which { kUnquantized, kQuantized };
+  static constexpr Which kBoth[] = {kUnquantized, kQuantized};
 
-  // One MLP between its gate-up and its down matrix, by model.
+  // One MLP between its gate-up and its down matrix.
   struct MlpStep {
-    TokenRows rows[2];               // that each model sends through it
-    RowBuffer activations[2];        // [rows or more, width]
-    std::vector<int32_t> places[2];  // of `rows` in `activations`
-    // Of the quantised model's rows in the unquantised model's activations.
-    std::vector<int32_t> counterparts;
+    TokenRows rows;            // that the quantised model sends through it
+    RowBuffer activations[2];  // [rows, width] in each model
   };
 
   // A matrix in the form of the backend for each model; both the same where it is unchanged.
@@ -118,12 +132,15 @@ class CalibratedQuantizer final : public MatrixQuantizer {
   absl::StatusOr<const Moments*> AllTokensMoments(const MomentNeeds& needs);
   absl::StatusOr<Moments> Gather(const TokenRows& rows, int64_t k, const MomentNeeds& needs,
                                  InputRows inputs);
-  // d of cross_output for rows `first` … of `rows`.
+  // d of cross_output for `count` of `rows` from `first` on.
   void FillRepairs(const TokenRows& rows, int64_t first, int64_t count, kernels::Rows out) const;
 
   absl::Status Advance(const MatrixRef& ref, const formats::HostMatrix& made);
   absl::StatusOr<Packed> Pack(const MatrixRef& ref, const formats::HostMatrix& made);
-  absl::StatusOr<MlpStep> StartMlp(const MatrixRef& ref, const Packed& gate_up);
+  // Once both models have routed.
+  absl::Status BeginExperts(int layer);
+  absl::Status ForeseeExpert(int layer, int expert);
+  absl::Status StartMlp(const MatrixRef& ref, Packed gate_up);
   absl::Status FinishMlp(const MatrixRef& ref, const Packed& down);
   absl::Status FinishLayer(int layer);
 
@@ -144,7 +161,10 @@ class CalibratedQuantizer final : public MatrixQuantizer {
   std::vector<float> gain_;              // of the norm before the next matrix
   std::vector<float> router_bias_;       // empty: none
   std::unique_ptr<Moments> all_tokens_;  // of this layer's MLP inputs
-  Packed gate_up_;                       // of the MLP whose down matrix is next, for its priors
+  // In a MoE layer, by token: how far its output will be from that of the unquantised model if the
+  // experts that are still to come give for each of their tokens what they give there.
+  RowBuffer shortfall_;
+  Packed gate_up_;  // of the MLP whose down matrix is next
   MlpStep mlp_;
   std::vector<LayerDrift> drift_;
 };

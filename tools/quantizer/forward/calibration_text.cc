@@ -71,6 +71,16 @@ void Append(const std::vector<int32_t>& ids, TokenSequence* sequence) {
   sequence->insert(sequence->end(), ids.begin(), ids.end());
 }
 
+TokenSequence EncodeDocument(const std::string& text, const Tokenizer& tokenizer) {
+  TokenSequence sequence;
+  if (text.empty()) return sequence;
+  const int32_t begin = tokenizer.IdOf(tokenizer.chat_tokens().cls_token);
+  if (begin >= 0) sequence.push_back(begin);
+  Append(tokenizer.Encode(text), &sequence);
+  sequence.push_back(tokenizer.eos_id());
+  return sequence;
+}
+
 // REQUIRES: every role is known to the template.
 TokenSequence EncodeChat(const std::vector<ChatMessage>& messages, const Tokenizer& tokenizer) {
   const ChatTokens tokens = tokenizer.chat_tokens();
@@ -156,7 +166,7 @@ absl::StatusOr<TokenSequence> EncodeRecord(std::string_view line, const Tokenize
   }
   if (has_text) {
     ASSIGN_OR_RETURN(const std::string text, StringField(record, "text", "text"));
-    return tokenizer.Encode(text);
+    return EncodeDocument(text, tokenizer);
   }
   ASSIGN_OR_RETURN(const std::vector<ChatMessage> messages,
                    ParseMessages(record["messages"], tokenizer.chat_tokens()));

@@ -41,10 +41,12 @@ class CalibrationTextTest : public ::testing::Test {
   wintserve::testing::TempDir dir_;
 };
 
-TEST_F(CalibrationTextTest, ATextIsEncodedAsItIs) {
+TEST_F(CalibrationTextTest, ATextIsADocumentBetweenItsMarkers) {
   const auto text = Load("a.jsonl", "{\"text\": \"床前明月光\\n疑是\", \"source\": 1}\n\n");
   ASSERT_TRUE(text.ok()) << text.status();
-  EXPECT_THAT(text->sequences, ElementsAre(DemoTokenizer().Encode("床前明月光\n疑是")));
+  EXPECT_THAT(text->sequences, ElementsAre(Join({{DemoTokenizer().IdOf("<|begin_of_sentence|>")},
+                                                 DemoTokenizer().Encode("床前明月光\n疑是"),
+                                                 {2}})));
   EXPECT_EQ(text->num_records, 1);
   EXPECT_EQ(text->num_tokens, std::ssize(text->sequences[0]));
 }

@@ -12,7 +12,7 @@ namespace wintserve::quantizer {
 
 struct FeedbackEncoderOptions {
   FeedbackOptions feedback;
-  TargetOptions target;
+  TargetOptions target = {.ridge = 0.1};
   // Quantised matrices aim at the outputs of the unquantised model rather than at those that their
   // own weights would give for the inputs that they get.
   bool asymmetric = true;
@@ -21,7 +21,7 @@ struct FeedbackEncoderOptions {
   bool resolve_plain =
       true;  // attention, dense MLPs and shared experts, where the scheme has them so
   // Matrices that add to the residual make up for what it has lost so far.
-  bool repair_residual = false;
+  bool repair_residual = true;
   // A matrix with more inputs is rounded to nearest: its hessian, several times in memory, would
   // take gigabytes.
   int64_t max_inputs = 16384;

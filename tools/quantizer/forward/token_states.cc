@@ -1,7 +1,6 @@
 #include "tools/quantizer/forward/token_states.h"
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 
 #include "common/check.h"
@@ -155,24 +154,17 @@ absl::StatusOr<RowBuffer> TokenStates::Activate(const float* gain, std::span<con
   return activations;
 }
 
-absl::Status TokenStates::AddDown(const TokenRows& rows, ConstRows activations,
-                                  std::span<const int32_t> places, const WeightMatrix& down) {
-  const int64_t hidden = config_.hidden_size;
-  const int64_t width = down.k();
-  const Rows sum = mlp_sum_.is_empty() ? residual_.rows() : mlp_sum_.rows();
-  const int64_t chunk_rows = std::min(kChunkRows, rows.size());
-  ASSIGN_OR_RETURN(const RowBuffer gathered, RowBuffer::Allocate(backend_, chunk_rows, width));
-  ASSIGN_OR_RETURN(const RowBuffer product, RowBuffer::Allocate(backend_, chunk_rows, hidden));
-  for (int64_t first = 0; first < rows.size(); first += kChunkRows) {
-    const int64_t count = std::min(kChunkRows, rows.size() - first);
-    pool_->Run(count, count * width, [&](int64_t r, int) {
-      std::memcpy(gathered.From(r).data, activations.row(places[first + r]), width * sizeof(float));
-    });
-    backend_->Linear(gathered.rows(), count, down, product.rows());
-    pool_->Run(count, count * hidden, [&](int64_t r, int) {
-      kernels::cpu::AccumulateScaled(rows.gates[first + r], product.From(r).data, hidden,
-                                     sum.row(rows.tokens[first + r]));
-    });
+absl::Status TokenStates::MultiplyDown(
+    ConstRows activations, int64_t num_rows, const WeightMatrix& down,
+    absl::FunctionRef<void(int64_t i, const float* y)> sink) const {
+  ASSIGN_OR_RETURN(
+      const RowBuffer product,
+      RowBuffer::Allocate(backend_, std::min(kChunkRows, num_rows), config_.hidden_size));
+  for (int64_t first = 0; first < num_rows; first += kChunkRows) {
+    const int64_t count = std::min(kChunkRows, num_rows - first);
+    backend_->Linear({activations.row(first), activations.stride}, count, down, product.rows());
+    pool_->Run(count, count * config_.hidden_size,
+               [&](int64_t r, int) { sink(first + r, product.From(r).data); });
   }
   return absl::OkStatus();
 }

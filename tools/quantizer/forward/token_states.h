@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine_worker/config/model_config.h"
@@ -54,11 +55,6 @@ class TokenStates {
   // [tokens, heads * head_dim] between Attend and AddAttentionOutput.
   kernels::ConstRows attended() const { return attended_.rows(); }
 
-  // [tokens, hidden_size] between Route and FinishMlp; else null.
-  kernels::ConstRows mlp_sum() const {
-    return mlp_sum_.is_empty() ? kernels::ConstRows() : kernels::ConstRows(mlp_sum_.rows());
-  }
-
   void Embed(const kernels::WeightMatrix& table);
 
   // out[i, :] = the residual of tokens[i], normalised: the inputs of qkv, router and gate-up.
@@ -79,10 +75,15 @@ class TokenStates {
   // as kLinear, its width a multiple of 32.
   absl::StatusOr<RowBuffer> Activate(const float* gain, std::span<const int32_t> tokens,
                                      const kernels::WeightMatrix& gate_up) const;
-  // Adds gate * activations[places[i], :] * down for the i-th of `rows`: to the sum that FinishMlp
-  // adds to the residual in a MoE layer, else to the residual.
-  absl::Status AddDown(const TokenRows& rows, kernels::ConstRows activations,
-                       std::span<const int32_t> places, const kernels::WeightMatrix& down);
+  // Calls sink(i, y) with y [hidden_size] = activations[i, :] * down for every row, on any thread.
+  absl::Status MultiplyDown(kernels::ConstRows activations, int64_t num_rows,
+                            const kernels::WeightMatrix& down,
+                            absl::FunctionRef<void(int64_t i, const float* y)> sink) const;
+  // What MLPs add to for a token: in a MoE layer the sum that FinishMlp adds to the residual, else
+  // the residual.
+  float* MlpOutput(int32_t token) const {
+    return (mlp_sum_.is_empty() ? residual_ : mlp_sum_).From(token).data;
+  }
   // REQUIRES: Route was called in this layer.
   void FinishMlp();
 

@@ -121,8 +121,13 @@ class Converter {
 
   absl::Status MakeVector(const PlannedStep& step) {
     const VectorRef& ref = std::get<VectorRef>(step.ref);
-    ASSIGN_OR_RETURN(const std::vector<float> values,
-                     c_.source->checkpoint->LoadVector(ref.role, ref.layer));
+    std::vector<float> values;
+    if (ref.role == VectorRole::kFinalNorm) {
+      ASSIGN_OR_RETURN(values, c_.quantizer->FinalNorm());
+    }
+    if (values.empty()) {
+      ASSIGN_OR_RETURN(values, c_.source->checkpoint->LoadVector(ref.role, ref.layer));
+    }
     RETURN_IF_ERROR(EmitVector(step, values, Sink()));
     return absl::OkStatus();
   }
