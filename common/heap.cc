@@ -6,6 +6,8 @@ namespace wintserve {
 
 void ReturnFreeMemory() { ::malloc_trim(/*pad=*/0); }
 
+void ReturnLargePiecesAtOnce() { ::mallopt(M_MMAP_THRESHOLD, 1 << 20); }
+
 HeapTrimmer::HeapTrimmer(std::chrono::milliseconds period)
     : period_(period), thread_([this] { Run(); }) {}
 

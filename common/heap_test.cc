@@ -56,6 +56,32 @@ TEST(HeapTrimmer, GivesTheMemoryOfABurstBack) {
   EXPECT_LE(AnonymousKib() - before, kBurstKib / 8);
 }
 
+// Piece after piece of one size, a thread each, with small ones in between that stay.
+int64_t KibKeptOfLargePieces() {
+  constexpr int kThreads = 8;
+  const int64_t before = AnonymousKib();
+  std::vector<std::thread> threads;
+  std::vector<std::unique_ptr<std::string>> small(kThreads);
+  for (int i = 0; i < kThreads; ++i) {
+    threads.emplace_back([&small, i] {
+      for (int round = 0; round < 3; ++round) {
+        const std::string large(8 << 20, 'x');
+        small[i] = std::make_unique<std::string>(4 << 10, large[round]);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return AnonymousKib() - before;
+}
+
+TEST(LargePieces, GoBackAtOnceWhereTheHeapWouldKeepThem) {
+  if (!kHeapIsGlibcs) GTEST_SKIP() << "a sanitizer has a heap of its own";
+  ASSERT_GT(KibKeptOfLargePieces(), 8 << 10) << "the heap has kept nothing: a test of nothing";
+  ReturnFreeMemory();
+  ReturnLargePiecesAtOnce();
+  EXPECT_LT(KibKeptOfLargePieces(), 2 << 10);
+}
+
 TEST(HeapTrimmer, EndsAtOnce) {
   const auto begin = std::chrono::steady_clock::now();
   { const HeapTrimmer trimmer(std::chrono::hours(1)); }

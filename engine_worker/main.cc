@@ -15,6 +15,7 @@
 #include "cache_manager/client/pool_memory_client.h"
 #include "common/config/instance.h"
 #include "common/exit_code.h"
+#include "common/heap.h"
 #include "common/log.h"
 #include "common/status_macros.h"
 #include "common/transport/queue_transport.h"
@@ -121,6 +122,7 @@ absl::StatusOr<LoadedModel> LoadWatched(const Instance& instance, RankGroup* gro
 int RunEngineWorker(const Instance& instance, StopSignal& stop) {
   InitLog(fmt::format("engine_worker.{}", instance.rank), instance.options.log_level);
   InitGrpcLog();
+  ReturnLargePiecesAtOnce();  // while it loads, the worker unpacks one matrix after the other
   RankGroup group(instance.rank, instance.options.tensor_parallel_size);
   absl::StatusOr<LoadedModel> loaded = LoadWatched(instance, &group);
   if (!loaded.ok()) {

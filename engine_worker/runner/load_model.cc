@@ -13,6 +13,7 @@
 #include "common/check.h"
 #include "common/heap.h"
 #include "common/log.h"
+#include "common/progress.h"
 #include "common/status_macros.h"
 #include "engine_worker/config/model_config.h"
 #include "engine_worker/model/ernie45.h"
@@ -209,15 +210,35 @@ struct OpenedWeights {
   std::string origin;  // for the log
 };
 
+// Lines in the log, which reach a console through the launcher: a bar would be taken for lines. The
+// ranks have the same to do, so that one of them tells for all.
+std::unique_ptr<Progress> TellOfLoading(const ModelConfig& config, const Checkpoint& checkpoint,
+                                        const Collective& group) {
+  if (group.rank() != 0) return nullptr;
+  int64_t total = 0;
+  for (const MatrixRef& ref : AllMatrices(config)) {
+    total += checkpoint.BytesOf(ref, group.rank(), group.world_size()).on_disk;
+  }
+  return std::make_unique<Progress>(ProgressOptions{
+      .label = group.world_size() == 1 ? "loading"
+                                       : fmt::format("loading, rank 0 of {}", group.world_size()),
+      .total = total,
+      .write_line = [](std::string_view line) { LOG_INFO("{}", line); }});
+}
+
 // Says so when a tensor is there.
 class ReportingSource final : public WeightSource {
  public:
-  ReportingSource(std::unique_ptr<WeightSource> source, std::function<void()> on_progress)
-      : source_(std::move(source)), on_progress_(std::move(on_progress)) {}
+  ReportingSource(std::unique_ptr<WeightSource> source, std::function<void()> on_progress,
+                  std::function<void(const MatrixRef&)> on_matrix)
+      : source_(std::move(source)),
+        on_progress_(std::move(on_progress)),
+        on_matrix_(std::move(on_matrix)) {}
 
   absl::StatusOr<std::unique_ptr<kernels::WeightMatrix>> NextMatrix(const MatrixRef& ref) override {
     auto matrix = source_->NextMatrix(ref);
     on_progress_();
+    on_matrix_(ref);
     return matrix;
   }
   absl::StatusOr<std::vector<float>> LoadVector(VectorRole role, int layer) const override {
@@ -231,6 +252,7 @@ class ReportingSource final : public WeightSource {
  private:
   const std::unique_ptr<WeightSource> source_;
   const std::function<void()> on_progress_;
+  const std::function<void(const MatrixRef&)> on_matrix_;
 };
 
 absl::StatusOr<OpenedWeights> OpenWeights(const ServeOptions& options, const ModelConfig& config,
@@ -257,10 +279,19 @@ absl::StatusOr<std::unique_ptr<Model>> LoadWeights(const ServeOptions& options,
   const auto begin = std::chrono::steady_clock::now();
   ASSIGN_OR_RETURN(OpenedWeights opened, OpenWeights(options, config, backend, *group));
   on_progress();
-  ReportingSource source(std::move(opened.source), on_progress);
+  std::unique_ptr<Progress> told;
+  if (opened.checkpoint != nullptr) told = TellOfLoading(config, *opened.checkpoint, *group);
+  ReportingSource source(std::move(opened.source), on_progress, [&](const MatrixRef& ref) {
+    if (told == nullptr) return;
+    told->Add(opened.checkpoint->BytesOf(ref, group->rank(), group->world_size()).on_disk);
+    if (ref.role != MatrixRole::kEmbedding && ref.role != MatrixRole::kHead) {
+      told->SetNote(fmt::format("layer {} of {}", ref.layer, config.num_layers));
+    }
+  });
   ASSIGN_OR_RETURN(std::unique_ptr<Model> model,
                    LoadErnie45(config, &source, backend, group->world_size() == 1 ? nullptr : group,
                                ModelOptionsOf(options)));
+  told.reset();
   RETURN_IF_ERROR(backend->Record()->Wait());  // dummy weights are made behind the host's back
   LOG_INFO("loaded {} in {:.1f} s: {} layers, {}, {}", options.model,
            std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(),

@@ -88,6 +88,7 @@ TEST_P(LoadingMemory, IsOneLayerAboveWhatStays) {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   GTEST_SKIP() << "a sanitizer keeps memory of its own";
 #endif
+  ReturnLargePiecesAtOnce();  // as a worker does
   const ModelConfig config = BigLayers(GetParam().experts);
   const testing::TempDir dir;
   testing::WriteSparseSafetensors(dir.path() / "model.safetensors", ShapesOf(config));

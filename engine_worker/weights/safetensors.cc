@@ -39,6 +39,43 @@ constexpr TypeInfo kTypes[] = {
 
 const TypeInfo& InfoOf(TensorType type) { return kTypes[static_cast<size_t>(type)]; }
 
+// Looks for a name that the outermost object has twice. Not by the callback of
+// nlohmann::json::parse, whose time is quadratic in the number of members.
+class DuplicateFinder final : public nlohmann::json_sax<nlohmann::json> {
+ public:
+  const std::string& duplicate() const { return duplicate_; }
+
+  bool key(string_t& name) override {
+    if (depth_ == 1 && !names_.insert(name).second) duplicate_ = name;
+    return true;
+  }
+  bool start_object(std::size_t /*elements*/) override { return Enter(1); }
+  bool end_object() override { return Enter(-1); }
+  bool start_array(std::size_t /*elements*/) override { return Enter(1); }
+  bool end_array() override { return Enter(-1); }
+  bool null() override { return true; }
+  bool boolean(bool /*value*/) override { return true; }
+  bool number_integer(number_integer_t /*value*/) override { return true; }
+  bool number_unsigned(number_unsigned_t /*value*/) override { return true; }
+  bool number_float(number_float_t /*value*/, const string_t& /*text*/) override { return true; }
+  bool string(string_t& /*value*/) override { return true; }
+  bool binary(binary_t& /*value*/) override { return true; }
+  bool parse_error(std::size_t /*position*/, const std::string& /*token*/,
+                   const nlohmann::json::exception& /*error*/) override {
+    return false;
+  }
+
+ private:
+  bool Enter(int levels) {
+    depth_ += levels;
+    return true;
+  }
+
+  int depth_ = 0;
+  std::set<std::string> names_;
+  std::string duplicate_;  // the last one
+};
+
 // JSON object with unique keys, or an error text.
 struct ParsedHeader {
   nlohmann::json json;
@@ -51,21 +88,20 @@ ParsedHeader ParseJson(std::string_view text) {
     parsed.error = fmt::format("the header is nested deeper than {} levels", kMaxJsonDepth);
     return parsed;
   }
-  std::set<std::string> names;
-  const auto on_event = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
-    if (depth == 1 && event == nlohmann::json::parse_event_t::key) {
-      if (!names.insert(value.get<std::string>()).second) {
-        parsed.error = fmt::format("tensor {} is listed twice", value.get<std::string>());
-      }
-    }
-    return true;
-  };
   parsed.json =
-      nlohmann::json::parse(text.begin(), text.end(), on_event, /*allow_exceptions=*/false);
+      nlohmann::json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
   if (parsed.json.is_discarded()) {
     parsed.error = "the header is not valid JSON";
-  } else if (!parsed.json.is_object()) {
+    return parsed;
+  }
+  if (!parsed.json.is_object()) {
     parsed.error = "the header is not a JSON object";
+    return parsed;
+  }
+  DuplicateFinder finder;
+  nlohmann::json::sax_parse(text.begin(), text.end(), &finder);
+  if (!finder.duplicate().empty()) {
+    parsed.error = fmt::format("tensor {} is listed twice", finder.duplicate());
   }
   return parsed;
 }

@@ -11,6 +11,8 @@ namespace {
 constexpr size_t kMaxZeros = 1 << 20;
 
 bool IsAllowed(std::string_view name) {
+  if (name == "config.json") return true;
+  if (name.starts_with("rank0/") || name.starts_with("rank1/")) name.remove_prefix(6);
   return name.starts_with("model") && name.size() <= 64 &&
          std::all_of(name.begin(), name.end(), [](char c) {
            return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '-' || c == '.';

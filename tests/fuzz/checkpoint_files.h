@@ -19,8 +19,8 @@ struct CheckpointFile {
   size_t num_zeros = 0;
 };
 
-// Files of other names than "model…" or "rank0/model…" are left out, and so is data beyond 1 MiB a
-// file.
+// Files of other names than "model…", "rank0/model…", "rank1/model…" and config.json are left out,
+// and so is data beyond 1 MiB a file.
 std::vector<CheckpointFile> SplitCheckpointFiles(std::string_view text);
 
 }  // namespace wintserve

@@ -28,6 +28,7 @@ std::filesystem::path InputDir::Write(const std::string& name, std::string_view 
 std::filesystem::path InputDir::WriteWithZeros(const std::string& name, std::string_view bytes,
                                                size_t num_zeros) const {
   const std::filesystem::path file = path_ / name;
+  std::filesystem::create_directories(file.parent_path());
   const UniqueFd fd(::open(file.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600));
   CHECK(fd.valid(), "{}", file.string());
   CHECK(::write(fd.get(), bytes.data(), bytes.size()) == static_cast<ssize_t>(bytes.size()));

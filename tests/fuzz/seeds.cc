@@ -9,6 +9,7 @@
 #include "common/check.h"
 #include "common/config/instance.h"
 #include "engine_worker/weights/checkpoint_writer.h"
+#include "engine_worker/weights/layout.h"
 
 namespace wintserve {
 namespace {
@@ -43,6 +44,28 @@ std::string CheckpointSeed() {
   return text;
 }
 
+// A small bfloat16 model for two ranks, with its config.json.
+std::string RanksSeed() {
+  ModelConfig config = testing::SmallConfig();
+  config.num_layers = 2;
+  config.moe_layer_end = 1;
+  std::string text = "@config.json\n" + nlohmann::json::parse(testing::ConfigJson(config)).dump();
+  for (int rank = 0; rank < 2; ++rank) {
+    Shard shard;
+    for (const auto& [name, tensor] : testing::MakeTensors(
+             ConfigOfShard(config, 2), testing::TestLayout::kHuggingFace, /*seed=*/1)) {
+      const size_t end = shard.num_bytes + tensor.bytes.size();
+      shard.header[name] = {{"dtype", tensor.type},
+                            {"shape", tensor.shape},
+                            {"data_offsets", {shard.num_bytes, end}}};
+      shard.num_bytes = end;
+    }
+    text += fmt::format("\n@rank{}/model.safetensors {}\n{}", rank, shard.num_bytes,
+                        shard.header.dump());
+  }
+  return text;
+}
+
 std::string InstanceSeed() {
   Instance instance;
   instance.options.model = "models/poet";
@@ -62,12 +85,13 @@ std::string InstanceSeed() {
 
 int main(int argc, char** argv) {
   const std::string name = argc == 2 ? argv[1] : "";
-  if (name != "checkpoint" && name != "instance") {
-    std::fprintf(stderr, "usage: %s checkpoint|instance\n", argv[0]);
+  if (name != "checkpoint" && name != "ranks" && name != "instance") {
+    std::fprintf(stderr, "usage: %s checkpoint|ranks|instance\n", argv[0]);
     return 2;
   }
-  const std::string seed =
-      name == "checkpoint" ? wintserve::CheckpointSeed() : wintserve::InstanceSeed();
+  const std::string seed = name == "checkpoint" ? wintserve::CheckpointSeed()
+                           : name == "ranks"    ? wintserve::RanksSeed()
+                                                : wintserve::InstanceSeed();
   std::fwrite(seed.data(), 1, seed.size(), stdout);
   return 0;
 }

@@ -21,7 +21,7 @@ struct InspectOptions {
   std::string dir;
   int tensor_parallel_size = 0;  // 0: 1, or what a pre-sharded checkpoint is split for
   // Its world_size is not read. None: no memory was given.
-  std::optional<FitOptions> fit;
+  std::optional<FitOptions> fit = {};
 };
 
 struct FileFacts {
