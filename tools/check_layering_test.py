@@ -41,6 +41,7 @@ class Includes(unittest.TestCase):
             "kernels/cpu/matmul.cc": '#include "kernels/formats/matrix.h"\n#include <vector>\n',
             "api_server/http/server.cc": '#include "boost/asio.hpp"\n#include "common/log.h"\n',
             "cache_manager/service/service.cc": '#include "proto/cache.grpc.pb.h"\n',
+            "tools/quantizer/forward/text.cc": '#include "api_server/text/tokenizer.h"\n',
         }), [])
 
     def test_a_forbidden_include_is_named_with_its_place_and_the_rule(self):

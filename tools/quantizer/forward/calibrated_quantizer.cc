@@ -106,6 +106,7 @@ absl::StatusOr<HostMatrix> CalibratedQuantizer::Next(const MatrixRef& ref, Store
   RETURN_IF_ERROR(Begin(ref));
   ASSIGN_OR_RETURN(HostMatrix made, Make(ref, format));
   RETURN_IF_ERROR(Advance(ref, made));
+  if (format == StoredFormat::kPlain) source_ = {};
   return made;
 }
 

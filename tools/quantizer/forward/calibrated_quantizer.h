@@ -21,7 +21,7 @@
 namespace wintserve::quantizer {
 
 struct CalibrationOptions {
-  bool solve_final_norm = true;
+  bool solve_final_norm = true;  // CalibratedQuantizer::FinalNorm
   // An expert with fewer than `poor_rows` rows for each of its inputs counts `prior_rows` average
   // rows of its layer for each besides: for gate-up those of all tokens, for down what the expert
   // itself makes of a sample of all tokens.
@@ -86,6 +86,7 @@ class CalibratedQuantizer final : public MatrixQuantizer {
   // with n the checkpoint's gain. Nothing where the models do not differ, or if it is switched off.
   // REQUIRES: every layer is done.
   absl::StatusOr<std::vector<float>> FinalNorm() const override;
+  // Null for a matrix that is stored unquantised.
   const formats::HostMatrix* source() const override { return source_.k == 0 ? nullptr : &source_; }
 
   const TokenStates& unquantized() const { return *states_[kUnquantized]; }

@@ -217,7 +217,8 @@ class MomentChecker {
       CHECK(made.ok(), "{}", made.status().ToString());
       // For the inputs of the down matrix.
       if (ref.role != MatrixRole::kGateUp || ref.layer != 1) continue;
-      gate_up_[0] = *backend_->Pack(*quantizer_->source(), kernels::MatrixUse::kLinear);
+      gate_up_[0] =
+          *backend_->Pack(*checkpoint_.get().LoadMatrix(ref, 0, 1), kernels::MatrixUse::kLinear);
       gate_up_[1] = *backend_->Pack(*made, kernels::MatrixUse::kLinear);
     }
     return num_checked_;
