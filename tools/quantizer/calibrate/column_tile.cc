@@ -180,11 +180,20 @@ std::pair<const float*, int64_t> LazyGradient::Part(std::span<const int32_t> row
       std::adjacent_find(rows.begin(), rows.end(), is_step) == rows.end()) {
     return {factor_.hessian() + rows[0] * k + pending_[0], k};
   }
+  // Rows that lie side by side are copied together: cache lines, mostly.
+  std::vector<std::pair<int32_t, int32_t>> runs;  // first row, number of rows
+  for (const int32_t row : pending_) {
+    if (!runs.empty() && row == runs.back().first + runs.back().second) {
+      ++runs.back().second;
+    } else {
+      runs.emplace_back(row, 1);
+    }
+  }
   packed_.resize(rows.size() * pending_.size());
   float* to = packed_.data();
   for (const int32_t row : rows) {
     const float* from = factor_.hessian() + row * k;
-    for (const int32_t column : pending_) *to++ = from[column];
+    for (const auto& [first, length] : runs) to = std::copy_n(from + first, length, to);
   }
   return {packed_.data(), static_cast<int64_t>(pending_.size())};
 }

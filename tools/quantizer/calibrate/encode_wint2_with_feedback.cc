@@ -291,25 +291,36 @@ class Wint2FeedbackEncoder {
     return tiles;
   }
 
+  void FillSets(const std::vector<int32_t>& blocks, std::vector<BlockSet>& sets) const {
+    sets.resize(num_groups_);
+    pool_.Run(num_groups_, num_groups_ * kGroupRows * kGroupRows * kGroupRows,
+              [&](int64_t item, int) {
+                std::array<int32_t, kGroupBlocks> part;
+                std::copy_n(blocks.begin() + item * kGroupBlocks, kGroupBlocks, part.begin());
+                sets[item].Fill(factor_, part);
+              });
+  }
+
+  // The groups, and sets of four quarters of groups, drawn anew for each search. A quarter is 16
+  // rows, a cache line of H.
   void MakeSets() {
+    constexpr int kQuarter = kGroupBlocks / 4;
     std::vector<int32_t> blocks(target_.k / kWeightsOfByte);
     std::iota(blocks.begin(), blocks.end(), 0);
-    const auto fill = [&](std::vector<BlockSet>& sets) {
-      sets.resize(num_groups_);
-      pool_.Run(num_groups_, num_groups_ * kGroupRows * kGroupRows * kGroupRows,
-                [&](int64_t item, int) {
-                  std::array<int32_t, kGroupBlocks> part;
-                  std::copy_n(blocks.begin() + item * kGroupBlocks, kGroupBlocks, part.begin());
-                  sets[item].Fill(factor_, part);
-                });
-    };
-    fill(groups_);
-    // The same ones for every matrix: what is drawn decides nothing but which bytes are tried
-    // together.
+    FillSets(blocks, groups_);
+    std::vector<int32_t> quarters(blocks.size() / kQuarter);
+    std::iota(quarters.begin(), quarters.end(), 0);
+    // The same draw for every matrix: it decides nothing but which bytes are searched together.
     std::mt19937 rng(1);
     for (int i = 0; i < options_.num_sweeps * options_.num_mixed_searches; ++i) {
-      std::shuffle(blocks.begin(), blocks.end(), rng);
-      fill(mixed_sets_.emplace_back());
+      // Not std::shuffle, which differs from library to library.
+      for (size_t last = quarters.size() - 1; last > 0; --last) {
+        std::swap(quarters[last], quarters[rng() % (last + 1)]);
+      }
+      for (size_t block = 0; block < blocks.size(); ++block) {
+        blocks[block] = quarters[block / kQuarter] * kQuarter + static_cast<int>(block % kQuarter);
+      }
+      FillSets(blocks, mixed_sets_.emplace_back());
     }
   }
 
