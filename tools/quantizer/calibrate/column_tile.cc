@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <numeric>
 
 #include "kernels/formats/bf16.h"
 
@@ -169,10 +170,65 @@ ColumnSums Errors(const ColumnTile& tile) {
   return sums;
 }
 
-void UpdateGradient(const FeedbackFactor& factor, int64_t group, const float* delta,
-                    ColumnTile& tile) {
-  const int64_t k = tile.k;
-  AddProduct(factor.hessian() + group * kGroupRows, k, k, kGroupRows, delta, tile.gradient.data());
+LazyGradient::LazyGradient(const FeedbackFactor& factor, ColumnTile& tile)
+    : factor_(factor), tile_(tile) {}
+
+std::pair<const float*, int64_t> LazyGradient::Part(std::span<const int32_t> rows) {
+  const int64_t k = tile_.k;
+  const auto is_step = [](int32_t a, int32_t b) { return b != a + 1; };
+  if (std::adjacent_find(pending_.begin(), pending_.end(), is_step) == pending_.end() &&
+      std::adjacent_find(rows.begin(), rows.end(), is_step) == rows.end()) {
+    return {factor_.hessian() + rows[0] * k + pending_[0], k};
+  }
+  // Rows that lie side by side are copied together: cache lines, mostly.
+  std::vector<std::pair<int32_t, int32_t>> runs;  // first row, number of rows
+  for (const int32_t row : pending_) {
+    if (!runs.empty() && row == runs.back().first + runs.back().second) {
+      ++runs.back().second;
+    } else {
+      runs.emplace_back(row, 1);
+    }
+  }
+  packed_.resize(rows.size() * pending_.size());
+  float* to = packed_.data();
+  for (const int32_t row : rows) {
+    const float* from = factor_.hessian() + row * k;
+    for (const auto& [first, length] : runs) to = std::copy_n(from + first, length, to);
+  }
+  return {packed_.data(), static_cast<int64_t>(pending_.size())};
+}
+
+void LazyGradient::Get(Rows rows, float* gradient) {
+  for (int i = 0; i < kGroupRows; ++i) {
+    std::copy_n(tile_.gradient.data() + int64_t{rows[i]} * kTileColumns, kTileColumns,
+                gradient + i * kTileColumns);
+  }
+  if (pending_.empty()) return;
+  const auto [part, stride] = Part(rows);
+  AddProduct(part, stride, kGroupRows, static_cast<int64_t>(pending_.size()), pending_delta_.data(),
+             gradient);
+}
+
+void LazyGradient::Add(Rows rows, const float* delta) {
+  pending_.insert(pending_.end(), rows.begin(), rows.end());
+  pending_delta_.insert(pending_delta_.end(), delta, delta + kGroupRows * kTileColumns);
+  if (pending_.size() == kPendingRows) Flush();
+}
+
+void LazyGradient::Flush() {
+  if (pending_.empty()) return;
+  constexpr int64_t kRows = 256;  // whose part of H stays in the second-level cache
+  std::vector<int32_t> rows;
+  for (int64_t begin = 0; begin < tile_.k; begin += kRows) {
+    rows.resize(std::min(kRows, tile_.k - begin));
+    std::iota(rows.begin(), rows.end(), static_cast<int32_t>(begin));
+    const auto [part, stride] = Part(rows);
+    AddProduct(part, stride, static_cast<int64_t>(rows.size()),
+               static_cast<int64_t>(pending_.size()), pending_delta_.data(),
+               tile_.gradient.data() + begin * kTileColumns);
+  }
+  pending_.clear();
+  pending_delta_.clear();
 }
 
 void RefitScales(const FeedbackFactor& factor, const ColumnSums& zero_errors, DecodeFunction decode,

@@ -9,6 +9,7 @@
 #include <array>
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "absl/functional/function_ref.h"
@@ -68,9 +69,33 @@ void StartGradient(const FeedbackFactor& factor, ColumnTile& tile);
 // e^T H e of each column, from gradient.
 ColumnSums Errors(const ColumnTile& tile);
 
-// gradient += H[:, rows of the group] delta, delta [kGroupRows, kTileColumns] = old - new decoded.
-void UpdateGradient(const FeedbackFactor& factor, int64_t group, const float* delta,
-                    ColumnTile& tile);
+// Keeps a tile's gradient while codes change, 64 rows at a time. What a change does to all other
+// rows is added for 256 rows together, as each time all of H and of the gradient pass through the
+// caches.
+class LazyGradient {
+ public:
+  // Both must outlive this, and the tile's gradient is incomplete until Flush.
+  LazyGradient(const FeedbackFactor& factor, ColumnTile& tile);
+
+  using Rows = std::span<const int32_t, kGroupRows>;
+  // gradient [kGroupRows, kTileColumns] of these rows as all changes so far make it.
+  void Get(Rows rows, float* gradient);
+  // delta [kGroupRows, kTileColumns] = old - new decoded of these rows.
+  void Add(Rows rows, const float* delta);
+  void Flush();
+
+ private:
+  static constexpr size_t kPendingRows = 4 * kGroupRows;
+
+  // part [rows.size(), pending_.size()] of H, in packed_ unless it lies there side by side.
+  std::pair<const float*, int64_t> Part(std::span<const int32_t> rows);
+
+  const FeedbackFactor& factor_;
+  ColumnTile& tile_;
+  std::vector<int32_t> pending_;      // rows
+  std::vector<float> pending_delta_;  // [pending_.size(), kTileColumns]
+  std::vector<float> packed_;
+};
 
 // Writes the decoded values that the tile's codes have with these scales.
 using DecodeFunction = absl::FunctionRef<void(const ColumnScales& scales, float* decoded)>;

@@ -29,6 +29,7 @@ struct Workspace {
   ColumnScales scales = {};
   GroupBlock block;
   float group[kGroupRows * kTileColumns];
+  float group_gradient[kGroupRows * kTileColumns];
 };
 
 class ChannelFeedbackEncoder {
@@ -230,18 +231,23 @@ class ChannelFeedbackEncoder {
 
   void Sweep(Workspace& workspace) const {
     ColumnTile& tile = workspace.tile;
+    LazyGradient gradient(factor_, tile);
     for (int64_t group = 0; group < num_groups_; ++group) {
       workspace.block.Fill(factor_.hessian(), target_.k, group);
+      std::array<int32_t, kGroupRows> rows;
+      std::iota(rows.begin(), rows.end(), static_cast<int32_t>(group * kGroupRows));
+      gradient.Get(rows, workspace.group_gradient);
       bool any_changed = false;
       for (int strip = 0; strip < kTileStrips; ++strip) {
         const int column = strip * kStripColumns;
-        const int64_t i = group * kGroupRows * kTileColumns + column;
-        any_changed |= SweepChannelGroup(workspace.block, StripOf(workspace, strip, group),
-                                         tile.gradient.data() + i, tile.decoded.data() + i,
-                                         workspace.group + column);
+        any_changed |= SweepChannelGroup(
+            workspace.block, StripOf(workspace, strip, group), workspace.group_gradient + column,
+            tile.decoded.data() + group * kGroupRows * kTileColumns + column,
+            workspace.group + column);
       }
-      if (any_changed) UpdateGradient(factor_, group, workspace.group, tile);
+      if (any_changed) gradient.Add(rows, workspace.group);
     }
+    gradient.Flush();
   }
 
   const FloatMatrix target_;

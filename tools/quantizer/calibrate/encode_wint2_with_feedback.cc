@@ -3,6 +3,7 @@
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <random>
 
 #include "common/check.h"
 #include "common/status_macros.h"
@@ -12,6 +13,7 @@
 #include "tools/quantizer/calibrate/encoder_checks.h"
 #include "tools/quantizer/calibrate/error_feedback.h"
 #include "tools/quantizer/calibrate/wint2_group.h"
+#include "tools/quantizer/calibrate/wint2_sweep.h"
 
 namespace wintserve::quantizer {
 namespace {
@@ -31,19 +33,19 @@ struct StripCodes {
   std::vector<int32_t> local_scale;  // [k / 64, 16]
 };
 
-// What a thread needs. The tables are of one group at a time, one for each map.
+// What a thread needs. The tables are of one group or set at a time, one for each map.
 struct Workspace {
   Workspace(int64_t k, size_t num_maps) : tile(k), tables(num_maps) {
     for (int strip = 0; strip < kTileStrips; ++strip) codes.emplace_back(k);
   }
   ColumnTile tile;
-  std::vector<BlockTables> tables;
+  std::vector<SetTables> tables;
   std::vector<StripCodes> codes;  // [kTileStrips]
   ColumnScales scales = {};
   std::array<size_t, kTileStrips> map = {};
   GroupFactor factor;
-  GroupHessian hessian;
   float group[kGroupRows * kTileColumns];
+  float group_gradient[kGroupRows * kTileColumns];
 };
 
 class Wint2FeedbackEncoder {
@@ -86,7 +88,6 @@ class Wint2FeedbackEncoder {
     const int column = strip * kStripColumns;
     StripCodes& codes = workspace.codes[strip];
     return {.codebook = &codebooks_[workspace.map[strip]],
-            .tables = &workspace.tables[workspace.map[strip]],
             .weights = workspace.tile.weights.data() + group * kGroupRows * kTileColumns + column,
             .super_scale = workspace.scales.data() + column,
             .local_scale_radius = options_.local_scale_radius,
@@ -94,11 +95,12 @@ class Wint2FeedbackEncoder {
             .local_scale = codes.local_scale.data() + group * kStripColumns};
   }
 
-  // Tables of every map that a strip of the tile has.
-  void FillTables(Workspace& workspace, const float* basis) const {
+  // Calls fill(map) for every map that a strip of the tile has.
+  template <typename Fill>
+  void ForEachMap(const Workspace& workspace, const Fill& fill) const {
     for (size_t map = 0; map < codebooks_.size(); ++map) {
       const auto used = std::find(workspace.map.begin(), workspace.map.end(), map);
-      if (used != workspace.map.end()) workspace.tables[map].Fill(codebooks_[map], basis);
+      if (used != workspace.map.end()) fill(map);
     }
   }
 
@@ -138,10 +140,13 @@ class Wint2FeedbackEncoder {
       AddProduct(factor_.factor() + first * target_.k, target_.k, kGroupRows, first, errors,
                  workspace.group);
       workspace.factor.Fill(factor_, group);
-      FillTables(workspace, &workspace.factor.basis[0][0][0]);
+      ForEachMap(workspace, [&](size_t map) {
+        workspace.tables[map].feedback.Fill(codebooks_[map], workspace.factor.basis);
+      });
       for (int strip = 0; strip < kTileStrips; ++strip) {
         const int column = strip * kStripColumns;
-        FeedbackGroup(workspace.factor, StripOf(workspace, strip, group), workspace.group + column,
+        FeedbackGroup(workspace.factor, workspace.tables[workspace.map[strip]].feedback,
+                      StripOf(workspace, strip, group), workspace.group + column,
                       errors + first * kTileColumns + column, cost.data() + column);
       }
     }
@@ -286,7 +291,41 @@ class Wint2FeedbackEncoder {
     return tiles;
   }
 
+  void FillSets(const std::vector<int32_t>& blocks, std::vector<BlockSet>& sets) const {
+    sets.resize(num_groups_);
+    pool_.Run(num_groups_, num_groups_ * kGroupRows * kGroupRows * kGroupRows,
+              [&](int64_t item, int) {
+                std::array<int32_t, kGroupBlocks> part;
+                std::copy_n(blocks.begin() + item * kGroupBlocks, kGroupBlocks, part.begin());
+                sets[item].Fill(factor_, part);
+              });
+  }
+
+  // The groups, and sets of four quarters of groups, drawn anew for each search. A quarter is 16
+  // rows, a cache line of H.
+  void MakeSets() {
+    constexpr int kQuarter = kGroupBlocks / 4;
+    std::vector<int32_t> blocks(target_.k / kWeightsOfByte);
+    std::iota(blocks.begin(), blocks.end(), 0);
+    FillSets(blocks, groups_);
+    std::vector<int32_t> quarters(blocks.size() / kQuarter);
+    std::iota(quarters.begin(), quarters.end(), 0);
+    // The same draw for every matrix: it decides nothing but which bytes are searched together.
+    std::mt19937 rng(1);
+    for (int i = 0; i < options_.num_sweeps * options_.num_mixed_searches; ++i) {
+      // Not std::shuffle, which differs from library to library.
+      for (size_t last = quarters.size() - 1; last > 0; --last) {
+        std::swap(quarters[last], quarters[rng() % (last + 1)]);
+      }
+      for (size_t block = 0; block < blocks.size(); ++block) {
+        blocks[block] = quarters[block / kQuarter] * kQuarter + static_cast<int>(block % kQuarter);
+      }
+      FillSets(blocks, mixed_sets_.emplace_back());
+    }
+  }
+
   void RunSweeps() {
+    MakeSets();
     const std::vector<SweepTile> tiles = SweepTiles();
     const int num_steps = options_.num_sweeps + 1;
     std::vector<std::vector<double>> errors(tiles.size(), std::vector<double>(num_steps));
@@ -325,7 +364,10 @@ class Wint2FeedbackEncoder {
       if (options_.refit_scale) {
         RefitScales(factor_, zero_errors, decode, workspace.scales, tile);
       }
-      Sweep(workspace);
+      Sweep(groups_, workspace);
+      for (int i = 0; i < options_.num_mixed_searches; ++i) {
+        Sweep(mixed_sets_[(sweep - 1) * options_.num_mixed_searches + i], workspace);
+      }
       errors[sweep] = Total(Errors(tile));
     }
     for (int i = 0; i < kTileColumns; ++i) {
@@ -333,21 +375,25 @@ class Wint2FeedbackEncoder {
     }
   }
 
-  void Sweep(Workspace& workspace) const {
+  void Sweep(const std::vector<BlockSet>& sets, Workspace& workspace) const {
     ColumnTile& tile = workspace.tile;
-    for (int64_t group = 0; group < num_groups_; ++group) {
-      workspace.hessian.Fill(factor_, group);
-      FillTables(workspace, &workspace.hessian.basis[0][0][0]);
+    LazyGradient gradient(factor_, tile);
+    for (const BlockSet& set : sets) {
+      ForEachMap(workspace, [&](size_t map) {
+        workspace.tables[map].feedback.Fill(codebooks_[map], set.factor.basis);
+        workspace.tables[map].descent.Fill(codebooks_[map], set.basis);
+      });
+      gradient.Get(set.rows(), workspace.group_gradient);
       bool any_changed = false;
-      const int64_t first = group * kGroupRows * kTileColumns;
       for (int strip = 0; strip < kTileStrips; ++strip) {
         const int column = strip * kStripColumns;
-        any_changed |= SweepGroup(workspace.hessian, StripOf(workspace, strip, group),
-                                  tile.gradient.data() + first + column,
-                                  tile.decoded.data() + first + column, workspace.group + column);
+        any_changed |= SweepSet(set, workspace.tables[workspace.map[strip]],
+                                StripOf(workspace, strip, 0), workspace.group_gradient + column,
+                                tile.decoded.data() + column, workspace.group + column);
       }
-      if (any_changed) UpdateGradient(factor_, group, workspace.group, tile);
+      if (any_changed) gradient.Add(set.rows(), workspace.group);
     }
+    gradient.Flush();
   }
 
   const FloatMatrix target_;
@@ -359,6 +405,8 @@ class Wint2FeedbackEncoder {
   std::vector<std::unique_ptr<Workspace>> workspaces_;  // one a thread
   std::vector<size_t> column_map_;                      // [n]
   std::vector<double> column_error_;                    // [n], after the feedback
+  std::vector<BlockSet> groups_;
+  std::vector<std::vector<BlockSet>> mixed_sets_;  // [num_sweeps * num_mixed_searches]
   FeedbackResult result_;
 };
 
@@ -370,6 +418,10 @@ absl::Status CheckWint2Options(const FeedbackOptions& options) {
   if (options.local_scale_radius < 0 || options.local_scale_radius > 7) {
     return absl::InvalidArgumentError(fmt::format(
         "error feedback: local_scale_radius is {}, must be 0 to 7", options.local_scale_radius));
+  }
+  if (options.num_mixed_searches < 0) {
+    return absl::InvalidArgumentError(fmt::format(
+        "error feedback: num_mixed_searches is {}, must be 0 or more", options.num_mixed_searches));
   }
   return absl::OkStatus();
 }

@@ -35,6 +35,9 @@ struct FeedbackOptions {
   // Sweeps after the feedback, at most. 64 columns that go together get no more after one that
   // lowered their error by less than least_gain of it. 0 or more; at least 0, below 1.
   int num_sweeps = 4;
+  // WINT2: how often after each sweep all bytes are searched once more, 16 together, of which four
+  // and four lie in a group that is drawn, so that not the same ones meet each time. 0 or more.
+  int num_mixed_searches = 1;
   double least_gain = 0.001;
   // Before each sweep, fit the scale of every column (super scale of WINT2) by least squares; kept
   // where it lowers the error.

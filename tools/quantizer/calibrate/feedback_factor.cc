@@ -4,19 +4,17 @@
 #include <cmath>
 #include <numeric>
 
-#include "Eigen/Cholesky"
-#include "Eigen/Core"
 #include "common/check.h"
 #include "common/status_macros.h"
 #include "fmt/format.h"
 #include "kernels/formats/wint2.h"
+#include "tools/quantizer/calibrate/cholesky.h"
 
 namespace wintserve::quantizer {
 namespace {
 
 using formats::kWint2GroupSize;
 using formats::WeightFormat;
-using Matrix = Eigen::MatrixXd;
 
 // Stored row at every position of the encoding order. A unit of `unit_rows` rows stays together
 // inside its group of `group_rows`, and each group stays together.
@@ -118,13 +116,12 @@ void FeedbackFactor::SetHessian(const Moments& moments, kernels::cpu::ThreadPool
 absl::Status FeedbackFactor::Factorize(kernels::cpu::ThreadPool& pool) {
   // With rows and columns in reverse order the Cholesky factor L of H = L L^T is the transpose of M
   // in reverse order.
-  Matrix reversed(k_, k_);
+  Eigen::MatrixXd reversed(k_, k_);
   pool.Run(k_, k_ * k_, [&](int64_t column, int) {
     const float* row = hessian_.data() + (k_ - 1 - column) * k_;
     for (int64_t i = column; i < k_; ++i) reversed(i, column) = row[k_ - 1 - i];
   });
-  const Eigen::LLT<Eigen::Ref<Matrix>> cholesky(reversed);  // in place, of the lower half
-  if (cholesky.info() != Eigen::Success) {
+  if (!calibrate::FactorInPlace(reversed, pool)) {
     return absl::FailedPreconditionError(
         fmt::format("error feedback: the hessian of {} inputs with damping {} is not positive "
                     "definite, so it is no sum of squares",

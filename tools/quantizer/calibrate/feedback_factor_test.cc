@@ -92,6 +92,22 @@ INSTANTIATE_TEST_SUITE_P(
                     OrderCase{"Wint8", {.format = WeightFormat::kWint8, .important_first = false}}),
     [](const auto& info) { return info.param.name; });
 
+// More rows than the blocks in which it is factored, the last one partly filled.
+TEST(FeedbackFactor, FactorsManyRowsAlikeOnAnyNumberOfThreads) {
+  constexpr int64_t kInputs = 576;
+  std::mt19937 rng(6);
+  const Moments moments = MomentsOf(CorrelatedInputs(700, kInputs, 1.0, rng));
+  ThreadPool one(1);
+  ThreadPool three(3);
+  const auto factor = FeedbackFactor::Make(moments, {}, one);
+  const auto other = FeedbackFactor::Make(moments, {}, three);
+  ASSERT_TRUE(factor.ok() && other.ok());
+  const Eigen::MatrixXd h = AsMatrix(factor->hessian(), kInputs);
+  const Eigen::MatrixXd m = AsMatrix(factor->factor(), kInputs);
+  EXPECT_LE((m.transpose() * m - h).norm(), std::ldexp(1.0, -22) * m.squaredNorm());
+  EXPECT_EQ(m, AsMatrix(other->factor(), kInputs));
+}
+
 TEST(FeedbackFactor, PutsTheRowsWithTheLargestInputsFirst) {
   Moments moments = MakeMoments(128, false);
   for (int64_t row = 0; row < 128; ++row) {

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "Eigen/Cholesky"
 #include "Eigen/Core"
 #include "common/status_macros.h"
 #include "fmt/format.h"
+#include "tools/quantizer/calibrate/cholesky.h"
 
 namespace wintserve::quantizer {
 namespace {
@@ -74,8 +74,7 @@ absl::StatusOr<std::vector<float>> SolveTarget(FloatMatrix w, const Moments& mom
   // In units of the mean, which keeps the pivots near 1.
   Matrix damped = hessian.cast<double>() / mean;
   damped.diagonal().array() += options.ridge;
-  const Eigen::LLT<Eigen::Ref<Matrix>> factor(damped);  // in place
-  if (factor.info() != Eigen::Success) {
+  if (!calibrate::FactorInPlace(damped, pool)) {
     return absl::FailedPreconditionError(
         fmt::format("target: the hessian of {} inputs with ridge {} is not positive definite", w.k,
                     options.ridge));
@@ -85,7 +84,8 @@ absl::StatusOr<std::vector<float>> SolveTarget(FloatMatrix w, const Moments& mom
     const int64_t begin = item * kTileColumns;
     const int64_t width = std::min(kTileColumns, w.n - begin);
     Matrix tile = RightHandSide(w, moments, begin, width) / mean;
-    factor.solveInPlace(tile);
+    damped.triangularView<Eigen::Lower>().solveInPlace(tile);
+    damped.triangularView<Eigen::Lower>().transpose().solveInPlace(tile);
     for (int64_t row = 0; row < w.k; ++row) {
       float* out = target.data() + row * w.n + begin;
       for (int64_t column = 0; column < width; ++column) {

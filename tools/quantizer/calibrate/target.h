@@ -14,7 +14,7 @@ namespace wintserve::quantizer {
 struct TargetOptions {
   // How much staying near W counts, in units of the mean of the hessian's diagonal: ridge
   // regression. At least kSmallestRidge.
-  double ridge = 0.03;
+  double ridge = 0.1;
 };
 
 inline constexpr double kSmallestRidge = 1e-6;
