@@ -1,12 +1,14 @@
 // Encoding float32 weights without calibration: weights a second, and the share of the measured
 // multiply-add peak that the search of codewords reaches.
 //
-// Times are the best of several runs, because a shared machine only ever makes one slower. The work
-// of WINT2 is what the search cannot do without: for four weights, each of 256 codewords and each
-// code map, four multiply-adds for the product with the weights and one for each scale tried. What
-// refits add is not counted.
+// Times are the best of several runs, because a shared machine only ever makes one slower;
+// weights/core_s goes by the processor time of all threads and all runs. The work of WINT2 is what
+// the search cannot do without: for four weights, each of 256 codewords and each code map, four
+// multiply-adds for the product with the weights and one for each scale tried. What refits add is
+// not counted.
 //   build/cpu/bench/quantizer_bench
 #include <benchmark/benchmark.h>
+#include <time.h>
 
 #include <algorithm>
 #include <chrono>
@@ -34,6 +36,12 @@ std::vector<float> NormalWeights(int64_t k, int64_t n) {
   return weights;
 }
 
+double ThreadsCpuSeconds() {
+  timespec now;
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
 double MultiplyAddsOfWeight(const quantizer::Wint2Options& options) {
   const double scales = 2.0 * options.local_scale_radius + 1;
   return quantizer::kNumBytes * static_cast<double>(options.maps.size()) *
@@ -49,6 +57,7 @@ void Measure(benchmark::State& state, double multiply_adds_of_weight, const Fn& 
   const std::vector<float> weights = NormalWeights(k, n);
   kernels::cpu::ThreadPool pool(threads);
   double best_seconds = 1e30;
+  const double cpu_begin = ThreadsCpuSeconds();
   for (auto _ : state) {
     const auto begin = std::chrono::steady_clock::now();
     const auto matrix = encode(FloatMatrix{weights.data(), k, n}, pool);
@@ -56,9 +65,11 @@ void Measure(benchmark::State& state, double multiply_adds_of_weight, const Fn& 
     CHECK(matrix.ok(), "{}", matrix.status().ToString());
     best_seconds = std::min(best_seconds, took.count());
   }
+  const double cpu_seconds = ThreadsCpuSeconds() - cpu_begin;
   const double weights_per_second = static_cast<double>(k * n) / best_seconds;
   state.counters["best_ms"] = best_seconds * 1e3;
   state.counters["weights/s"] = weights_per_second;
+  state.counters["weights/core_s"] = static_cast<double>(k * n * state.iterations()) / cpu_seconds;
   if (multiply_adds_of_weight > 0) {
     state.counters["share_of_peak"] =
         2e-9 * multiply_adds_of_weight * weights_per_second / (peak_gflops * threads);
