@@ -123,6 +123,8 @@ void AddCalibration(CLI::App* app, MethodOptions* method) {
              "Solve routers anew for the quantised inputs");
   add_switch("resolve-dense", &feedback.resolve_plain,
              "The same for dense matrices with --dense bf16");
+  add_switch("resolve-final-norm", &method->steps.solve_final_norm,
+             "The same for the gain of the norm before the head");
 }
 
 void AddOperation(CLI::App* app, QuantizeOptions* options) {

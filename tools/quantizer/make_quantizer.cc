@@ -9,7 +9,6 @@
 #include "api_server/text/tokenizer.h"
 #include "common/read_file.h"
 #include "common/status_macros.h"
-#include "tools/quantizer/forward/calibrated_quantizer.h"
 #include "tools/quantizer/output/rounding_quantizer.h"
 
 namespace wintserve::quantizer {
@@ -35,11 +34,10 @@ absl::StatusOr<Method> MakeCalibrated(const MethodOptions& options, const Source
   }
   FeedbackEncoderOptions feedback = options.feedback;
   feedback.feedback.k_order = options.k_order;
-  ASSIGN_OR_RETURN(
-      method.quantizer,
-      CalibratedQuantizer::Create(source.config, *source.checkpoint, std::move(text.sequences),
-                                  std::make_unique<FeedbackEncoder>(feedback, pool),
-                                  CalibrationOptions(), pool));
+  ASSIGN_OR_RETURN(method.quantizer,
+                   CalibratedQuantizer::Create(
+                       source.config, *source.checkpoint, std::move(text.sequences),
+                       std::make_unique<FeedbackEncoder>(feedback, pool), options.steps, pool));
   return method;
 }
 
@@ -71,7 +69,8 @@ absl::StatusOr<RunIdentity> IdentityOf(const MethodOptions& options) {
                    {"--asymmetric", YesOrNo(feedback.asymmetric)},
                    {"--repair-residual", YesOrNo(feedback.repair_residual)},
                    {"--resolve-router", YesOrNo(feedback.resolve_router)},
-                   {"--resolve-dense", YesOrNo(feedback.resolve_plain)}});
+                   {"--resolve-dense", YesOrNo(feedback.resolve_plain)},
+                   {"--resolve-final-norm", YesOrNo(options.steps.solve_final_norm)}});
   return identity;
 }
 

@@ -8,6 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/cpu/thread_pool.h"
+#include "tools/quantizer/forward/calibrated_quantizer.h"
 #include "tools/quantizer/forward/calibration_text.h"
 #include "tools/quantizer/forward/feedback_encoder.h"
 #include "tools/quantizer/matrix_quantizer.h"
@@ -22,6 +23,7 @@ struct MethodOptions {
   std::filesystem::path calibration;
   CalibrationLimits limits;         // max_tokens 0: DefaultCalibrationTokens
   FeedbackEncoderOptions feedback;  // its k_order is the one above
+  CalibrationOptions steps;
 };
 
 // As many tokens as 4 GiB hold of what calibration keeps of each while it goes through the layers,

@@ -59,7 +59,8 @@ TEST(QuantizeCommand, CalibrationTakesItsOptions) {
   const QuantizeCommand command =
       Parse({"--calibration=c.jsonl", "--calibration-records=9", "--calibration-tokens=1000",
              "--calibration-sequence=64", "--sweeps=1", "--damping=0.1", "--ridge=0.2",
-             "--no-asymmetric", "--repair-residual", "--no-resolve-router", "--no-resolve-dense"});
+             "--no-asymmetric", "--repair-residual", "--no-resolve-router", "--no-resolve-dense",
+             "--no-resolve-final-norm"});
   ASSERT_TRUE(command.run) << command.error;
   const MethodOptions& method = command.options.method;
   EXPECT_EQ(method.calibration, "c.jsonl");
@@ -73,6 +74,7 @@ TEST(QuantizeCommand, CalibrationTakesItsOptions) {
   EXPECT_TRUE(method.feedback.repair_residual);
   EXPECT_FALSE(method.feedback.resolve_router);
   EXPECT_FALSE(method.feedback.resolve_plain);
+  EXPECT_FALSE(method.steps.solve_final_norm);
 }
 
 TEST(QuantizeCommand, TokensByDefaultFitFourGib) {
