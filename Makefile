@@ -5,7 +5,7 @@ BUILD := build/$(PRESET)
 
 .DEFAULT_GOAL := help
 .PHONY: help serve setup python-env build test test-long test-asan test-tsan test-gpu \
-        test-gpu-accuracy test-gpu-e2e test-gpu-faults test-gpu-transformers test-poet-bf16 quality cuda-check bundle format \
+        test-gpu-accuracy test-gpu-e2e test-gpu-faults test-gpu-transformers test-poet-bf16 cuda-check bundle format \
         format-check tidy bench bench-gpu bench-gpu-shapes bench-scheduling build-cuda clean \
         fuzz fuzz-smoke test-faults
 
@@ -130,6 +130,7 @@ test-poet-bf16: build  ## Tests on the bfloat16 demo checkpoint in MODEL=DIR, wh
 
 # QUALITY: further options of tests/accuracy/quality, like `--only wint8` or `--device cuda`.
 QUALITY :=
+.PHONY: quality
 quality: setup $(BUILD)/build.ninja  ## Every kind of quantised checkpoint of MODEL=DIR (BF16), measured on EVAL=DIR; writes docs/QUALITY.md
 	@ninja -C $(BUILD) programs
 	@tests/accuracy/quality --model '$(MODEL)' --evals '$(EVAL)' --bin $(BUILD)/bin --work build/quality \
