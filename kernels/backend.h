@@ -278,6 +278,12 @@ class Backend {
   virtual void Logprobs(ConstRows logits, int64_t vocab_size, const DeviceBatch& batch,
                         const int32_t* ids, const LogprobArrays& out) = 0;
 
+  // The same for given ids, whoever's they are: log-probabilities of ids[r] >= 0, device memory
+  // [num_rows], and of the num_top most probable ids (0 … kMaxTopLogprobs), from logits[r, 0 …
+  // vocab_size - 1]. Of a row with a NaN or an infinity: NaN, rank 0, and -1 for top ids.
+  virtual void LogprobsOfIds(ConstRows logits, int64_t num_rows, int64_t vocab_size,
+                             const int32_t* ids, int num_top, const LogprobArrays& out) = 0;
+
   // What TokenOfSlot will stand for, from the next SetBatch on: ids[i] for the slot of the i-th row
   // that wants logits. A negative id counts as 0, so that whatever follows a failed draw is
   // defined.

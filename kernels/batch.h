@@ -38,9 +38,9 @@ struct SlotSampling {
   std::span<const int32_t> generated_ids = {};
 };
 
-// Log-probabilities by the i-th row that wants logits, in device memory.
+// Log-probabilities by row of logits, in device memory.
 struct LogprobArrays {
-  float* logprobs = nullptr;      // [rows] of the drawn id
+  float* logprobs = nullptr;      // [rows] of the drawn or given id
   int32_t* ranks = nullptr;       // [rows] its place in the order of falling logits, from 1
   int32_t* top_ids = nullptr;     // [rows, kMaxTopLogprobs] in that order
   float* top_logprobs = nullptr;  // [rows, kMaxTopLogprobs]

@@ -2,6 +2,7 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/experimental/awaitable_operators.hpp>
 #include <boost/asio/steady_timer.hpp>
@@ -47,7 +48,7 @@ absl::StatusOr<PreparedRequest> Prepare(const ServerContext& context, const Requ
   prepared.identity = NewResponseIdentity(endpoint, context.llm->model_name());
   ASSIGN_OR_RETURN(prepared.generations,
                    MakeGenerationRequests(prepared.request, *context.llm, prepared.identity.id));
-  prepared.request.echo_texts = EchoTexts(prepared.request, *context.llm);
+  prepared.request.echo_texts = EchoTexts(prepared.request, prepared.generations, *context.llm);
   for (GenerationRequest& generation : prepared.generations) {
     ApplyServerRules(context, head, &generation);
   }
@@ -192,7 +193,7 @@ awaitable<Outcome> SendError(const Exchange& exchange, const absl::Status& error
 
 awaitable<Outcome> SendWholeAnswer(const Exchange& exchange, const PreparedRequest& prepared,
                                    Generations& generations) {
-  ResponseAssembler assembler(prepared.identity, prepared.request);
+  ResponseAssembler assembler(prepared.identity, prepared.request, *exchange.context.llm);
   absl::Status error;
   while (error.ok() && !assembler.finished()) {
     const std::vector<PromptUpdate> updates =
@@ -202,7 +203,13 @@ awaitable<Outcome> SendWholeAnswer(const Exchange& exchange, const PreparedReque
   }
   Reply reply;
   if (error.ok()) {
-    reply.body = assembler.Body();
+    // A co_await in a conditional expression is what GCC 12 compiles wrongly.
+    if (prepared.request.wants_prompt_logprobs()) {
+      reply.body =
+          co_await OnPool(exchange.context.text_pool, [&assembler] { return assembler.Body(); });
+    } else {
+      reply.body = assembler.Body();
+    }
   } else {
     reply = PublicErrorReply(error, exchange.head);
   }
@@ -218,6 +225,13 @@ struct StreamRound {
   int error_status = 0;  // not 0: the stream ends with an error object
   bool is_last = false;
 };
+
+// They may be long, and making text of them take long.
+bool BringsPromptLogprobs(const std::vector<PromptUpdate>& updates) {
+  return std::any_of(updates.begin(), updates.end(), [](const PromptUpdate& update) {
+    return update.update.prompt_logprobs.has_value();
+  });
+}
 
 StreamRound NextRound(const std::vector<PromptUpdate>& updates, const RequestHead& head,
                       StreamAssembler* assembler) {
@@ -248,7 +262,7 @@ Reply StreamHead() {
 awaitable<Outcome> SendStream(const Exchange& exchange, const PreparedRequest& prepared,
                               Generations& generations) {
   const std::chrono::milliseconds interval = exchange.context.options.keep_alive_interval;
-  StreamAssembler assembler(prepared.identity, prepared.request);
+  StreamAssembler assembler(prepared.identity, prepared.request, *exchange.context.llm);
 
   // The head waits for the queue, whose refusal has a status of its own.
   std::vector<PromptUpdate> updates = co_await generations.UntilAccepted();
@@ -260,7 +274,13 @@ awaitable<Outcome> SendStream(const Exchange& exchange, const PreparedRequest& p
       MayKeepAlive(exchange.context, exchange.head) && exchange.head.version >= 11;
   std::string bytes = SerializeHead(exchange.head, StreamHead(), keep_alive, /*content_length=*/-1);
   for (;;) {
-    const StreamRound round = NextRound(updates, exchange.head, &assembler);
+    StreamRound round;
+    if (BringsPromptLogprobs(updates)) {
+      round = co_await OnPool(exchange.context.text_pool,
+                              [&] { return NextRound(updates, exchange.head, &assembler); });
+    } else {
+      round = NextRound(updates, exchange.head, &assembler);
+    }
     // An update that says nothing yet (it is queued, or its text is held back) makes no event.
     if (!round.events.empty()) bytes += Chunk(exchange.head, round.events);
     if (round.is_last) bytes += LastChunk(exchange.head);

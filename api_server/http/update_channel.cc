@@ -12,6 +12,15 @@ int64_t SizeOf(const TokenLogprobs& logprobs) {
   return static_cast<int64_t>(sizeof(TokenLogprobs) + logprobs.top.size() * sizeof(LogprobEntry));
 }
 
+int64_t SizeOf(const PromptLogprobs& prompt) {
+  auto bytes = static_cast<int64_t>(prompt.token_ids.size() * sizeof(int32_t));
+  for (const PositionLogprobs& position : prompt.positions) {
+    bytes +=
+        static_cast<int64_t>(sizeof(PositionLogprobs) + position.top.size() * sizeof(TokenLogprob));
+  }
+  return bytes;
+}
+
 int64_t SizeOf(const ChoiceDelta& delta) {
   auto bytes = static_cast<int64_t>(delta.text.size() + delta.token_ids.size() * sizeof(int32_t));
   for (const TokenLogprobs& logprobs : delta.logprobs) bytes += SizeOf(logprobs);
@@ -41,6 +50,11 @@ int64_t Merge(GenerationUpdate update, GenerationUpdate* pending) {
   std::vector<ChoiceDelta> choices = std::move(pending->choices);
   int64_t bytes = 0;
   for (ChoiceDelta& delta : update.choices) bytes += Merge(std::move(delta), &choices);
+  if (update.prompt_logprobs.has_value()) {
+    bytes += SizeOf(*update.prompt_logprobs);
+  } else {
+    update.prompt_logprobs = std::move(pending->prompt_logprobs);
+  }
   *pending = std::move(update);  // its counts and its end are the newer ones
   pending->choices = std::move(choices);
   return bytes;

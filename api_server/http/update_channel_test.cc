@@ -69,6 +69,23 @@ TEST_F(UpdateChannelTest, MergesWhatWaitsIntoOneDeltaAChoice) {
   EXPECT_TRUE(Take().empty());
 }
 
+TEST_F(UpdateChannelTest, KeepsAPromptsLogprobsThatComeOnceAndCountsThem) {
+  GenerationUpdate first = TextUpdate(0, "a");
+  first.prompt_logprobs = {.token_ids = {5, 6}, .positions = {{-0.5f, 2, {}}}};
+  channel_->Push(0, first);
+  channel_->Push(0, TextUpdate(0, "b"));
+  const std::vector<PromptUpdate> updates = Take();
+  ASSERT_EQ(updates.size(), 1u);
+  EXPECT_EQ(updates[0].update.choices[0].text, "ab");
+  ASSERT_TRUE(updates[0].update.prompt_logprobs.has_value());
+  EXPECT_EQ(updates[0].update.prompt_logprobs->positions, first.prompt_logprobs->positions);
+
+  EXPECT_FALSE(channel_->is_over_limit());
+  first.prompt_logprobs->positions.resize(kLimitBytes / sizeof(PositionLogprobs) + 1);
+  channel_->Push(0, first);
+  EXPECT_TRUE(channel_->is_over_limit());
+}
+
 TEST_F(UpdateChannelTest, KeepsTheTextBeforeAnError) {
   channel_->Push(0, TextUpdate(0, "begin"));
   channel_->Push(0, ErrorUpdate(absl::UnavailableError("gone")));

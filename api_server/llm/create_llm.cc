@@ -12,6 +12,7 @@
 #include "api_server/llm/metrics.h"
 #include "api_server/llm/model_digest.h"
 #include "api_server/llm/request_check.h"
+#include "api_server/llm/token_text.h"
 #include "api_server/text/tokenizer.h"
 #include "cache_manager/client/cache_client.h"
 #include "common/mutex.h"
@@ -87,6 +88,10 @@ class LlmImpl : public LLM {
   }
   std::string Decode(const std::vector<int32_t>& ids) const override {
     return tokenizer_->Decode(ids);
+  }
+  std::string TokenText(int32_t id) const override { return SpellingOf(tokenizer_->Bytes(id)); }
+  std::vector<int> TextOffsets(const std::vector<int32_t>& ids) const override {
+    return TextOffsetsOf(*tokenizer_, ids);
   }
   absl::StatusOr<std::string> RenderChat(const std::vector<ChatMessage>& messages,
                                          bool add_generation_prompt) const override {

@@ -278,45 +278,44 @@ void Engine::Handle(Cancellation event) {
 void Engine::FinishSteps() {
   for (;;) {
     const int64_t now_us = EngineNowUs();
-    const absl::StatusOr<std::optional<FinishedStep>> finished = steps_.TakeFinished(now_us);
+    absl::StatusOr<std::optional<FinishedStep>> finished = steps_.TakeFinished(now_us);
     if (!finished.ok()) {
       return GroupFault(FaultCause::kDivergence, /*kv_trusted=*/false, TextOf(finished.status()));
     }
     if (!finished->has_value()) return;
-    const FinishedStep& step = **finished;
+    FinishedStep& step = **finished;
     last_acknowledged_step_ = step.step;
     step_deadline_.OnFinished(step.shape, step.running_us);
     metrics_->RecordStep(Seconds(step.latency_us), Seconds(step.execute_us), step.num_sequences,
                          step.num_tokens);
     step_ended_us_ = now_us;
-    const absl::StatusOr<std::vector<SequenceToken>> tokens =
-        scheduler_->OnStepDone(step.step, step.sampled, step.running_us, now_us);
+    absl::StatusOr<std::vector<SequenceToken>> tokens = scheduler_->OnStepDone(
+        step.step, step.sampled, step.running_us, now_us, std::move(step.prompt_logprobs));
     if (!tokens.ok()) {
       return GroupFault(FaultCause::kDivergence, /*kv_trusted=*/false,
                         fmt::format("engine worker 0 is out of step: {}", TextOf(tokens.status())));
     }
     metrics_->RecordGeneratedTokens(static_cast<int>(tokens->size()));
-    for (const SequenceToken& news : *tokens) TakeToken(news, now_us);
+    for (SequenceToken& news : *tokens) TakeToken(std::move(news), now_us);
   }
 }
 
-void Engine::TakeToken(const SequenceToken& news, int64_t now_us) {
-  const auto found = requests_.find(news.sequence.request);
-  CHECK(found != requests_.end(), "request={}", news.sequence.request);
+void Engine::TakeToken(SequenceToken news, int64_t now_us) {
+  const SequenceKey key = news.sequence;
+  const auto found = requests_.find(key.request);
+  CHECK(found != requests_.end(), "request={}", key.request);
   ActiveRequest& request = *found->second;
   if (!request.first_token_us.has_value()) {
     request.first_token_us = now_us;
     metrics_->RecordFirstToken(Seconds(now_us - request.arrived_us),
                                Seconds(now_us - *request.started_us));
   }
-  const auto [last, is_first] = request.last_token_us.try_emplace(news.sequence.choice, now_us);
+  const auto [last, is_first] = request.last_token_us.try_emplace(key.choice, now_us);
   if (!is_first) metrics_->RecordNextToken(Seconds(now_us - std::exchange(last->second, now_us)));
-  poison_guard_.OnToken(news.sequence.request);
+  poison_guard_.OnToken(key.request);
   // Before the next plan is made: a choice that met its stop string gets no further row.
-  if (request.output.Append(news)) scheduler_->Cancel(news.sequence);
-  if (updated_.empty() || updated_.back() != news.sequence.request) {
-    updated_.push_back(news.sequence.request);
-  }
+  if (request.output.Append(std::move(news))) scheduler_->Cancel(key);
+  if (updated_.empty() || updated_.back() != key.request) updated_.push_back(key.request);
 }
 
 void Engine::Schedule() {

@@ -222,7 +222,7 @@ class Engine {
 
   // Steps.
   void FinishSteps();
-  void TakeToken(const SequenceToken& news, int64_t now_us);
+  void TakeToken(SequenceToken news, int64_t now_us);
   void Schedule();
   void SendPlan(StepPlan plan);
   void TakeStart(const SequenceStart& start, int64_t now_us);

@@ -11,6 +11,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "api_server/scheduler/plan.h"
 #include "api_server/text/chat_template.h"
 
 namespace wintserve {
@@ -46,9 +47,13 @@ struct GenerationRequest {
   std::vector<int32_t> banned_token_ids = {};  // never sampled, while there is another token
   std::vector<int32_t> stop_token_ids = {};    // end a choice, beside the model's own
   std::optional<int> num_top_logprobs = {};    // absent: no log-probabilities
-  std::optional<int64_t> seed = {};            // absent: a random one
-  int num_choices = 1;                         // n
-  std::optional<int> max_tokens = {};          // absent or too large: what the model length leaves
+  // Of the prompt's tokens; absent: none. With them no token of the prompt comes from the cache.
+  std::optional<int> num_prompt_top_logprobs = {};
+  std::optional<int64_t> seed = {};  // absent: a random one
+  int num_choices = 1;               // n
+  // Absent or too large: what the model length leaves. 0: every choice ends with kLength and
+  // nothing.
+  std::optional<int> max_tokens = {};
   std::vector<std::string> stop = {};
   bool include_stop_in_output = false;
   int min_tokens = 0;  // no stop token before; stop strings count at any time
@@ -76,6 +81,12 @@ struct TokenLogprobs {
   int text_offset = 0;                 // characters of the choice's text before it
 };
 
+// Of a prompt, in ids: it may be long, so whoever shows it makes text of it (LLM::TokenText).
+struct PromptLogprobs {
+  std::vector<int32_t> token_ids = {};           // of the prompt, all
+  std::vector<PositionLogprobs> positions = {};  // of token_ids[1…]
+};
+
 // News of one choice. `text` is whole UTF-8 characters that cannot be the beginning of a stop
 // string.
 struct ChoiceDelta {
@@ -93,6 +104,8 @@ struct GenerationUpdate {
   int num_prompt_tokens = 0;
   int num_completion_tokens = 0;  // so far, over all choices
   int num_cached_tokens = 0;
+  // If asked for: once, with the first choice's first token or before.
+  std::optional<PromptLogprobs> prompt_logprobs = {};
   bool finished = false;  // last update: every choice has finished, or `error` is set
   absl::Status error = {};
 };
@@ -139,6 +152,11 @@ class LLM {
   // Text. Pure functions of the loaded tokenizer; safe to call from a pool thread.
   virtual std::vector<int32_t> Encode(const std::string& text) const = 0;
   virtual std::string Decode(const std::vector<int32_t>& ids) const = 0;
+  // A token as log-probabilities spell it: LogprobEntry::text.
+  virtual std::string TokenText(int32_t id) const = 0;
+  // [ids.size() + 1]: characters of Decode(ids) that are complete before each of the ids, and all
+  // of them.
+  virtual std::vector<int> TextOffsets(const std::vector<int32_t>& ids) const = 0;
   // INVALID_ARGUMENT names the message that the template cannot render.
   virtual absl::StatusOr<std::string> RenderChat(const std::vector<ChatMessage>& messages,
                                                  bool add_generation_prompt) const = 0;

@@ -41,6 +41,43 @@ TEST_F(RecoveryTest, StreamsGoOnFromTheirKvWhenARankIsKilled) {
   }
 }
 
+TEST_F(RecoveryTest, ThePromptsLogprobsAreToldOnceAndAsWithoutFaultsWhenARankDiesInMidPrompt) {
+  for (const bool kv_trusted : {true, false}) {
+    SCOPED_TRACE(kv_trusted);
+    std::atomic<int> num_steps = 0;
+    FakeWorkerOptions dying = WorkerOptions();
+    dying.before_step = [&](const StepPlan&) { return ++num_steps <= 2; };  // of 64 tokens each
+    StartServing(std::move(dying));
+    std::vector<PromptLogprobs> told;
+    Updates updates;
+    GenerationRequest request = Request(Letters(0, 190), 5);
+    request.num_prompt_top_logprobs = 2;
+    const auto collect = updates.Callback();
+    ASSERT_TRUE(llm_->Submit(request,
+                             [&, collect](GenerationUpdate update) {
+                               if (update.prompt_logprobs.has_value()) {
+                                 told.push_back(*update.prompt_logprobs);
+                               }
+                               collect(std::move(update));
+                             })
+                    .ok());
+    ASSERT_TRUE(WaitFor([&] { return num_steps > 2; }));
+    Kill(0, kv_trusted);
+    Replace(0, WorkerOptions());
+    ASSERT_TRUE(updates.WaitFinished()) << llm_->Readiness().reason;
+    EXPECT_TRUE(updates.last().error.ok()) << updates.last().error;
+    EXPECT_EQ(updates.choice(0).text, Letters(190, 5));
+    ASSERT_EQ(told.size(), 1u);
+    ASSERT_EQ(told[0].positions.size(), 189u);
+    for (size_t i = 0; i < 189; ++i) {
+      EXPECT_EQ(told[0].positions[i].logprob, -static_cast<float>(request.prompt_ids[i + 1]) / 100);
+    }
+    llm_.reset();
+    workers_.clear();
+    registry_ = std::make_shared<prometheus::Registry>();
+  }
+}
+
 TEST_F(RecoveryTest, AtOneRankToo) {
   StartServing(SlowWorker());
   SubmitStreams();

@@ -214,6 +214,43 @@ TEST_F(LlmTest, LogprobsComeWithTheTextOfEveryChoiceThatAsksForThem) {
   }
 }
 
+TEST_F(LlmTest, PromptLogprobsComeOnceAndWholeHoweverManyStepsThePromptTakes) {
+  StartServing();
+  for (const int max_tokens : {3, 0}) {
+    SCOPED_TRACE(max_tokens);
+    std::vector<PromptLogprobs> told;
+    Updates updates;
+    GenerationRequest request = Request(Letters(0, 150), max_tokens);  // steps of 64 tokens
+    request.num_choices = 2;
+    request.num_prompt_top_logprobs = 1;
+    const auto collect = updates.Callback();
+    ASSERT_TRUE(llm_->Submit(request,
+                             [&, collect](GenerationUpdate update) {
+                               if (update.prompt_logprobs.has_value()) {
+                                 told.push_back(*update.prompt_logprobs);
+                               }
+                               collect(std::move(update));
+                             })
+                    .ok());
+    ASSERT_TRUE(updates.WaitFinished());
+    ASSERT_THAT(told, SizeIs(1));
+    EXPECT_EQ(told[0].token_ids, request.prompt_ids);
+    ASSERT_THAT(told[0].positions, SizeIs(149));
+    for (size_t i = 0; i < 149; ++i) {
+      const int32_t id = request.prompt_ids[i + 1];
+      // What the fake worker says of a token.
+      EXPECT_EQ(told[0].positions[i].logprob, -static_cast<float>(id) / 100);
+      ASSERT_THAT(told[0].positions[i].top, SizeIs(1));
+      EXPECT_EQ(told[0].positions[i].top[0].token, id);
+    }
+    EXPECT_EQ(updates.last().num_completion_tokens, 2 * max_tokens);
+    for (int choice = 0; choice < 2; ++choice) {
+      EXPECT_EQ(updates.choice(choice).text, Letters(150, max_tokens));
+      EXPECT_EQ(updates.choice(choice).finish, FinishReason::kLength);
+    }
+  }
+}
+
 TEST_F(LlmTest, AStopTokenOfTheRequestEndsIt) {
   StartServing();
   Updates updates;

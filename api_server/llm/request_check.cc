@@ -112,20 +112,24 @@ absl::Status CheckTokens(const GenerationRequest& request, const RequestLimits& 
 }
 
 absl::Status CheckLogprobs(const GenerationRequest& request, const RequestLimits& limits) {
-  const int count = request.num_top_logprobs.value_or(0);
-  if (request.num_top_logprobs.has_value() && limits.max_top_logprobs < 0) {
-    return absl::InvalidArgumentError("log-probabilities are switched off on this server");
+  for (const std::optional<int>& count :
+       {request.num_top_logprobs, request.num_prompt_top_logprobs}) {
+    if (!count.has_value()) continue;
+    if (limits.max_top_logprobs < 0) {
+      return absl::InvalidArgumentError("log-probabilities are switched off on this server");
+    }
+    if (*count >= 0 && *count <= limits.max_top_logprobs) continue;
+    return absl::InvalidArgumentError(fmt::format("{} top log-probabilities, must be from 0 to {}",
+                                                  *count, limits.max_top_logprobs));
   }
-  if (count >= 0 && count <= std::max(limits.max_top_logprobs, 0)) return absl::OkStatus();
-  return absl::InvalidArgumentError(fmt::format("{} top log-probabilities, must be from 0 to {}",
-                                                count, limits.max_top_logprobs));
+  return absl::OkStatus();
 }
 
 // min_tokens and max_tokens.
 absl::Status CheckLength(const GenerationRequest& request, const RequestLimits& limits) {
-  if (request.max_tokens.has_value() && *request.max_tokens < 1) {
+  if (request.max_tokens.has_value() && *request.max_tokens < 0) {
     return absl::InvalidArgumentError(
-        fmt::format("max_tokens is {}, must be at least 1", *request.max_tokens));
+        fmt::format("max_tokens is {}, must be at least 0", *request.max_tokens));
   }
   const int room = limits.max_model_len - static_cast<int>(request.prompt_ids.size());
   if (request.max_tokens.has_value()) {
@@ -181,7 +185,8 @@ ScheduledRequest ToScheduled(GenerationRequest request, uint64_t id, const Reque
   ScheduledRequest scheduled{.id = id,
                              .prompt_ids = std::move(request.prompt_ids),
                              .num_choices = request.num_choices,
-                             .max_tokens = std::min(request.max_tokens.value_or(room), room),
+                             // Of none, one is computed and not told: it shows that the prompt is.
+                             .max_tokens = std::clamp(request.max_tokens.value_or(room), 1, room),
                              .min_tokens = request.min_tokens,
                              .ignore_eos = request.ignore_eos,
                              .stop_tokens = std::move(request.stop_token_ids),
@@ -197,7 +202,8 @@ ScheduledRequest ToScheduled(GenerationRequest request, uint64_t id, const Reque
                         .presence_penalty = request.presence_penalty,
                         .frequency_penalty = request.frequency_penalty,
                         .logit_biases = BiasesOf(request),
-                        .num_top_logprobs = request.num_top_logprobs.value_or(-1)};
+                        .num_top_logprobs = request.num_top_logprobs.value_or(-1),
+                        .num_prompt_top_logprobs = request.num_prompt_top_logprobs.value_or(-1)};
   constexpr int64_t kLongestMs = int64_t{1} << 40;  // 35 years; its microseconds fit
   int64_t timeout_ms = request.timeout_ms.value_or(kLongestMs);
   if (limits.max_timeout_ms > 0) timeout_ms = std::min(timeout_ms, limits.max_timeout_ms);

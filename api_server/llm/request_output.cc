@@ -1,32 +1,22 @@
 #include "api_server/llm/request_output.h"
 
-#include <fmt/format.h>
-
-#include <algorithm>
-#include <string_view>
 #include <utility>
 
-#include "api_server/text/utf8.h"
+#include "api_server/llm/token_text.h"
 #include "common/check.h"
 
 namespace wintserve {
-namespace {
-
-// Of whole characters: all bytes but those that continue one.
-int NumCharacters(std::string_view text) {
-  return static_cast<int>(std::count_if(text.begin(), text.end(), [](char byte) {
-    return (static_cast<uint8_t>(byte) & 0xc0) != 0x80;
-  }));
-}
-
-}  // namespace
 
 RequestOutput::RequestOutput(const Tokenizer& tokenizer, const GenerationRequest& request,
                              std::function<void(GenerationUpdate)> on_update)
     : tokenizer_(tokenizer),
       on_update_(std::move(on_update)),
       num_prompt_tokens_(static_cast<int>(request.prompt_ids.size())),
+      generates_nothing_(request.max_tokens == 0),
       num_unfinished_(request.num_choices) {
+  if (request.num_prompt_top_logprobs.has_value()) {
+    prompt_logprobs_ = PromptLogprobs{.token_ids = request.prompt_ids};
+  }
   choices_.reserve(request.num_choices);
   for (int i = 0; i < request.num_choices; ++i) {
     choices_.push_back({.detokenizer = Detokenizer(tokenizer),
@@ -34,11 +24,19 @@ RequestOutput::RequestOutput(const Tokenizer& tokenizer, const GenerationRequest
   }
 }
 
-bool RequestOutput::Append(const SequenceToken& news) {
+bool RequestOutput::Append(SequenceToken news) {
   Choice& choice = choices_[news.sequence.choice];
   CHECK(!choice.finished, "request={} choice={}", news.sequence.request, news.sequence.choice);
-  ++num_completion_tokens_;
   ChoiceDelta& delta = DeltaOf(news.sequence.choice);
+  if (prompt_logprobs_.has_value() && !knows_prompt_logprobs_ && news.sequence.choice == 0) {
+    prompt_logprobs_->positions = std::move(news.prompt_logprobs);
+    knows_prompt_logprobs_ = true;
+  }
+  if (generates_nothing_) {
+    FinishChoice(&choice, FinishReason::kLength, &delta);
+    return !news.end.has_value();
+  }
+  ++num_completion_tokens_;
   delta.token_ids.push_back(news.token);
   if (news.end == SequenceEnd::kStop) {
     FinishChoice(&choice, FinishReason::kStop, &delta);
@@ -97,14 +95,7 @@ void RequestOutput::ReleaseLogprobs(Choice* choice, ChoiceDelta* delta) {
 
 LogprobEntry RequestOutput::EntryOf(int32_t token, float logprob) const {
   LogprobEntry entry = {.token_id = token, .bytes = tokenizer_.Bytes(token), .logprob = logprob};
-  if (ReplaceInvalidUtf8(entry.bytes) == entry.bytes) {
-    entry.text = entry.bytes;
-    return entry;
-  }
-  entry.text = "bytes:";
-  for (const char byte : entry.bytes) {
-    entry.text += fmt::format("\\x{:02x}", static_cast<uint8_t>(byte));
-  }
+  entry.text = SpellingOf(entry.bytes);
   return entry;
 }
 
@@ -121,6 +112,7 @@ void RequestOutput::Deliver() {
   for (const ChoiceDelta& delta : deltas_) choices_[delta.index].delta = -1;
   GenerationUpdate update = Update();
   update.choices = std::exchange(deltas_, {});
+  if (knows_prompt_logprobs_) update.prompt_logprobs = std::exchange(prompt_logprobs_, {});
   update.finished = finished();
   on_update_(std::move(update));
 }

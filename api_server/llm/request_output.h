@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -28,8 +29,9 @@ class RequestOutput {
   void set_num_cached_tokens(int count) { num_cached_tokens_ = count; }
 
   // Takes one sampled token. True: it completed a stop string, so the choice has finished although
-  // the token is not the sequence's last. A stop token counts but has no text.
-  bool Append(const SequenceToken& news);
+  // the token is not the sequence's last. A stop token counts but has no text. With a max_tokens of
+  // 0 the token ends its choice and is nothing more.
+  bool Append(SequenceToken news);
 
   // Hands what has been appended since the last call to on_update; nothing when there is none.
   void Deliver();
@@ -69,6 +71,9 @@ class RequestOutput {
   const Tokenizer& tokenizer_;
   const std::function<void(GenerationUpdate)> on_update_;
   const int num_prompt_tokens_;
+  const bool generates_nothing_;
+  std::optional<PromptLogprobs> prompt_logprobs_;  // if asked for, until they are delivered
+  bool knows_prompt_logprobs_ = false;
   std::vector<Choice> choices_;
   int num_unfinished_;
   int num_completion_tokens_ = 0;

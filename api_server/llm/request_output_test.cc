@@ -23,6 +23,16 @@ class RequestOutputTest : public testing::Test {
     return {{1, choice}, FakeTokenizer::IdOfByte(byte), end, {}};
   }
 
+  static SequenceToken WithPromptLogprobs(SequenceToken news) {
+    news.prompt_logprobs = {{-0.5f, 2, {{9, -0.25f}}}, {-1.5f, 1, {{3, -1.5f}}}};
+    return news;
+  }
+
+  RequestOutput MakeFor(const GenerationRequest& request) {
+    return RequestOutput(tokenizer_, request,
+                         [this](const GenerationUpdate& update) { updates_.push_back(update); });
+  }
+
   static SequenceToken WithLogprobs(SequenceToken news) {
     news.logprobs = {-1.0f, 1, {}};
     return news;
@@ -43,6 +53,54 @@ TEST_F(RequestOutputTest, TheFirstUpdateSaysThatTheRequestIsAccepted) {
   EXPECT_EQ(updates_[1].num_cached_tokens, 64);
   EXPECT_TRUE(updates_[1].finished);
   EXPECT_EQ(updates_[1].error.message(), "late");
+}
+
+TEST_F(RequestOutputTest, PromptLogprobsComeOnceWithTheFirstChoicesFirstToken) {
+  RequestOutput output = MakeFor(
+      {.id = "test", .prompt_ids = {1, 2, 3}, .num_prompt_top_logprobs = 1, .num_choices = 2});
+  output.Append(WithPromptLogprobs(News('a', 0)));
+  output.Deliver();
+  output.Append(News('b', 0));
+  output.Append(News('c', 1));
+  output.Deliver();
+  ASSERT_THAT(updates_, SizeIs(2));
+  ASSERT_TRUE(updates_[0].prompt_logprobs.has_value());
+  EXPECT_EQ(updates_[0].prompt_logprobs->token_ids, (std::vector<int32_t>{1, 2, 3}));
+  EXPECT_EQ(updates_[0].prompt_logprobs->positions, WithPromptLogprobs({}).prompt_logprobs);
+  EXPECT_EQ(updates_[0].choices[0].text, "a");
+  EXPECT_FALSE(updates_[1].prompt_logprobs.has_value());
+}
+
+TEST_F(RequestOutputTest, PromptLogprobsOfOneTokenAreThatToken) {
+  RequestOutput output = MakeFor({.id = "test", .prompt_ids = {1}, .num_prompt_top_logprobs = 0});
+  output.Append(News('a'));
+  output.Deliver();
+  ASSERT_TRUE(updates_[0].prompt_logprobs.has_value());
+  EXPECT_THAT(updates_[0].prompt_logprobs->token_ids, SizeIs(1));
+  EXPECT_THAT(updates_[0].prompt_logprobs->positions, SizeIs(0));
+}
+
+TEST_F(RequestOutputTest, WithoutTokensEachChoiceEndsWithNothing) {
+  RequestOutput output = MakeFor({.id = "test",
+                                  .prompt_ids = {1, 2, 3},
+                                  .num_prompt_top_logprobs = 1,
+                                  .num_choices = 2,
+                                  .max_tokens = 0});
+  // A stop token or not: nothing was to be generated.
+  EXPECT_FALSE(output.Append(WithPromptLogprobs(News('a', 0, SequenceEnd::kStop))));
+  EXPECT_FALSE(output.Append(News('b', 1, SequenceEnd::kLength)));
+  EXPECT_TRUE(output.finished());
+  output.Deliver();
+  ASSERT_THAT(updates_, SizeIs(1));
+  EXPECT_TRUE(updates_[0].finished);
+  EXPECT_TRUE(updates_[0].prompt_logprobs.has_value());
+  EXPECT_EQ(updates_[0].num_completion_tokens, 0);
+  ASSERT_THAT(updates_[0].choices, SizeIs(2));
+  for (const ChoiceDelta& delta : updates_[0].choices) {
+    EXPECT_EQ(delta.text, "");
+    EXPECT_THAT(delta.token_ids, SizeIs(0));
+    EXPECT_EQ(delta.finish_reason, FinishReason::kLength);
+  }
 }
 
 TEST_F(RequestOutputTest, DeliversOneUpdateForAllChoicesOfAStep) {

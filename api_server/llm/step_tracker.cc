@@ -58,6 +58,7 @@ absl::StatusOr<std::optional<FinishedStep>> StepTracker::TakeFinished(int64_t no
   }
   FinishedStep finished{.step = last_finished_step() + 1,
                         .sampled = std::move(step.done[0]->sampled),
+                        .prompt_logprobs = std::move(step.done[0]->prompt_logprobs),
                         .num_sequences = step.num_sequences,
                         .num_tokens = step.num_tokens,
                         .shape = step.shape,

@@ -15,7 +15,8 @@ namespace wintserve {
 
 struct FinishedStep {
   uint64_t step = 0;
-  std::vector<SampledToken> sampled;  // of rank 0
+  std::vector<SampledToken> sampled;  // of rank 0, as is the next
+  std::vector<PromptRowLogprobs> prompt_logprobs = {};
   int num_sequences = 0;
   int num_tokens = 0;
   StepShape shape = {};

@@ -194,10 +194,17 @@ absl::StatusOr<StreamOptions> ParseStreamOptions(const json& body, bool stream) 
   return options;
 }
 
-absl::StatusOr<std::optional<int64_t>> ParseMaxTokens(const json& body, Endpoint endpoint) {
+absl::StatusOr<std::optional<int64_t>> ParseCompletionMaxTokens(const json& body, bool echo) {
+  const json* field = FindField(body, "max_tokens");
+  if (field != nullptr && AsInteger(*field) == 0 && !echo) {
+    return InvalidField("max_tokens", "0 is allowed only together with \"echo\": true");
+  }
+  return ReadInteger(body, "max_tokens", echo ? 0 : 1, kMaxInt64);
+}
+
+absl::StatusOr<std::optional<int64_t>> ParseChatMaxTokens(const json& body) {
   ASSIGN_OR_RETURN(const std::optional<int64_t> max_tokens,
                    ReadInteger(body, "max_tokens", 1, kMaxInt64));
-  if (endpoint == Endpoint::kCompletions) return max_tokens;
   ASSIGN_OR_RETURN(const std::optional<int64_t> max_completion_tokens,
                    ReadInteger(body, "max_completion_tokens", 1, kMaxInt64));
   return max_completion_tokens.has_value() ? max_completion_tokens : max_tokens;
@@ -321,17 +328,19 @@ absl::StatusOr<std::optional<int>> ParseCompletionLogprobs(const json& body) {
 }
 
 absl::Status ParseLogprobs(const json& body, ApiRequest* request) {
+  ASSIGN_OR_RETURN(const std::optional<int64_t> prompt_logprobs,
+                   ReadInteger(body, "prompt_logprobs", 0, kMaxTopLogprobs));
+  if (prompt_logprobs.has_value()) request->prompt_logprobs = static_cast<int>(*prompt_logprobs);
+  if (request->prompt_logprobs.has_value() && request->stream) {
+    return InvalidField("prompt_logprobs",
+                        "is not available together with \"stream\": true; \"echo\": true with "
+                        "logprobs is, for completions");
+  }
   if (request->endpoint == Endpoint::kChat) {
     ASSIGN_OR_RETURN(request->num_top_logprobs, ParseChatLogprobs(body));
     return absl::OkStatus();
   }
   ASSIGN_OR_RETURN(request->num_top_logprobs, ParseCompletionLogprobs(body));
-  ASSIGN_OR_RETURN(request->echo, ReadBool(body, "echo"));
-  if (request->echo && request->num_top_logprobs.has_value()) {
-    return InvalidField("echo",
-                        "true is not supported together with logprobs by this server version",
-                        "unsupported_parameter");
-  }
   return absl::OkStatus();
 }
 
@@ -341,7 +350,12 @@ absl::Status ParseSampling(const json& body, ApiRequest* request) {
   ASSIGN_OR_RETURN(request->top_k, ReadInteger(body, "top_k", -1, kMaxInt32));
   ASSIGN_OR_RETURN(request->min_p, ReadNumber(body, "min_p", 0, 1));
   ASSIGN_OR_RETURN(request->seed, ReadInteger(body, "seed", kMinInt64, kMaxInt64));
-  ASSIGN_OR_RETURN(request->max_tokens, ParseMaxTokens(body, request->endpoint));
+  if (request->endpoint == Endpoint::kChat) {
+    ASSIGN_OR_RETURN(request->max_tokens, ParseChatMaxTokens(body));
+  } else {
+    ASSIGN_OR_RETURN(request->echo, ReadBool(body, "echo"));
+    ASSIGN_OR_RETURN(request->max_tokens, ParseCompletionMaxTokens(body, request->echo));
+  }
   ASSIGN_OR_RETURN(request->stop, ParseStop(body));
   ASSIGN_OR_RETURN(request->include_stop_in_output, ReadBool(body, "include_stop_str_in_output"));
   RETURN_IF_ERROR(ParseTokenRules(body, request));
@@ -427,10 +441,10 @@ absl::StatusOr<ApiRequest> ParseRequest(Endpoint endpoint, std::string_view body
   request.endpoint = endpoint;
   ASSIGN_OR_RETURN(request.model, ReadString(body, "model"));
   RETURN_IF_ERROR(ParsePrompt(body, &request));
+  ASSIGN_OR_RETURN(request.stream, ReadBool(body, "stream"));
   RETURN_IF_ERROR(ParseSampling(body, &request));
   RETURN_IF_ERROR(ParseScheduling(body, &request));
   RETURN_IF_ERROR(ParseChoiceCount(body, &request));
-  ASSIGN_OR_RETURN(request.stream, ReadBool(body, "stream"));
   ASSIGN_OR_RETURN(request.stream_options, ParseStreamOptions(body, request.stream));
   ASSIGN_OR_RETURN(request.user, ParseUser(body));
   RETURN_IF_ERROR(RefuseUnsupportedFields(body, endpoint));

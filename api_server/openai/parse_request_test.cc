@@ -141,6 +141,16 @@ INSTANTIATE_TEST_SUITE_P(
         BadRequest{"TopPAboveOne", kC, Chat(R"("top_p":1.5)"), "top_p", kValue, "from 0 to 1"},
         BadRequest{"TopKBelowMinusOne", kC, Chat(R"("top_k":-2)"), "top_k", kValue, "from -1"},
         BadRequest{"ZeroMaxTokens", kC, Chat(R"("max_tokens":0)"), "max_tokens", kValue, "from 1"},
+        BadRequest{"ZeroMaxTokensWithoutEcho", kP, Completion(R"("max_tokens":0,"echo":false)"),
+                   "max_tokens", kValue,
+                   R"(max_tokens: 0 is allowed only together with "echo": true)"},
+        BadRequest{"ZeroMaxTokensWithEchoInAChat", kC, Chat(R"("max_tokens":0,"echo":true)"),
+                   "max_tokens", kValue, "from 1"},
+        BadRequest{"FewerThanNoTokens", kP, Completion(R"("max_tokens":-1,"echo":true)"),
+                   "max_tokens", kValue, "from 0"},
+        BadRequest{"MinTokensOfNone", kP,
+                   Completion(R"("max_tokens":0,"echo":true,"min_tokens":1)"), "min_tokens", kValue,
+                   "min_tokens: must be at most max_tokens, 0, got 1"},
         BadRequest{"NegativeMaxCompletionTokens", kC, Chat(R"("max_completion_tokens":-1)"),
                    "max_completion_tokens", kValue, "from 1"},
         BadRequest{"FractionalMaxTokens", kP, Completion(R"("max_tokens":5.5)"), "max_tokens",
@@ -261,21 +271,27 @@ INSTANTIATE_TEST_SUITE_P(
 
 INSTANTIATE_TEST_SUITE_P(
     Logprobs, BadRequests,
-    testing::Values(BadRequest{"ChatNumber", kC, Chat(R"("logprobs":3)"), "logprobs", kValue,
-                               "logprobs: must be true or false, got 3"},
-                    BadRequest{"TopWithoutLogprobs", kC, Chat(R"("top_logprobs":3)"),
-                               "top_logprobs", kValue,
-                               R"(is allowed only together with "logprobs": true, got 3)"},
-                    BadRequest{"TopBeyond20", kC, Chat(R"("logprobs":true,"top_logprobs":21)"),
-                               "top_logprobs", kValue, "must be an integer from 0 to 20, got 21"},
-                    BadRequest{"NegativeTop", kC, Chat(R"("logprobs":true,"top_logprobs":-1)"),
-                               "top_logprobs", kValue, "from 0 to 20, got -1"},
-                    BadRequest{"CompletionTrue", kP, Completion(R"("logprobs":true)"), "logprobs",
-                               kValue, "must be an integer from 0 to 20, got true"},
-                    BadRequest{"CompletionBeyond20", kP, Completion(R"("logprobs":21)"), "logprobs",
-                               kValue, "from 0 to 20, got 21"},
-                    BadRequest{"EchoText", kP, Completion(R"("echo":"yes")"), "echo", kValue,
-                               "must be true or false"}),
+    testing::Values(
+        BadRequest{"ChatNumber", kC, Chat(R"("logprobs":3)"), "logprobs", kValue,
+                   "logprobs: must be true or false, got 3"},
+        BadRequest{"TopWithoutLogprobs", kC, Chat(R"("top_logprobs":3)"), "top_logprobs", kValue,
+                   R"(is allowed only together with "logprobs": true, got 3)"},
+        BadRequest{"TopBeyond20", kC, Chat(R"("logprobs":true,"top_logprobs":21)"), "top_logprobs",
+                   kValue, "must be an integer from 0 to 20, got 21"},
+        BadRequest{"NegativeTop", kC, Chat(R"("logprobs":true,"top_logprobs":-1)"), "top_logprobs",
+                   kValue, "from 0 to 20, got -1"},
+        BadRequest{"CompletionTrue", kP, Completion(R"("logprobs":true)"), "logprobs", kValue,
+                   "must be an integer from 0 to 20, got true"},
+        BadRequest{"CompletionBeyond20", kP, Completion(R"("logprobs":21)"), "logprobs", kValue,
+                   "from 0 to 20, got 21"},
+        BadRequest{"PromptBeyond20", kC, Chat(R"("prompt_logprobs":21)"), "prompt_logprobs", kValue,
+                   "from 0 to 20, got 21"},
+        BadRequest{"WholeVocabulary", kP, Completion(R"("prompt_logprobs":-1)"), "prompt_logprobs",
+                   kValue, "from 0 to 20, got -1"},
+        BadRequest{"PromptInAStream", kP, Completion(R"("prompt_logprobs":1,"stream":true)"),
+                   "prompt_logprobs", kValue, R"(is not available together with "stream": true)"},
+        BadRequest{"EchoText", kP, Completion(R"("echo":"yes")"), "echo", kValue,
+                   "must be true or false"}),
     TestName);
 
 INSTANTIATE_TEST_SUITE_P(
@@ -293,15 +309,10 @@ INSTANTIATE_TEST_SUITE_P(
                                "allowed_token_ids", kUnsupported, "not supported"},
                     BadRequest{"TempScaledLogprobs", kC, Chat(R"("temp_scaled_logprobs":true)"),
                                "temp_scaled_logprobs", kUnsupported, "not supported"},
-                    BadRequest{"PromptLogprobs", kP, Completion(R"("prompt_logprobs":1)"),
-                               "prompt_logprobs", kUnsupported, "not supported"},
                     BadRequest{"GuidedRegex", kP, Completion(R"("guided_regex":"a+")"),
                                "guided_regex", kUnsupported, "not supported"},
                     BadRequest{"PromptTokenIds", kC, Chat(R"("prompt_token_ids":[5])"),
                                "prompt_token_ids", kUnsupported, "not supported"},
-                    BadRequest{"EchoWithLogprobs", kP, Completion(R"("echo":true,"logprobs":0)"),
-                               "echo", kUnsupported,
-                               "echo: true is not supported together with logprobs"},
                     BadRequest{"Suffix", kP, Completion(R"("suffix":"end")"), "suffix",
                                kUnsupported, "not supported"},
                     BadRequest{"BestOfMoreThanN", kP, Completion(R"("best_of":2)"), "best_of",
@@ -365,6 +376,14 @@ TEST(ParseRequest, LogprobsAreABooleanForChatsAndANumberForCompletions) {
   EXPECT_EQ(Parsed(kP, Completion(R"("logprobs":5)")).num_top_logprobs, 5);
   EXPECT_EQ(Parsed(kP, Completion(R"("logprobs":false)")).num_top_logprobs, std::nullopt);
   EXPECT_TRUE(Parsed(kP, Completion(R"("echo":true)")).echo);
+  const ApiRequest scored = Parsed(kP, Completion(R"("echo":true,"logprobs":2,"max_tokens":0)"));
+  EXPECT_TRUE(scored.echoes_logprobs());
+  EXPECT_EQ(scored.num_top_logprobs, 2);
+  EXPECT_EQ(scored.max_tokens, 0);
+  EXPECT_EQ(Parsed(kP, Completion(R"("echo":true,"max_tokens":0)")).max_tokens, 0);
+  EXPECT_EQ(Parsed(kC, Chat(R"("prompt_logprobs":0)")).prompt_logprobs, 0);
+  EXPECT_EQ(Parsed(kC, Chat(R"("prompt_logprobs":null,"stream":true)")).prompt_logprobs,
+            std::nullopt);
 }
 
 TEST(ParseRequest, ATimeoutIsNeverRoundedToNoneNorBeyondWhatFits) {

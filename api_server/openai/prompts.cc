@@ -110,17 +110,26 @@ absl::Status CheckBiases(const ApiRequest& request, const TokenIds& banned, cons
                                                 kMaxLogitBiases, num_tokens));
 }
 
-absl::Status CheckLogprobs(const ApiRequest& request, const LLM& llm) {
-  if (!request.num_top_logprobs.has_value()) return absl::OkStatus();
+// of_tokens: the field that asks for some; of_top: the one that says for how many of the top.
+absl::Status CheckLogprobs(const std::optional<int>& count, const char* of_tokens,
+                           const char* of_top, const LLM& llm) {
+  if (!count.has_value()) return absl::OkStatus();
   if (llm.max_top_logprobs() < 0) {
-    return InvalidField("logprobs",
+    return InvalidField(of_tokens,
                         "log-probabilities are switched off on this server "
                         "(--no-enable-logprob)");
   }
-  if (*request.num_top_logprobs <= llm.max_top_logprobs()) return absl::OkStatus();
-  return InvalidField(request.endpoint == Endpoint::kChat ? "top_logprobs" : "logprobs",
+  if (*count <= llm.max_top_logprobs()) return absl::OkStatus();
+  return InvalidField(of_top,
                       fmt::format("must be at most {} on this server (--max-logprobs), got {}",
-                                  llm.max_top_logprobs(), *request.num_top_logprobs));
+                                  llm.max_top_logprobs(), *count));
+}
+
+absl::Status CheckLogprobs(const ApiRequest& request, const LLM& llm) {
+  RETURN_IF_ERROR(CheckLogprobs(request.num_top_logprobs, "logprobs",
+                                request.endpoint == Endpoint::kChat ? "top_logprobs" : "logprobs",
+                                llm));
+  return CheckLogprobs(request.prompt_logprobs, "prompt_logprobs", "prompt_logprobs", llm);
 }
 
 // Everything but the prompt.
@@ -141,6 +150,11 @@ absl::StatusOr<GenerationRequest> SamplingOf(const ApiRequest& request, const LL
   generation.logit_bias = request.logit_bias;
   generation.stop_token_ids = request.stop_token_ids;
   generation.num_top_logprobs = request.num_top_logprobs;
+  generation.num_prompt_top_logprobs = request.prompt_logprobs;
+  if (request.echoes_logprobs()) {
+    generation.num_prompt_top_logprobs =
+        std::max(*request.num_top_logprobs, request.prompt_logprobs.value_or(0));
+  }
   generation.temperature = static_cast<float>(request.temperature.value_or(defaults.temperature));
   generation.top_p = static_cast<float>(request.top_p.value_or(defaults.top_p));
   generation.top_k = static_cast<int32_t>(request.top_k.value_or(defaults.top_k));
@@ -194,12 +208,15 @@ absl::StatusOr<std::vector<GenerationRequest>> MakeGenerationRequests(const ApiR
   return generations;
 }
 
-std::vector<std::string> EchoTexts(const ApiRequest& request, const LLM& llm) {
+std::vector<std::string> EchoTexts(const ApiRequest& request,
+                                   const std::vector<GenerationRequest>& generations,
+                                   const LLM& llm) {
   std::vector<std::string> texts;
   if (!request.echo) return texts;
-  for (const PromptSource& prompt : request.prompts) {
-    const auto* ids = std::get_if<TokenIds>(&prompt);
-    texts.push_back(ids != nullptr ? llm.Decode(*ids) : std::get<std::string>(prompt));
+  for (size_t i = 0; i < generations.size(); ++i) {
+    const auto* const text = std::get_if<std::string>(&request.prompts[i]);
+    const bool as_sent = text != nullptr && !request.echoes_logprobs();
+    texts.push_back(as_sent ? *text : llm.Decode(generations[i].prompt_ids));
   }
   return texts;
 }

@@ -30,7 +30,11 @@ absl::StatusOr<std::vector<GenerationRequest>> MakeGenerationRequests(const ApiR
                                                                       const LLM& llm,
                                                                       const std::string& id);
 
-// The prompts of a request with "echo" as text; empty without.
-std::vector<std::string> EchoTexts(const ApiRequest& request, const LLM& llm);
+// The prompts of a request with "echo" as text, without empty. `generations`: of the request. Text
+// is as it was sent; with log-probabilities as its tokens have it, since a tokenizer may have
+// normalised it and their text_offset has to fit.
+std::vector<std::string> EchoTexts(const ApiRequest& request,
+                                   const std::vector<GenerationRequest>& generations,
+                                   const LLM& llm);
 
 }  // namespace wintserve

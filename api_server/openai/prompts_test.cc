@@ -107,9 +107,39 @@ TEST(EchoTexts, AreThePromptsAsTextWhenAskedFor) {
   const FakeLlm llm;
   ApiRequest request = CompletionOf("ab");
   request.prompts.push_back(TokenIds{99, 100});
-  EXPECT_TRUE(EchoTexts(request, llm).empty());
+  auto generations = MakeGenerationRequests(request, llm, "id");
+  ASSERT_TRUE(generations.ok());
+  EXPECT_TRUE(EchoTexts(request, *generations, llm).empty());
   request.echo = true;
-  EXPECT_THAT(EchoTexts(request, llm), testing::ElementsAre("ab", "cd"));
+  EXPECT_THAT(EchoTexts(request, *generations, llm), testing::ElementsAre("ab", "cd"));
+  // Had the tokenizer put a space in front, the text_offset of its tokens would count it.
+  (*generations)[0].prompt_ids = {' ', 'a', 'b'};
+  EXPECT_THAT(EchoTexts(request, *generations, llm), testing::ElementsAre("ab", "cd"));
+  request.num_top_logprobs = 0;
+  EXPECT_THAT(EchoTexts(request, *generations, llm), testing::ElementsAre(" ab", "cd"));
+}
+
+TEST(MakeGenerationRequests, PromptLogprobsAreAskedForByEchoOrByName) {
+  const FakeLlm llm;
+  struct Case {
+    bool echo;
+    std::optional<int> logprobs;
+    std::optional<int> prompt_logprobs;
+    std::optional<int> expected;
+  };
+  for (const Case& c :
+       {Case{false, 3, {}, {}}, Case{true, {}, {}, {}}, Case{true, 3, {}, 3}, Case{true, 0, {}, 0},
+        Case{false, {}, 2, 2}, Case{false, 5, 2, 2}, Case{true, 5, 2, 5}, Case{true, 1, 2, 2}}) {
+    ApiRequest request = CompletionOf("ab");
+    request.echo = c.echo;
+    request.num_top_logprobs = c.logprobs;
+    request.prompt_logprobs = c.prompt_logprobs;
+    const auto generations = MakeGenerationRequests(request, llm, "id");
+    ASSERT_TRUE(generations.ok());
+    EXPECT_EQ(generations->front().num_prompt_top_logprobs, c.expected);
+    EXPECT_EQ(generations->front().num_top_logprobs, c.logprobs);
+    EXPECT_EQ(request.wants_prompt_logprobs(), c.expected.has_value());
+  }
 }
 
 TEST(MakeGenerationRequests, LogprobsAreBoundedByWhatTheServerGives) {
@@ -122,6 +152,12 @@ TEST(MakeGenerationRequests, LogprobsAreBoundedByWhatTheServerGives) {
   ApiError error = ToApiError(MakeGenerationRequests(request, llm, "id").status());
   EXPECT_EQ(error.param, "logprobs");
   EXPECT_EQ(error.message, "logprobs: must be at most 4 on this server (--max-logprobs), got 5");
+  request.num_top_logprobs.reset();
+  request.prompt_logprobs = 5;
+  error = ToApiError(MakeGenerationRequests(request, llm, "id").status());
+  EXPECT_EQ(error.message,
+            "prompt_logprobs: must be at most 4 on this server (--max-logprobs), got 5");
+  request.num_top_logprobs = 5;
   llm.SetMaxTopLogprobs(-1);
   request.num_top_logprobs = 0;
   error = ToApiError(MakeGenerationRequests(request, llm, "id").status());

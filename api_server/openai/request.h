@@ -42,7 +42,8 @@ struct ApiRequest {
   Endpoint endpoint = Endpoint::kChat;
   std::string model;                  // as sent; empty when absent
   std::vector<PromptSource> prompts;  // chat: exactly one
-  std::optional<int64_t> max_tokens;  // >= 1; max_completion_tokens when both were sent
+  // max_completion_tokens when both were sent. At least 1, or with `echo` 0: the prompt alone.
+  std::optional<int64_t> max_tokens;
   std::optional<double> temperature;  // absent: the model's default
   std::optional<double> top_p;
   std::optional<int64_t> top_k;
@@ -57,12 +58,17 @@ struct ApiRequest {
   // Absent: no log-probabilities. Chat: top_logprobs, 0 with "logprobs": true alone; completions:
   // logprobs.
   std::optional<int> num_top_logprobs;
+  std::optional<int> prompt_logprobs;   // most probable tokens for each of the prompt; absent: none
   bool echo = false;                    // completions: the prompt comes before the text
   std::vector<std::string> echo_texts;  // by prompt; see EchoTexts
   int num_choices_per_prompt = 1;       // n
   bool stream = false;
   StreamOptions stream_options;
   std::string user;
+
+  // Echoed tokens have log-probabilities as the others do.
+  bool echoes_logprobs() const { return echo && num_top_logprobs.has_value(); }
+  bool wants_prompt_logprobs() const { return echoes_logprobs() || prompt_logprobs.has_value(); }
 
   // Beyond OpenAI's API.
   std::vector<std::string> bad_words;  // each is one token

@@ -8,6 +8,7 @@
 
 #include "api_server/openai/api_error.h"
 #include "api_server/openai/ids.h"
+#include "api_server/openai/logprobs_json.h"
 #include "common/check.h"
 #include "common/status_macros.h"
 
@@ -41,48 +42,6 @@ Json Envelope(const ResponseIdentity& identity, const char* object, Json choices
           {"created", identity.created_seconds},
           {"model", identity.model},
           {"choices", std::move(choices)}};
-}
-
-// OpenAI's bound: what is less likely is as good as impossible. JSON knows no infinity.
-double Bounded(float logprob) { return std::max(static_cast<double>(logprob), -9999.0); }
-
-Json EntryJson(const LogprobEntry& entry) {
-  Json bytes = Json::array();
-  for (const char byte : entry.bytes) bytes.push_back(static_cast<uint8_t>(byte));
-  return {{"token", entry.text}, {"logprob", Bounded(entry.logprob)}, {"bytes", std::move(bytes)}};
-}
-
-Json ChatLogprobs(const std::vector<TokenLogprobs>& tokens) {
-  Json content = Json::array();
-  for (const TokenLogprobs& token : tokens) {
-    Json top = Json::array();
-    for (const LogprobEntry& entry : token.top) top.push_back(EntryJson(entry));
-    content.push_back(EntryJson(token.token));
-    content.back()["top_logprobs"] = std::move(top);
-  }
-  return {{"content", std::move(content)}, {"refusal", nullptr}};
-}
-
-// The dictionaries of the most probable tokens hold the sampled one in any case.
-Json CompletionLogprobs(const std::vector<TokenLogprobs>& tokens) {
-  Json logprobs = {{"tokens", Json::array()},
-                   {"token_logprobs", Json::array()},
-                   {"top_logprobs", Json::array()},
-                   {"text_offset", Json::array()}};
-  for (const TokenLogprobs& token : tokens) {
-    Json top = Json::object();
-    for (const LogprobEntry& entry : token.top) top[entry.text] = Bounded(entry.logprob);
-    top[token.token.text] = Bounded(token.token.logprob);
-    logprobs["tokens"].push_back(token.token.text);
-    logprobs["token_logprobs"].push_back(Bounded(token.token.logprob));
-    logprobs["top_logprobs"].push_back(std::move(top));
-    logprobs["text_offset"].push_back(token.text_offset);
-  }
-  return logprobs;
-}
-
-Json LogprobsJson(Endpoint endpoint, const std::vector<TokenLogprobs>& tokens) {
-  return endpoint == Endpoint::kChat ? ChatLogprobs(tokens) : CompletionLogprobs(tokens);
 }
 
 // content_key: "message" or "delta" for chat, "text" for completions.
@@ -145,11 +104,16 @@ bool UsageCounter::all_finished() const {
                      [](const Counts& counts) { return counts.finished; });
 }
 
-ResponseAssembler::ResponseAssembler(ResponseIdentity identity, const ApiRequest& request)
+ResponseAssembler::ResponseAssembler(ResponseIdentity identity, const ApiRequest& request,
+                                     const LLM& llm)
     : identity_(std::move(identity)),
+      llm_(llm),
       num_choices_per_prompt_(request.num_choices_per_prompt),
-      wants_logprobs_(request.num_top_logprobs.has_value()),
+      num_top_logprobs_(request.num_top_logprobs),
+      echoes_logprobs_(request.echoes_logprobs()),
+      num_prompt_top_logprobs_(request.prompt_logprobs),
       choices_(NumChoices(request)),
+      prompt_logprobs_(request.prompts.size()),
       usage_(request.prompts.size()) {
   for (size_t i = 0; i < choices_.size() && !request.echo_texts.empty(); ++i) {
     choices_[i].text = request.echo_texts.at(i / num_choices_per_prompt_);
@@ -158,6 +122,9 @@ ResponseAssembler::ResponseAssembler(ResponseIdentity identity, const ApiRequest
 
 void ResponseAssembler::Add(size_t prompt_index, const GenerationUpdate& update) {
   usage_.Update(prompt_index, update);
+  if (update.prompt_logprobs.has_value()) {
+    prompt_logprobs_[prompt_index] = *update.prompt_logprobs;
+  }
   for (const ChoiceDelta& delta : update.choices) {
     CHECK(0 <= delta.index && delta.index < num_choices_per_prompt_, "index={}", delta.index);
     Choice& choice = choices_[prompt_index * num_choices_per_prompt_ + delta.index];
@@ -168,33 +135,67 @@ void ResponseAssembler::Add(size_t prompt_index, const GenerationUpdate& update)
 }
 
 std::string ResponseAssembler::Body() const {
-  const bool is_chat = identity_.endpoint == Endpoint::kChat;
   Json choices = Json::array();
-  for (size_t i = 0; i < choices_.size(); ++i) {
-    const Choice& choice = choices_[i];
-    Json content =
-        is_chat ? Json{{"role", "assistant"}, {"content", choice.text}} : Json(choice.text);
-    choices.push_back(ChoiceJson(
-        static_cast<int>(i), is_chat ? "message" : "text", std::move(content), choice.finish_reason,
-        wants_logprobs_ ? LogprobsJson(identity_.endpoint, choice.logprobs) : Json(nullptr)));
+  for (size_t prompt = 0; prompt < prompt_logprobs_.size(); ++prompt) {
+    AddChoicesOf(prompt, &choices);
   }
+  const bool is_chat = identity_.endpoint == Endpoint::kChat;
   Json body =
       Envelope(identity_, is_chat ? "chat.completion" : "text_completion", std::move(choices));
   body["usage"] = UsageJson(usage_);
   return Dump(body);
 }
 
-StreamAssembler::StreamAssembler(ResponseIdentity identity, const ApiRequest& request)
+void ResponseAssembler::AddChoicesOf(size_t prompt_index, Json* choices) const {
+  const bool is_chat = identity_.endpoint == Endpoint::kChat;
+  const PromptLogprobs& prompt = prompt_logprobs_[prompt_index];
+  EchoJson echo;
+  if (echoes_logprobs_) echo = EchoLogprobsJson(prompt, *num_top_logprobs_, llm_);
+  Json prompt_logprobs;
+  if (num_prompt_top_logprobs_.has_value()) {
+    prompt_logprobs = PromptLogprobsJson(prompt, *num_prompt_top_logprobs_, llm_);
+  }
+  for (int i = 0; i < num_choices_per_prompt_; ++i) {
+    const size_t index = prompt_index * num_choices_per_prompt_ + i;
+    const Choice& choice = choices_[index];
+    Json logprobs;
+    if (num_top_logprobs_.has_value()) {
+      logprobs = LogprobsJson(identity_.endpoint, choice.logprobs, echo.num_characters);
+    }
+    if (echoes_logprobs_) {
+      const Json sampled = std::exchange(logprobs, echo.logprobs);
+      AppendColumns(sampled, &logprobs);
+    }
+    Json content =
+        is_chat ? Json{{"role", "assistant"}, {"content", choice.text}} : Json(choice.text);
+    choices->push_back(ChoiceJson(static_cast<int>(index), is_chat ? "message" : "text",
+                                  std::move(content), choice.finish_reason, std::move(logprobs)));
+    if (num_prompt_top_logprobs_.has_value()) {
+      choices->back()["prompt_logprobs"] = prompt_logprobs;
+    }
+  }
+}
+
+StreamAssembler::StreamAssembler(ResponseIdentity identity, const ApiRequest& request,
+                                 const LLM& llm)
     : identity_(std::move(identity)),
+      llm_(llm),
       num_choices_per_prompt_(request.num_choices_per_prompt),
       options_(request.stream_options),
-      echo_texts_(request.echo_texts),
+      echoed_top_logprobs_(request.echoes_logprobs() ? request.num_top_logprobs : std::nullopt),
       began_(NumChoices(request), false),
-      usage_(request.prompts.size()) {}
+      usage_(request.prompts.size()) {
+  for (const std::string& text : request.echo_texts) echoes_.push_back({.text = text});
+}
 
 void StreamAssembler::Add(size_t prompt_index, const GenerationUpdate& update,
                           std::vector<std::string>* payloads) {
   usage_.Update(prompt_index, update);
+  if (echoed_top_logprobs_.has_value() && update.prompt_logprobs.has_value()) {
+    EchoJson echo = EchoLogprobsJson(*update.prompt_logprobs, *echoed_top_logprobs_, llm_);
+    echoes_.at(prompt_index).logprobs = std::move(echo.logprobs);
+    echoes_.at(prompt_index).num_characters = echo.num_characters;
+  }
   std::vector<const ChoiceDelta*> by_index;
   for (const ChoiceDelta& delta : update.choices) by_index.push_back(&delta);
   std::stable_sort(by_index.begin(), by_index.end(),
@@ -210,19 +211,22 @@ void StreamAssembler::Add(size_t prompt_index, const GenerationUpdate& update,
 void StreamAssembler::AddChoice(int index, const ChoiceDelta& delta,
                                 std::vector<std::string>* payloads) {
   const bool is_chat = identity_.endpoint == Endpoint::kChat;
+  const Echo* const echo = echoes_.empty() ? nullptr : &echoes_[index / num_choices_per_prompt_];
   if (!began_[index]) {
     began_[index] = true;
     if (is_chat) {
       payloads->push_back(
           ChoiceChunk(index, {{"role", "assistant"}, {"content", ""}}, std::nullopt, nullptr));
-    } else if (!echo_texts_.empty()) {
-      payloads->push_back(ChoiceChunk(index, echo_texts_.at(index / num_choices_per_prompt_),
-                                      std::nullopt, nullptr));
+    } else if (echo != nullptr) {
+      payloads->push_back(ChoiceChunk(index, echo->text, std::nullopt, echo->logprobs));
     }
   }
   if (!delta.text.empty() || !delta.logprobs.empty()) {
     Json logprobs;
-    if (!delta.logprobs.empty()) logprobs = LogprobsJson(identity_.endpoint, delta.logprobs);
+    if (!delta.logprobs.empty()) {
+      logprobs = LogprobsJson(identity_.endpoint, delta.logprobs,
+                              echo == nullptr ? 0 : echo->num_characters);
+    }
     payloads->push_back(ChoiceChunk(index,
                                     is_chat ? Json{{"content", delta.text}} : Json(delta.text),
                                     std::nullopt, std::move(logprobs)));

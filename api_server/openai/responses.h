@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <nlohmann/json_fwd.hpp>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <vector>
@@ -49,21 +49,29 @@ class UsageCounter {
 // Collects updates into the one body of a request without "stream". Thread-compatible.
 class ResponseAssembler {
  public:
-  ResponseAssembler(ResponseIdentity identity, const ApiRequest& request);
+  // The LLM outlives it.
+  ResponseAssembler(ResponseIdentity identity, const ApiRequest& request, const LLM& llm);
   void Add(size_t prompt_index, const GenerationUpdate& update);
   bool finished() const { return usage_.all_finished(); }
+  // Takes up to a second where a long prompt's log-probabilities are asked for.
   std::string Body() const;
 
  private:
+  void AddChoicesOf(size_t prompt_index, nlohmann::ordered_json* choices) const;
+
   struct Choice {
     std::string text;
     std::optional<FinishReason> finish_reason;
     std::vector<TokenLogprobs> logprobs;
   };
   const ResponseIdentity identity_;
+  const LLM& llm_;
   const int num_choices_per_prompt_;
-  const bool wants_logprobs_;
-  std::vector<Choice> choices_;  // prompt-major
+  const std::optional<int> num_top_logprobs_;
+  const bool echoes_logprobs_;
+  const std::optional<int> num_prompt_top_logprobs_;
+  std::vector<Choice> choices_;                  // prompt-major
+  std::vector<PromptLogprobs> prompt_logprobs_;  // by prompt
   UsageCounter usage_;
 };
 
@@ -72,12 +80,19 @@ class ResponseAssembler {
 // usage chunk. The caller frames them as events and adds [DONE]. Thread-compatible.
 class StreamAssembler {
  public:
-  StreamAssembler(ResponseIdentity identity, const ApiRequest& request);
+  // The LLM outlives it.
+  StreamAssembler(ResponseIdentity identity, const ApiRequest& request, const LLM& llm);
   // Appends the payloads that `update` of one prompt causes.
   void Add(size_t prompt_index, const GenerationUpdate& update, std::vector<std::string>* payloads);
   bool finished() const { return usage_.all_finished(); }
 
  private:
+  struct Echo {
+    std::string text;
+    nlohmann::ordered_json logprobs = nullptr;
+    int num_characters = 0;  // of the text; with log-probabilities
+  };
+
   void AddChoice(int index, const ChoiceDelta& delta, std::vector<std::string>* payloads);
   // content: the delta (chat) or the text (completions).
   std::string ChoiceChunk(int index, nlohmann::ordered_json content,
@@ -86,10 +101,12 @@ class StreamAssembler {
   std::string UsageChunk() const;
 
   const ResponseIdentity identity_;
+  const LLM& llm_;
   const int num_choices_per_prompt_;
   const StreamOptions options_;
-  const std::vector<std::string> echo_texts_;  // by prompt; empty: none
-  std::vector<bool> began_;                    // by choice: its role chunk, or its echo, was sent
+  const std::optional<int> echoed_top_logprobs_;
+  std::vector<Echo> echoes_;  // by prompt; empty: none
+  std::vector<bool> began_;   // by choice: its role chunk, or its echo, was sent
   UsageCounter usage_;
 };
 

@@ -7,6 +7,7 @@
 
 #include "api_server/openai/api_error.h"
 #include "api_server/openai/ids.h"
+#include "tests/fakes/fake_llm.h"
 
 namespace wintserve {
 namespace {
@@ -15,6 +16,11 @@ using testing::ElementsAre;
 using testing::MatchesRegex;
 
 ResponseIdentity Identity(Endpoint endpoint) { return {endpoint, "the-id", 1700000000, "m"}; }
+
+const LLM& Llm() {
+  static const FakeLlm llm;
+  return llm;
+}
 
 ApiRequest Request(Endpoint endpoint, size_t num_prompts, int n) {
   ApiRequest request;
@@ -53,7 +59,7 @@ TEST(NewResponseIdentity, IdsAreUuidsWithTheEndpointsPrefix) {
 }
 
 TEST(ResponseAssembler, ChatBodyHasSortedChoicesAndUsage) {
-  ResponseAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 2));
+  ResponseAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 2), Llm());
   assembler.Add(0, Update({{1, "春", {}, {}, {}}, {0, "a", {}, {}, {}}}, 2, false));
   EXPECT_FALSE(assembler.finished());
   assembler.Add(
@@ -73,7 +79,7 @@ TEST(ResponseAssembler, ChatBodyHasSortedChoicesAndUsage) {
 
 TEST(ResponseAssembler, CompletionChoicesArePromptMajorAndUsageIsTheSum) {
   ResponseAssembler assembler(Identity(Endpoint::kCompletions),
-                              Request(Endpoint::kCompletions, 2, 2));
+                              Request(Endpoint::kCompletions, 2, 2), Llm());
   const auto finish = FinishReason::kStop;
   assembler.Add(1, Update({{0, "c", {}, finish, {}}, {1, "d", {}, finish, {}}}, 2, true));
   EXPECT_FALSE(assembler.finished());
@@ -94,7 +100,7 @@ TEST(ResponseAssembler, CompletionChoicesArePromptMajorAndUsageIsTheSum) {
 }
 
 TEST(ResponseAssembler, TheUpdateThatSaysAcceptedAddsNothing) {
-  ResponseAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 1));
+  ResponseAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 1), Llm());
   assembler.Add(0, Update({}, 0, false));
   EXPECT_FALSE(assembler.finished());
   assembler.Add(0, Update({{0, "a", {}, FinishReason::kStop, {}}}, 1, true));
@@ -119,7 +125,7 @@ ApiRequest WithLogprobs(Endpoint endpoint, int num_top_logprobs) {
 }
 
 TEST(ResponseAssembler, ChatLogprobsHaveTokenBytesAndTheMostProbable) {
-  ResponseAssembler assembler(Identity(Endpoint::kChat), WithLogprobs(Endpoint::kChat, 2));
+  ResponseAssembler assembler(Identity(Endpoint::kChat), WithLogprobs(Endpoint::kChat, 2), Llm());
   const std::vector<LogprobEntry> top = {{7, "bytes:\\xe6", "\xe6", -0.125f},
                                          {5, "春", "春", -1e30f}};
   assembler.Add(0, Update({{0, "春", {}, {}, {Logprobs("春", -0.5f, top)}}}, 1, false));
@@ -135,7 +141,7 @@ TEST(ResponseAssembler, ChatLogprobsHaveTokenBytesAndTheMostProbable) {
 
 TEST(ResponseAssembler, CompletionLogprobsAreColumnsThatHoldTheSampledTokenToo) {
   ResponseAssembler assembler(Identity(Endpoint::kCompletions),
-                              WithLogprobs(Endpoint::kCompletions, 1));
+                              WithLogprobs(Endpoint::kCompletions, 1), Llm());
   assembler.Add(0, Update({{0,
                             "ab",
                             {},
@@ -152,7 +158,7 @@ TEST(ResponseAssembler, CompletionLogprobsAreColumnsThatHoldTheSampledTokenToo) 
 TEST(ResponseAssembler, EchoPutsEachPromptBeforeItsChoices) {
   ApiRequest request = Request(Endpoint::kCompletions, 2, 2);
   request.echo_texts = {"p", "q"};
-  ResponseAssembler assembler(Identity(Endpoint::kCompletions), request);
+  ResponseAssembler assembler(Identity(Endpoint::kCompletions), request, Llm());
   const auto finish = FinishReason::kStop;
   for (const size_t prompt : {0, 1}) {
     assembler.Add(prompt, Update({{0, "0", {}, finish, {}}, {1, "1", {}, finish, {}}}, 2, true));
@@ -163,7 +169,7 @@ TEST(ResponseAssembler, EchoPutsEachPromptBeforeItsChoices) {
 }
 
 TEST(StreamAssembler, LogprobsComeWithTheTextOfTheirTokens) {
-  StreamAssembler assembler(Identity(Endpoint::kChat), WithLogprobs(Endpoint::kChat, 0));
+  StreamAssembler assembler(Identity(Endpoint::kChat), WithLogprobs(Endpoint::kChat, 0), Llm());
   std::vector<std::string> payloads;
   assembler.Add(0, Update({{0, "", {7}, {}, {}}}, 1, false), &payloads);
   assembler.Add(
@@ -184,7 +190,7 @@ TEST(StreamAssembler, LogprobsComeWithTheTextOfTheirTokens) {
 TEST(StreamAssembler, EchoIsAChunkOfItsOwnBeforeEachChoice) {
   ApiRequest request = Request(Endpoint::kCompletions, 1, 2);
   request.echo_texts = {"p"};
-  StreamAssembler assembler(Identity(Endpoint::kCompletions), request);
+  StreamAssembler assembler(Identity(Endpoint::kCompletions), request, Llm());
   std::vector<std::string> payloads;
   const auto finish = FinishReason::kStop;
   assembler.Add(0, Update({{0, "a", {}, finish, {}}, {1, "b", {}, finish, {}}}, 2, true),
@@ -198,6 +204,92 @@ TEST(StreamAssembler, EchoIsAChunkOfItsOwnBeforeEachChoice) {
   EXPECT_EQ(texts[1], "pb");
 }
 
+// The prompt "pq", where q has the log-probability -0.5 and two more probable tokens were looked
+// at.
+GenerationUpdate WithPrompt(GenerationUpdate update) {
+  update.prompt_logprobs = {.token_ids = {'p', 'q'},
+                            .positions = {{-0.5f, 3, {{'x', -0.25f}, {'y', -0.375f}}}}};
+  return update;
+}
+
+ApiRequest EchoingLogprobs(int num_top_logprobs, int n = 1) {
+  ApiRequest request = Request(Endpoint::kCompletions, 1, n);
+  request.echo = true;
+  request.echo_texts = {"pq"};
+  request.num_top_logprobs = num_top_logprobs;
+  return request;
+}
+
+TEST(ResponseAssembler, EchoedTokensHaveLogprobsBeforeTheSampledOnes) {
+  const nlohmann::json top = nlohmann::json::parse(
+      R"([{"q": -0.5}, {"q": -0.5, "x": -0.25}, {"q": -0.5, "x": -0.25, "y": -0.375}])");
+  for (int num_top = 0; num_top < 3; ++num_top) {
+    SCOPED_TRACE(num_top);
+    ResponseAssembler assembler(Identity(Endpoint::kCompletions), EchoingLogprobs(num_top, 2),
+                                Llm());
+    assembler.Add(0, WithPrompt(Update({{0, "a", {}, FinishReason::kStop, {Logprobs("a", -1, {})}}},
+                                       1, false)));
+    assembler.Add(0, Update({{1, "b", {}, FinishReason::kStop, {Logprobs("b", -2, {})}}}, 2, true));
+    const auto choices = nlohmann::json::parse(assembler.Body())["choices"];
+    for (int i = 0; i < 2; ++i) {
+      const std::string text = i == 0 ? "a" : "b";
+      const auto& logprobs = choices[i]["logprobs"];
+      EXPECT_EQ(choices[i]["text"], "pq" + text);
+      EXPECT_EQ(logprobs["tokens"], (nlohmann::json{"p", "q", text}));
+      EXPECT_EQ(logprobs["token_logprobs"], (nlohmann::json{nullptr, -0.5, -1 - i}));
+      EXPECT_EQ(logprobs["text_offset"], (nlohmann::json{0, 1, 2}));
+      EXPECT_EQ(logprobs["top_logprobs"],
+                (nlohmann::json{nullptr, top[num_top], {{text, -1 - i}}}));
+      EXPECT_FALSE(choices[i].contains("prompt_logprobs"));
+    }
+  }
+}
+
+TEST(ResponseAssembler, PromptLogprobsAreByIdWithRankAndText) {
+  for (const Endpoint endpoint : {Endpoint::kChat, Endpoint::kCompletions}) {
+    ApiRequest request = Request(endpoint, 1, 1);
+    request.prompt_logprobs = 1;
+    ResponseAssembler assembler(Identity(endpoint), request, Llm());
+    assembler.Add(0, WithPrompt(Update({{0, "a", {}, FinishReason::kStop, {}}}, 1, true)));
+    const auto choice = nlohmann::json::parse(assembler.Body())["choices"][0];
+    EXPECT_TRUE(choice["logprobs"].is_null());
+    EXPECT_EQ(choice["prompt_logprobs"], nlohmann::json::parse(R"([null, {
+        "113": {"logprob": -0.5, "rank": 3, "decoded_token": "q"},
+        "120": {"logprob": -0.25, "rank": 1, "decoded_token": "x"}}])"));
+  }
+}
+
+TEST(StreamAssembler, EchoBringsTheLogprobsOfThePromptForEachChoice) {
+  StreamAssembler assembler(Identity(Endpoint::kCompletions), EchoingLogprobs(1, 2), Llm());
+  std::vector<std::string> payloads;
+  assembler.Add(0, WithPrompt(Update({{0, "a", {}, {}, {Logprobs("a", -1, {})}}}, 1, false)),
+                &payloads);
+  const auto finish = FinishReason::kLength;
+  assembler.Add(
+      0,
+      Update({{0, "b", {}, finish, {Logprobs("b", -2, {}, 1)}}, {1, "", {}, finish, {}}}, 2, true),
+      &payloads);
+  nlohmann::json tokens[2] = {nlohmann::json::array(), nlohmann::json::array()};
+  nlohmann::json offsets[2] = {nlohmann::json::array(), nlohmann::json::array()};
+  nlohmann::json values[2] = {nlohmann::json::array(), nlohmann::json::array()};
+  std::string texts[2];
+  for (const std::string& payload : payloads) {
+    const auto choice = nlohmann::json::parse(payload)["choices"][0];
+    const int index = choice["index"];
+    texts[index] += choice["text"];
+    if (choice["logprobs"].is_null()) continue;
+    for (const auto& token : choice["logprobs"]["tokens"]) tokens[index].push_back(token);
+    for (const auto& offset : choice["logprobs"]["text_offset"]) offsets[index].push_back(offset);
+    for (const auto& value : choice["logprobs"]["token_logprobs"]) values[index].push_back(value);
+  }
+  EXPECT_EQ(texts[0], "pqab");
+  EXPECT_EQ(tokens[0], (nlohmann::json{"p", "q", "a", "b"}));
+  EXPECT_EQ(offsets[0], (nlohmann::json{0, 1, 2, 3}));
+  EXPECT_EQ(values[0], (nlohmann::json{nullptr, -0.5, -1, -2}));
+  EXPECT_EQ(texts[1], "pq");
+  EXPECT_EQ(tokens[1], (nlohmann::json{"p", "q"}));
+}
+
 std::string Chunk(const std::string& choice, const std::string& after = "") {
   return R"({"id":"the-id","object":"chat.completion.chunk","created":1700000000,"model":"m",)"
          R"("choices":[)" +
@@ -207,7 +299,7 @@ std::string Chunk(const std::string& choice, const std::string& after = "") {
 TEST(StreamAssembler, FollowsOpenAisOrder) {
   ApiRequest request = Request(Endpoint::kChat, 1, 1);
   request.stream_options.include_usage = true;
-  StreamAssembler assembler(Identity(Endpoint::kChat), request);
+  StreamAssembler assembler(Identity(Endpoint::kChat), request, Llm());
   std::vector<std::string> payloads;
   assembler.Add(0, Update({{0, "", {7}, {}, {}}}, 1, false), &payloads);
   assembler.Add(0, Update({{0, "春", {8}, {}, {}}}, 2, false), &payloads);
@@ -229,7 +321,7 @@ TEST(StreamAssembler, FollowsOpenAisOrder) {
 }
 
 TEST(StreamAssembler, TheUpdateThatSaysAcceptedMakesNoChunk) {
-  StreamAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 1));
+  StreamAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 1), Llm());
   std::vector<std::string> payloads;
   assembler.Add(0, Update({}, 0, false), &payloads);
   EXPECT_TRUE(payloads.empty());
@@ -237,7 +329,7 @@ TEST(StreamAssembler, TheUpdateThatSaysAcceptedMakesNoChunk) {
 }
 
 TEST(StreamAssembler, HasNoUsageKeyUnlessAsked) {
-  StreamAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 1));
+  StreamAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 1), Llm());
   std::vector<std::string> payloads;
   assembler.Add(0, Update({{0, "a", {}, FinishReason::kStop, {}}}, 1, true), &payloads);
   ASSERT_EQ(payloads.size(), 3u);
@@ -249,7 +341,7 @@ TEST(StreamAssembler, HasNoUsageKeyUnlessAsked) {
 TEST(StreamAssembler, PutsRunningUsageOnEveryChunkWhenAsked) {
   ApiRequest request = Request(Endpoint::kCompletions, 1, 1);
   request.stream_options = {true, true};
-  StreamAssembler assembler(Identity(Endpoint::kCompletions), request);
+  StreamAssembler assembler(Identity(Endpoint::kCompletions), request, Llm());
   std::vector<std::string> payloads;
   assembler.Add(0, Update({{0, "a", {}, {}, {}}}, 1, false), &payloads);
   assembler.Add(0, Update({{0, "b", {}, FinishReason::kStop, {}}}, 2, true), &payloads);
@@ -263,7 +355,7 @@ TEST(StreamAssembler, PutsRunningUsageOnEveryChunkWhenAsked) {
 }
 
 TEST(StreamAssembler, EveryChoiceHasItsOwnRoleChunkInOrderOfIndex) {
-  StreamAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 2));
+  StreamAssembler assembler(Identity(Endpoint::kChat), Request(Endpoint::kChat, 1, 2), Llm());
   std::vector<std::string> payloads;
   assembler.Add(0, Update({{1, "b", {}, {}, {}}, {0, "a", {}, {}, {}}}, 2, false), &payloads);
   std::vector<int> indices;

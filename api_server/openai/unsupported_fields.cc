@@ -35,7 +35,6 @@ constexpr UnsupportedField kBothEndpoints[] = {
     {"include_draft_logprobs", IsFalse},
     {"logits_processors_args", IsEmpty},
     {"allowed_token_ids", IsEmpty},
-    {"prompt_logprobs", IsNever},
     {"response_format", IsTextFormat},
     {"guided_json", IsNever},
     {"guided_regex", IsNever},

@@ -11,7 +11,7 @@
 namespace wintserve {
 
 bool Scheduler::Impl::NeedsMatch(const Sequence& sequence) const {
-  return caching() && !sequence.request->bypass_cache_match &&
+  return caching() && !sequence.request->bypass_cache_match && !sequence.lacks_prompt_logprobs() &&
          sequence.match != MatchState::kDone && sequence.length() > config_.block_size_tokens;
 }
 
@@ -194,11 +194,11 @@ void Scheduler::Impl::OutdateMatches(const Sequence& committer, int first_block,
 // The choices after the first wait until they can share its prompt.
 bool Scheduler::Impl::MayStart(Sequence* sequence) const {
   Request& request = *sequence->request;
-  if (sequence->key.choice == 0 || request.prompt_is_shareable || !caching() ||
-      request.bypass_cache_match) {
-    return true;
-  }
+  if (sequence->key.choice == 0) return true;
   const Sequence* first = request.choices[0];
+  // They come with the first one's first token, before any other's.
+  if (first != nullptr && first->lacks_prompt_logprobs()) return false;
+  if (request.prompt_is_shareable || !caching() || request.bypass_cache_match) return true;
   const int num_shareable = (request.prompt_len() - 1) / config_.block_size_tokens;
   request.prompt_is_shareable = first == nullptr || num_shareable == 0 ||
                                 (first->num_done >= request.prompt_len() &&

@@ -47,6 +47,23 @@ std::vector<int32_t> ExpectedTokens(const ScheduledRequest& request, uint32_t ch
   return tokens;
 }
 
+PositionLogprobs LogprobsAfter(uint64_t hash, int32_t token) {
+  const uint64_t mixed = NextHash(hash, token);
+  return {.logprob = -static_cast<float>(mixed >> 44), .rank = static_cast<int32_t>(mixed % 999)};
+}
+
+std::vector<PositionLogprobs> ExpectedPromptLogprobs(const ScheduledRequest& request,
+                                                     uint32_t choice) {
+  std::vector<PositionLogprobs> expected;
+  if (request.sampling.num_prompt_top_logprobs < 0 || choice != 0) return expected;
+  uint64_t hash = 0;
+  for (size_t i = 0; i + 1 < request.prompt_ids.size(); ++i) {
+    hash = NextHash(hash, request.prompt_ids[i]);
+    expected.push_back(LogprobsAfter(hash, request.prompt_ids[i + 1]));
+  }
+  return expected;
+}
+
 FakeWorld::FakeWorld(SchedulerConfig config, int num_host_slots)
     : config_(std::move(config)), num_host_slots_(num_host_slots) {
   if (config_.num_blocks == 0) config_.num_blocks = 100;
@@ -356,7 +373,8 @@ void FakeWorld::Settle() {
   }
 }
 
-int32_t FakeWorld::RunRow(const PlanRow& row, uint64_t step) {
+int32_t FakeWorld::RunRow(const PlanRow& row, uint64_t step,
+                          std::vector<PromptRowLogprobs>* prompts) {
   Slot& slot = executed_[row.slot];
   const size_t size = config_.block_size_tokens;
   const auto at = [&](uint32_t position) -> Cell& {
@@ -368,6 +386,16 @@ int32_t FakeWorld::RunRow(const PlanRow& row, uint64_t step) {
     const int32_t token = row.tokens.empty() ? slot.token.value_or(0) : row.tokens[i];
     hash = NextHash(hash, token);
     at(row.position + i) = {.hash = hash, .step = step};
+  }
+  if (row.prompt_logprobs) {
+    EXPECT_GE(slot.sampling.num_prompt_top_logprobs, 0);
+    EXPECT_GT(row.num_prompt_logprobs(), 0u);
+    PromptRowLogprobs& told =
+        prompts->emplace_back(PromptRowLogprobs{.slot = row.slot, .position = row.position + 1});
+    for (uint32_t i = 1; i <= row.num_prompt_logprobs(); ++i) {
+      told.tokens.push_back(LogprobsAfter(at(row.position + i - 1).hash,
+                                          i < row.length ? row.tokens.at(i) : row.next_token));
+    }
   }
   const int32_t token = forced_token.value_or(
       SampleFrom(hash, slot.sampling, static_cast<int>(row.position + row.length)));
@@ -401,18 +429,23 @@ std::vector<SequenceToken> FakeWorld::FinishPlan(int64_t step_us) {
     }
   }
   std::vector<SampledToken> sampled;
+  std::vector<PromptRowLogprobs> prompts;
   for (const PlanRow& row : plan.rows) {
-    const int32_t token = RunRow(row, plan.step);
+    const int32_t token = RunRow(row, plan.step, &prompts);
     if (row.sample) sampled.push_back({row.slot, token});
   }
   now_us += step_us;
-  auto tokens = scheduler_->OnStepDone(plan.step, sampled, step_us, now_us);
+  auto tokens = scheduler_->OnStepDone(plan.step, sampled, step_us, now_us, std::move(prompts));
   EXPECT_TRUE(tokens.ok()) << tokens.status();
   if (!tokens.ok()) return {};
   for (const SequenceToken& news : *tokens) {
     EXPECT_FALSE(cancelled_.contains(news.sequence.request));
     EXPECT_FALSE(failed_.contains(news.sequence));
     EXPECT_FALSE(ends_.contains(news.sequence)) << "a token after the end";
+    if (!news.prompt_logprobs.empty()) {
+      EXPECT_TRUE(tokens_[news.sequence].empty()) << "not with the first token";
+      prompt_logprobs_[news.sequence] = news.prompt_logprobs;
+    }
     tokens_[news.sequence].push_back(news.token);
     if (news.end.has_value()) ends_[news.sequence] = *news.end;
   }
@@ -511,6 +544,9 @@ void FakeWorld::ExpectAllTokens() {
         EXPECT_EQ(ends_[key], stopped ? SequenceEnd::kStop : SequenceEnd::kLength);
       }
       EXPECT_EQ(tokens_[key], expected) << "request " << id << " choice " << choice;
+      if (tokens_[key].empty()) continue;
+      EXPECT_EQ(prompt_logprobs_[key], ExpectedPromptLogprobs(request, choice))
+          << "request " << id << " choice " << choice;
     }
   }
 }

@@ -32,6 +32,7 @@ struct SamplingParams {
   float frequency_penalty = 0.0f;
   std::vector<TokenBias> logit_biases = {};  // in rising order, each token once
   int32_t num_top_logprobs = -1;  // reported with the token's own; -1: no log-probability either
+  int32_t num_prompt_top_logprobs = -1;  // the same of prompt tokens, by the rows that ask for them
 
   bool has_penalties() const {
     return repetition_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0;
@@ -61,6 +62,15 @@ struct PlanRow {
   uint32_t length = 0;
   bool sample = false;
   std::vector<int32_t> tokens = {};  // `length` ids, or empty (see above)
+  // The log-probability of the token that follows each of the row's is reported: of all `tokens`
+  // but the first, and of next_token (the prompt's after the row) unless the row samples.
+  bool prompt_logprobs = false;
+  int32_t next_token = 0;
+
+  // Tokens whose log-probability is reported.
+  uint32_t num_prompt_logprobs() const {
+    return !prompt_logprobs ? 0 : sample ? length - 1 : length;
+  }
 };
 
 // One block's bytes between the pool and the host tier.
@@ -90,17 +100,24 @@ struct TokenLogprob {
 };
 
 // Of the logits as the model gave them: before bias, penalties and temperature.
-struct SampledLogprobs {
-  float logprob = 0;                   // of the sampled token
+struct PositionLogprobs {
+  float logprob = 0;                   // of the sampled token, or the prompt's
   int32_t rank = 0;                    // its place among all, from 1
   std::vector<TokenLogprob> top = {};  // the most probable ones, best first
-  bool operator==(const SampledLogprobs&) const = default;
+  bool operator==(const PositionLogprobs&) const = default;
 };
 
 struct SampledToken {
   uint32_t slot = 0;
   int32_t token = 0;
-  std::optional<SampledLogprobs> logprobs = {};  // where the slot's sampling asks for them
+  std::optional<PositionLogprobs> logprobs = {};  // where the slot's sampling asks for them
+};
+
+// Of the tokens that follow those of one row.
+struct PromptRowLogprobs {
+  uint32_t slot = 0;
+  uint32_t position = 0;  // of the first of these tokens
+  std::vector<PositionLogprobs> tokens = {};
 };
 
 struct StepDone {
@@ -110,6 +127,7 @@ struct StepDone {
   uint32_t execute_us = 0;
   std::vector<SampledToken> sampled = {};  // rank 0 only
   uint64_t sampled_digest = 0;
+  std::vector<PromptRowLogprobs> prompt_logprobs = {};  // by row that asks for them; rank 0 only
 };
 
 }  // namespace wintserve

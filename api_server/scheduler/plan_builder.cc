@@ -207,7 +207,9 @@ void Scheduler::Impl::AddRow(Sequence* sequence, int chunk, PlanDraft* draft) {
   } else {
     draft->flight.work.num_prefill_tokens += chunk;
   }
-  draft->flight.rows.push_back({sequence, sequence->slot, end, row.sample});
+  PlannedRow& planned =
+      draft->flight.rows.emplace_back(PlannedRow{sequence, sequence->slot, end, row.sample});
+  if (sequence->lacks_prompt_logprobs()) AskForPromptLogprobs(*sequence, &row, &planned);
   draft->num_tokens += chunk;
   draft->num_bytes += kBytesPerRow;
 
@@ -220,6 +222,18 @@ void Scheduler::Impl::AddRow(Sequence* sequence, int chunk, PlanDraft* draft) {
   GiveUpSlot(sequence);
   sequence->phase = Phase::kLastTokenInFlight;
   ++num_leaving_;
+}
+
+// Of the prompt's tokens that follow those of the row.
+void Scheduler::Impl::AskForPromptLogprobs(const Sequence& sequence, PlanRow* row,
+                                           PlannedRow* planned) {
+  const int begin = static_cast<int>(row->position);
+  const int count = std::min(planned->end, sequence.prompt_len() - 1) - begin;
+  if (count <= 0) return;
+  row->prompt_logprobs = true;
+  if (!row->sample) row->next_token = (*sequence.request->prompt_ids)[planned->end];
+  planned->num_prompt_logprobs = count;
+  planned->prompt_logprobs_from = begin + 1;
 }
 
 // Chunking off: the first prompt does not fit beside the decodes, and it is its turn.

@@ -10,6 +10,7 @@
 #include "absl/strings/cord.h"
 #include "api_server/scheduler/scheduler_impl.h"
 #include "common/check.h"
+#include "common/status_macros.h"
 
 namespace wintserve {
 namespace {
@@ -150,7 +151,9 @@ absl::Status Scheduler::Impl::Submit(ScheduledRequest request, int64_t now_us) {
     waiting_.Insert(&sequence, TokensOfChoice(shared->prompt_len(), shared->bypass_cache_match,
                                               sequence.key.choice));
   }
-  if (caching() && !shared->bypass_cache_match && shareable > 0) {
+  const bool may_match =
+      !shared->bypass_cache_match && shared->sampling.num_prompt_top_logprobs < 0;
+  if (caching() && may_match && shareable > 0) {
     peeked_[next_tag_] = shared->id;
     peeks_.push_back(
         PeekCommand{.tag = next_tag_++, .salt = shared->salt, .tokens = shared->prompt_ids});
@@ -317,6 +320,43 @@ absl::Status Scheduler::Impl::CheckResult(uint64_t step,
                                          sampled.size(), num_sampled));
 }
 
+// REQUIRES: CheckResult is OK.
+absl::Status Scheduler::Impl::CheckPromptLogprobs(
+    const std::vector<PromptRowLogprobs>& told) const {
+  const PlanInFlight& plan = in_flight_.front();
+  size_t num_rows = 0;
+  for (const PlannedRow& row : plan.rows) {
+    if (row.num_prompt_logprobs == 0) continue;
+    const size_t i = num_rows++;
+    if (i >= told.size()) continue;
+    if (told[i].slot != row.slot ||
+        std::cmp_not_equal(told[i].position, row.prompt_logprobs_from) ||
+        std::cmp_not_equal(told[i].tokens.size(), row.num_prompt_logprobs)) {
+      return absl::InternalError(fmt::format(
+          "step {} tells log-probabilities of {} prompt tokens from position {} on in slot {}, "
+          "expected {} from {} on in slot {}",
+          plan.step, told[i].tokens.size(), told[i].position, told[i].slot, row.num_prompt_logprobs,
+          row.prompt_logprobs_from, row.slot));
+    }
+  }
+  if (num_rows == told.size()) return absl::OkStatus();
+  return absl::InternalError(
+      fmt::format("step {} tells log-probabilities of {} prompts, its plan asks for {}", plan.step,
+                  told.size(), num_rows));
+}
+
+// Those that were told before a recomputation stay as they are.
+void Scheduler::Impl::TakePromptLogprobs(Sequence* sequence, PromptRowLogprobs told) {
+  const auto first = static_cast<int>(told.position) - 1;
+  CHECK(first <= sequence->num_prompt_logprobs, "position={} known={}", told.position,
+        sequence->num_prompt_logprobs);
+  for (auto i = static_cast<size_t>(sequence->num_prompt_logprobs - first); i < told.tokens.size();
+       ++i) {
+    sequence->prompt_logprobs.push_back(std::move(told.tokens[i]));
+    ++sequence->num_prompt_logprobs;
+  }
+}
+
 bool Scheduler::Impl::IsStop(const Sequence& sequence, int32_t token) const {
   const int position = sequence.length();
   const Request& request = *sequence.request;
@@ -331,7 +371,8 @@ void Scheduler::Impl::TakeToken(Sequence* sequence, const SampledToken& sampled,
                                 std::vector<SequenceToken>* tokens) {
   const int32_t token = sampled.token;
   SequenceToken& news =
-      tokens->emplace_back(SequenceToken{sequence->key, token, std::nullopt, sampled.logprobs});
+      tokens->emplace_back(SequenceToken{sequence->key, token, std::nullopt, sampled.logprobs,
+                                         std::exchange(sequence->prompt_logprobs, {})});
   // In this order: a stop token on the last place is a stop.
   if (IsStop(*sequence, token)) {
     news.end = SequenceEnd::kStop;
@@ -343,8 +384,10 @@ void Scheduler::Impl::TakeToken(Sequence* sequence, const SampledToken& sampled,
 }
 
 absl::StatusOr<std::vector<SequenceToken>> Scheduler::Impl::OnStepDone(
-    uint64_t step, const std::vector<SampledToken>& sampled, int64_t step_us, int64_t now_us) {
-  if (absl::Status status = CheckResult(step, sampled); !status.ok()) return status;
+    uint64_t step, const std::vector<SampledToken>& sampled, int64_t step_us, int64_t now_us,
+    std::vector<PromptRowLogprobs> prompt_logprobs) {
+  RETURN_IF_ERROR(CheckResult(step, sampled));
+  RETURN_IF_ERROR(CheckPromptLogprobs(prompt_logprobs));
   const PlanInFlight done = std::move(in_flight_.front());
   in_flight_.pop_front();
   last_done_step_ = step;
@@ -356,12 +399,17 @@ absl::StatusOr<std::vector<SequenceToken>> Scheduler::Impl::OnStepDone(
   std::vector<SequenceToken> tokens;
   tokens.reserve(sampled.size());
   size_t next_sample = 0;
+  size_t next_prompt = 0;
   for (const PlannedRow& row : done.rows) {
     Sequence* sequence = row.sequence;
     for (int i = sequence->num_done / config_.block_size_tokens; i < BlocksFor(row.end); ++i) {
       sequence->blocks[i].step = step;
     }
     sequence->num_done = row.end;
+    if (row.num_prompt_logprobs > 0) {
+      PromptRowLogprobs& told = prompt_logprobs[next_prompt++];
+      if (sequence->phase != Phase::kEnded) TakePromptLogprobs(sequence, std::move(told));
+    }
     if (row.sample) {
       const SampledToken& token = sampled[next_sample++];
       if (sequence->phase == Phase::kEnded) {
@@ -452,8 +500,9 @@ std::optional<uint64_t> Scheduler::isolated() const { return impl_->isolated(); 
 std::vector<uint64_t> Scheduler::RequestsInFlight() const { return impl_->RequestsInFlight(); }
 void Scheduler::SetPaused(bool paused) { impl_->SetPaused(paused); }
 absl::StatusOr<std::vector<SequenceToken>> Scheduler::OnStepDone(
-    uint64_t step, const std::vector<SampledToken>& sampled, int64_t step_us, int64_t now_us) {
-  return impl_->OnStepDone(step, sampled, step_us, now_us);
+    uint64_t step, const std::vector<SampledToken>& sampled, int64_t step_us, int64_t now_us,
+    std::vector<PromptRowLogprobs> prompt_logprobs) {
+  return impl_->OnStepDone(step, sampled, step_us, now_us, std::move(prompt_logprobs));
 }
 SchedulerOutput Scheduler::Schedule(int64_t now_us) { return impl_->Schedule(now_us); }
 std::optional<int64_t> Scheduler::NextDeadlineUs() const { return impl_->NextDeadlineUs(); }

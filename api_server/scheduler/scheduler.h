@@ -54,7 +54,9 @@ struct SchedulerConfig {
 struct ScheduledRequest {
   uint64_t id = 0;                       // chosen by the caller, rising
   std::vector<int32_t> prompt_ids = {};  // not empty
-  SamplingParams sampling = {};          // choice_index and first_stop_position are filled in
+  // choice_index and first_stop_position are filled in. num_prompt_top_logprobs is asked for once,
+  // through the first choice, which then computes every token of the prompt itself.
+  SamplingParams sampling = {};
   int num_choices = 1;
   int max_tokens = 0;  // at least 1
   int min_tokens = 0;  // no stop id is sampled before
@@ -74,7 +76,10 @@ struct SequenceToken {
   SequenceKey sequence;
   int32_t token = 0;
   std::optional<SequenceEnd> end;  // this token was its last
-  std::optional<SampledLogprobs> logprobs = {};
+  std::optional<PositionLogprobs> logprobs = {};
+  // Of the prompt's tokens from the second on, where they are asked for: all of them, with the
+  // first token of the first choice.
+  std::vector<PositionLogprobs> prompt_logprobs = {};
 };
 
 // What the cache manager is asked; every tag is answered once, by the event of the same name,
@@ -176,6 +181,11 @@ struct HeldBlocks {
 //              (as duplicates of indexed blocks).
 // Caching:     see cache_manager/core/prefix_cache.h. A full block is committed once the step that
 //              filled it is done on every rank; never before.
+// Prompt logprobs: what one step tells is kept, over preemption and the loss of a group or pool,
+// and
+//              not taken a second time when it is computed again. Until all is known the sequence
+//              matches no prefix, since positions in the cache have no logits, and the other
+//              choices wait.
 // Choices:     sequences of their own. The others of a request wait until the first one's prompt is
 //              computed and committed, and share its full blocks through the cache; without caching
 //              each computes the prompt.
@@ -257,12 +267,12 @@ class Scheduler {
   // While paused no plan is made (events are taken as ever).
   void SetPaused(bool paused);
 
-  // The oldest plan in flight is done on every rank; `sampled` is rank 0's result. step_us: how
-  // long it took. Tokens of cancelled sequences are left out. INTERNAL: the result does not fit the
-  // plan.
-  absl::StatusOr<std::vector<SequenceToken>> OnStepDone(uint64_t step,
-                                                        const std::vector<SampledToken>& sampled,
-                                                        int64_t step_us, int64_t now_us);
+  // The oldest plan in flight is done on every rank; `sampled` and prompt_logprobs are rank 0's
+  // result. step_us: how long it took. Tokens of cancelled sequences are left out. INTERNAL: the
+  // result does not fit the plan.
+  absl::StatusOr<std::vector<SequenceToken>> OnStepDone(
+      uint64_t step, const std::vector<SampledToken>& sampled, int64_t step_us, int64_t now_us,
+      std::vector<PromptRowLogprobs> prompt_logprobs = {});
 
   // To be called after any event, until it makes no plan; and at NextDeadlineUs().
   SchedulerOutput Schedule(int64_t now_us);

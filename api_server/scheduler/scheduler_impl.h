@@ -45,9 +45,9 @@ class Scheduler::Impl {
   std::optional<uint64_t> isolated() const { return isolated_; }
   std::vector<uint64_t> RequestsInFlight() const;
   void SetPaused(bool paused) { paused_ = paused; }
-  absl::StatusOr<std::vector<SequenceToken>> OnStepDone(uint64_t step,
-                                                        const std::vector<SampledToken>& sampled,
-                                                        int64_t step_us, int64_t now_us);
+  absl::StatusOr<std::vector<SequenceToken>> OnStepDone(
+      uint64_t step, const std::vector<SampledToken>& sampled, int64_t step_us, int64_t now_us,
+      std::vector<PromptRowLogprobs> prompt_logprobs);
   SchedulerOutput Schedule(int64_t now_us);
   std::optional<int64_t> NextDeadlineUs() const;
   SchedulerStats stats() const;
@@ -60,6 +60,8 @@ class Scheduler::Impl {
     uint32_t slot = 0;
     int end = 0;  // position after its last token
     bool sample = false;
+    int num_prompt_logprobs = 0;   // that it asks for
+    int prompt_logprobs_from = 0;  // position of the first of them
   };
   struct PlannedCopy {
     CopyOrder order;
@@ -98,6 +100,8 @@ class Scheduler::Impl {
   void ExpireDeadlines(int64_t now_us);
   bool IsStop(const Sequence& sequence, int32_t token) const;
   absl::Status CheckResult(uint64_t step, const std::vector<SampledToken>& sampled) const;
+  absl::Status CheckPromptLogprobs(const std::vector<PromptRowLogprobs>& told) const;
+  static void TakePromptLogprobs(Sequence* sequence, PromptRowLogprobs told);
   void TakeToken(Sequence* sequence, const SampledToken& sampled,
                  std::vector<SequenceToken>* tokens);
 
@@ -143,6 +147,7 @@ class Scheduler::Impl {
   int TokensWithBlocks(const Sequence& sequence) const;
   bool FitsMessage(const Sequence& sequence, int chunk, const PlanDraft& draft) const;
   void AddRow(Sequence* sequence, int chunk, PlanDraft* draft);
+  static void AskForPromptLogprobs(const Sequence& sequence, PlanRow* row, PlannedRow* planned);
   bool NextStepIsPrefillOnly() const;
   const Sequence* NextWholePrompt() const;
 

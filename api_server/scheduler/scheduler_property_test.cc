@@ -100,6 +100,7 @@ class Simulation {
     request.tenant = Below(2) == 0 ? std::string(1, static_cast<char>('a' + Below(2))) : "";
     request.cache_salt = Below(4) == 0 ? "salt" : "";
     request.bypass_cache_match = Below(8) == 0;
+    if (Below(3) == 0) request.sampling.num_prompt_top_logprobs = Below(3);
     if (Below(8) == 0) request.deadline_us = world_->now_us + Below(60'000);
     const int blocks = (prompt_len + request.max_tokens - 2) / kBlockSize + 1;
     const absl::Status status = world_->Submit(std::move(request));

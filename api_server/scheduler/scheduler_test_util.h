@@ -91,6 +91,10 @@ inline constexpr int32_t kEos = 2;
 uint64_t NextHash(uint64_t hash, int32_t token);
 int32_t SampleFrom(uint64_t hash, const SamplingParams& sampling, int position);
 std::vector<int32_t> ExpectedTokens(const ScheduledRequest& request, uint32_t choice);
+// Of `token` after the tokens that the hash is of.
+PositionLogprobs LogprobsAfter(uint64_t hash, int32_t token);
+std::vector<PositionLogprobs> ExpectedPromptLogprobs(const ScheduledRequest& request,
+                                                     uint32_t choice);
 
 // Drives a scheduler. Answers and step results come when the test asks for them. K and V are real
 // in miniature: a step reads what its blocks hold, so a block in the wrong hands gives wrong
@@ -131,13 +135,17 @@ class FakeWorld {
   void ReplacePool(int num_blocks);  // REQUIRES: no plan in flight
   // Nothing is held any more by anybody.
   void ExpectAllBlocksBack();
-  // Every sequence that was not cancelled or failed has got exactly its tokens.
+  // Every sequence that was not cancelled or failed has got exactly its tokens, and with the first
+  // one what it asks to know of its prompt.
   void ExpectAllTokens();
 
   const std::deque<StepPlan>& plans() const { return plans_; }  // in flight
   const std::deque<CacheCommand>& commands() const { return commands_; }
   const std::vector<int32_t>& tokens(uint64_t id, uint32_t choice = 0) {
     return tokens_[{id, choice}];
+  }
+  const std::vector<PositionLogprobs>& prompt_logprobs(uint64_t id, uint32_t choice = 0) {
+    return prompt_logprobs_[{id, choice}];
   }
   const std::map<SequenceKey, int>& started() const { return started_; }  // with cached tokens
   const std::map<SequenceKey, absl::Status>& failed() const { return failed_; }
@@ -174,7 +182,7 @@ class FakeWorld {
   void SpoilSince(uint64_t first_bad_step);
   void CheckDrops(const CacheCommand& command);
   void Drop(int block);
-  int32_t RunRow(const PlanRow& row, uint64_t step);
+  int32_t RunRow(const PlanRow& row, uint64_t step, std::vector<PromptRowLogprobs>* prompts);
 
   SchedulerConfig config_;
   const int num_host_slots_;
@@ -200,6 +208,7 @@ class FakeWorld {
   std::map<uint64_t, ScheduledRequest> requests_;
   std::set<uint64_t> cancelled_;
   std::map<SequenceKey, std::vector<int32_t>> tokens_;
+  std::map<SequenceKey, std::vector<PositionLogprobs>> prompt_logprobs_;
   std::map<SequenceKey, SequenceEnd> ends_;
   std::map<SequenceKey, int> started_;
   std::map<SequenceKey, absl::Status> failed_;

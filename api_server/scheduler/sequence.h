@@ -86,7 +86,9 @@ struct Sequence {
   std::shared_ptr<Request> request;
   std::list<Sequence>::iterator place;  // in Impl::sequences_
   Phase phase = Phase::kWaiting;
-  std::vector<int32_t> generated;  // as reported to the caller
+  std::vector<int32_t> generated;                 // as reported to the caller
+  int num_prompt_logprobs = 0;                    // that are known, of positions 1 on
+  std::vector<PositionLogprobs> prompt_logprobs;  // they, until the first token takes them along
 
   // Positions. num_done <= num_planned < length_planned while rows are left to plan.
   int num_done = 0;     // K and V written and acknowledged by every rank, or taken from the cache
@@ -136,6 +138,10 @@ struct Sequence {
     const int64_t num_biases = std::ssize(request->sampling.logit_biases);
     return (sends_prompt() ? prompt_len() : 0) +
            (sends_generated() ? static_cast<int64_t>(generated.size()) : 0) + 2 * num_biases;
+  }
+  bool lacks_prompt_logprobs() const {
+    return request->sampling.num_prompt_top_logprobs >= 0 && key.choice == 0 &&
+           num_prompt_logprobs < prompt_len() - 1;
   }
   bool leaving() const { return phase != Phase::kWaiting && phase != Phase::kRunning; }
 

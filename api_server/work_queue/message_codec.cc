@@ -4,6 +4,7 @@
 
 #include <limits>
 #include <optional>
+#include <utility>
 
 #include "api_server/work_queue/plan_codec.h"
 #include "common/status_macros.h"
@@ -101,6 +102,19 @@ void Fill(const ReadyMessage& from, proto::WorkerMessage* message) {
   message->mutable_ready()->set_pool_epoch(from.pool_epoch);
 }
 
+void Fill(const PromptRowLogprobs& from, proto::PromptLogprobs* to) {
+  to->set_slot(from.slot);
+  to->set_position(from.position);
+  for (const PositionLogprobs& token : from.tokens) {
+    to->add_logprob(token.logprob);
+    to->add_rank(static_cast<uint32_t>(token.rank));
+    for (const TokenLogprob& top : token.top) {
+      to->add_top_token(static_cast<uint32_t>(top.token));
+      to->add_top_logprob(top.logprob);
+    }
+  }
+}
+
 void Fill(const StepDone& from, proto::WorkerMessage* message) {
   proto::StepDone* to = message->mutable_step_done();
   to->set_group_epoch(from.group_epoch);
@@ -120,6 +134,9 @@ void Fill(const StepDone& from, proto::WorkerMessage* message) {
       logprobs->add_top_token(static_cast<uint32_t>(top.token));
       logprobs->add_top_logprob(top.logprob);
     }
+  }
+  for (const PromptRowLogprobs& row : from.prompt_logprobs) {
+    Fill(row, to->mutable_result()->add_prompt_logprobs());
   }
 }
 
@@ -166,7 +183,7 @@ HelloMessage ReadHello(const proto::Hello& in) {
   return out;
 }
 
-absl::StatusOr<SampledLogprobs> ReadLogprobs(const proto::Logprobs& in) {
+absl::StatusOr<PositionLogprobs> ReadLogprobs(const proto::Logprobs& in) {
   if (in.top_token_size() != in.top_logprob_size()) {
     return InvalidWorkerMessage(
         fmt::format("step_done.result.logprobs.top_logprob has {} entries, top_token has {}",
@@ -176,7 +193,7 @@ absl::StatusOr<SampledLogprobs> ReadLogprobs(const proto::Logprobs& in) {
     return InvalidWorkerMessage(fmt::format(
         "step_done.result.logprobs.rank is {}, above the largest {}", in.rank(), kMaxId));
   }
-  SampledLogprobs out{.logprob = in.logprob(), .rank = static_cast<int32_t>(in.rank())};
+  PositionLogprobs out{.logprob = in.logprob(), .rank = static_cast<int32_t>(in.rank())};
   out.top.reserve(in.top_token_size());
   for (int i = 0; i < in.top_token_size(); ++i) {
     if (in.top_token(i) > kMaxId) {
@@ -185,6 +202,51 @@ absl::StatusOr<SampledLogprobs> ReadLogprobs(const proto::Logprobs& in) {
                       in.top_token(i), kMaxId));
     }
     out.top.push_back({static_cast<int32_t>(in.top_token(i)), in.top_logprob(i)});
+  }
+  return out;
+}
+
+absl::Status CheckPromptColumns(const proto::PromptLogprobs& in) {
+  constexpr const char* kPlace = "step_done.result.prompt_logprobs";
+  const int num_tokens = in.logprob_size();
+  if (num_tokens == 0) return InvalidWorkerMessage(fmt::format("{}.logprob is empty", kPlace));
+  if (in.rank_size() != num_tokens) {
+    return InvalidWorkerMessage(
+        fmt::format("{}.rank has {} entries, logprob has {}", kPlace, in.rank_size(), num_tokens));
+  }
+  if (in.top_token_size() % num_tokens != 0) {
+    return InvalidWorkerMessage(
+        fmt::format("{}.top_token has {} entries, not as many for each of {} "
+                    "tokens",
+                    kPlace, in.top_token_size(), num_tokens));
+  }
+  if (in.top_logprob_size() != in.top_token_size()) {
+    return InvalidWorkerMessage(fmt::format("{}.top_logprob has {} entries, top_token has {}",
+                                            kPlace, in.top_logprob_size(), in.top_token_size()));
+  }
+  for (const auto& [name, values] :
+       {std::pair("rank", &in.rank()), std::pair("top_token", &in.top_token())}) {
+    for (const uint32_t value : *values) {
+      if (value <= kMaxId) continue;
+      return InvalidWorkerMessage(
+          fmt::format("{}.{} holds {}, above the largest {}", kPlace, name, value, kMaxId));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<PromptRowLogprobs> ReadPromptLogprobs(const proto::PromptLogprobs& in) {
+  RETURN_IF_ERROR(CheckPromptColumns(in));
+  PromptRowLogprobs out{.slot = in.slot(), .position = in.position()};
+  const int num_top = in.top_token_size() / in.logprob_size();
+  out.tokens.reserve(in.logprob_size());
+  for (int i = 0; i < in.logprob_size(); ++i) {
+    PositionLogprobs& token = out.tokens.emplace_back(
+        PositionLogprobs{.logprob = in.logprob(i), .rank = static_cast<int32_t>(in.rank(i))});
+    token.top.reserve(num_top);
+    for (int j = i * num_top; j < (i + 1) * num_top; ++j) {
+      token.top.push_back({static_cast<int32_t>(in.top_token(j)), in.top_logprob(j)});
+    }
   }
   return out;
 }
@@ -216,6 +278,10 @@ absl::StatusOr<StepDone> ReadStepDone(const proto::StepDone& in) {
                       out.sampled.size()));
     }
     ASSIGN_OR_RETURN(out.sampled[logprobs.entry()].logprobs, ReadLogprobs(logprobs));
+  }
+  for (const proto::PromptLogprobs& row : in.result().prompt_logprobs()) {
+    ASSIGN_OR_RETURN(PromptRowLogprobs logprobs, ReadPromptLogprobs(row));
+    out.prompt_logprobs.push_back(std::move(logprobs));
   }
   return out;
 }

@@ -17,7 +17,8 @@ namespace {
 constexpr uint32_t kMaxId = std::numeric_limits<int32_t>::max();  // of tokens and blocks
 constexpr float kMaxAbsPenalty = 2;
 constexpr float kMaxAbsBias = 100;
-constexpr uint8_t kKnownRowFlags = proto::ROW_FLAG_SAMPLE | proto::ROW_FLAG_TOKEN_FROM_SLOT;
+constexpr uint8_t kKnownRowFlags =
+    proto::ROW_FLAG_SAMPLE | proto::ROW_FLAG_TOKEN_FROM_SLOT | proto::ROW_FLAG_PROMPT_LOGPROBS;
 
 template <typename... Args>
 absl::Status Invalid(fmt::format_string<Args...> format, Args&&... args) {
@@ -109,21 +110,28 @@ absl::StatusOr<SamplingParams> ReadSampling(const proto::Sampling& in) {
     return Invalid("slot_init.sampling.num_top_logprobs is {}, at most {}", in.num_top_logprobs(),
                    kMaxId);
   }
+  if (in.num_prompt_top_logprobs() > kMaxId) {
+    return Invalid("slot_init.sampling.num_prompt_top_logprobs is {}, at most {}",
+                   in.num_prompt_top_logprobs(), kMaxId);
+  }
   ASSIGN_OR_RETURN(std::vector<TokenBias> biases, ReadBiases(in));
-  return SamplingParams{.temperature = in.temperature(),
-                        .top_p = in.top_p(),
-                        .top_k = static_cast<int32_t>(in.top_k()),
-                        .seed = in.seed(),
-                        .choice_index = in.choice_index(),
-                        .first_stop_position = in.first_stop_position(),
-                        .min_p = in.min_p(),
-                        .repetition_penalty = in.repetition_penalty(),
-                        .presence_penalty = in.presence_penalty(),
-                        .frequency_penalty = in.frequency_penalty(),
-                        .logit_biases = std::move(biases),
-                        .num_top_logprobs = in.has_num_top_logprobs()
-                                                ? static_cast<int32_t>(in.num_top_logprobs())
-                                                : -1};
+  return SamplingParams{
+      .temperature = in.temperature(),
+      .top_p = in.top_p(),
+      .top_k = static_cast<int32_t>(in.top_k()),
+      .seed = in.seed(),
+      .choice_index = in.choice_index(),
+      .first_stop_position = in.first_stop_position(),
+      .min_p = in.min_p(),
+      .repetition_penalty = in.repetition_penalty(),
+      .presence_penalty = in.presence_penalty(),
+      .frequency_penalty = in.frequency_penalty(),
+      .logit_biases = std::move(biases),
+      .num_top_logprobs =
+          in.has_num_top_logprobs() ? static_cast<int32_t>(in.num_top_logprobs()) : -1,
+      .num_prompt_top_logprobs = in.has_num_prompt_top_logprobs()
+                                     ? static_cast<int32_t>(in.num_prompt_top_logprobs())
+                                     : -1};
 }
 
 void FillSampling(const SamplingParams& sampling, proto::Sampling* to) {
@@ -144,6 +152,9 @@ void FillSampling(const SamplingParams& sampling, proto::Sampling* to) {
   if (sampling.num_top_logprobs >= 0) {
     to->set_num_top_logprobs(static_cast<uint32_t>(sampling.num_top_logprobs));
   }
+  if (sampling.num_prompt_top_logprobs >= 0) {
+    to->set_num_prompt_top_logprobs(static_cast<uint32_t>(sampling.num_prompt_top_logprobs));
+  }
 }
 
 absl::Status CheckColumn(std::string_view name, int64_t size, int64_t num_rows) {
@@ -151,8 +162,29 @@ absl::Status CheckColumn(std::string_view name, int64_t size, int64_t num_rows) 
   return Invalid("{} has {} entries, row_slot has {}", name, size, num_rows);
 }
 
-// Takes the row's tokens from *next_token on.
-absl::StatusOr<PlanRow> ReadRow(const proto::StepPlan& in, int i, int* next_token) {
+// What rows have taken of the columns that not all of them use.
+struct RowReads {
+  int tokens = 0;
+  int next_tokens = 0;
+};
+
+absl::Status ReadPromptLogprobs(const proto::StepPlan& in, int i, RowReads* reads, PlanRow* row) {
+  row->prompt_logprobs = true;
+  if (row->num_prompt_logprobs() == 0) {
+    return Invalid(
+        "row_flags[{}] asks for log-probabilities of a prompt, but no token follows in it", i);
+  }
+  if (row->sample) return absl::OkStatus();
+  if (reads->next_tokens == in.next_token_size()) {
+    return Invalid("next_token has {} entries, too few for row {}", in.next_token_size(), i);
+  }
+  const uint32_t token = in.next_token(reads->next_tokens++);
+  if (token > kMaxId) return Invalid("next_token holds {}, above the largest id {}", token, kMaxId);
+  row->next_token = static_cast<int32_t>(token);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<PlanRow> ReadRow(const proto::StepPlan& in, int i, RowReads* reads) {
   const uint8_t flags = static_cast<uint8_t>(in.row_flags()[i]);
   PlanRow row{.slot = in.row_slot(i),
               .position = in.row_position(i),
@@ -169,16 +201,22 @@ absl::StatusOr<PlanRow> ReadRow(const proto::StepPlan& in, int i, int* next_toke
     if (row.length != 1) {
       return Invalid("row_length[{}] is {}, must be 1 for a token from the slot", i, row.length);
     }
+    if ((flags & proto::ROW_FLAG_PROMPT_LOGPROBS) != 0) {
+      return Invalid("row_flags[{}] is {:#x}: a token from the slot is none of a prompt", i, flags);
+    }
     return row;
   }
-  if (row.length > static_cast<uint32_t>(in.tokens_size() - *next_token)) {
+  if (row.length > static_cast<uint32_t>(in.tokens_size() - reads->tokens)) {
     return Invalid("tokens has {} entries, too few for row {}", in.tokens_size(), i);
   }
   row.tokens.reserve(row.length);
   for (uint32_t j = 0; j < row.length; ++j) {
-    const uint32_t token = in.tokens((*next_token)++);
+    const uint32_t token = in.tokens(reads->tokens++);
     if (token > kMaxId) return Invalid("tokens holds {}, above the largest id {}", token, kMaxId);
     row.tokens.push_back(static_cast<int32_t>(token));
+  }
+  if ((flags & proto::ROW_FLAG_PROMPT_LOGPROBS) != 0) {
+    RETURN_IF_ERROR(ReadPromptLogprobs(in, i, reads, &row));
   }
   return row;
 }
@@ -189,13 +227,17 @@ absl::Status ReadRows(const proto::StepPlan& in, StepPlan* plan) {
   RETURN_IF_ERROR(CheckColumn("row_length", in.row_length_size(), num_rows));
   RETURN_IF_ERROR(CheckColumn("row_flags", static_cast<int64_t>(in.row_flags().size()), num_rows));
   plan->rows.reserve(num_rows);
-  int next_token = 0;
+  RowReads reads;
   for (int i = 0; i < num_rows; ++i) {
-    ASSIGN_OR_RETURN(PlanRow row, ReadRow(in, i, &next_token));
+    ASSIGN_OR_RETURN(PlanRow row, ReadRow(in, i, &reads));
     plan->rows.push_back(std::move(row));
   }
-  if (next_token != in.tokens_size()) {
-    return Invalid("tokens has {} entries, the rows take {}", in.tokens_size(), next_token);
+  if (reads.tokens != in.tokens_size()) {
+    return Invalid("tokens has {} entries, the rows take {}", in.tokens_size(), reads.tokens);
+  }
+  if (reads.next_tokens != in.next_token_size()) {
+    return Invalid("next_token has {} entries, the rows take {}", in.next_token_size(),
+                   reads.next_tokens);
   }
   return absl::OkStatus();
 }
@@ -225,9 +267,13 @@ std::string EncodePlan(const StepPlan& plan) {
     out.add_row_position(row.position);
     out.add_row_length(row.length);
     const int flags = (row.sample ? proto::ROW_FLAG_SAMPLE : 0) |
-                      (from_slot ? proto::ROW_FLAG_TOKEN_FROM_SLOT : 0);
+                      (from_slot ? proto::ROW_FLAG_TOKEN_FROM_SLOT : 0) |
+                      (row.prompt_logprobs ? proto::ROW_FLAG_PROMPT_LOGPROBS : 0);
     out.mutable_row_flags()->push_back(static_cast<char>(flags));
     for (const int32_t token : row.tokens) out.add_tokens(static_cast<uint32_t>(token));
+    if (row.prompt_logprobs && !row.sample) {
+      out.add_next_token(static_cast<uint32_t>(row.next_token));
+    }
   }
   for (const BlockAppend& append : plan.block_append) {
     proto::BlockAppend* to = out.add_block_append();

@@ -43,7 +43,8 @@ StepPlan RandomPlan(std::mt19937* rng) {
                             .repetition_penalty = (1 + (*rng)() % 20) / 10.0f,
                             .presence_penalty = ((*rng)() % 5) - 2.0f,
                             .frequency_penalty = ((*rng)() % 9) / 2.0f - 2.0f,
-                            .num_top_logprobs = static_cast<int32_t>((*rng)() % 22) - 1};
+                            .num_top_logprobs = static_cast<int32_t>((*rng)() % 22) - 1,
+                            .num_prompt_top_logprobs = static_cast<int32_t>((*rng)() % 22) - 1};
     for (int32_t token = 0; token < 300; ++token) {
       const float bias = static_cast<float>((*rng)() % 201) - 100.0f;
       if ((*rng)() % 50 != 0) continue;
@@ -65,6 +66,10 @@ StepPlan RandomPlan(std::mt19937* rng) {
       row.tokens.resize(1 + (*rng)() % 200);
       for (int32_t& token : row.tokens) token = static_cast<int32_t>((*rng)() % 100'000);
       row.length = static_cast<uint32_t>(row.tokens.size());
+      row.prompt_logprobs = (*rng)() % 2 == 0 && row.length > 1;
+      if (row.prompt_logprobs && !row.sample) {
+        row.next_token = static_cast<int32_t>((*rng)() % 100'000);
+      }
     }
     plan.rows.push_back(row);
   }
@@ -102,6 +107,8 @@ void ExpectEqual(const StepPlan& a, const StepPlan& b) {
     EXPECT_EQ(a.slot_init[i].sampling.frequency_penalty, b.slot_init[i].sampling.frequency_penalty);
     EXPECT_EQ(a.slot_init[i].sampling.logit_biases, b.slot_init[i].sampling.logit_biases);
     EXPECT_EQ(a.slot_init[i].sampling.num_top_logprobs, b.slot_init[i].sampling.num_top_logprobs);
+    EXPECT_EQ(a.slot_init[i].sampling.num_prompt_top_logprobs,
+              b.slot_init[i].sampling.num_prompt_top_logprobs);
     EXPECT_EQ(a.slot_init[i].prompt_tokens, b.slot_init[i].prompt_tokens);
     EXPECT_EQ(a.slot_init[i].generated_tokens, b.slot_init[i].generated_tokens);
   }
@@ -117,6 +124,8 @@ void ExpectEqual(const StepPlan& a, const StepPlan& b) {
     EXPECT_EQ(a.rows[i].length, b.rows[i].length);
     EXPECT_EQ(a.rows[i].sample, b.rows[i].sample);
     EXPECT_EQ(a.rows[i].tokens, b.rows[i].tokens);
+    EXPECT_EQ(a.rows[i].prompt_logprobs, b.rows[i].prompt_logprobs);
+    EXPECT_EQ(a.rows[i].next_token, b.rows[i].next_token);
   }
   ASSERT_EQ(a.copies.size(), b.copies.size());
   for (size_t i = 0; i < a.copies.size(); ++i) {
@@ -193,13 +202,26 @@ TEST(PlanCodec, DecodesEveryOtherMessageOfTheProtocol) {
   ASSERT_TRUE(detached.ok());
   EXPECT_EQ(std::get<PoolDetachedMessage>(*detached).pool_epoch, 7u);
   const auto done = DecodeWorkerMessage(EncodeWorkerMessage(StepDone{
-      1, 2, 3, 4, {{5, 6}, {7, 8, SampledLogprobs{-0.5f, 3, {{9, -0.25f}, {8, -0.5f}}}}}, 9}));
+      1, 2, 3, 4, {{5, 6}, {7, 8, PositionLogprobs{-0.5f, 3, {{9, -0.25f}, {8, -0.5f}}}}}, 9}));
   ASSERT_TRUE(done.ok());
   EXPECT_EQ(std::get<StepDone>(*done).sampled[1].token, 8);
   EXPECT_EQ(std::get<StepDone>(*done).sampled[0].logprobs, std::nullopt);
   EXPECT_EQ(std::get<StepDone>(*done).sampled[1].logprobs,
-            (SampledLogprobs{-0.5f, 3, {{9, -0.25f}, {8, -0.5f}}}));
+            (PositionLogprobs{-0.5f, 3, {{9, -0.25f}, {8, -0.5f}}}));
   EXPECT_EQ(std::get<StepDone>(*done).sampled_digest, 9u);
+  const std::vector<PromptRowLogprobs> prompt = {
+      {3, 1, {{-0.5f, 3, {{9, -0.25f}, {8, -0.5f}}}, {-1.5f, 1, {{7, -1.5f}, {6, -2}}}}},
+      {1, 70, {{-std::numeric_limits<float>::infinity(), 1001, {}}}}};
+  const auto prompt_done = DecodeWorkerMessage(
+      EncodeWorkerMessage(StepDone{.step = 2, .sampled = {{5, 6}}, .prompt_logprobs = prompt}));
+  ASSERT_TRUE(prompt_done.ok()) << prompt_done.status();
+  const auto& prompt_read = std::get<StepDone>(*prompt_done).prompt_logprobs;
+  ASSERT_EQ(prompt_read.size(), 2u);
+  for (size_t i = 0; i < prompt.size(); ++i) {
+    EXPECT_EQ(prompt_read[i].slot, prompt[i].slot);
+    EXPECT_EQ(prompt_read[i].position, prompt[i].position);
+    EXPECT_EQ(prompt_read[i].tokens, prompt[i].tokens);
+  }
   const auto fault =
       DecodeWorkerMessage(EncodeWorkerMessage(FaultMessage{FaultKind::kOutOfMemory, "x"}));
   ASSERT_TRUE(fault.ok());
@@ -222,13 +244,16 @@ proto::Sampling* SamplingOf(proto::StepPlan* plan) {
 class BadPlanTest : public testing::TestWithParam<BadPlan> {};
 
 TEST_P(BadPlanTest, IsRefusedByTheNameOfTheField) {
-  // Row 0 brings two tokens, row 1 takes its token from the slot.
+  // Row 0 brings two tokens, row 1 takes its token from the slot, row 2 asks for what follows its
+  // two tokens.
   const StepPlan good{
       .step = 1,
       .slot_init =
           {{0, {.logit_biases = {{4, -1}, {6, TokenBias::kBanned}}}, {BlockId{1}}, {10}, {11}}},
       .block_append = {{1, {BlockId{2}}}},
-      .rows = {{0, 0, 2, true, {10, 11}}, {1, 5, 1, true, {}}},
+      .rows = {{0, 0, 2, true, {10, 11}},
+               {1, 5, 1, true, {}},
+               {2, 0, 2, false, {12, 13}, /*prompt_logprobs=*/true, /*next_token=*/14}},
       .copies = {{.to_device = true, .block = BlockId{3}, .host_slot = 4}}};
   proto::StepPlan plan;
   ASSERT_TRUE(plan.ParseFromString(EncodePlan(good)));
@@ -244,11 +269,11 @@ INSTANTIATE_TEST_SUITE_P(
     testing::Values(
         BadPlan{"StepZero", [](auto* p) { p->set_step(0); }, "step is 0"},
         BadPlan{"PositionColumnShort", [](auto* p) { p->mutable_row_position()->RemoveLast(); },
-                "row_position has 1 entries, row_slot has 2"},
+                "row_position has 2 entries, row_slot has 3"},
         BadPlan{"LengthColumnLong", [](auto* p) { p->add_row_length(1); },
-                "row_length has 3 entries, row_slot has 2"},
+                "row_length has 4 entries, row_slot has 3"},
         BadPlan{"FlagsColumnShort", [](auto* p) { p->mutable_row_flags()->pop_back(); },
-                "row_flags has 1 entries, row_slot has 2"},
+                "row_flags has 2 entries, row_slot has 3"},
         BadPlan{"UnknownFlag", [](auto* p) { (*p->mutable_row_flags())[1] = 0x42; },
                 "row_flags[1] is 0x42"},
         BadPlan{"EmptyRow", [](auto* p) { p->set_row_length(1, 0); }, "row_length[1] is 0"},
@@ -257,9 +282,29 @@ INSTANTIATE_TEST_SUITE_P(
         BadPlan{"PositionOverflow", [](auto* p) { p->set_row_position(0, 0xffffffffu); },
                 "row_position[0] is 4294967295"},
         BadPlan{"HugeRowLength", [](auto* p) { p->set_row_length(0, 0x7ffffffeu); },
-                "tokens has 2 entries, too few for row 0"},
+                "tokens has 4 entries, too few for row 0"},
         BadPlan{"TokensLeftOver", [](auto* p) { p->add_tokens(3); },
-                "tokens has 3 entries, the rows take 2"},
+                "tokens has 5 entries, the rows take 4"},
+        BadPlan{"NextTokenMissing", [](auto* p) { p->clear_next_token(); },
+                "next_token has 0 entries, too few for row 2"},
+        BadPlan{"NextTokenLeftOver", [](auto* p) { p->add_next_token(3); },
+                "next_token has 2 entries, the rows take 1"},
+        BadPlan{"HugeNextToken", [](auto* p) { p->set_next_token(0, 0x80000000u); },
+                "next_token holds 2147483648"},
+        BadPlan{"NothingFollows",
+                [](auto* p) {
+                  p->set_row_length(2, 1);
+                  p->mutable_tokens()->RemoveLast();
+                  (*p->mutable_row_flags())[2] =
+                      proto::ROW_FLAG_PROMPT_LOGPROBS | proto::ROW_FLAG_SAMPLE;
+                },
+                "row_flags[2] asks for log-probabilities of a prompt, but no token follows"},
+        BadPlan{"PromptLogprobsOfATokenFromTheSlot",
+                [](auto* p) {
+                  (*p->mutable_row_flags())[1] =
+                      proto::ROW_FLAG_PROMPT_LOGPROBS | proto::ROW_FLAG_TOKEN_FROM_SLOT;
+                },
+                "row_flags[1] is 0x6: a token from the slot is none of a prompt"},
         BadPlan{"HugeToken", [](auto* p) { p->set_tokens(0, 0x80000000u); },
                 "tokens holds 2147483648"},
         BadPlan{"HugeTableBlock",
@@ -295,6 +340,9 @@ INSTANTIATE_TEST_SUITE_P(
                 "frequency_penalty is nan"},
         BadPlan{"TopLogprobsHuge", [](auto* p) { SamplingOf(p)->set_num_top_logprobs(1u << 31); },
                 "num_top_logprobs is 2147483648"},
+        BadPlan{"PromptTopLogprobsHuge",
+                [](auto* p) { SamplingOf(p)->set_num_prompt_top_logprobs(1u << 31); },
+                "num_prompt_top_logprobs is 2147483648"},
         BadPlan{"BiasColumnShort", [](auto* p) { SamplingOf(p)->mutable_bias()->RemoveLast(); },
                 "bias has 1 entries, bias_token has 2"},
         BadPlan{"BiasTooLarge", [](auto* p) { SamplingOf(p)->set_bias(0, 101); },
@@ -334,6 +382,32 @@ TEST(PlanCodec, RefusesLogprobsThatFitNoEntryOrNotEachOther) {
   EXPECT_EQ(DecodeWorkerMessage(message.SerializeAsString()).status().message(),
             "WorkerMessage: step_done.result.logprobs.top_logprob has 0 entries, top_token has 1");
   result->mutable_logprobs(0)->add_top_logprob(-1);
+  EXPECT_TRUE(DecodeWorkerMessage(message.SerializeAsString()).ok());
+}
+
+TEST(PlanCodec, RefusesPromptLogprobsThatDoNotFitEachOther) {
+  proto::WorkerMessage message;
+  proto::PromptLogprobs* logprobs =
+      message.mutable_step_done()->mutable_result()->add_prompt_logprobs();
+  const auto error = [&] {
+    return std::string(DecodeWorkerMessage(message.SerializeAsString()).status().message());
+  };
+  const std::string place = "WorkerMessage: step_done.result.prompt_logprobs.";
+  EXPECT_EQ(error(), place + "logprob is empty");
+  logprobs->add_logprob(-1);
+  logprobs->add_logprob(-2);
+  logprobs->add_rank(1);
+  EXPECT_EQ(error(), place + "rank has 1 entries, logprob has 2");
+  logprobs->add_rank(0x80000000u);
+  EXPECT_EQ(error(), place + "rank holds 2147483648, above the largest 2147483647");
+  logprobs->set_rank(1, 2);
+  for (const uint32_t token : {5u, 6u, 7u}) logprobs->add_top_token(token);
+  EXPECT_EQ(error(), place + "top_token has 3 entries, not as many for each of 2 tokens");
+  logprobs->add_top_token(0x80000000u);
+  EXPECT_EQ(error(), place + "top_logprob has 0 entries, top_token has 4");
+  for (int i = 0; i < 4; ++i) logprobs->add_top_logprob(-1);
+  EXPECT_EQ(error(), place + "top_token holds 2147483648, above the largest 2147483647");
+  logprobs->set_top_token(3, 8);
   EXPECT_TRUE(DecodeWorkerMessage(message.SerializeAsString()).ok());
 }
 

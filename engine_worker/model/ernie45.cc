@@ -287,7 +287,20 @@ class Ernie45 final : public Model {
       RETURN_IF_ERROR(MlpBlock(i, batch));
       pending = Delta();
     }
-    return Head(pending, batch);
+    num_tokens_ = batch.num_tokens();
+    const int64_t num_rows = batch.num_logit_rows();
+    if (num_rows == 0) return ConstRows();
+    return Head(workspace_.residual.rows(), pending, batch.logit_tokens(), num_rows);
+  }
+
+  absl::StatusOr<ConstRows> TokenLogits(int64_t first_token, int64_t num_tokens) override {
+    CHECK(num_tokens >= 1 && num_tokens <= options_.max_logit_rows && first_token >= 0 &&
+              first_token + num_tokens <= num_tokens_,
+          "first_token={} num_tokens={} of {}", first_token, num_tokens, num_tokens_);
+    // What the last layer has added to the residual is still there: no operator since has written
+    // to a row but for those that wanted logits.
+    const auto from = [first_token](Rows rows) { return Rows{rows.row(first_token), rows.stride}; };
+    return Head(from(workspace_.residual.rows()), from(Delta()), /*row_ids=*/nullptr, num_tokens);
   }
 
  private:
@@ -342,13 +355,12 @@ class Ernie45 final : public Model {
     return collective_->AllReduceSum(Delta().data, num_tokens * Delta().stride);
   }
 
-  // Logits of the rows that want them: full rows on rank 0, nothing elsewhere.
-  absl::StatusOr<ConstRows> Head(ConstRows delta, const DeviceBatch& batch) {
-    const int64_t num_rows = batch.num_logit_rows();
-    if (num_rows == 0) return ConstRows();
-    backend_->AddRmsNorm(workspace_.residual.rows(), delta, batch.logit_tokens(), num_rows,
-                         config_.hidden_size, Floats(weights_.final_norm), config_.rms_norm_eps,
-                         Normed());
+  // Logits of these rows of the residual (see Backend::AddRmsNorm): full rows on rank 0, nothing
+  // elsewhere.
+  absl::StatusOr<ConstRows> Head(Rows residual, ConstRows delta, const int32_t* row_ids,
+                                 int64_t num_rows) {
+    backend_->AddRmsNorm(residual, delta, row_ids, num_rows, config_.hidden_size,
+                         Floats(weights_.final_norm), config_.rms_norm_eps, Normed());
     const Rows rank_logits = workspace_.rank_logits.rows();
     backend_->Linear(Normed(), num_rows, *weights_.head, rank_logits);
     if (shape_.world_size == 1) return rank_logits;
@@ -374,6 +386,7 @@ class Ernie45 final : public Model {
   Backend* const backend_;
   Collective* const collective_;
   const Ernie45Options options_;
+  int64_t num_tokens_ = 0;  // of the last Forward
 };
 
 }  // namespace

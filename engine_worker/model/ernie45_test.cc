@@ -79,17 +79,32 @@ class Group {
 
   // Logits of the batch's rows that want them, one vector a row.
   std::vector<std::vector<float>> Forward(const Batch& batch) {
+    return Rows([&batch](Rank* rank) { return rank->Forward(batch); },
+                [this] { return ranks_[0].batch->num_logit_rows(); });
+  }
+
+  // Of these tokens of the last batch.
+  std::vector<std::vector<float>> TokenLogits(int64_t first_token, int64_t num_tokens) {
+    return Rows([=](Rank* rank) { return rank->model->TokenLogits(first_token, num_tokens); },
+                [=] { return num_tokens; });
+  }
+
+ private:
+  struct Rank;
+
+  template <typename Call, typename NumRows>
+  std::vector<std::vector<float>> Rows(const Call& call, const NumRows& num_rows) {
     std::vector<std::thread> threads;
     for (size_t r = 1; r < ranks_.size(); ++r) {
-      threads.emplace_back([this, r, &batch] {
-        const auto logits = ranks_[r].Forward(batch);
+      threads.emplace_back([this, r, &call] {
+        const auto logits = call(&ranks_[r]);
         CHECK(logits.ok() && logits->data == nullptr);
       });
     }
-    const auto logits = ranks_[0].Forward(batch);
+    const auto logits = call(&ranks_[0]);
     for (std::thread& thread : threads) thread.join();
     CHECK(logits.ok(), "{}", logits.status().ToString());
-    std::vector<std::vector<float>> rows(ranks_[0].batch->num_logit_rows());
+    std::vector<std::vector<float>> rows(num_rows());
     for (size_t r = 0; r < rows.size(); ++r) {
       rows[r].resize(model().vocab_size());
       CHECK(ranks_[0]
@@ -99,7 +114,6 @@ class Group {
     return rows;
   }
 
- private:
   struct Rank {
     std::unique_ptr<kernels::Backend> backend;
     std::unique_ptr<Model> model;
@@ -344,6 +358,36 @@ TEST(Ernie45, OnlyRowsThatWantLogitsGetThem) {
   EXPECT_EQ(second[0], both[1]);
   batch.rows[1].want_logits = false;
   EXPECT_TRUE(group.Forward(batch).empty());
+}
+
+TEST(Ernie45, LogitsOfTokensAreThoseThatTheyHadWantedThemselves) {
+  for (const int world_size : {1, 2}) {
+    SCOPED_TRACE(world_size);
+    Group group({.world_size = world_size, .max_batch_tokens = 512});
+    const std::vector<int32_t> prompt = LongPrompt();
+    std::vector<std::vector<float>> expected;  // token by token
+    for (size_t i = 0; i < prompt.size(); ++i) {
+      expected.push_back(RunRow(&group, {prompt[i]}, static_cast<int>(i), /*sequence=*/0));
+    }
+    // Behind another sequence's row, which wants its last token's.
+    const std::vector<int32_t> other = Prompts()[0];
+    const auto blocks = BlockTable(1);
+    const auto other_blocks = BlockTable(2);
+    Batch batch;
+    AddRow(other, 0, other_blocks, &batch);
+    AddRow(prompt, 0, blocks, &batch);
+    const auto last = group.Forward(batch);
+    EXPECT_EQ(last[1], expected.back());
+    for (size_t begin = 0; begin + 1 < prompt.size(); begin += 64) {
+      const size_t count = std::min<size_t>(64, prompt.size() - 1 - begin);
+      const auto rows = group.TokenLogits(static_cast<int64_t>(other.size() + begin),
+                                          static_cast<int64_t>(count));
+      for (size_t i = 0; i < count; ++i) {
+        ASSERT_EQ(rows[i], expected[begin + i]) << "position " << begin + i;
+      }
+    }
+    EXPECT_EQ(group.Forward(batch), last);  // the next pass knows nothing of it
+  }
 }
 
 TEST(Ernie45, DigestsTellLayoutsAndRoundingApart) {

@@ -48,6 +48,13 @@ class Model {
   // which at most max_logit_rows() want logits.
   virtual absl::StatusOr<kernels::ConstRows> Forward(const kernels::DeviceBatch& batch,
                                                      void* kv_pool) = 0;
+  // Logits [num_tokens, vocab_size] of the tokens from `first_token` on, places in the batch of the
+  // last Forward; given and lasting as those of Forward, which they overwrite. Every rank calls it,
+  // with the same numbers.
+  // REQUIRES: 1 to max_logit_rows() tokens, none of which has had its logits computed since then:
+  // neither by an earlier call nor because it wanted them.
+  virtual absl::StatusOr<kernels::ConstRows> TokenLogits(int64_t first_token,
+                                                         int64_t num_tokens) = 0;
   virtual int max_batch_tokens() const = 0;
   virtual int max_logit_rows() const = 0;
 };

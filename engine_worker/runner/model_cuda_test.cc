@@ -228,7 +228,7 @@ TEST(StepRunnerOnCuda, StepsAheadFeedThemselvesTheTokensThatStepsOneByOneSample)
                                           instance.pool->data(), nullptr));
     std::vector<std::unique_ptr<PendingStep>> pending;
     std::vector<std::vector<int32_t>> ids;
-    std::vector<std::optional<SampledLogprobs>> logprobs;
+    std::vector<std::optional<PositionLogprobs>> logprobs;
     const auto finish = [&](PendingStep* step) {
       std::vector<int32_t>& sampled = ids.emplace_back();
       for (const SampledToken& token : Must(step->Wait()).sampled) {

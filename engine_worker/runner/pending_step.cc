@@ -11,6 +11,18 @@
 #include "common/status_macros.h"
 
 namespace wintserve {
+namespace {
+
+// `from`: of one id, with `num_top` of the top; fewer if its vocabulary is smaller.
+PositionLogprobs ReadLogprobs(const kernels::LogprobArrays& from, int32_t num_top) {
+  PositionLogprobs logprobs = {.logprob = *from.logprobs, .rank = *from.ranks};
+  for (int32_t j = 0; j < num_top && from.top_ids[j] >= 0; ++j) {
+    logprobs.top.push_back({from.top_ids[j], from.top_logprobs[j]});
+  }
+  return logprobs;
+}
+
+}  // namespace
 
 kernels::LogprobArrays StepResultLayout::logprobs(void* memory) const {
   const int64_t max_top = max_rows_ * kernels::sampling::kMaxTopLogprobs;
@@ -58,19 +70,33 @@ absl::StatusOr<StepDone> PendingStep::Wait() {
     done.sampled.push_back({work_.sampled[i].slot, ids[i], LogprobsOf(static_cast<int64_t>(i))});
   }
   result_buffers_->GiveBack(std::move(work_.results));
+  for (PromptPiece& piece : work_.prompt_pieces) {
+    RETURN_IF_ERROR(TakePromptPiece(std::move(piece), &done.prompt_logprobs));
+  }
   return done;
 }
 
-std::optional<SampledLogprobs> PendingStep::LogprobsOf(int64_t i) const {
+std::optional<PositionLogprobs> PendingStep::LogprobsOf(int64_t i) const {
   const int32_t num_top = work_.sampled[i].num_top_logprobs;
   if (num_top < 0) return std::nullopt;
-  const kernels::LogprobArrays from = work_.layout.logprobs(work_.results->data()).From(i);
-  SampledLogprobs logprobs = {.logprob = *from.logprobs, .rank = *from.ranks};
-  // A vocabulary may be smaller than what is asked for.
-  for (int32_t j = 0; j < num_top && from.top_ids[j] >= 0; ++j) {
-    logprobs.top.push_back({from.top_ids[j], from.top_logprobs[j]});
+  return ReadLogprobs(work_.layout.logprobs(work_.results->data()).From(i), num_top);
+}
+
+absl::Status PendingStep::TakePromptPiece(PromptPiece piece, std::vector<PromptRowLogprobs>* rows) {
+  // A plan has one row of a slot.
+  if (rows->empty() || rows->back().slot != piece.slot) {
+    rows->push_back({.slot = piece.slot, .position = piece.position});
   }
-  return logprobs;
+  const kernels::LogprobArrays from = work_.prompt_layout.logprobs(piece.results->data());
+  for (int32_t i = 0; i < piece.num_tokens; ++i) {
+    rows->back().tokens.push_back(ReadLogprobs(from.From(i), piece.num_top_logprobs));
+    if (rows->back().tokens.back().rank > 0) continue;
+    return absl::InternalError(
+        fmt::format("slot {} at position {}: a logit of the prompt is not a finite number",
+                    piece.slot, piece.position + static_cast<uint32_t>(i)));
+  }
+  work_.prompt_buffers->GiveBack(std::move(piece.results));
+  return absl::OkStatus();
 }
 
 absl::Status PendingStep::CheckId(const Sampled& row, int32_t id) const {

@@ -14,8 +14,9 @@
 
 namespace wintserve {
 
-// How the results of a step of at most max_rows sampled rows lie in one piece of memory, on the
-// device as on the host: the ids, then what log-probabilities are asked for.
+// How at most max_rows ids and what is asked of their log-probabilities lie in one piece of memory,
+// on the device as on the host: the results of a step's sampled rows; or ids of a prompt, which the
+// host brings.
 class StepResultLayout {
  public:
   explicit StepResultLayout(int64_t max_rows) : max_rows_(max_rows) {}
@@ -63,6 +64,14 @@ class PendingStep {
     uint32_t position = 0;          // of the sampled token
     int32_t num_top_logprobs = -1;  // -1: no log-probability either
   };
+  // Tokens of one slot's prompt, at consecutive positions.
+  struct PromptPiece {
+    uint32_t slot = 0;
+    uint32_t position = 0;
+    int32_t num_tokens = 0;
+    int32_t num_top_logprobs = 0;
+    std::unique_ptr<kernels::Buffer> results = nullptr;  // of prompt_layout, complete after `end`
+  };
   struct Work {
     StepDone done;  // without what the device decides
     std::vector<Sampled> sampled = {};
@@ -74,6 +83,9 @@ class PendingStep {
     StepResultLayout layout{0};
     std::unique_ptr<kernels::Buffer> results = nullptr;  // of `layout`, complete after `end`
     Collective* collective = nullptr;                    // null: the step needs none
+    StepResultLayout prompt_layout{0};
+    std::vector<PromptPiece> prompt_pieces = {};  // in row order, and within a row; of rank 0
+    std::shared_ptr<ResultBuffers> prompt_buffers = nullptr;  // of their results
   };
 
   PendingStep(Work work, std::shared_ptr<ResultBuffers> result_buffers);
@@ -93,8 +105,9 @@ class PendingStep {
 
  private:
   absl::Status CheckId(const Sampled& row, int32_t id) const;
+  absl::Status TakePromptPiece(PromptPiece piece, std::vector<PromptRowLogprobs>* rows);
   // Of the i-th sampled row; absent: it does not ask.
-  std::optional<SampledLogprobs> LogprobsOf(int64_t i) const;
+  std::optional<PositionLogprobs> LogprobsOf(int64_t i) const;
 
   Work work_;
   std::shared_ptr<ResultBuffers> result_buffers_;

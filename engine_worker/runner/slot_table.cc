@@ -46,9 +46,10 @@ absl::Status CheckSampling(uint32_t slot, const SamplingParams& sampling) {
   }
   RETURN_IF_ERROR(CheckPenalty(slot, "presence_penalty", sampling.presence_penalty));
   RETURN_IF_ERROR(CheckPenalty(slot, "frequency_penalty", sampling.frequency_penalty));
-  if (sampling.num_top_logprobs < -1 || sampling.num_top_logprobs > kMaxTopLogprobs) {
-    return Invalid("slot {}: {} top log-probabilities, allowed are 0 … {}", slot,
-                   sampling.num_top_logprobs, kMaxTopLogprobs);
+  for (const int32_t count : {sampling.num_top_logprobs, sampling.num_prompt_top_logprobs}) {
+    if (count >= -1 && count <= kMaxTopLogprobs) continue;
+    return Invalid("slot {}: {} top log-probabilities, allowed are 0 … {}", slot, count,
+                   kMaxTopLogprobs);
   }
   return absl::OkStatus();
 }
@@ -192,7 +193,26 @@ absl::Status SlotTable::CheckRow(const PlanRow& row) const {
     return Invalid("slot {}: a row up to position {}, its block table covers {}", row.slot, end,
                    covered);
   }
-  return CheckTokens(row);
+  RETURN_IF_ERROR(CheckTokens(row));
+  return row.prompt_logprobs ? CheckPromptLogprobs(row) : absl::OkStatus();
+}
+
+absl::Status SlotTable::CheckPromptLogprobs(const PlanRow& row) const {
+  if (slots_[row.slot].sampling.num_prompt_top_logprobs < 0) {
+    return Invalid("slot {}: a row asks for log-probabilities of its prompt, the slot for none",
+                   row.slot);
+  }
+  if (row.tokens.empty() || row.num_prompt_logprobs() == 0) {
+    return Invalid(
+        "slot {}: a row asks for log-probabilities, but it brings no token of a prompt "
+        "that follows another one",
+        row.slot);
+  }
+  if (!row.sample && (row.next_token < 0 || row.next_token >= limits_.vocab_size)) {
+    return Invalid("slot {}: the next token {} is not in 0 … {}", row.slot, row.next_token,
+                   limits_.vocab_size - 1);
+  }
+  return absl::OkStatus();
 }
 
 absl::Status SlotTable::CheckTokens(const PlanRow& row) const {

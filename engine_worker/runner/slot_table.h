@@ -50,6 +50,7 @@ class SlotTable {
   absl::Status Append(uint32_t slot, const std::vector<BlockId>& blocks);
   absl::Status CheckRow(const PlanRow& row) const;
   absl::Status CheckTokens(const PlanRow& row) const;
+  absl::Status CheckPromptLogprobs(const PlanRow& row) const;
   absl::Status CheckInUse(const char* where, uint32_t slot) const;
   // Marks the slot as named by `list` of this step; an error the second time.
   absl::Status NameOnce(const char* list, uint32_t slot, std::vector<uint64_t>* last_step);

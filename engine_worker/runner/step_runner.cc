@@ -76,6 +76,8 @@ StepRunner::StepRunner(const StepRunnerConfig& config, Model* model, Collective*
       chain_(config.chain),
       result_layout_(config.max_slots),
       result_buffers_(std::make_shared<ResultBuffers>(model->backend(), result_layout_)),
+      prompt_layout_(model->max_logit_rows()),
+      prompt_buffers_(std::make_shared<ResultBuffers>(model->backend(), prompt_layout_)),
       graphs_(model->backend()) {}
 
 absl::Status StepRunner::AllocateMemory(void* host_tier) {
@@ -98,6 +100,7 @@ absl::Status StepRunner::AllocateMemory(void* host_tier) {
                              .stop_ids = config_.stop_ids,
                              .counted_vocab_size = samples() ? config_.sampled_vocab_size : 0}));
   ASSIGN_OR_RETURN(device_results_, backend_->Allocate(result_layout_.size_bytes()));
+  ASSIGN_OR_RETURN(device_prompt_results_, backend_->Allocate(prompt_layout_.size_bytes()));
   return absl::OkStatus();
 }
 
@@ -155,7 +158,9 @@ absl::StatusOr<std::unique_ptr<PendingStep>> StepRunner::Begin(const StepPlan& p
       .reports_ids = samples(),
       .sampled_vocab_size = static_cast<int32_t>(config_.sampled_vocab_size),
       .layout = result_layout_,
-      .collective = collective_};
+      .collective = collective_,
+      .prompt_layout = prompt_layout_,
+      .prompt_buffers = prompt_buffers_};
   ASSIGN_OR_RETURN(work.results, result_buffers_->Take());
   work.begin = backend_->Record();
   work.copies = copier_->Begin(plan.copies);
@@ -168,6 +173,7 @@ absl::StatusOr<std::unique_ptr<PendingStep>> StepRunner::Begin(const StepPlan& p
   }
   work.end = backend_->Record();
   work.sampled = std::move(sampled_);
+  work.prompt_pieces = std::move(prompt_pieces_);
   slots_.FinishStep(plan);
   chain_ = {.step = plan.step, .plan_hash = plan_hash};
   return std::make_unique<PendingStep>(std::move(work), result_buffers_);
@@ -197,6 +203,7 @@ absl::Status StepRunner::CheckChain(const StepPlan& plan) const {
 
 absl::Status StepRunner::RunRows(const StepPlan& plan) {
   sampled_.clear();
+  prompt_pieces_.clear();
   num_device_ids_ = 0;
   wants_logprobs_ = false;
   for (const PlanRow& row : plan.rows) {
@@ -231,6 +238,7 @@ void StepRunner::StartSlots(const StepPlan& plan) {
 
 void StepRunner::AddToBatch(const PlanRow& row, uint32_t offset, uint32_t length) {
   const auto slot = static_cast<int32_t>(row.slot);
+  if (row.prompt_logprobs) AddPromptTokens(row, offset, length);
   if (row.tokens.empty()) {
     batch_.tokens.push_back(kernels::TokenOfSlot(slot));
   } else {
@@ -252,6 +260,19 @@ void StepRunner::AddToBatch(const PlanRow& row, uint32_t offset, uint32_t length
     ++batch_logit_rows_;
   }
   batch_.rows.push_back(batch_row);
+}
+
+void StepRunner::AddPromptTokens(const PlanRow& row, uint32_t offset, uint32_t length) {
+  const uint32_t end = std::min(offset + length, row.num_prompt_logprobs());
+  if (offset == end) return;  // the row's last token, which is sampled after, alone
+  PromptTokens& tokens = batch_prompt_tokens_.emplace_back();
+  tokens.slot = row.slot;
+  tokens.position = row.position + offset + 1;
+  tokens.first_token = std::ssize(batch_.tokens);
+  tokens.targets.reserve(end - offset);
+  for (uint32_t i = offset + 1; i <= end; ++i) {
+    tokens.targets.push_back(i < row.length ? row.tokens[i] : row.next_token);
+  }
 }
 
 bool StepRunner::BatchIsFull() const {
@@ -295,6 +316,38 @@ absl::Status StepRunner::RunBatch(void* kv_pool) {
     wants_logprobs_ = true;
   }
   num_device_ids_ += num_ids;
+  for (const PromptTokens& tokens : batch_prompt_tokens_) {
+    RETURN_IF_ERROR(ReadPromptLogprobs(tokens));
+  }
+  batch_prompt_tokens_.clear();
+  return absl::OkStatus();
+}
+
+absl::Status StepRunner::ReadPromptLogprobs(const PromptTokens& tokens) {
+  const auto num_targets = static_cast<int32_t>(tokens.targets.size());
+  for (int32_t begin = 0; begin < num_targets;) {
+    const int32_t count = std::min(num_targets - begin, model_->max_logit_rows());
+    ASSIGN_OR_RETURN(const kernels::ConstRows logits,
+                     model_->TokenLogits(tokens.first_token + begin, count));
+    if (samples()) {
+      ASSIGN_OR_RETURN(std::unique_ptr<kernels::Buffer> results, prompt_buffers_->Take());
+      int32_t* const host_ids = prompt_layout_.ids(results->data());
+      std::copy_n(tokens.targets.begin() + begin, count, host_ids);
+      int32_t* const ids = prompt_layout_.ids(device_prompt_results_->data());
+      backend_->CopyFromHostAsync(ids, host_ids, StepResultLayout::ids_bytes(count));
+      const int32_t num_top = slots_.slot(tokens.slot).sampling.num_prompt_top_logprobs;
+      backend_->LogprobsOfIds(logits, count, config_.sampled_vocab_size, ids, num_top,
+                              prompt_layout_.logprobs(device_prompt_results_->data()));
+      backend_->CopyToHostAsync(results->data(), device_prompt_results_->data(),
+                                prompt_layout_.size_bytes());
+      prompt_pieces_.push_back({.slot = tokens.slot,
+                                .position = tokens.position + static_cast<uint32_t>(begin),
+                                .num_tokens = count,
+                                .num_top_logprobs = num_top,
+                                .results = std::move(results)});
+    }
+    begin += count;
+  }
   return absl::OkStatus();
 }
 

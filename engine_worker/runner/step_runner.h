@@ -53,6 +53,9 @@ struct StepRunnerConfig {
 // which gives the same bits where the model is deterministic. So does a pass of decodes that runs
 // as a graph, with padding rows up to the graph's size (StepGraphs).
 //
+// Log-probabilities of prompt tokens are read after the pass of their row, from the logits of at
+// most Model::max_logit_rows() tokens at a time.
+//
 // Sampled ids stay on the device as the next plan's input, so plans may begin one after the other
 // while the device is still at work on the first.
 //
@@ -102,15 +105,25 @@ class StepRunner {
   absl::Status AllocateMemory(void* host_tier);
   absl::Status CheckChain(const StepPlan& plan) const;
   absl::Status RunRows(const StepPlan& plan);
+  // Tokens of the pass at work whose followers' log-probabilities are asked for.
+  struct PromptTokens {
+    uint32_t slot = 0;
+    uint32_t position = 0;              // of the first follower
+    int64_t first_token = 0;            // place in the batch
+    std::vector<int32_t> targets = {};  // the followers
+  };
   // What drawing for a slot has to know of its sequence; rank 0 draws.
   void StartSlots(const StepPlan& plan);
   void AddToBatch(const PlanRow& row, uint32_t offset, uint32_t length);
+  void AddPromptTokens(const PlanRow& row, uint32_t offset, uint32_t length);
   bool BatchIsFull() const;
   // kv_pool: the pool, or what stands for it in a warm-up.
   absl::Status RunBatch(void* kv_pool);
   // The operators of a pass over device_batch_: from its tokens to ids that every rank has and
   // keeps. `logits`: of rank 0, until the next pass; for log-probabilities.
   absl::Status ComputeIds(void* kv_pool, int32_t* ids, kernels::ConstRows* logits);
+  // Of the pass that was called last.
+  absl::Status ReadPromptLogprobs(const PromptTokens& tokens);
   const StepGraphs::Entry* GraphForBatch() const;
   absl::Status WarmUpRows(int64_t num_rows, const kernels::Buffer& block);
   kernels::SampleParams SampleParamsOf(const PlanRow& row) const;
@@ -130,6 +143,7 @@ class StepRunner {
   kernels::Batch batch_;
   int64_t batch_logit_rows_ = 0;
   bool batch_wants_logprobs_ = false;
+  std::vector<PromptTokens> batch_prompt_tokens_;
   std::unique_ptr<kernels::DeviceBatch> device_batch_;
 
   // Of the step at work.
@@ -139,6 +153,10 @@ class StepRunner {
   int64_t num_device_ids_ = 0;
   bool wants_logprobs_ = false;
   std::shared_ptr<ResultBuffers> result_buffers_;
+  std::vector<PendingStep::PromptPiece> prompt_pieces_;
+  const StepResultLayout prompt_layout_;
+  std::unique_ptr<kernels::Buffer> device_prompt_results_;  // of prompt_layout_, of one piece
+  std::shared_ptr<ResultBuffers> prompt_buffers_;
 
   StepGraphs graphs_;  // last: they work on the others
 };

@@ -34,6 +34,11 @@ class IdleModel : public Model {
     return kernels::ConstRows(logits_.data(), vocab_size_);
   }
 
+  absl::StatusOr<kernels::ConstRows> TokenLogits(int64_t /*first_token*/,
+                                                 int64_t /*num_tokens*/) override {
+    return kernels::ConstRows(logits_.data(), vocab_size_);
+  }
+
  private:
   const std::unique_ptr<kernels::Backend> backend_ = kernels::cpu::CreateCpuBackend({});
   const int vocab_size_;

@@ -132,7 +132,7 @@ TEST(StepRunnerSampling, LogprobsAreReportedForTheSlotsThatAsk) {
     double total = 0;
     for (const float logit : row) total += std::exp(double{logit});
     const auto logprob_of = [&](int32_t id) { return row[id] - std::log(total); };
-    const SampledLogprobs& logprobs = *done.sampled[i].logprobs;
+    const PositionLogprobs& logprobs = *done.sampled[i].logprobs;
     EXPECT_NEAR(logprobs.logprob, logprob_of(done.sampled[i].token), 1e-5);
     const auto num_larger =
         std::ranges::count_if(row, [&](float logit) { return logit > row[done.sampled[i].token]; });
@@ -159,7 +159,7 @@ TEST(StepRunnerSampling, LogprobsOfAPlanThatTakesSeveralPassesAreThoseOfOne) {
                                 Blocks({static_cast<int>(slot)})});
       plan.rows.push_back(PrefillRow(slot, 0, Prompt(slot, 10), true));
     }
-    std::vector<std::optional<SampledLogprobs>> logprobs;
+    std::vector<std::optional<PositionLogprobs>> logprobs;
     for (const SampledToken& sampled : rank.MustApply(plan).sampled) {
       logprobs.push_back(sampled.logprobs);
     }

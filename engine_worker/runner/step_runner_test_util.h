@@ -28,9 +28,10 @@ inline const StepRunnerConfig kConfig = {.group_epoch = 0xa,
 class Rank {
  public:
   explicit Rank(std::unique_ptr<Collective> collective = MakeSingleRankCollective(),
-                int max_batch_tokens = 512, StepRunnerConfig config = kConfig)
+                int max_batch_tokens = 512, StepRunnerConfig config = kConfig,
+                int max_logit_rows = 0)
       : collective_(std::move(collective)),
-        model_(collective_.get(), max_batch_tokens),
+        model_(collective_.get(), max_batch_tokens, max_logit_rows),
         pool_(kConfig.num_blocks * testing_fakes::FakeModel::kBlockTokens),
         host_tier_(kConfig.num_host_slots * testing_fakes::FakeModel::kBlockTokens) {
     auto runner =
@@ -90,6 +91,15 @@ inline PlanRow PrefillRow(uint32_t slot, uint32_t position, std::vector<int32_t>
                           bool sample) {
   const auto length = static_cast<uint32_t>(tokens.size());
   return {slot, position, length, sample, std::move(tokens)};
+}
+
+// One whose followers' log-probabilities are asked for.
+inline PlanRow PromptRow(uint32_t slot, uint32_t position, std::vector<int32_t> tokens, bool sample,
+                         int32_t next_token) {
+  PlanRow row = PrefillRow(slot, position, std::move(tokens), sample);
+  row.prompt_logprobs = true;
+  row.next_token = next_token;
+  return row;
 }
 
 inline PlanRow DecodeRow(uint32_t slot, uint32_t position) { return {slot, position, 1, true, {}}; }

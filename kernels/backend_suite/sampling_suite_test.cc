@@ -306,5 +306,59 @@ TEST_F(SampleTest, LogprobsAreThoseOfTheLogitsAsTheyWereForRowsThatAskForThem) {
   EXPECT_EQ(ids[4], -18);
 }
 
+TEST_F(SampleTest, LogprobsOfIdsAreThoseOfTheirRows) {
+  std::mt19937 rng(std::random_device{}());
+  constexpr int64_t kRows = 70;
+  constexpr int kTop = sampling::kMaxTopLogprobs;
+  HostRows logits = RandomRows(kRows, kVocab, &rng, 3.0f);
+  std::vector<int32_t> ids(kRows);
+  for (int64_t r = 0; r < kRows; ++r) {
+    ids[r] = static_cast<int32_t>(rng() % kRealVocab);
+    for (int64_t c = kRealVocab; c < kVocab; ++c) logits.row(r)[c] = c % 2 == 0 ? NAN : 1e30f;
+  }
+  ids[7] = kRealVocab + 1;  // of the model's vocabulary, but never sampled
+  logits.row(20)[5] = INFINITY;
+  const DeviceRows device_logits(logits);
+  const DeviceArray<int32_t> device_ids(ids);
+  for (const int num_top : {0, 1, kTop}) {
+    SCOPED_TRACE(num_top);
+    const DeviceArray<float> logprobs(std::vector<float>(kRows, -7.0f));
+    const DeviceArray<int32_t> ranks(std::vector<int32_t>(kRows, -7));
+    const DeviceArray<int32_t> top_ids(std::vector<int32_t>(kRows * kTop, -7));
+    const DeviceArray<float> top_logprobs(std::vector<float>(kRows * kTop, -7.0f));
+    TheBackend().LogprobsOfIds(
+        device_logits.rows(), kRows, kRealVocab, device_ids.data(), num_top,
+        {logprobs.data(), ranks.data(), top_ids.data(), top_logprobs.data()});
+    const std::vector<int32_t> all_top = top_ids.ToHost();
+    const std::vector<float> all_top_logprobs = top_logprobs.ToHost();
+    cpu::LogprobReader reader;
+    // The last bit of a logarithm may differ between devices.
+    const auto near = [](float x) { return testing::FloatNear(x, std::fabs(x) * 0x1p-22f); };
+    for (int64_t r = 0; r < kRows; ++r) {
+      SCOPED_TRACE(r);
+      const std::span row_top(all_top.data() + r * kTop, kTop);
+      EXPECT_THAT(row_top.subspan(num_top), Each(-7));
+      if (r == 20) {
+        EXPECT_TRUE(std::isnan(logprobs.ToHost()[r]));
+        EXPECT_EQ(ranks.ToHost()[r], 0);
+        EXPECT_THAT(row_top.first(num_top), Each(-1));
+        continue;
+      }
+      const cpu::RowLogprobs expected =
+          Must(reader.Read({logits.row(r), kRealVocab}, ids[r], num_top));
+      EXPECT_EQ(ranks.ToHost()[r], expected.rank);
+      if (r == 7) {
+        EXPECT_EQ(logprobs.ToHost()[r], -INFINITY);
+      } else {
+        EXPECT_THAT(logprobs.ToHost()[r], near(expected.logprob));
+      }
+      for (int j = 0; j < num_top; ++j) {
+        EXPECT_EQ(row_top[j], expected.top[j].id);
+        EXPECT_THAT(all_top_logprobs[r * kTop + j], near(expected.top[j].logprob));
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace wintserve::kernels

@@ -126,7 +126,9 @@ class CpuExperts final : public ExpertGroup {
 class CpuBackend final : public Backend {
  public:
   explicit CpuBackend(const CpuBackendOptions& options)
-      : rounding_(options.rounding), pool_(options.num_threads) {
+      : rounding_(options.rounding),
+        pool_(options.num_threads),
+        logprob_readers_(options.num_threads) {
     scratch_.max_rows = options.max_rows;
     scratch_.threads.resize(options.num_threads);
     // A thread may get its first item long after the others.
@@ -384,17 +386,20 @@ class CpuBackend final : public Backend {
       const int num_top = OnCpu(batch).sample(i).num_top_logprobs;
       if (num_top < 0) continue;
       const std::span row(logits.row(i), static_cast<size_t>(vocab_size));
-      const LogprobArrays to = out.From(i);
-      const RowLogprobs logprobs =
-          ids[i] < 0 ? NoLogprobs() : *logprob_reader_.Read(row, ids[i], num_top);
-      *to.logprobs = logprobs.logprob;
-      *to.ranks = logprobs.rank;
-      for (int j = 0; j < num_top; ++j) {
-        const bool is_there = j < std::ssize(logprobs.top);
-        to.top_ids[j] = is_there ? logprobs.top[j].id : -1;
-        to.top_logprobs[j] = is_there ? logprobs.top[j].logprob : kNan;
-      }
+      WriteLogprobs(ids[i] < 0 ? NoLogprobs() : *logprob_readers_[0].Read(row, ids[i], num_top),
+                    num_top, out.From(i));
     }
+  }
+
+  void LogprobsOfIds(ConstRows logits, int64_t num_rows, int64_t vocab_size, const int32_t* ids,
+                     int num_top, const LogprobArrays& out) override {
+    constexpr int64_t kOperationsPerLogit = 20;  // mostly of its exponential
+    pool_.Run(num_rows, num_rows * vocab_size * kOperationsPerLogit, [&](int64_t r, int thread) {
+      const std::span row(logits.row(r), static_cast<size_t>(vocab_size));
+      const absl::StatusOr<RowLogprobs> logprobs =
+          logprob_readers_[thread].Read(row, ids[r], num_top);
+      WriteLogprobs(logprobs.ok() ? *logprobs : NoLogprobs(), num_top, out.From(r));
+    });
   }
 
   void KeepIds(const int32_t* ids, DeviceBatch* batch) override {
@@ -440,6 +445,16 @@ class CpuBackend final : public Backend {
     return -1 - static_cast<int32_t>(bad - logits.begin());
   }
 
+  static void WriteLogprobs(const RowLogprobs& logprobs, int num_top, const LogprobArrays& to) {
+    *to.logprobs = logprobs.logprob;
+    *to.ranks = logprobs.rank;
+    for (int j = 0; j < num_top; ++j) {
+      const bool is_there = j < std::ssize(logprobs.top);
+      to.top_ids[j] = is_there ? logprobs.top[j].id : -1;
+      to.top_logprobs[j] = is_there ? logprobs.top[j].logprob : kNan;
+    }
+  }
+
   static void LinearItem(ConstRows x, int64_t first, int64_t rows, const PackedMatrix& w,
                          int64_t tile, Rows y, ThreadScratch* scratch) {
     for (int64_t r = 0; r < rows; ++r) scratch->x_rows[r] = x.row(first + r);
@@ -473,7 +488,7 @@ class CpuBackend final : public Backend {
   std::vector<int32_t> all_tokens_;
   std::vector<float> frequencies_;
   Sampler sampler_;
-  LogprobReader logprob_reader_;
+  std::vector<LogprobReader> logprob_readers_;  // by thread
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "kernels/cpu/logprobs.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "common/check.h"
 #include "common/status_macros.h"
@@ -24,14 +25,18 @@ absl::StatusOr<RowLogprobs> LogprobReader::Read(std::span<const float> logits, i
   CHECK(num_top >= 0 && num_top <= sampling::kMaxTopLogprobs, "num_top={}", num_top);
   CHECK(logits.size() <= sampling::kMaxVocabulary, "{} logits", logits.size());
   ASSIGN_OR_RETURN(const float maximum, FiniteMaximum(logits));
-  CHECK(token_id >= 0 && static_cast<size_t>(token_id) < logits.size(), "token {}", token_id);
+  CHECK(token_id >= 0, "token {}", token_id);
   weights_.resize(logits.size());
   FillWeights(logits, maximum, /*temperature=*/1, sampling::kMinScaledLogit, weights_);
   const uint64_t total = TotalMass(weights_);
   const auto logprob_of = [&](int32_t id) {
     return sampling::LogProbability(logits[id], maximum, total);
   };
-  RowLogprobs result = {.logprob = logprob_of(token_id), .rank = RankOf(logits, token_id)};
+  RowLogprobs result = {.logprob = -std::numeric_limits<float>::infinity(),
+                        .rank = static_cast<int32_t>(logits.size()) + 1};
+  if (static_cast<size_t>(token_id) < logits.size()) {
+    result = {.logprob = logprob_of(token_id), .rank = RankOf(logits, token_id)};
+  }
   if (num_top == 0) return result;
   KeepFirst(logits, std::min<size_t>(num_top, logits.size()), &candidates_);
   for (const sampling::Candidate candidate : candidates_) {

@@ -26,7 +26,7 @@ class LogprobReader {
  public:
   // logits [vocabulary], as the model gave them. num_top, in 0 … sampling::kMaxTopLogprobs: how
   // many of the most probable ids; of a smaller vocabulary all. INVALID_ARGUMENT: a logit is NaN or
-  // infinite, or there is none. REQUIRES: token_id is an id of the logits.
+  // infinite, or there is none. REQUIRES: token_id >= 0.
   absl::StatusOr<RowLogprobs> Read(std::span<const float> logits, int32_t token_id, int num_top);
 
  private:

@@ -75,6 +75,19 @@ TEST(LogprobReader, AnImprobableTokenHasItsLogitsDistance) {
   EXPECT_EQ(row->top[2].id, 1);
 }
 
+TEST(LogprobReader, ATokenBeyondTheVocabularyComesAfterAllOthers) {
+  const std::vector<float> logits = {1, 3, 2};
+  LogprobReader reader;
+  for (const int32_t token : {3, 1000}) {
+    const auto row = reader.Read(logits, token, 1);
+    ASSERT_TRUE(row.ok());
+    EXPECT_EQ(row->logprob, -std::numeric_limits<float>::infinity());
+    EXPECT_EQ(row->rank, 4);
+    ASSERT_EQ(row->top.size(), 1u);
+    EXPECT_EQ(row->top[0].id, 1);
+  }
+}
+
 TEST(LogprobReader, ALogitThatIsNotFiniteIsAnErrorThatNamesTheToken) {
   std::vector<float> logits(100, 1.0f);
   logits[40] = std::numeric_limits<float>::quiet_NaN();

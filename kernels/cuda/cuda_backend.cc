@@ -447,6 +447,22 @@ class CudaBackend final : public Backend {
                    sampling_, stream());
   }
 
+  void LogprobsOfIds(ConstRows logits, int64_t num_rows, int64_t vocab_size, const int32_t* ids,
+                     int num_top, const LogprobArrays& out) override {
+    LaunchLogprobs({.logits = logits.data,
+                    .logits_stride = logits.stride,
+                    .num_rows = static_cast<int32_t>(num_rows),
+                    .vocabulary = static_cast<int32_t>(vocab_size),
+                    .num_top = num_top,
+                    .ids = ids,
+                    .logprobs = out.logprobs,
+                    .ranks = out.ranks,
+                    .top_ids = out.top_ids,
+                    .top_logprobs = out.top_logprobs,
+                    .top_stride = sampling::kMaxTopLogprobs},
+                   sampling_, stream());
+  }
+
   void KeepIds(const int32_t* ids, DeviceBatch* batch) override {
     static_cast<CudaBatch*>(batch)->KeepIds(ids);
   }

@@ -11,8 +11,9 @@
 //
 //  1. Every logit must be finite. A NaN or an infinity, wherever it stands, is an error that names
 //     the lowest such id. So a mask is a list of ids, not a logit of minus infinity.
-//  2. Log-probabilities (of the drawn token and of the n most probable) are those of the logits as
-//     they are here: nothing below changes them. See LogProbability.
+//  2. Log-probabilities (of the drawn token, or of a given one, and of the n most probable) are
+//     those of the logits as they are here: nothing below changes them. See LogProbability. A given
+//     id beyond the vocabulary has minus infinity, and the rank after all others.
 //  3. Logit bias: logit += bias, for the ids that have one. A bias of minus infinity (kBanned)
 //     makes float32's lowest number of the logit, whatever step 4 says.
 //  4. Penalties, for ids that occur in the sequence: see ProcessedLogit. Repetition counts prompt

@@ -9,6 +9,21 @@ namespace {
 
 constexpr std::chrono::seconds kPatience(10);
 
+float LogprobOf(int32_t id) { return -static_cast<float>(id) / 128; }
+
+PromptLogprobs PromptLogprobsOf(const GenerationRequest& request) {
+  PromptLogprobs prompt = {.token_ids = request.prompt_ids};
+  for (size_t i = 1; i < prompt.token_ids.size(); ++i) {
+    const int32_t id = prompt.token_ids[i];
+    PositionLogprobs& position =
+        prompt.positions.emplace_back(PositionLogprobs{.logprob = LogprobOf(id), .rank = 1});
+    for (int j = 0; j < *request.num_prompt_top_logprobs; ++j) {
+      position.top.push_back({id + j, LogprobOf(id + j)});
+    }
+  }
+  return prompt;
+}
+
 }  // namespace
 
 GenerationUpdate TextUpdate(int index, std::string text,
@@ -157,18 +172,29 @@ absl::StatusOr<RequestHandle> FakeLlm::Submit(GenerationRequest request,
 void FakeLlm::ScheduleScript(RequestHandle handle, const GenerationRequest& request) {
   Clock::time_point when = Clock::now() + delay_;
   const int num_prompt_tokens = static_cast<int>(request.prompt_ids.size());
-  for (size_t i = 0; i < pieces_.size(); ++i) {
+  const bool says_nothing = request.max_tokens == 0;
+  const size_t num_updates = says_nothing ? 1 : pieces_.size();
+  for (size_t i = 0; i < num_updates; ++i) {
     GenerationUpdate update;
     update.num_prompt_tokens = num_prompt_tokens;
     update.num_cached_tokens = num_cached_tokens_;
-    update.num_completion_tokens = static_cast<int>(i + 1) * request.num_choices;
-    update.finished = i + 1 == pieces_.size();
+    if (!says_nothing) {
+      update.num_completion_tokens = static_cast<int>(i + 1) * request.num_choices;
+    }
+    if (i == 0 && request.num_prompt_top_logprobs.has_value()) {
+      update.prompt_logprobs = PromptLogprobsOf(request);
+    }
+    update.finished = i + 1 == num_updates;
     if (update.finished) update.error = final_error_;
     for (int choice = 0; choice < request.num_choices; ++choice) {
       ChoiceDelta& delta = update.choices.emplace_back();
       delta.index = choice;
-      delta.text = absl::StrReplaceAll(pieces_[i], {{"{choice}", std::to_string(choice)}});
-      if (update.finished && final_error_.ok()) delta.finish_reason = FinishReason::kStop;
+      if (!says_nothing) {
+        delta.text = absl::StrReplaceAll(pieces_[i], {{"{choice}", std::to_string(choice)}});
+      }
+      if (update.finished && final_error_.ok()) {
+        delta.finish_reason = says_nothing ? FinishReason::kLength : FinishReason::kStop;
+      }
     }
     deliveries_.emplace(when, Delivery{handle, std::move(update)});
     when += delay_;
@@ -229,6 +255,12 @@ std::vector<int32_t> FakeLlm::Encode(const std::string& text) const {
 
 std::string FakeLlm::Decode(const std::vector<int32_t>& ids) const {
   return std::string(ids.begin(), ids.end());
+}
+
+std::vector<int> FakeLlm::TextOffsets(const std::vector<int32_t>& ids) const {
+  std::vector<int> offsets(ids.size() + 1);
+  for (size_t i = 0; i < offsets.size(); ++i) offsets[i] = static_cast<int>(i);
+  return offsets;
 }
 
 absl::StatusOr<std::string> FakeLlm::RenderChat(const std::vector<ChatMessage>& messages,

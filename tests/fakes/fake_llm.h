@@ -18,8 +18,10 @@ namespace wintserve {
 // "role:content\n" a message.
 //
 // By default a request is accepted, then each choice says `pieces`, one an update, and finishes
-// with kStop. A test that wants the clock itself calls HoldUpdates() first and then Send();
-// HoldRequests() also withholds the first update, which says that a request is in the queue.
+// with kStop; with a max_tokens of 0, nothing, with kLength. A prompt's token t has the
+// log-probability -t / 128, rank 1, and the tokens from t on as its most probable ones. A test that
+// wants the clock itself calls HoldUpdates() first and then Send(); HoldRequests() also withholds
+// the first update, which says that a request is in the queue.
 //
 // Threading: as LLM says. Updates come from a thread of the fake's own ("the engine's thread").
 class FakeLlm : public LLM {
@@ -73,6 +75,9 @@ class FakeLlm : public LLM {
   ReadinessReport Readiness() const override;
   std::vector<int32_t> Encode(const std::string& text) const override;
   std::string Decode(const std::vector<int32_t>& ids) const override;
+  std::string TokenText(int32_t id) const override { return Decode({id}); }
+  // Every byte is a character.
+  std::vector<int> TextOffsets(const std::vector<int32_t>& ids) const override;
   absl::StatusOr<std::string> RenderChat(const std::vector<ChatMessage>& messages,
                                          bool add_generation_prompt) const override;
   const GenerationDefaults& defaults() const override { return defaults_; }

@@ -29,12 +29,20 @@ absl::StatusOr<MappedMemory> TokenMemory(uint32_t num_blocks) {
 }
 
 // Of a token t: -t / 100; the top are the tokens from t on.
-std::optional<SampledLogprobs> LogprobsOf(int32_t token, const SamplingParams& sampling) {
-  if (sampling.num_top_logprobs < 0) return std::nullopt;
+PositionLogprobs LogprobsOf(int32_t token, int32_t num_top) {
   const auto logprob_of = [](int32_t id) { return -static_cast<float>(id) / 100; };
-  SampledLogprobs logprobs = {.logprob = logprob_of(token), .rank = 1};
-  for (int32_t i = 0; i < sampling.num_top_logprobs; ++i) {
+  PositionLogprobs logprobs = {.logprob = logprob_of(token), .rank = 1};
+  for (int32_t i = 0; i < num_top; ++i) {
     logprobs.top.push_back({token + i, logprob_of(token + i)});
+  }
+  return logprobs;
+}
+
+PromptRowLogprobs PromptLogprobsOf(const PlanRow& row, const SamplingParams& sampling) {
+  PromptRowLogprobs logprobs = {.slot = row.slot, .position = row.position + 1};
+  for (uint32_t i = 1; i <= row.num_prompt_logprobs(); ++i) {
+    logprobs.tokens.push_back(LogprobsOf(i < row.length ? row.tokens[i] : row.next_token,
+                                         sampling.num_prompt_top_logprobs));
   }
   return logprobs;
 }
@@ -232,12 +240,18 @@ absl::Status FakeWorker::Execute(const ReceivedPlan& received) {
   std::vector<int32_t> ids;
   for (const PlanRow& row : plan.rows) {
     ASSIGN_OR_RETURN(const std::vector<int32_t> history, RunRow(row));
+    const SamplingParams& sampling = pool_->slots.slot(row.slot).sampling;
+    if (row.prompt_logprobs && options_.hello.rank == 0) {
+      done.prompt_logprobs.push_back(PromptLogprobsOf(row, sampling));
+    }
     if (!row.sample) continue;
-    ids.push_back(NextToken(history, pool_->slots.slot(row.slot).sampling));
+    ids.push_back(NextToken(history, sampling));
     pool_->last_tokens[row.slot] = ids.back();
     if (options_.hello.rank == 0) {
-      done.sampled.push_back(
-          {row.slot, ids.back(), LogprobsOf(ids.back(), pool_->slots.slot(row.slot).sampling)});
+      SampledToken& sampled = done.sampled.emplace_back(SampledToken{row.slot, ids.back()});
+      if (sampling.num_top_logprobs >= 0) {
+        sampled.logprobs = LogprobsOf(ids.back(), sampling.num_top_logprobs);
+      }
     }
   }
   pool_->slots.FinishStep(plan);

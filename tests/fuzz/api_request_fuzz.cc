@@ -32,12 +32,15 @@ void CheckJson(const std::string& text) { CHECK(nlohmann::json::accept(text), "{
 
 void Answer(const ApiRequest& request, size_t num_prompts) {
   const ResponseIdentity identity = NewResponseIdentity(request.endpoint, Llm().model_name());
-  ResponseAssembler whole(identity, request);
-  StreamAssembler stream(identity, request);
+  ResponseAssembler whole(identity, request, Llm());
+  StreamAssembler stream(identity, request, Llm());
   std::vector<std::string> payloads;
   for (size_t prompt = 0; prompt < num_prompts; ++prompt) {
     GenerationUpdate update;
     update.finished = true;
+    if (request.wants_prompt_logprobs()) {
+      update.prompt_logprobs = {.token_ids = {97, 98}, .positions = {{-1, 2, {{99, -0.5f}}}}};
+    }
     for (int choice = 0; choice < request.num_choices_per_prompt; ++choice) {
       update.choices.push_back(
           {.index = choice, .text = "text", .finish_reason = FinishReason::kStop});
@@ -65,7 +68,7 @@ void Parse(Endpoint endpoint, std::string_view body) {
     CHECK(!generation.prompt_ids.empty());
     for (const int32_t id : generation.prompt_ids) CHECK(id >= 0 && id < Llm().vocab_size());
   }
-  request->echo_texts = EchoTexts(*request, Llm());
+  request->echo_texts = EchoTexts(*request, *generations, Llm());
   if (generations->size() * request->num_choices_per_prompt <= 64) {
     Answer(*request, generations->size());
   }

@@ -57,9 +57,11 @@ WINTSERVE_DEVICE void ReadLogprobs(const LogprobArgs& args, int row_index, int n
   const uint64_t total = selection.mass();
 
   const int id = args.ids[row_index];
-  const float logit = logits[id];
-  const uint64_t rank = selection.CountUpTo(
-      sampling::CandidateOf(sampling::FallingKey(logit), static_cast<uint32_t>(id)));
+  const bool exists = id < args.vocabulary;
+  const float logit = exists ? logits[id] : -std::numeric_limits<float>::infinity();
+  const uint64_t rank = exists ? selection.CountUpTo(sampling::CandidateOf(
+                                     sampling::FallingKey(logit), static_cast<uint32_t>(id)))
+                               : static_cast<uint64_t>(args.vocabulary) + 1;
   if (blocks.index == 0 && ThreadIndex() == 0) {
     args.logprobs[row_index] = sampling::LogProbability(logit, maximum, total);
     if (args.ranks != nullptr) args.ranks[row_index] = static_cast<int32_t>(rank);
@@ -76,13 +78,19 @@ WINTSERVE_DEVICE void ReadLogprobs(const LogprobArgs& args, int row_index, int n
   }
 }
 
+// Of that row; -1: no log-probability either.
+WINTSERVE_DEVICE int NumTopOf(const LogprobArgs& args, int row_index) {
+  if (args.rows == nullptr) return args.num_top;
+  const SamplingRow& row = args.rows[row_index];
+  return row.slot < 0 ? -1 : row.num_top_logprobs;
+}
+
 // By a grid of args.num_rows * plan.blocks_per_row blocks of kSamplingThreads.
 WINTSERVE_DEVICE void LogprobsOfRow(const LogprobArgs& args, const plan::SamplingPlan& plan) {
   const RowBlocks blocks(plan.blocks_per_row);
   const int row_index = BlockIndex() / plan.blocks_per_row;
-  const SamplingRow& row = args.rows[row_index];
-  const int num_top = row.num_top_logprobs;
-  if (row.slot < 0 || num_top < 0) return;
+  const int num_top = NumTopOf(args, row_index);
+  if (num_top < 0) return;
   if (args.ids[row_index] < 0) {
     if (blocks.index == 0) WriteNoLogprobs(args, row_index, num_top);
     return;

@@ -45,6 +45,18 @@ TEST_P(DividedLogprobs, AreThoseOfTheCpu) {
   }
 }
 
+TEST_P(DividedLogprobs, OfGivenIdsAreThoseOfTheCpu) {
+  std::mt19937 random(2);
+  LogprobRequests requests = RandomLogprobRequests(18, 5003, &random);
+  requests.num_top.assign(18, 4);
+  const LogprobOutputs got = ReadLogprobsOf<DeviceArray>(requests, [this](LogprobArgs args) {
+    args.rows = nullptr;
+    args.num_top = 4;
+    LaunchLogprobs(args, device_, /*stream=*/nullptr);
+  });
+  ExpectCpuLogprobs(requests, got);
+}
+
 TEST_P(DividedLogprobs, OfARowThatAsksForNoneAreLeftAlone) {
   const LogprobOutputs got =
       Read({{RandomLogits(100, 1, 1), RandomLogits(100, 1, 2)}, {5, 6}, {-1, 0}});

@@ -51,15 +51,16 @@ struct SamplingArgs {
 };
 
 // Log-probabilities of ids[r] and of the num_top_logprobs most probable ids of row r, from the
-// logits as the model gave them. Rows that ask for none are left alone. A row whose id is negative
-// has NaN and rank 0, and -1 for top ids.
+// logits as the model gave them. Rows that ask for none are left alone. A row whose id is negative,
+// or which has a NaN or an infinity, has NaN and rank 0, and -1 for top ids.
 struct LogprobArgs {
   const float* logits = nullptr;  // as in SamplingArgs
   int64_t logits_stride = 0;
   int32_t num_rows = 0;
   int32_t vocabulary = 0;
-  const SamplingRow* rows = nullptr;
-  const int32_t* ids = nullptr;  // [num_rows]
+  const SamplingRow* rows = nullptr;  // [num_rows]; null: every row asks for num_top
+  int32_t num_top = 0;                // 0 … sampling::kMaxTopLogprobs
+  const int32_t* ids = nullptr;       // [num_rows]
 
   float* logprobs = nullptr;  // [num_rows]
   int32_t* ranks = nullptr;   // [num_rows], from 1; may be null

@@ -145,6 +145,30 @@ TEST_P(EmulatedRows, CountTheTokensThatTheyDraw) {
   }
 }
 
+TEST_P(EmulatedRows, ReadTheLogprobsOfGivenIdsThatTheCpuReads) {
+  std::mt19937 random(5);
+  for (const int size : {1, 1000}) {
+    LogprobRequests requests = RandomLogprobRequests(8, size, &random);
+    requests.num_top.assign(8, 3);
+    const LogprobOutputs got = ReadLogprobsOf<HostArray>(requests, [&](LogprobArgs args) {
+      args.rows = nullptr;
+      args.num_top = 3;
+      Launch(args, [](const LogprobArgs& all_args, const plan::SamplingPlan& plan) {
+        LogprobsOfRow(all_args, plan);
+      });
+    });
+    ExpectCpuLogprobs(requests, got);
+    if (HasFailure()) return;
+  }
+}
+
+TEST_P(EmulatedRows, AnIdBeyondTheVocabularyComesAfterAllOthers) {
+  const LogprobOutputs got = ReadLogprobs({{cpu::RandomLogits(1000, 2, 1)}, {1000}, {2}});
+  EXPECT_EQ(got.logprobs[0], -std::numeric_limits<float>::infinity());
+  EXPECT_EQ(got.ranks[0], 1001);
+  EXPECT_GE(got.top_ids[1], 0);
+}
+
 TEST_P(EmulatedRows, ReadTheLogprobsThatTheCpuReads) {
   std::mt19937 random(4);
   for (const int size : {1, 19, 1000, 4000}) {
