@@ -37,7 +37,9 @@ std::vector<Row> RowsOf(const Report& report) {
     for (const Measure& measure : task.measures) {
       const auto& error = measure.estimate.standard_error;
       const bool is_first = &measure == &task.measures.front();
-      const auto once = [is_first](std::string text) { return is_first ? text : std::string(); };
+      const auto once = [is_first](const std::string& text) {
+        return is_first ? text : std::string();
+      };
       rows.push_back({once(NameOf(task.options.kind)),
                       once(std::filesystem::path(task.options.file).filename().string()),
                       once(fmt::format("{}", task.num_items)),
