@@ -71,6 +71,49 @@ TEST(Checkpoint, EveryLayoutOfTheSameModelHoldsTheSameMatrices) {
   }
 }
 
+testing::TestTensor Transposed(const testing::TestTensor& tensor) {
+  const int64_t rows = tensor.shape[0], columns = tensor.shape[1];
+  const int64_t element = static_cast<int64_t>(tensor.bytes.size()) / (rows * columns);
+  testing::TestTensor transposed = {tensor.type, {columns, rows}, tensor.bytes};
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      std::copy_n(tensor.bytes.begin() + (row * columns + column) * element, element,
+                  transposed.bytes.begin() + (column * rows + row) * element);
+    }
+  }
+  return transposed;
+}
+
+// Of a small model as one of the releases has it, under the other prefix or with its matrices or
+// its routers turned.
+TestTensors Mixed(TestLayout layout, bool renamed, bool turned, bool router_turned) {
+  TestTensors mixed;
+  for (const auto& [name, tensor] : MakeTensors(SmallConfig(), layout, kSeed)) {
+    const bool is_router = name.ends_with(".mlp.gate.weight");
+    const bool is_matrix = name.ends_with("_proj.weight");
+    std::string other = name;
+    if (renamed && name.starts_with("model.")) other = "ernie." + name.substr(6);
+    mixed[other] =
+        (is_router && router_turned) || (is_matrix && turned) ? Transposed(tensor) : tensor;
+  }
+  return mixed;
+}
+
+TEST(Checkpoint, AnyMixtureOfPrefixFusionAndOrientationHoldsTheSameMatrices) {
+  const ModelConfig config = SmallConfig();
+  const auto paddle = WriteAndOpen(MakeTensors(config, TestLayout::kPaddle, kSeed), config);
+  for (const TestLayout layout : {TestLayout::kHuggingFace, TestLayout::kFusedOutIn}) {
+    for (int mixture = 0; mixture < 8; ++mixture) {
+      const auto other = WriteAndOpen(
+          Mixed(layout, (mixture & 1) != 0, (mixture & 2) != 0, (mixture & 4) != 0), config);
+      for (const MatrixRef& ref : AllMatrices(config)) {
+        EXPECT_EQ(DecodeToFloat(Load(*other, ref)), DecodeToFloat(Load(*paddle, ref)))
+            << Show(ref) << " layout " << static_cast<int>(layout) << " mixture " << mixture;
+      }
+    }
+  }
+}
+
 TEST(Checkpoint, FusedQkvIsQueriesThenKeysThenValuesAndGateComesBeforeUp) {
   const ModelConfig config = SmallConfig();
   const TestTensors tensors = MakeTensors(config, TestLayout::kHuggingFace, kSeed);

@@ -51,7 +51,10 @@ bool IsFloat(TensorType type) {
 
 class ItemCheck {
  public:
-  explicit ItemCheck(const Item& item) : item_(item) {}
+  // on_bytes: called with what is done of a large tensor, piece by piece, and of the rest at the
+  // end.
+  ItemCheck(const Item& item, const std::function<void(int64_t)>& on_bytes)
+      : item_(item), on_bytes_(on_bytes) {}
 
   std::vector<std::string> Run() {
     if (item_.matrix) {
@@ -60,6 +63,7 @@ class ItemCheck {
       CheckNumbers(item_.name, item_.may_be_zero);
     }
     if (item_.same_in != nullptr) CheckSame();
+    on_bytes_(item_.num_bytes - bytes_told_);
     return std::move(problems_);
   }
 
@@ -86,6 +90,8 @@ class ItemCheck {
       const int64_t size = std::min(kPiece, count - begin);
       const std::vector<float> piece =
           ReadFloats({view.type, {size}, view.data.subspan(begin * element, size * element)});
+      on_bytes_(size * element);
+      bytes_told_ += size * element;
       for (int64_t i = 0; i < size; ++i) {
         is_zero &= piece[i] == 0;
         if (std::fabs(piece[i]) <= kLargestNumber) continue;
@@ -183,6 +189,8 @@ class ItemCheck {
   }
 
   const Item& item_;
+  const std::function<void(int64_t)>& on_bytes_;
+  int64_t bytes_told_ = 0;
   std::vector<std::string> problems_;
 };
 
@@ -278,11 +286,10 @@ Verified VerifyTensors(const CheckpointFiles& files, int num_threads,
   Mutex mu;
   const auto work = [&] {
     for (size_t i = next++; i < items.size(); i = next++) {
-      std::vector<std::string> problems = ItemCheck(items[i]).Run();
+      std::vector<std::string> problems = ItemCheck(items[i], on_bytes).Run();
       for (const std::string& name : items[i].tensors) {
         DropPages(items[i].set->Find(name)->view->data);
       }
-      on_bytes(items[i].num_bytes);
       if (problems.empty()) continue;
       const MutexLock lock(&mu);
       verified.problems.insert(verified.problems.end(), problems.begin(), problems.end());
