@@ -5,9 +5,9 @@ BUILD := build/$(PRESET)
 
 .DEFAULT_GOAL := help
 .PHONY: help serve setup python-env build test test-long test-asan test-tsan test-gpu \
-        test-gpu-accuracy test-gpu-e2e test-gpu-faults test-gpu-transformers test-poet-bf16 cuda-check bundle format \
-        format-check tidy bench bench-gpu bench-gpu-shapes bench-scheduling build-cuda clean \
-        fuzz fuzz-smoke test-faults
+        test-gpu-accuracy test-gpu-e2e test-gpu-faults test-gpu-transformers test-poet-bf16 \
+        test-quantize-shapes cuda-check bundle format format-check tidy bench bench-gpu \
+        bench-gpu-shapes bench-scheduling build-cuda clean fuzz fuzz-smoke test-faults
 
 help:  ## Print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -122,6 +122,11 @@ fuzz:  ## Each fuzz target (tests/fuzz) for SECONDS=600, with clang's libFuzzer 
 
 fuzz-smoke:  ## The same for a few seconds
 	@$(MAKE) fuzz SECONDS=5
+
+# Large files and minutes of both cores; EXPERTS=64 for a whole layer of the 300B model.
+test-quantize-shapes: setup $(BUILD)/build.ninja  ## A layer of the 21B's and one of the 300B's shape to WINT2, then on 1, 2 and 4 ranks
+	@ninja -C $(BUILD) quantize_shapes_test
+	$(BUILD)/tests/quantize_shapes_test $(BUILD)/bin/wintserve-quantize --large
 
 test-poet-bf16: build  ## Tests on the bfloat16 demo checkpoint in MODEL=DIR, which is not in the repository
 	@test -f '$(MODEL)/config.json' || \

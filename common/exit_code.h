@@ -11,6 +11,7 @@ enum ExitCode : int {
   kExitUnavailable = 69,  // a port or device
   kExitInternal = 70,     // our fault, or a child that died
   kExitCrashLoop = 71,
+  kExitOutput = 73,  // what was to be written is there already, is of another run or has no space
   kExitDrainTimeout = 75,  // streams were cut
   // The API server to the launcher: it has given up before it was ever ready, for what it would
   // find again. At a first start the launcher makes it kExitInternal.

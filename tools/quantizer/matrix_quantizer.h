@@ -51,6 +51,10 @@ class MatrixQuantizer {
   // REQUIRES: `ref` is the next of StoredMatrices(); no step was a Next() yet.
   virtual absl::Status Replay(const MatrixRef& ref, formats::HostMatrix done) = 0;
 
+  // The gain of the final norm [hidden_size] that goes with the matrices, or nothing: the source's.
+  // REQUIRES: the matrices of all layers are done.
+  virtual absl::StatusOr<std::vector<float>> FinalNorm() const { return std::vector<float>(); }
+
   // The unquantised matrix that the last Next() began with, as the source checkpoint has it, or
   // null where the implementation does not keep it; for measuring the error. Until the next step.
   virtual const formats::HostMatrix* source() const { return nullptr; }

@@ -9,8 +9,8 @@ packages=(
   # Code generators
   protobuf-compiler protobuf-compiler-grpc
   # Libraries (cmake/Dependencies.cmake)
-  libabsl-dev libboost1.81-dev libcli11-dev libcpp-httplib-dev libfmt-dev libgrpc++-dev libgrpc-dev
-  libhwy-dev libprotobuf-dev libsentencepiece-dev libspdlog-dev libssl-dev libxxhash-dev
+  libabsl-dev libboost1.81-dev libcli11-dev libcpp-httplib-dev libeigen3-dev libfmt-dev libgrpc++-dev
+  libgrpc-dev libhwy-dev libprotobuf-dev libsentencepiece-dev libspdlog-dev libssl-dev libxxhash-dev
   libyaml-cpp-dev nlohmann-json3-dev prometheus-cpp-dev zlib1g-dev
   # Tests and benchmarks
   ca-certificates curl libbenchmark-dev libgmock-dev libgtest-dev openssl python3 python3-venv

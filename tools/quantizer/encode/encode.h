@@ -34,7 +34,7 @@ struct Wint2Options {
   int local_scale_radius = 2;
   // How often a column's super scale is fitted to its bytes by least squares, and the bytes
   // searched again. Ends early for columns that gain nothing. 0 or more.
-  int num_refits = 2;
+  int num_refits = 1;
 };
 
 // Least sum over rows of importance[row] * (W - W')^2 that the search finds, for each column on its

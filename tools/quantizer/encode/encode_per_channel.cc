@@ -1,6 +1,7 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 
@@ -16,20 +17,38 @@ namespace {
 using formats::HostMatrix;
 using formats::WeightFormat;
 
-void EncodeChannels(FloatMatrix w, float largest_code, int64_t begin, int64_t end,
-                    HostMatrix* out) {
-  for (int64_t column = begin; column < end; ++column) {
-    float largest = 0;
-    for (int64_t row = 0; row < w.k; ++row)
-      largest = std::max(largest, std::abs(w.At(row, column)));
-    const float scale = formats::RoundToBfloat16(largest / largest_code);
-    out->channel_scale[column] = scale;
-    // All codes of a column of zeros are 0.
-    const float divisor = scale > 0 ? scale : 1.0f;
-    for (int64_t row = 0; row < w.k; ++row) {
-      const float code = std::round(w.At(row, column) / divisor);
-      out->codes_i8[row * w.n + column] =
-          static_cast<int8_t>(std::clamp(code, -largest_code, largest_code));
+constexpr int64_t kBlockColumns = 64;
+
+// Half away from zero, as std::round, by a conversion that compilers turn into vector code. With a
+// whole half, the largest number below it would round up. REQUIRES: the result fits int32.
+int32_t RoundHalfAway(float value) {
+  constexpr float kJustBelowHalf = 0x1.fffffep-2f;
+  return static_cast<int32_t>(value + std::copysign(kJustBelowHalf, value));
+}
+
+// A block of columns by rows: columns are far apart in memory.
+void EncodeBlock(FloatMatrix w, int32_t largest_code, int64_t begin, int64_t end, HostMatrix* out) {
+  const int64_t num_columns = end - begin;
+  std::array<float, kBlockColumns> largest{};
+  for (int64_t row = 0; row < w.k; ++row) {
+    const float* weights = w.data + row * w.n + begin;
+    for (int64_t i = 0; i < num_columns; ++i) {
+      largest[i] = std::max(largest[i], std::abs(weights[i]));
+    }
+  }
+  std::array<float, kBlockColumns> divisors{};
+  for (int64_t i = 0; i < num_columns; ++i) {
+    const float scale = formats::RoundToBfloat16(largest[i] / static_cast<float>(largest_code));
+    out->channel_scale[begin + i] = scale;
+    // Of weights so small that their scale is 0 all codes are 0: any divisor does that.
+    divisors[i] = scale > 0 ? scale : 1.0f;
+  }
+  for (int64_t row = 0; row < w.k; ++row) {
+    const float* weights = w.data + row * w.n + begin;
+    int8_t* codes = out->codes_i8.data() + row * w.n + begin;
+    for (int64_t i = 0; i < num_columns; ++i) {
+      const int32_t code = RoundHalfAway(weights[i] / divisors[i]);
+      codes[i] = static_cast<int8_t>(std::clamp(code, -largest_code, largest_code));
     }
   }
 }
@@ -75,10 +94,10 @@ absl::StatusOr<HostMatrix> EncodePerChannel(WeightFormat format, FloatMatrix w,
                     w.n, formats::FormatName(format), interleaved_columns));
   }
   HostMatrix out = formats::MakeHostMatrix(format, w.k, w.n);
-  const float largest_code = format == WeightFormat::kWint4 ? 7.0f : 127.0f;
-  constexpr int64_t kColumns = 64;
-  pool.Run((w.n + kColumns - 1) / kColumns, w.k * w.n, [&](int64_t item, int) {
-    EncodeChannels(w, largest_code, item * kColumns, std::min(w.n, (item + 1) * kColumns), &out);
+  const int32_t largest_code = format == WeightFormat::kWint4 ? 7 : 127;
+  pool.Run((w.n + kBlockColumns - 1) / kBlockColumns, w.k * w.n, [&](int64_t item, int) {
+    const int64_t begin = item * kBlockColumns;
+    EncodeBlock(w, largest_code, begin, std::min(w.n, begin + kBlockColumns), &out);
   });
   return out;
 }

@@ -1,0 +1,17 @@
+// What the encoders with error feedback check and count alike.
+#pragma once
+
+#include "absl/status/status.h"
+#include "tools/quantizer/calibrate/column_tile.h"
+#include "tools/quantizer/calibrate/error_feedback.h"
+
+namespace wintserve::quantizer::calibrate {
+
+// Errors: those that EncodeWint2WithFeedback and EncodePerChannelWithFeedback share.
+absl::Status CheckTarget(FloatMatrix target, int64_t row_multiple, int64_t column_multiple,
+                         const FeedbackFactor& factor, const FeedbackOptions& options,
+                         kernels::cpu::ThreadPool& pool);
+
+double Total(const ColumnSums& sums);
+
+}  // namespace wintserve::quantizer::calibrate

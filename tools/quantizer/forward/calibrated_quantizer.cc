@@ -1,0 +1,482 @@
+#include "tools/quantizer/forward/calibrated_quantizer.h"
+
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "common/check.h"
+#include "common/log.h"
+#include "common/status_macros.h"
+#include "engine_worker/weights/weight_source.h"
+#include "fmt/format.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/packed_matrix.h"
+#include "kernels/cpu/row_ops.h"
+#include "tools/quantizer/forward/moment_sums.h"
+
+namespace wintserve::quantizer {
+namespace {
+
+using formats::HostMatrix;
+using kernels::ConstRows;
+using kernels::Rows;
+using kernels::WeightMatrix;
+using kernels::cpu::AccumulateScaled;
+
+// Attention takes whole sequences at once; more tokens in a batch would only cost memory.
+constexpr int64_t kBatchTokens = 4096;
+
+bool SameMatrix(const HostMatrix& a, const HostMatrix& b) {
+  return a.format == b.format && a.values_f32 == b.values_f32 && a.values_bf16 == b.values_bf16 &&
+         a.codes_i8 == b.codes_i8 && a.codes_u8 == b.codes_u8 && a.local_scale == b.local_scale &&
+         a.channel_scale == b.channel_scale && a.code_scale == b.code_scale &&
+         a.code_zp == b.code_zp && a.k_order == b.k_order;
+}
+
+bool IsRouted(const MatrixRef& ref) { return ref.expert >= 0; }
+
+absl::Status CheckSequences(const ModelConfig& config,
+                            const std::vector<TokenSequence>& sequences) {
+  if (sequences.empty()) return absl::InvalidArgumentError("calibration: found no tokens");
+  for (size_t s = 0; s < sequences.size(); ++s) {
+    const TokenSequence& sequence = sequences[s];
+    if (sequence.empty() || std::ssize(sequence) > config.max_position_embeddings) {
+      return absl::InvalidArgumentError(
+          fmt::format("calibration: sequence {} has {} tokens, the model takes 1 to {}", s,
+                      sequence.size(), config.max_position_embeddings));
+    }
+    for (const int32_t token : sequence) {
+      if (token >= 0 && token < config.vocab_size) continue;
+      return absl::InvalidArgumentError(
+          fmt::format("calibration: sequence {} has token {}, the model's vocabulary is 0 to {}", s,
+                      token, config.vocab_size - 1));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckWidths(const ModelConfig& config) {
+  for (const int width : {config.intermediate_size, config.moe_intermediate_size}) {
+    if (width % kernels::cpu::kTileColumns == 0) continue;
+    return absl::InvalidArgumentError(
+        fmt::format("calibration: an MLP of width {}; it must be a multiple of {}", width,
+                    kernels::cpu::kTileColumns));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<CalibratedQuantizer>> CalibratedQuantizer::Create(
+    const ModelConfig& config, const Checkpoint& checkpoint, std::vector<TokenSequence> sequences,
+    std::unique_ptr<MatrixEncoder> encoder, const CalibrationOptions& options,
+    kernels::cpu::ThreadPool* pool) {
+  RETURN_IF_ERROR(CheckSequences(config, sequences));
+  RETURN_IF_ERROR(CheckWidths(config));
+  std::unique_ptr<CalibratedQuantizer> quantizer(new CalibratedQuantizer(
+      config, checkpoint, std::move(sequences), std::move(encoder), options, pool));
+  RETURN_IF_ERROR(quantizer->Init());
+  return quantizer;
+}
+
+CalibratedQuantizer::CalibratedQuantizer(const ModelConfig& config, const Checkpoint& checkpoint,
+                                         std::vector<TokenSequence> sequences,
+                                         std::unique_ptr<MatrixEncoder> encoder,
+                                         const CalibrationOptions& options,
+                                         kernels::cpu::ThreadPool* pool)
+    : config_(config),
+      checkpoint_(checkpoint),
+      batches_(std::move(sequences), kBatchTokens),
+      encoder_(std::move(encoder)),
+      options_(options),
+      pool_(pool),
+      backend_(kernels::cpu::CreateCpuBackend({.num_threads = pool->num_threads()})),
+      refs_(StoredMatrices(config, checkpoint.head_is_tied())) {}
+
+absl::Status CalibratedQuantizer::Init() {
+  for (std::unique_ptr<TokenStates>& states : states_) {
+    ASSIGN_OR_RETURN(states, TokenStates::Create(config_, batches_, backend_.get(), pool_));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<HostMatrix> CalibratedQuantizer::Next(const MatrixRef& ref, StoredFormat format) {
+  has_made_ = true;
+  RETURN_IF_ERROR(Begin(ref));
+  ASSIGN_OR_RETURN(HostMatrix made, Make(ref, format));
+  RETURN_IF_ERROR(Advance(ref, made));
+  return made;
+}
+
+absl::Status CalibratedQuantizer::Replay(const MatrixRef& ref, HostMatrix done) {
+  CHECK(!has_made_);
+  RETURN_IF_ERROR(Begin(ref));
+  if (done.k != source_.k || done.n != source_.n) {
+    return absl::InvalidArgumentError(fmt::format("{}: found a matrix of {} x {}, expected {} x {}",
+                                                  MatrixPlace(ref), done.k, done.n, source_.k,
+                                                  source_.n));
+  }
+  return Advance(ref, done);
+}
+
+absl::StatusOr<std::vector<float>> CalibratedQuantizer::FinalNorm() const {
+  CHECK(std::ssize(drift_) == config_.num_layers);
+  if (!models_differ_ || !options_.solve_final_norm) return std::vector<float>();
+  ASSIGN_OR_RETURN(std::vector<float> gain, checkpoint_.LoadVector(VectorRole::kFinalNorm, 0));
+  const std::vector<float> ones(gain.size(), 1.0f);
+  RowBuffer normed[2];
+  for (RowBuffer& buffer : normed) {
+    ASSIGN_OR_RETURN(
+        buffer, RowBuffer::Allocate(backend_.get(), TokenStates::kChunkRows, config_.hidden_size));
+  }
+  std::vector<double> product(gain.size());
+  std::vector<double> square(gain.size());
+  for (int64_t first = 0; first < batches_.num_tokens(); first += TokenStates::kChunkRows) {
+    const int64_t count = std::min(TokenStates::kChunkRows, batches_.num_tokens() - first);
+    states_[kUnquantized]->Normalize(first, count, gain.data(), normed[kUnquantized].rows());
+    states_[kQuantized]->Normalize(first, count, ones.data(), normed[kQuantized].rows());
+    for (int64_t r = 0; r < count; ++r) {
+      const float* y = normed[kUnquantized].From(r).data;
+      const float* z = normed[kQuantized].From(r).data;
+      for (size_t c = 0; c < gain.size(); ++c) {
+        product[c] += double{z[c]} * y[c];
+        square[c] += double{z[c]} * z[c];
+      }
+    }
+  }
+  for (size_t c = 0; c < gain.size(); ++c) {
+    if (square[c] > 0) gain[c] = static_cast<float>(product[c] / square[c]);
+  }
+  return gain;
+}
+
+absl::Status CalibratedQuantizer::Begin(const MatrixRef& ref) {
+  CHECK(num_done_ < refs_.size());
+  const MatrixRef& next = refs_[num_done_];
+  CHECK(ref.role == next.role && ref.layer == next.layer && ref.expert == next.expert, "{} for {}",
+        MatrixPlace(ref), MatrixPlace(next));
+  source_ = {};
+  ASSIGN_OR_RETURN(source_, checkpoint_.LoadMatrix(ref, /*rank=*/0, /*world_size=*/1));
+  if (ref.role == MatrixRole::kQkv) {
+    ASSIGN_OR_RETURN(gain_, checkpoint_.LoadVector(VectorRole::kInputNorm, ref.layer));
+  } else if (ref.role == MatrixRole::kOutput) {
+    // Of the matrices after it.
+    ASSIGN_OR_RETURN(gain_, checkpoint_.LoadVector(VectorRole::kPostAttentionNorm, ref.layer));
+  } else if (ref.role == MatrixRole::kRouter) {
+    router_bias_.clear();
+    if (checkpoint_.has_router_bias()) {
+      ASSIGN_OR_RETURN(router_bias_, checkpoint_.LoadVector(VectorRole::kRouterBias, ref.layer));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<HostMatrix> CalibratedQuantizer::Make(const MatrixRef& ref, StoredFormat format) {
+  const MomentNeeds needs = encoder_->Needs(ref, format, source_.k, models_differ_);
+  if (!needs.hessian) return encoder_->Encode(ref, format, source_, nullptr);
+  ASSIGN_OR_RETURN(const Moments moments, MomentsOf(ref, needs));
+  return encoder_->Encode(ref, format, source_, &moments);
+}
+
+absl::StatusOr<Moments> CalibratedQuantizer::MomentsOf(const MatrixRef& ref,
+                                                       const MomentNeeds& needs) {
+  if (IsRouted(ref)) return ExpertMoments(ref, needs);
+  switch (ref.role) {
+    case MatrixRole::kQkv:
+      return NormedMoments(AllTokens(batches_.num_tokens()), needs);
+    case MatrixRole::kOutput:
+      return Gather(AllTokens(batches_.num_tokens()), source_.k, needs,
+                    [&](Which which, int64_t first, int64_t /*count*/) {
+                      const ConstRows rows = states_[which]->attended();
+                      return ConstRows(rows.row(first), rows.stride);
+                    });
+    case MatrixRole::kRouter:
+      break;
+    case MatrixRole::kGateUp:
+      if (!config_.IsMoeLayer(ref.layer)) {
+        return NormedMoments(AllTokens(batches_.num_tokens()), needs);
+      }
+      break;
+    case MatrixRole::kDown:
+      return DownMoments(mlp_, needs);
+    case MatrixRole::kEmbedding:
+    case MatrixRole::kHead:
+      CHECK(false, "{} has no moments", MatrixPlace(ref));
+  }
+  ASSIGN_OR_RETURN(const Moments* all, AllTokensMoments(needs));
+  return *all;
+}
+
+absl::StatusOr<Moments> CalibratedQuantizer::ExpertMoments(const MatrixRef& ref,
+                                                           const MomentNeeds& needs) {
+  const bool is_down = ref.role == MatrixRole::kDown;
+  absl::StatusOr<Moments> own =
+      is_down ? DownMoments(mlp_, needs)
+              : NormedMoments(states_[kQuantized]->RoutedTo(ref.expert), needs);
+  RETURN_IF_ERROR(own.status());
+  const auto k = static_cast<double>(own->k);
+  if (static_cast<double>(own->num_rows) >= options_.poor_rows * k) return own;
+  ASSIGN_OR_RETURN(const Moments prior, PriorMoments(ref, needs));
+  // The prior's rows weigh 1 each, the expert's the square of a routing weight.
+  const double mean_weight =
+      own->num_rows == 0 ? 1.0 : own->weight / static_cast<double>(own->num_rows);
+  ShrinkTowards(prior, options_.prior_rows * k * mean_weight, *own);
+  return own;
+}
+
+absl::StatusOr<Moments> CalibratedQuantizer::PriorMoments(const MatrixRef& ref,
+                                                          const MomentNeeds& needs) {
+  const MomentNeeds prior_needs = {.hessian = true, .cross = needs.cross};
+  if (ref.role == MatrixRole::kGateUp) {
+    ASSIGN_OR_RETURN(const Moments* all, AllTokensMoments(prior_needs));
+    return *all;
+  }
+  // So many tokens as there are inputs, evenly spread.
+  const int64_t num_samples = std::min(batches_.num_tokens(), source_.k);
+  MlpStep sample;
+  for (int64_t i = 0; i < num_samples; ++i) {
+    sample.rows.tokens.push_back(static_cast<int32_t>(i * batches_.num_tokens() / num_samples));
+    sample.rows.gates.push_back(1.0f);
+  }
+  for (const Which which : kBoth) {
+    ASSIGN_OR_RETURN(
+        sample.activations[which],
+        states_[which]->Activate(gain_.data(), sample.rows.tokens, gate_up_.of(which)));
+  }
+  return DownMoments(sample, prior_needs);
+}
+
+absl::StatusOr<const Moments*> CalibratedQuantizer::AllTokensMoments(const MomentNeeds& needs) {
+  if (all_tokens_ != nullptr && (all_tokens_->cross.empty() == !needs.cross)) {
+    return all_tokens_.get();
+  }
+  all_tokens_ = nullptr;
+  ASSIGN_OR_RETURN(Moments moments, NormedMoments(AllTokens(batches_.num_tokens()), needs));
+  all_tokens_ = std::make_unique<Moments>(std::move(moments));
+  return all_tokens_.get();
+}
+
+absl::StatusOr<Moments> CalibratedQuantizer::NormedMoments(const TokenRows& rows,
+                                                           const MomentNeeds& needs) {
+  RowBuffer normed[2];
+  for (RowBuffer& buffer : normed) {
+    ASSIGN_OR_RETURN(
+        buffer, RowBuffer::Allocate(backend_.get(), TokenStates::kChunkRows, config_.hidden_size));
+  }
+  return Gather(rows, config_.hidden_size, needs, [&](Which which, int64_t first, int64_t count) {
+    states_[which]->Normalize(std::span(rows.tokens).subspan(first, count), gain_.data(),
+                              normed[which].rows());
+    return ConstRows(normed[which].rows());
+  });
+}
+
+absl::StatusOr<Moments> CalibratedQuantizer::DownMoments(const MlpStep& step,
+                                                         const MomentNeeds& needs) {
+  return Gather(step.rows, source_.k, needs, [&](Which which, int64_t first, int64_t /*count*/) {
+    return ConstRows(step.activations[which].From(first));
+  });
+}
+
+absl::StatusOr<Moments> CalibratedQuantizer::Gather(const TokenRows& rows, int64_t k,
+                                                    const MomentNeeds& needs, InputRows inputs) {
+  const int64_t num_outputs = needs.cross_output ? config_.hidden_size : 0;
+  MomentSums sums(k, num_outputs, pool_);
+  RowBuffer repairs;
+  if (needs.cross_output) {
+    ASSIGN_OR_RETURN(repairs,
+                     RowBuffer::Allocate(backend_.get(), TokenStates::kChunkRows, num_outputs));
+  }
+  std::vector<float> weights;
+  for (int64_t first = 0; first < rows.size(); first += TokenStates::kChunkRows) {
+    const int64_t count = std::min(TokenStates::kChunkRows, rows.size() - first);
+    const ConstRows quantized = inputs(kQuantized, first, count);
+    const ConstRows unquantized = needs.cross ? inputs(kUnquantized, first, count) : quantized;
+    if (needs.cross_output) FillRepairs(rows, first, count, repairs.rows());
+    weights.assign(rows.gates.begin() + first, rows.gates.begin() + first + count);
+    for (float& weight : weights) weight *= weight;
+    sums.Add(quantized, unquantized, needs.cross_output ? ConstRows(repairs.rows()) : ConstRows(),
+             count, weights);
+  }
+  return sums.Finish();
+}
+
+void CalibratedQuantizer::FillRepairs(const TokenRows& rows, int64_t first, int64_t count,
+                                      Rows out) const {
+  const int64_t columns = config_.hidden_size;
+  pool_->Run(count, count * columns, [&](int64_t i, int) {
+    const int32_t token = rows.tokens[first + i];
+    const float gate = rows.gates[first + i];
+    float* d = out.row(i);
+    if (gate == 0) {  // weighs nothing
+      std::fill(d, d + columns, 0.0f);
+    } else if (shortfall_.is_empty()) {
+      const float* x_f = states_[kUnquantized]->residual().row(token);
+      const float* x_q = states_[kQuantized]->residual().row(token);
+      for (int64_t c = 0; c < columns; ++c) d[c] = (x_f[c] - x_q[c]) / gate;
+    } else {
+      const float* shortfall = shortfall_.From(token).data;
+      for (int64_t c = 0; c < columns; ++c) d[c] = shortfall[c] / gate;
+    }
+  });
+}
+
+absl::Status CalibratedQuantizer::Advance(const MatrixRef& ref, const HostMatrix& made) {
+  ++num_done_;
+  if (ref.role == MatrixRole::kHead) return absl::OkStatus();
+  ASSIGN_OR_RETURN(Packed packed, Pack(ref, made));
+  switch (ref.role) {
+    case MatrixRole::kEmbedding:
+      for (const Which which : kBoth) states_[which]->Embed(packed.of(which));
+      return absl::OkStatus();
+    case MatrixRole::kQkv:
+      for (const Which which : kBoth) {
+        RETURN_IF_ERROR(states_[which]->Attend(gain_.data(), packed.of(which)));
+      }
+      return absl::OkStatus();
+    case MatrixRole::kOutput:
+      for (const Which which : kBoth) {
+        RETURN_IF_ERROR(states_[which]->AddAttentionOutput(packed.of(which)));
+      }
+      return absl::OkStatus();
+    case MatrixRole::kRouter:
+      for (const Which which : kBoth) {
+        RETURN_IF_ERROR(states_[which]->Route(
+            gain_.data(), packed.of(which), router_bias_.empty() ? nullptr : router_bias_.data()));
+      }
+      return BeginExperts(ref.layer);
+    case MatrixRole::kGateUp:
+      return StartMlp(ref, std::move(packed));
+    case MatrixRole::kDown:
+      return FinishMlp(ref, packed);
+    case MatrixRole::kHead:
+      break;
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<CalibratedQuantizer::Packed> CalibratedQuantizer::Pack(const MatrixRef& ref,
+                                                                      const HostMatrix& made) {
+  // The backend packs a gate-up matrix for its own MLP, of whose middle nothing is seen.
+  const kernels::MatrixUse use =
+      ref.role == MatrixRole::kGateUp ? kernels::MatrixUse::kLinear : UseOf(ref.role);
+  Packed packed;
+  ASSIGN_OR_RETURN(packed.matrices[kUnquantized], backend_->Pack(source_, use));
+  if (SameMatrix(source_, made)) return packed;
+  models_differ_ = true;
+  ASSIGN_OR_RETURN(packed.matrices[kQuantized], backend_->Pack(made, use));
+  return packed;
+}
+
+absl::Status CalibratedQuantizer::BeginExperts(int layer) {
+  const int64_t columns = config_.hidden_size;
+  ASSIGN_OR_RETURN(shortfall_, RowBuffer::Allocate(backend_.get(), batches_.num_tokens(), columns));
+  pool_->Run(batches_.num_tokens(), batches_.num_tokens() * columns, [&](int64_t t, int) {
+    const float* x_f = states_[kUnquantized]->residual().row(t);
+    const float* x_q = states_[kQuantized]->residual().row(t);
+    float* shortfall = shortfall_.From(t).data;
+    for (int64_t c = 0; c < columns; ++c) shortfall[c] = x_f[c] - x_q[c];
+  });
+  for (int expert = 0; expert < config_.num_experts; ++expert) {
+    RETURN_IF_ERROR(ForeseeExpert(layer, expert));
+  }
+  return absl::OkStatus();
+}
+
+// The unquantised model passes its experts here, all at once. For the tokens that only the other
+// sends to an expert it computes that as well.
+absl::Status CalibratedQuantizer::ForeseeExpert(int layer, int expert) {
+  const TokenRows rows[2] = {states_[kUnquantized]->RoutedTo(expert),
+                             states_[kQuantized]->RoutedTo(expert)};
+  std::vector<int32_t> tokens;
+  std::set_union(rows[0].tokens.begin(), rows[0].tokens.end(), rows[1].tokens.begin(),
+                 rows[1].tokens.end(), std::back_inserter(tokens));
+  std::vector<float> gates[2];
+  for (const Which which : kBoth) {
+    size_t next = 0;
+    for (const int32_t token : tokens) {
+      const bool is_routed = next < rows[which].tokens.size() && rows[which].tokens[next] == token;
+      gates[which].push_back(is_routed ? rows[which].gates[next++] : 0);
+    }
+  }
+  const auto load = [&](MatrixRole role) -> absl::StatusOr<std::unique_ptr<WeightMatrix>> {
+    ASSIGN_OR_RETURN(const HostMatrix host, checkpoint_.LoadMatrix({role, layer, expert}, 0, 1));
+    return backend_->Pack(host, kernels::MatrixUse::kLinear);
+  };
+  ASSIGN_OR_RETURN(const std::unique_ptr<WeightMatrix> gate_up, load(MatrixRole::kGateUp));
+  ASSIGN_OR_RETURN(const std::unique_ptr<WeightMatrix> down, load(MatrixRole::kDown));
+  ASSIGN_OR_RETURN(const RowBuffer activations,
+                   states_[kUnquantized]->Activate(gain_.data(), tokens, *gate_up));
+  return states_[kUnquantized]->MultiplyDown(
+      activations.rows(), std::ssize(tokens), *down, [&](int64_t i, const float* y) {
+        const float gate_f = gates[kUnquantized][i];
+        if (gate_f != 0) {
+          AccumulateScaled(gate_f, y, config_.hidden_size,
+                           states_[kUnquantized]->MlpOutput(tokens[i]));
+        }
+        AccumulateScaled(gate_f - gates[kQuantized][i], y, config_.hidden_size,
+                         shortfall_.From(tokens[i]).data);
+      });
+}
+
+absl::Status CalibratedQuantizer::StartMlp(const MatrixRef& ref, Packed gate_up) {
+  mlp_.rows =
+      IsRouted(ref) ? states_[kQuantized]->RoutedTo(ref.expert) : AllTokens(batches_.num_tokens());
+  for (const Which which : kBoth) {
+    ASSIGN_OR_RETURN(mlp_.activations[which],
+                     states_[which]->Activate(gain_.data(), mlp_.rows.tokens, gate_up.of(which)));
+  }
+  gate_up_ = std::move(gate_up);
+  return absl::OkStatus();
+}
+
+absl::Status CalibratedQuantizer::FinishMlp(const MatrixRef& ref, const Packed& down) {
+  // Between equal models it stays 0; what both add would leave a rounding error.
+  const bool falls_short = !shortfall_.is_empty() && models_differ_;
+  for (const Which which : kBoth) {
+    // BeginExperts has added the experts of the unquantised model.
+    const bool is_added = which == kUnquantized && IsRouted(ref);
+    const float sign = which == kUnquantized ? 1.0f : -1.0f;
+    RETURN_IF_ERROR(states_[which]->MultiplyDown(
+        mlp_.activations[which].rows(), mlp_.rows.size(), down.of(which),
+        [&](int64_t i, const float* y) {
+          const int32_t token = mlp_.rows.tokens[i];
+          const float gate = mlp_.rows.gates[i];
+          if (!is_added) {
+            AccumulateScaled(gate, y, config_.hidden_size, states_[which]->MlpOutput(token));
+          }
+          if (!falls_short) return;
+          AccumulateScaled(sign * gate, y, config_.hidden_size, shortfall_.From(token).data);
+        }));
+  }
+  mlp_ = {};
+  gate_up_ = {};
+  const bool is_last = num_done_ == refs_.size() || refs_[num_done_].role == MatrixRole::kHead ||
+                       refs_[num_done_].layer != ref.layer;
+  return is_last ? FinishLayer(ref.layer) : absl::OkStatus();
+}
+
+absl::Status CalibratedQuantizer::FinishLayer(int layer) {
+  all_tokens_ = nullptr;
+  if (config_.IsMoeLayer(layer)) {
+    for (const Which which : kBoth) states_[which]->FinishMlp();
+    shortfall_ = {};
+  }
+  double error = 0;
+  double square = 0;
+  for (int64_t t = 0; t < batches_.num_tokens(); ++t) {
+    const float* x_f = states_[kUnquantized]->residual().row(t);
+    const float* x_q = states_[kQuantized]->residual().row(t);
+    for (int64_t c = 0; c < config_.hidden_size; ++c) {
+      const double difference = double{x_q[c]} - double{x_f[c]};
+      error += difference * difference;
+      square += double{x_f[c]} * double{x_f[c]};
+    }
+  }
+  drift_.push_back({layer, square > 0 ? error / square : 0});
+  LOG_INFO("layer {}: relative error of its output over {} calibration tokens {:.3g}", layer,
+           batches_.num_tokens(), drift_.back().relative_error);
+  return absl::OkStatus();
+}
+
+}  // namespace wintserve::quantizer

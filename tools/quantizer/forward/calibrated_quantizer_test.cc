@@ -1,0 +1,504 @@
+#include "tools/quantizer/forward/calibrated_quantizer.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine_worker/model/ernie45.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "tools/quantizer/forward/calibration_test_util.h"
+
+namespace wintserve::quantizer {
+namespace {
+
+using formats::HostMatrix;
+using kernels::ConstRows;
+using kernels::cpu::ThreadPool;
+using ::testing::HasSubstr;
+
+constexpr double kEpsilon = 0x1p-24;  // of rounding to float32, relative
+
+std::unique_ptr<CalibratedQuantizer> Create(const SmallCheckpoint& checkpoint,
+                                            std::vector<TokenSequence> sequences,
+                                            std::unique_ptr<MatrixEncoder> encoder,
+                                            ThreadPool* pool,
+                                            const CalibrationOptions& options = {}) {
+  auto quantizer =
+      CalibratedQuantizer::Create(checkpoint.config(), checkpoint.get(), std::move(sequences),
+                                  std::move(encoder), options, pool);
+  CHECK(quantizer.ok(), "{}", quantizer.status().ToString());
+  return *std::move(quantizer);
+}
+
+std::unique_ptr<MatrixEncoder> Encoder(TestEncoder::Function function) {
+  return std::make_unique<TestEncoder>(std::move(function));
+}
+
+// Of the last token of each sequence, through the graph that serves.
+std::vector<std::vector<float>> ServedLogits(const ModelConfig& config,
+                                             const Checkpoint& checkpoint,
+                                             const std::vector<TokenSequence>& sequences,
+                                             kernels::Backend* backend) {
+  auto model = LoadErnie45(config, checkpoint, backend, nullptr, {.max_batch_tokens = 512});
+  CHECK(model.ok(), "{}", model.status().ToString());
+  constexpr int kBlocks = 8;
+  const auto pool = *backend->Allocate(kBlocks * (*model)->kv_block_bytes());
+  const auto batch = *backend->CreateBatch(
+      {.max_tokens = 512, .max_rows = 1, .max_blocks_per_row = kBlocks, .num_slots = 1});
+  const std::vector<int32_t> blocks = {5, 2, 7, 0, 1, 3, 4, 6};
+  std::vector<std::vector<float>> logits;
+  for (const TokenSequence& sequence : sequences) {
+    backend->SetBatch({.tokens = sequence,
+                       .rows = {{.position = 0,
+                                 .length = static_cast<int32_t>(sequence.size()),
+                                 .block_table = blocks,
+                                 .want_logits = true}}},
+                      batch.get());
+    const auto rows = (*model)->Forward(*batch, pool->data());
+    CHECK(rows.ok(), "{}", rows.status().ToString());
+    logits.emplace_back(rows->data, rows->data + config.vocab_size);
+  }
+  return logits;
+}
+
+// The same from the residual that calibration ends with.
+std::vector<std::vector<float>> CalibratedLogits(const ModelConfig& config,
+                                                 const Checkpoint& checkpoint,
+                                                 const std::vector<TokenSequence>& sequences,
+                                                 const TokenStates& states,
+                                                 kernels::Backend* backend) {
+  const auto gain = *checkpoint.LoadVector(VectorRole::kFinalNorm, 0);
+  const auto head = *backend->Pack(*checkpoint.LoadMatrix({MatrixRole::kHead}, 0, 1),
+                                   kernels::MatrixUse::kLinear);
+  const RowBuffer normed = *RowBuffer::Allocate(backend, 1, config.hidden_size);
+  std::vector<std::vector<float>> logits;
+  int64_t last = -1;
+  for (const TokenSequence& sequence : sequences) {
+    last += std::ssize(sequence);
+    states.Normalize(last, 1, gain.data(), normed.rows());
+    logits.emplace_back(config.vocab_size);
+    backend->Linear(normed.rows(), 1, *head, {logits.back().data(), config.vocab_size});
+  }
+  return logits;
+}
+
+void ExpectTheServedModel(const ModelConfig& config, const Checkpoint& checkpoint,
+                          std::vector<TokenSequence> sequences) {
+  ThreadPool pool(2);
+  int num_matrices = 0;
+  auto quantizer = CalibratedQuantizer::Create(
+      config, checkpoint, sequences,
+      Encoder([&](const MatrixRef& ref, const HostMatrix& source, const Moments& moments) {
+        EXPECT_TRUE(moments.cross.empty()) << MatrixPlace(ref);
+        for (const float value : moments.cross_output) EXPECT_EQ(value, 0) << MatrixPlace(ref);
+        ++num_matrices;
+        return source;
+      }),
+      CalibrationOptions(), &pool);
+  ASSERT_TRUE(quantizer.ok()) << quantizer.status();
+  for (const MatrixRef& ref : StoredMatrices(config, checkpoint.head_is_tied())) {
+    const auto made = (*quantizer)->Next(ref, StoredFormat::kPlain);
+    ASSERT_TRUE(made.ok()) << made.status();
+  }
+  EXPECT_GT(num_matrices, 0);
+  for (int64_t t = 0; t < (*quantizer)->quantized().num_tokens(); ++t) {
+    const float* x_q = (*quantizer)->quantized().residual().row(t);
+    const float* x_f = (*quantizer)->unquantized().residual().row(t);
+    ASSERT_TRUE(std::equal(x_q, x_q + config.hidden_size, x_f)) << "token " << t;
+  }
+  for (const LayerDrift& layer : (*quantizer)->drift()) EXPECT_EQ(layer.relative_error, 0);
+  EXPECT_EQ(std::ssize((*quantizer)->drift()), config.num_layers);
+  const auto backend = kernels::cpu::CreateCpuBackend({.num_threads = 1});
+  EXPECT_EQ(
+      CalibratedLogits(config, checkpoint, sequences, (*quantizer)->quantized(), backend.get()),
+      ServedLogits(config, checkpoint, sequences, backend.get()));
+}
+
+TEST(CalibratedQuantizer, UnchangedMatricesGiveTheModelThatIsServed) {
+  const SmallCheckpoint checkpoint(SmallMoeConfig());
+  ExpectTheServedModel(checkpoint.config(), checkpoint.get(),
+                       // Several batches of attention, some chunks of rows.
+                       RandomSequences(checkpoint.config(), 60, 200, 3));
+}
+
+TEST(CalibratedQuantizer, UnchangedMatricesGiveTheModelThatIsServedWithATiedHead) {
+  const auto config = LoadModelConfig("tests/data/tiny-bf16");
+  ASSERT_TRUE(config.ok()) << config.status();
+  const auto checkpoint = Checkpoint::Open("tests/data/tiny-bf16", *config, KOrderChoice::kAuto);
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  ASSERT_TRUE((*checkpoint)->head_is_tied());
+  ExpectTheServedModel(*config, **checkpoint, RandomSequences(*config, 10, 300, 5));
+}
+
+// The three arrays, summed one by one in float64, with the bounds of what float32 may be off by.
+class ExactMoments {
+ public:
+  ExactMoments(int64_t k, int64_t n) : k_(k), n_(n), arrays_(3) {
+    for (auto& array : arrays_) array.resize(k * std::max(k, n));
+  }
+
+  // A number with the sum of the magnitudes that it was added up from.
+  struct Sum {
+    double value = 0;
+    double magnitude = 0;
+
+    void Add(double term) {
+      value += term;
+      magnitude += std::abs(term);
+    }
+  };
+
+  void Add(double weight, const float* x_q, const float* x_f, const std::vector<Sum>& d) {
+    ++num_rows_;
+    for (int64_t i = 0; i < k_; ++i) {
+      for (int64_t j = 0; j < k_; ++j) {
+        arrays_[0][i * k_ + j].Add(weight * x_q[i] * x_q[j]);
+        arrays_[1][i * k_ + j].Add(weight * x_q[i] * (double{x_f[j]} - x_q[j]));
+      }
+      for (int64_t j = 0; j < std::ssize(d); ++j) {
+        arrays_[2][i * n_ + j].value += weight * x_q[i] * d[j].value;
+        arrays_[2][i * n_ + j].magnitude += weight * std::abs(x_q[i]) * d[j].magnitude;
+      }
+    }
+  }
+  void ExpectEqual(const Moments& moments, const std::string& place) const {
+    EXPECT_EQ(moments.num_rows, num_rows_) << place;
+    ExpectNear(0, moments.hessian, place + " hessian");
+    ExpectNear(1, moments.cross, place + " cross");
+    if (n_ > 0) ExpectNear(2, moments.cross_output, place + " cross_output");
+  }
+
+ private:
+  // A product of rounded factors (root and square of the weight, two inputs) and num_rows
+  // additions; d is a quotient of two residuals and two terms for each of four experts.
+  void ExpectNear(int which, const std::vector<float>& found, const std::string& place) const {
+    ASSERT_EQ(std::ssize(found), which == 2 ? k_ * n_ : k_ * k_) << place;
+    const double bound = (static_cast<double>(num_rows_) + 24) * kEpsilon;
+    double largest = 0;
+    for (size_t i = 0; i < found.size(); ++i) {
+      const Sum& exact = arrays_[which][i];
+      ASSERT_NEAR(found[i], exact.value, bound * exact.magnitude + 1e-30) << place << " " << i;
+      largest = std::max(largest, std::abs(exact.value));
+    }
+    EXPECT_GT(largest, 0) << place;
+  }
+
+  const int64_t k_;
+  const int64_t n_;
+  int64_t num_rows_ = 0;
+  std::vector<std::vector<Sum>> arrays_;
+};
+
+// Checks the moments of layer 1 against what the inputs say that the quantiser has at that moment.
+class MomentChecker {
+ public:
+  MomentChecker(const SmallCheckpoint& checkpoint, ThreadPool* pool)
+      : checkpoint_(checkpoint),
+        backend_(kernels::cpu::CreateCpuBackend({.num_threads = 1})),
+        quantizer_(Create(
+            checkpoint, RandomSequences(checkpoint.config(), 40, 100, 9),
+            Encoder([this](const MatrixRef& ref, const HostMatrix& source, const Moments& moments) {
+              if (ref.layer == 1) Check(ref, moments);
+              return Disturbed(source, static_cast<uint32_t>(ref.expert + 9));
+            }),
+            pool, {.poor_rows = 0})) {}
+
+  int Run() {
+    for (const MatrixRef& ref : checkpoint_.refs()) {
+      if (ref.layer == 2) break;
+      auto made = quantizer_->Next(ref, StoredFormat::kPlain);
+      CHECK(made.ok(), "{}", made.status().ToString());
+      // For the inputs of the down matrix.
+      if (ref.role != MatrixRole::kGateUp || ref.layer != 1) continue;
+      gate_up_[0] = *backend_->Pack(*quantizer_->source(), kernels::MatrixUse::kLinear);
+      gate_up_[1] = *backend_->Pack(*made, kernels::MatrixUse::kLinear);
+    }
+    return num_checked_;
+  }
+
+ private:
+  const TokenStates& states(int which) const {
+    return which == 0 ? quantizer_->unquantized() : quantizer_->quantized();
+  }
+
+  void Check(const MatrixRef& ref, const Moments& moments) {
+    ++num_checked_;
+    const ModelConfig& config = checkpoint_.config();
+    const bool is_expert = ref.expert >= 0;
+    const TokenRows rows =
+        is_expert ? states(1).RoutedTo(ref.expert) : AllTokens(states(1).num_tokens());
+    ASSERT_GT(rows.size(), 0) << "choose another seed";
+    const auto gain = *checkpoint_.get().LoadVector(
+        ref.role == MatrixRole::kQkv ? VectorRole::kInputNorm : VectorRole::kPostAttentionNorm,
+        ref.layer);
+    RowBuffer normed[2];
+    ConstRows inputs[2];
+    for (int which = 0; which < 2; ++which) {
+      if (ref.role == MatrixRole::kOutput) {
+        inputs[which] = states(which).attended();
+      } else if (ref.role == MatrixRole::kDown) {
+        normed[which] = *states(which).Activate(gain.data(), rows.tokens, *gate_up_[which]);
+        inputs[which] = normed[which].rows();
+      } else {
+        normed[which] = *RowBuffer::Allocate(backend_.get(), rows.size(), config.hidden_size);
+        states(which).Normalize(rows.tokens, gain.data(), normed[which].rows());
+        inputs[which] = normed[which].rows();
+      }
+    }
+    ExactMoments exact(moments.k, AddsToResidual(ref.role) ? config.hidden_size : 0);
+    const auto repairs = Repairs(ref, rows);
+    for (int64_t i = 0; i < rows.size(); ++i) {
+      exact.Add(double{rows.gates[i]} * rows.gates[i], inputs[1].row(i), inputs[0].row(i),
+                repairs[i]);
+    }
+    exact.ExpectEqual(moments, MatrixPlace(ref));
+  }
+
+  using Sum = ExactMoments::Sum;
+
+  // What each row of a matrix that adds to the residual has to make up for.
+  std::vector<std::vector<Sum>> Repairs(const MatrixRef& ref, const TokenRows& rows) {
+    std::vector<std::vector<Sum>> repairs(rows.size());
+    if (!AddsToResidual(ref.role)) return repairs;
+    const auto add = [&](int32_t token, double factor, const float* x) {
+      const auto at = std::find(rows.tokens.begin(), rows.tokens.end(), token);
+      if (at == rows.tokens.end()) return;
+      const int64_t i = at - rows.tokens.begin();
+      for (int c = 0; c < checkpoint_.config().hidden_size; ++c) {
+        repairs[i][c].Add(factor * x[c] / rows.gates[i]);
+      }
+    };
+    for (auto& row : repairs) row.resize(checkpoint_.config().hidden_size);
+    for (const int32_t token : rows.tokens) {
+      for (int which = 0; which < 2; ++which) {
+        const double sign = which == 0 ? 1 : -1;
+        add(token, sign, states(which).residual().row(token));
+        if (ref.role == MatrixRole::kDown) add(token, sign, states(which).MlpOutput(token));
+      }
+    }
+    // The experts to come, this one included, as they are in the unquantised model.
+    if (ref.role != MatrixRole::kDown || ref.expert < 0) return repairs;
+    for (int expert = ref.expert; expert < checkpoint_.config().num_experts; ++expert) {
+      const TokenRows routed = states(1).RoutedTo(expert);
+      const auto y = Outputs(ref.layer, expert, routed);
+      for (int64_t i = 0; i < routed.size(); ++i) {
+        add(routed.tokens[i], -routed.gates[i], y.From(i).data);
+      }
+    }
+    return repairs;
+  }
+
+  RowBuffer Outputs(int layer, int expert, const TokenRows& rows) {
+    const auto gain = *checkpoint_.get().LoadVector(VectorRole::kPostAttentionNorm, layer);
+    const auto load = [&](MatrixRole role) {
+      return *backend_->Pack(*checkpoint_.get().LoadMatrix({role, layer, expert}, 0, 1),
+                             kernels::MatrixUse::kLinear);
+    };
+    const RowBuffer activations =
+        *states(0).Activate(gain.data(), rows.tokens, *load(MatrixRole::kGateUp));
+    RowBuffer y =
+        *RowBuffer::Allocate(backend_.get(), rows.size(), checkpoint_.config().hidden_size);
+    backend_->Linear(activations.rows(), rows.size(), *load(MatrixRole::kDown), y.rows());
+    return y;
+  }
+
+  const SmallCheckpoint& checkpoint_;
+  const std::unique_ptr<kernels::Backend> backend_;
+  const std::unique_ptr<CalibratedQuantizer> quantizer_;
+  std::unique_ptr<kernels::WeightMatrix> gate_up_[2];
+  int num_checked_ = 0;
+};
+
+TEST(CalibratedQuantizer, MomentsAreThoseOfTheInputsOfBothModels) {
+  ModelConfig config = SmallMoeConfig();
+  config.num_layers = 2;
+  const SmallCheckpoint checkpoint(config);
+  ThreadPool pool(2);
+  // qkv, output, router, and two of each of the four experts and of the shared one.
+  EXPECT_EQ(MomentChecker(checkpoint, &pool).Run(), 3 + 2 * 5);
+}
+
+// The moments of layer 1, by place, of a model whose matrices stay as they are.
+std::map<std::string, Moments> MomentsOfLayer1(const SmallCheckpoint& checkpoint,
+                                               const CalibrationOptions& options) {
+  ThreadPool pool(2);
+  std::map<std::string, Moments> found;
+  const auto quantizer =
+      Create(checkpoint, RandomSequences(checkpoint.config(), 20, 60, 9),
+             Encoder([&](const MatrixRef& ref, const HostMatrix& source, const Moments& moments) {
+               if (ref.layer == 1) found[MatrixPlace(ref)] = moments;
+               return source;
+             }),
+             &pool, options);
+  for (const MatrixRef& ref : checkpoint.refs()) {
+    const auto made = quantizer->Next(ref, StoredFormat::kPlain);
+    CHECK(made.ok(), "{}", made.status().ToString());
+  }
+  return found;
+}
+
+TEST(CalibratedQuantizer, AnExpertWithFewRowsLeansOnItsLayer) {
+  const SmallCheckpoint checkpoint(SmallMoeConfig());
+  const auto own = MomentsOfLayer1(checkpoint, {.poor_rows = 0});
+  const auto leaning = MomentsOfLayer1(checkpoint, {.poor_rows = 1e6, .prior_rows = 0.5});
+  const Moments& all = own.at("layer 1 router");
+  for (const char* place : {"layer 1 expert 0 gate-up", "layer 1 expert 0 down"}) {
+    SCOPED_TRACE(place);
+    const Moments& before = own.at(place);
+    const Moments& after = leaning.at(place);
+    EXPECT_EQ(after.num_rows, before.num_rows);
+    const double prior_weight =
+        0.5 * static_cast<double>(before.k) * before.weight / static_cast<double>(before.num_rows);
+    EXPECT_NEAR(after.weight, before.weight + prior_weight, 1e-9 * after.weight);
+    for (int64_t i = 0; i < before.k * before.k; i += before.k + 1) {
+      EXPECT_GT(after.hessian[i], before.hessian[i]);
+    }
+    if (std::string(place).ends_with("down")) continue;  // whose layer has no inputs in common
+    for (size_t i = 0; i < before.hessian.size(); ++i) {
+      const double expected =
+          before.hessian[i] + prior_weight / static_cast<double>(all.num_rows) * all.hessian[i];
+      ASSERT_NEAR(after.hessian[i], expected,
+                  4 * kEpsilon * (std::abs(before.hessian[i]) + std::abs(expected)))
+          << i;
+    }
+  }
+  // An expert that has enough stands alone, and so does what every token goes through.
+  EXPECT_EQ(leaning.at("layer 1 router").hessian, all.hessian);
+  EXPECT_EQ(leaning.at("layer 1 shared experts down").hessian,
+            own.at("layer 1 shared experts down").hessian);
+}
+
+// Depends on every value of the moments.
+HostMatrix MadeOfMoments(const HostMatrix& source, const Moments& moments) {
+  double sum = 0;
+  for (const auto* array : {&moments.hessian, &moments.cross, &moments.cross_output}) {
+    for (size_t i = 0; i < array->size(); ++i)
+      sum += (*array)[i] * (1.0 + static_cast<double>(i % 7));
+  }
+  uint64_t bits = std::bit_cast<uint64_t>(sum);
+  return Disturbed(source, static_cast<uint32_t>(bits ^ (bits >> 32)));
+}
+
+std::vector<HostMatrix> Quantize(const SmallCheckpoint& checkpoint, int num_threads,
+                                 const std::vector<HostMatrix>& done, size_t num_replayed) {
+  ThreadPool pool(num_threads);
+  const auto quantizer =
+      Create(checkpoint, RandomSequences(checkpoint.config(), 20, 100, 4),
+             Encoder([](const MatrixRef&, const HostMatrix& source, const Moments& moments) {
+               return MadeOfMoments(source, moments);
+             }),
+             &pool);
+  std::vector<HostMatrix> results;
+  for (const MatrixRef& ref : checkpoint.refs()) {
+    if (results.size() < num_replayed) {
+      const absl::Status status = quantizer->Replay(ref, done[results.size()]);
+      CHECK(status.ok(), "{}", status.ToString());
+      results.push_back(done[results.size()]);
+      continue;
+    }
+    auto made = quantizer->Next(ref, StoredFormat::kPlain);
+    CHECK(made.ok(), "{}", made.status().ToString());
+    results.push_back(*std::move(made));
+  }
+  return results;
+}
+
+void ExpectSame(const std::vector<HostMatrix>& a, const std::vector<HostMatrix>& b) {
+  ASSERT_EQ(a.size(), b.size());
+  for (size_t i = 0; i < a.size(); ++i) {
+    EXPECT_EQ(a[i].values_f32, b[i].values_f32) << i;
+    EXPECT_EQ(a[i].values_bf16, b[i].values_bf16) << i;
+  }
+}
+
+TEST(CalibratedQuantizer, ReplayedStepsLeaveTheStateOfTheirFirstRun) {
+  const SmallCheckpoint checkpoint(SmallMoeConfig());
+  const std::vector<HostMatrix> whole = Quantize(checkpoint, 2, {}, 0);
+  // Between any two matrices of a dense and of a MoE layer, and at both ends.
+  for (size_t i = 1; i <= whole.size(); ++i) {
+    SCOPED_TRACE(i);
+    ExpectSame(Quantize(checkpoint, 2, whole, i), whole);
+  }
+}
+
+TEST(CalibratedQuantizer, TheFinalNormBringsTheHeadsInputsNearest) {
+  const SmallCheckpoint checkpoint(SmallMoeConfig());
+  ThreadPool pool(2);
+  const auto run = [&](bool disturbs) {
+    auto quantizer =
+        Create(checkpoint, RandomSequences(checkpoint.config(), 30, 100, 4),
+               Encoder([&](const MatrixRef&, const HostMatrix& source, const Moments&) {
+                 return disturbs ? Disturbed(source, 5) : source;
+               }),
+               &pool);
+    for (const MatrixRef& ref : checkpoint.refs()) {
+      CHECK(quantizer->Next(ref, StoredFormat::kPlain).ok());
+    }
+    return quantizer;
+  };
+  const std::vector<float> source = *checkpoint.get().LoadVector(VectorRole::kFinalNorm, 0);
+  EXPECT_TRUE(run(false)->FinalNorm()->empty());
+
+  const auto quantizer = run(true);
+  const std::vector<float> solved = *quantizer->FinalNorm();
+  const int64_t hidden = checkpoint.config().hidden_size;
+  const auto backend = kernels::cpu::CreateCpuBackend({.num_threads = 1});
+  const int64_t num_tokens = quantizer->quantized().num_tokens();
+  const RowBuffer wanted = *RowBuffer::Allocate(backend.get(), num_tokens, hidden);
+  const RowBuffer found = *RowBuffer::Allocate(backend.get(), num_tokens, hidden);
+  quantizer->unquantized().Normalize(0, num_tokens, source.data(), wanted.rows());
+  const auto error = [&](const std::vector<float>& gain, int64_t column) {
+    quantizer->quantized().Normalize(0, num_tokens, gain.data(), found.rows());
+    double sum = 0;
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      const double difference =
+          double{found.From(t).data[column]} - double{wanted.From(t).data[column]};
+      sum += difference * difference;
+    }
+    return sum;
+  };
+  for (const int64_t column : {int64_t{0}, hidden / 2, hidden - 1}) {
+    const double least = error(solved, column);
+    EXPECT_LT(least, error(source, column));
+    for (const float factor : {0.99f, 1.01f}) {
+      std::vector<float> other = solved;
+      other[column] *= factor;
+      EXPECT_LT(least, error(other, column)) << column;
+    }
+  }
+}
+
+TEST(CalibratedQuantizer, ResultsDoNotDependOnTheNumberOfThreads) {
+  const SmallCheckpoint checkpoint(SmallMoeConfig());
+  const std::vector<HostMatrix> whole = Quantize(checkpoint, 1, {}, 0);
+  ExpectSame(Quantize(checkpoint, 3, {}, 0), whole);
+}
+
+TEST(CalibratedQuantizer, RefusesTokensThatTheModelDoesNotTake) {
+  const SmallCheckpoint checkpoint(SmallMoeConfig());
+  ThreadPool pool(1);
+  const auto message = [&](std::vector<TokenSequence> sequences) {
+    const auto quantizer = CalibratedQuantizer::Create(
+        checkpoint.config(), checkpoint.get(), std::move(sequences),
+        Encoder([](const MatrixRef&, const HostMatrix& source, const Moments&) { return source; }),
+        CalibrationOptions(), &pool);
+    EXPECT_EQ(quantizer.status().code(), absl::StatusCode::kInvalidArgument);
+    return std::string(quantizer.status().message());
+  };
+  EXPECT_THAT(message({}), HasSubstr("no tokens"));
+  EXPECT_THAT(message({{1, 2}, {159, 160}}),
+              HasSubstr("sequence 1 has token 160, the model's vocabulary is 0 to 159"));
+  EXPECT_THAT(message({{-1}}), HasSubstr("has token -1"));
+  EXPECT_THAT(message({TokenSequence(257, 1)}),
+              HasSubstr("sequence 0 has 257 tokens, the model takes 1 to 256"));
+}
+
+}  // namespace
+}  // namespace wintserve::quantizer

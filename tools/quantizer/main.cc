@@ -1,0 +1,75 @@
+// The program of `wintserve quantize`.
+#include <fmt/format.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <string_view>
+#include <thread>
+
+#include "common/exit_code.h"
+#include "common/log.h"
+#include "tools/quantizer/quantize.h"
+
+namespace wintserve::quantizer {
+namespace {
+
+std::atomic<bool> stop = false;
+std::atomic<int> stop_signal = 0;
+static_assert(std::atomic<bool>::is_always_lock_free && std::atomic<int>::is_always_lock_free);
+
+void Write(std::string_view text) {
+  [[maybe_unused]] const ssize_t written = ::write(STDERR_FILENO, text.data(), text.size());
+}
+
+// The first one ends the run after the matrix that is worked on; the second one ends it at once.
+void OnStop(int number) {
+  stop_signal = number;
+  stop = true;
+  Write("\nstopping after this matrix; once more to stop at once\n");
+}
+
+// The source is mapped, so what cannot be read of it arrives as a signal.
+void OnUnreadablePage(int /*number*/) {
+  Write(
+      "error: a part of the source checkpoint cannot be read: an input/output error, or a file "
+      "was shortened\n");
+  ::_exit(kExitCheckpoint);
+}
+
+void InstallHandlers() {
+  struct sigaction action = {};
+  action.sa_handler = OnStop;
+  action.sa_flags = SA_RESTART | static_cast<int>(SA_RESETHAND);
+  for (const int number : {SIGINT, SIGTERM, SIGHUP}) ::sigaction(number, &action, nullptr);
+  action.sa_handler = OnUnreadablePage;
+  ::sigaction(SIGBUS, &action, nullptr);
+  // A limit on the size of files is a full disk to us.
+  ::signal(SIGXFSZ, SIG_IGN);
+  ::signal(SIGPIPE, SIG_IGN);
+}
+
+int Main(int argc, char** argv) {
+  const QuantizeCommand command = ParseQuantizeCommand(
+      {argv + 1, argv + argc}, static_cast<int>(std::thread::hardware_concurrency()));
+  if (!command.print.empty()) fmt::print("{}", command.print);
+  if (!command.error.empty()) fmt::print(stderr, "{}\n", command.error);
+  if (!command.run) return command.error.empty() ? kExitOk : kExitUsage;
+  InstallHandlers();
+  InitLog("quantize", "warning");
+  const QuantizeResult result = Quantize(command.options, &stop);
+  if (!result.error.empty()) fmt::print(stderr, "error: {}\n", result.error);
+  fmt::print("{}", result.summary);
+  if (result.stopped) {
+    // Whoever waits for us shall see that we were stopped.
+    ::signal(stop_signal, SIG_DFL);
+    ::raise(stop_signal);
+  }
+  return result.exit_code;
+}
+
+}  // namespace
+}  // namespace wintserve::quantizer
+
+int main(int argc, char** argv) { return wintserve::quantizer::Main(argc, argv); }

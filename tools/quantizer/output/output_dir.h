@@ -1,0 +1,81 @@
+// The directory of a quantised checkpoint while it is written: OUTPUT.partial, which becomes OUTPUT
+// when everything is in it and on the disk.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "common/unique_fd.h"
+#include "tools/quantizer/output/tensor_plan.h"
+
+namespace wintserve::quantizer {
+
+// Everything that the bytes of the output depend on, as names and values of the user's: options,
+// digests of the source checkpoint and the calibration text, the program's version. Two runs whose
+// lists are equal write the same bytes.
+using RunIdentity = std::vector<std::pair<std::string, std::string>>;
+
+// Owns the files and a lock on the directory. Threading: one thread.
+//
+// A journal in the directory names the run's identity and how many steps are on the disk. Whatever
+// ends the process, or the machine, leaves a directory that another run of the same identity goes
+// on from. The directory is renamed in one step, so OUTPUT is whole or not there.
+class OutputDir {
+ public:
+  // Begins OUTPUT.partial, with the space of all files reserved where the file system can do that,
+  // or goes on with the one that is there.
+  // ALREADY_EXISTS: OUTPUT is there. FAILED_PRECONDITION: OUTPUT.partial is of another run (says
+  // what differs) or of another program, or another process writes it. RESOURCE_EXHAUSTED: not
+  // enough space. UNKNOWN and others: whatever the file system says, with the file's name.
+  // overwrite_partial: removes an OUTPUT.partial that has a journal, whatever run it is of.
+  static absl::StatusOr<OutputDir> Open(const std::filesystem::path& output, const OutputPlan& plan,
+                                        RunIdentity identity, bool overwrite_partial);
+  static std::filesystem::path PartialPath(const std::filesystem::path& output);
+
+  OutputDir(OutputDir&&) = default;
+
+  const std::filesystem::path& partial() const { return partial_; }
+  // Steps of the plan that an earlier run has made.
+  int64_t num_steps_before() const { return num_steps_before_; }
+  // What the last Commit of that run was told besides; null if there was none.
+  const nlohmann::json& notes_before() const { return notes_before_; }
+
+  // A small file beside the tensors. Replaces one of that name.
+  absl::Status WriteText(const std::string& name, const std::string& text);
+  absl::Status CopyFile(const std::filesystem::path& source);
+
+  // REQUIRES: as many bytes as the tensor has.
+  absl::Status WriteTensor(const PlannedTensor& tensor, std::span<const uint8_t> bytes);
+  // Everything written so far is on the disk, and the journal says that so many steps are done.
+  absl::Status Commit(int64_t num_steps, const nlohmann::json& notes);
+  // REQUIRES: all steps are committed. Nothing may be called afterwards.
+  absl::Status Finish();
+
+ private:
+  OutputDir() = default;
+  absl::Status Resume(bool overwrite_partial);
+  absl::Status Begin(const OutputPlan& plan);
+  absl::Status OpenFiles(const OutputPlan& plan);
+  absl::Status Lock();
+  absl::Status WriteJournal(int64_t num_steps, const nlohmann::json& notes);
+
+  std::filesystem::path output_;
+  std::filesystem::path partial_;
+  RunIdentity identity_;
+  UniqueFd lock_;  // the directory
+  std::vector<UniqueFd> files_;
+  std::vector<std::string> file_names_;
+  std::vector<bool> is_dirty_;  // by file: written since the last Commit
+  int64_t num_steps_ = 0;       // of the plan
+  int64_t num_steps_before_ = 0;
+  nlohmann::json notes_before_;
+};
+
+}  // namespace wintserve::quantizer

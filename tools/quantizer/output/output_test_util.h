@@ -1,0 +1,110 @@
+// Small checkpoints with their config.json, and a whole conversion in one call.
+#pragma once
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <utility>
+
+#include "common/check.h"
+#include "common/read_file.h"
+#include "common/status_macros.h"
+#include "engine_worker/weights/checkpoint_writer.h"
+#include "tools/quantizer/output/convert.h"
+#include "tools/quantizer/output/rounding_quantizer.h"
+#include "tools/quantizer/output/scheme.h"
+
+namespace wintserve::quantizer::testing {
+
+using wintserve::testing::TempDir;
+using wintserve::testing::TestLayout;
+using wintserve::testing::TestTensors;
+
+inline nlohmann::json ConfigJson(const ModelConfig& config) {
+  nlohmann::json json = {
+      {"architectures", {config.architecture}},
+      {"vocab_size", config.vocab_size},
+      {"hidden_size", config.hidden_size},
+      {"num_hidden_layers", config.num_layers},
+      {"num_attention_heads", config.num_heads},
+      {"num_key_value_heads", config.num_kv_heads},
+      {"head_dim", config.head_dim},
+      {"intermediate_size", config.intermediate_size},
+      {"max_position_embeddings", config.max_position_embeddings},
+      {"rope_theta", config.rope_theta},
+      {"torch_dtype", "bfloat16"},
+  };
+  if (config.tie_word_embeddings_is_set) json["tie_word_embeddings"] = config.tie_word_embeddings;
+  if (config.num_experts == 0) return json;
+  json["moe_num_experts"] = config.num_experts;
+  json["moe_k"] = config.num_experts_per_token;
+  json["moe_intermediate_size"] = config.moe_intermediate_size;
+  json["moe_num_shared_experts"] = config.num_shared_experts;
+  json["moe_layer_start_index"] = config.moe_layer_start;
+  json["moe_layer_end_index"] = config.moe_layer_end;
+  if (config.has_router_bias_is_set) json["moe_use_aux_free"] = config.has_router_bias;
+  return json;
+}
+
+inline void WriteModel(const std::filesystem::path& dir, const ModelConfig& config,
+                       const TestTensors& tensors) {
+  wintserve::testing::WriteFile(dir / "config.json", ConfigJson(config).dump());
+  wintserve::testing::WriteFile(dir / "model.safetensors",
+                                wintserve::testing::SafetensorsBytes(tensors));
+}
+
+// What a conversion is made of but for the directories.
+struct Job {
+  SchemeOptions scheme = {};
+  formats::KOrder k_order = formats::KOrder::kMma64;
+  int64_t max_file_bytes = 1 << 18;
+  int num_threads = 2;
+  RunIdentity identity = {{"--scheme", "test"}};
+  bool overwrite_partial = false;
+  const std::atomic<bool>* stop = nullptr;
+  Progress* progress = nullptr;
+  // Puts another quantiser in front of the one that rounds.
+  std::function<std::unique_ptr<MatrixQuantizer>(MatrixQuantizer*)> wrap = {};
+};
+
+inline absl::StatusOr<Totals> RunJob(const std::filesystem::path& model,
+                                     const std::filesystem::path& output, const Job& job) {
+  ASSIGN_OR_RETURN(const Source source, OpenSource(model));
+  ASSIGN_OR_RETURN(const ModelConfig target, QuantizedConfig(source.config, job.scheme));
+  ASSIGN_OR_RETURN(const OutputPlan plan, PlanOutput(target, job.max_file_bytes));
+  kernels::cpu::ThreadPool pool(job.num_threads);
+  RoundingQuantizer rounding(source.config, *source.checkpoint,
+                             Wint2Options{.k_order = job.k_order}, &pool);
+  std::unique_ptr<MatrixQuantizer> wrapped;
+  if (job.wrap) wrapped = job.wrap(&rounding);
+  ASSIGN_OR_RETURN(OutputDir dir,
+                   OutputDir::Open(output, plan, job.identity, job.overwrite_partial));
+  return Convert({.source = &source,
+                  .target = &target,
+                  .plan = &plan,
+                  .k_order = job.k_order,
+                  .quantizer = wrapped == nullptr ? &rounding : wrapped.get(),
+                  .pool = &pool,
+                  .output = &dir,
+                  .progress = job.progress,
+                  .stop = job.stop});
+}
+
+// Name -> bytes of every file.
+inline std::map<std::string, std::string> FilesOf(const std::filesystem::path& dir) {
+  std::map<std::string, std::string> files;
+  for (const auto& entry : std::filesystem::directory_iterator(dir)) {
+    auto text = ReadFile(entry.path());
+    CHECK(text.ok(), "{}", text.status().ToString());
+    files[entry.path().filename().string()] = *std::move(text);
+  }
+  return files;
+}
+
+}  // namespace wintserve::quantizer::testing

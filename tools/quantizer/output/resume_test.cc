@@ -1,0 +1,258 @@
+// Runs that end before their time, and those that go on from what they leave.
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "tools/quantizer/output/output_test_util.h"
+
+namespace wintserve::quantizer {
+namespace {
+
+using ::testing::AllOf;
+using testing::FilesOf;
+using ::testing::HasSubstr;
+using testing::Job;
+using testing::RunJob;
+using testing::TempDir;
+using testing::TestLayout;
+using testing::WriteModel;
+using wintserve::testing::MakeTensors;
+using wintserve::testing::SmallConfig;
+
+// Counts steps, and does something before one of them.
+class Watched final : public MatrixQuantizer {
+ public:
+  Watched(MatrixQuantizer* inner, int* num_made, int* num_replayed, int at,
+          std::function<void()> before)
+      : inner_(inner),
+        num_made_(num_made),
+        num_replayed_(num_replayed),
+        at_(at),
+        before_(std::move(before)) {}
+
+  absl::StatusOr<formats::HostMatrix> Next(const MatrixRef& ref, StoredFormat format) override {
+    if (*num_made_ + *num_replayed_ == at_) before_();
+    ++*num_made_;
+    return inner_->Next(ref, format);
+  }
+  absl::Status Replay(const MatrixRef& ref, formats::HostMatrix done) override {
+    ++*num_replayed_;
+    return inner_->Replay(ref, std::move(done));
+  }
+  const formats::HostMatrix* source() const override { return inner_->source(); }
+
+ private:
+  MatrixQuantizer* const inner_;
+  int* const num_made_;
+  int* const num_replayed_;
+  const int at_;
+  const std::function<void()> before_;
+};
+
+class Resume : public ::testing::Test {
+ protected:
+  Resume() {
+    const ModelConfig config = SmallConfig();
+    WriteModel(Model(), config, MakeTensors(config, TestLayout::kHuggingFace, 3));
+    num_matrices_ = static_cast<int>(AllMatrices(config).size());
+  }
+
+  std::filesystem::path Model() const { return dir_.path() / "model"; }
+  std::filesystem::path Output() const { return dir_.path() / "out"; }
+  std::filesystem::path Partial() const { return OutputDir::PartialPath(Output()); }
+
+  // The run, with its steps counted and `before` done before matrix `at`.
+  absl::StatusOr<Totals> Run(
+      Job job = {}, int at = -1, std::function<void()> before = [] {}) {
+    num_made_ = num_replayed_ = 0;
+    job.wrap = [&](MatrixQuantizer* inner) -> std::unique_ptr<MatrixQuantizer> {
+      return std::make_unique<Watched>(inner, &num_made_, &num_replayed_, at, before);
+    };
+    return RunJob(Model(), Output(), job);
+  }
+
+  // The same in a process that ends with SIGKILL before matrix `at`.
+  void RunAndKill(int at) {
+    const pid_t child = ::fork();
+    ASSERT_GE(child, 0);
+    if (child == 0) {
+      (void)Run({}, at, [] { ::raise(SIGKILL); });
+      ::_exit(0);
+    }
+    int state = 0;
+    ASSERT_EQ(::waitpid(child, &state, 0), child);
+    ASSERT_TRUE(WIFSIGNALED(state) && WTERMSIG(state) == SIGKILL);
+  }
+
+  std::string ErrorOf(const absl::StatusOr<Totals>& result) {
+    EXPECT_FALSE(result.ok());
+    return std::string(result.status().message());
+  }
+
+  const TempDir dir_;
+  int num_matrices_ = 0;
+  int num_made_ = 0;
+  int num_replayed_ = 0;
+};
+
+TEST_F(Resume, AKilledRunGoesOnAndWritesTheSameBytes) {
+  const auto whole = Run();
+  ASSERT_TRUE(whole.ok()) << whole.status();
+  EXPECT_EQ(num_made_, num_matrices_);
+  const auto expected = FilesOf(Output());
+  for (int at = 0; at < num_matrices_; ++at) {
+    SCOPED_TRACE(at);
+    std::filesystem::remove_all(Output());
+    RunAndKill(at);
+    EXPECT_FALSE(std::filesystem::exists(Output()));
+    const auto resumed = Run();
+    ASSERT_TRUE(resumed.ok()) << resumed.status();
+    EXPECT_EQ(num_made_ + num_replayed_, num_matrices_);
+    EXPECT_LE(num_replayed_, at);
+    // Layers are committed: 1 embedding, 4 of the dense layer, 9 of each other one, 1 head.
+    EXPECT_EQ(num_replayed_, at >= 23 ? 23 : at >= 14 ? 14 : at >= 5 ? 5 : at >= 1 ? 1 : 0);
+    EXPECT_EQ(FilesOf(Output()), expected);
+    EXPECT_FALSE(std::filesystem::exists(Partial()));
+    EXPECT_EQ(resumed->ToJson(), whole->ToJson()) << "errors of both runs are counted";
+  }
+}
+
+TEST_F(Resume, ARunThatIsKilledAgainAndAgainWritesTheSameBytes) {
+  ASSERT_TRUE(Run().ok());
+  const auto expected = FilesOf(Output());
+  std::filesystem::remove_all(Output());
+  for (const int at : {3, 7, 16, 20}) RunAndKill(at);
+  ASSERT_TRUE(Run().ok());
+  EXPECT_EQ(num_replayed_, 14);
+  EXPECT_EQ(FilesOf(Output()), expected);
+}
+
+TEST_F(Resume, AStopIsCommittedMidLayer) {
+  std::atomic<bool> stop = false;
+  const auto stopped = Run({.stop = &stop}, 9, [&] { stop = true; });
+  EXPECT_EQ(stopped.status().code(), absl::StatusCode::kCancelled);
+  EXPECT_EQ(ErrorOf(stopped), "stopped; the same command goes on with " + Partial().string());
+  ASSERT_TRUE(Run().ok());
+  EXPECT_EQ(num_replayed_, 10) << "the matrix that was worked on is kept";
+}
+
+TEST_F(Resume, OtherOptionsAreRefusedUntilTheUserSaysOtherwise) {
+  RunAndKill(9);
+  const Job other = {.scheme = {.scheme = Scheme::kWint8},
+                     .identity = {{"--scheme", "wint8"}, {"--calibration", "a.jsonl"}}};
+  const auto refused = Run(other);
+  EXPECT_EQ(refused.status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(ErrorOf(refused),
+            Partial().string() +
+                ": was begun by another run: --scheme was test and is wint8, --calibration was not "
+                "given and is a.jsonl; give the same to go on, or --overwrite-partial to begin "
+                "anew");
+  EXPECT_EQ(num_made_, 0);
+  Job anew = other;
+  anew.overwrite_partial = true;
+  ASSERT_TRUE(Run(anew).ok());
+  EXPECT_EQ(num_made_, num_matrices_);
+}
+
+TEST_F(Resume, AnExistingOutputIsNeverTouched) {
+  std::filesystem::create_directory(Output());
+  const auto result = Run({.overwrite_partial = true});
+  EXPECT_EQ(result.status().code(), absl::StatusCode::kAlreadyExists);
+  EXPECT_THAT(ErrorOf(result), HasSubstr(Output().string() + ": is there already"));
+  EXPECT_TRUE(std::filesystem::is_empty(Output()));
+}
+
+TEST_F(Resume, AnOutputThatAppearsMeanwhileIsNotReplaced) {
+  const auto result =
+      Run({}, num_matrices_ - 1, [&] { std::filesystem::create_directory(Output()); });
+  EXPECT_THAT(ErrorOf(result), HasSubstr("cannot be renamed to " + Output().string()));
+  EXPECT_TRUE(std::filesystem::is_empty(Output()));
+  std::filesystem::remove(Output());
+  EXPECT_TRUE(Run().ok());
+  EXPECT_EQ(num_made_, 0) << "everything was made already";
+}
+
+TEST_F(Resume, ADirectoryOfSomebodyElseIsNotOverwritten) {
+  wintserve::testing::WriteFile(Partial() / "precious", "mine");
+  for (const bool overwrite : {false, true}) {
+    EXPECT_THAT(ErrorOf(Run({.overwrite_partial = overwrite})),
+                HasSubstr("is there already and is no output of `wintserve quantize`"));
+  }
+  EXPECT_EQ(FilesOf(Partial()).at("precious"), "mine");
+}
+
+TEST_F(Resume, TwoProcessesDoNotWriteOneOutput) {
+  const auto result = Run({}, 5, [&] {
+    const auto second = RunJob(Model(), Output(), {});
+    EXPECT_EQ(second.status().code(), absl::StatusCode::kFailedPrecondition);
+    EXPECT_THAT(ErrorOf(second), HasSubstr("another process is writing it"));
+    EXPECT_FALSE(RunJob(Model(), Output(), {.overwrite_partial = true}).ok());
+  });
+  EXPECT_TRUE(result.ok()) << result.status();
+}
+
+TEST_F(Resume, ADamagedPartialOutputIsRefused) {
+  RunAndKill(9);
+  std::filesystem::path file;
+  for (const auto& [name, bytes] : FilesOf(Partial())) {
+    if (name.starts_with("model-00001-of-")) file = Partial() / name;
+  }
+  std::filesystem::resize_file(file, 1000);
+  EXPECT_THAT(ErrorOf(Run()), AllOf(HasSubstr(file.string()), HasSubstr("--overwrite-partial")));
+  wintserve::testing::WriteFile(Partial() / "quantize-journal.json", "{}");
+  EXPECT_THAT(ErrorOf(Run()), HasSubstr("quantize-journal.json is damaged"));
+}
+
+// A limit on the size of files stands in for a full disk.
+TEST_F(Resume, AFullDiskIsNamedBeforeAnythingIsMadeAndLeavesNothingWrong) {
+  ::signal(SIGXFSZ, SIG_IGN);
+  rlimit before = {};
+  ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &before), 0);
+  rlimit small = before;
+  small.rlim_cur = 200'000;
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &small), 0);
+  const auto result = Run();
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &before), 0);
+  EXPECT_EQ(result.status().code(), absl::StatusCode::kResourceExhausted) << result.status();
+  EXPECT_THAT(ErrorOf(result), HasSubstr("cannot be made as large as it will be: File too large"));
+  EXPECT_EQ(num_made_, 0);
+  EXPECT_TRUE(Run().ok());
+}
+
+TEST_F(Resume, AModelThatDoesNotFitTheDiskIsRefusedAtOnce) {
+  OutputPlan plan;
+  plan.files.push_back({"model.safetensors", "", int64_t{1} << 60});
+  const auto dir = OutputDir::Open(Output(), plan, {}, false);
+  EXPECT_EQ(dir.status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(dir.status().message()),
+              HasSubstr("GiB are free, the output needs 1073741824.03 GiB"));
+  EXPECT_FALSE(std::filesystem::exists(Partial()));
+}
+
+TEST_F(Resume, AnErrorOfTheQuantizerLeavesWhatWasMade) {
+  class Failing final : public MatrixQuantizer {
+   public:
+    explicit Failing(MatrixQuantizer* inner) : inner_(inner) {}
+    absl::StatusOr<formats::HostMatrix> Next(const MatrixRef& ref, StoredFormat format) override {
+      if (ref.role == MatrixRole::kRouter) return absl::InternalError("no");
+      return inner_->Next(ref, format);
+    }
+    absl::Status Replay(const MatrixRef& ref, formats::HostMatrix done) override {
+      return inner_->Replay(ref, std::move(done));
+    }
+
+   private:
+    MatrixQuantizer* const inner_;
+  };
+  const auto failed =
+      RunJob(Model(), Output(),
+             {.wrap = [](MatrixQuantizer* inner) { return std::make_unique<Failing>(inner); }});
+  EXPECT_EQ(ErrorOf(failed), "ernie.layers.1.mlp.gate: no");
+  ASSERT_TRUE(Run().ok());
+  EXPECT_EQ(num_replayed_, 7) << "embedding, dense layer, attention of the next one";
+}
+
+}  // namespace
+}  // namespace wintserve::quantizer

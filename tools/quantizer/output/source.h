@@ -1,0 +1,35 @@
+// The checkpoint that is quantised.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine_worker/config/model_config.h"
+#include "engine_worker/weights/checkpoint.h"
+
+namespace wintserve::quantizer {
+
+struct Source {
+  std::filesystem::path dir;
+  // What config.json leaves to the tensors (a tied head, biases of routers) is filled in.
+  ModelConfig config;
+  std::string config_json;
+  std::unique_ptr<Checkpoint> checkpoint;
+  std::vector<std::filesystem::path> companions;  // tokenizer, generation settings, licence
+  // Not carried over: multi-token prediction, KV-cache scales and the like.
+  int64_t num_mtp_tensors = 0;
+  int64_t num_other_skipped_tensors = 0;
+
+  // Of config.json's text and the weights, as Checkpoint::digest.
+  std::string Digest() const;
+};
+
+// Reads and checks. Errors as of LoadModelConfig and Checkpoint::Open; INVALID_ARGUMENT: it is
+// quantised already, or split for tensor parallelism.
+absl::StatusOr<Source> OpenSource(const std::filesystem::path& dir);
+
+}  // namespace wintserve::quantizer
