@@ -63,7 +63,10 @@ Speed SpeedOf(const ProgressState& state) {
   const double done = static_cast<double>(state.done - state.done_before);
   if (done <= 0 || state.seconds <= 0) return {};
   const double rate = done / state.seconds;
-  const Scale scale = ScaleOf(state);
+  const bool is_fast = rate >= static_cast<double>(kGib);
+  const Scale scale = !state.noun.empty() ? ScaleOf(state)
+                      : is_fast           ? Scale{kGib, "GiB", 1}
+                                          : Scale{kMib, "MiB", 1};
   Speed speed;
   speed.rate = fmt::format("{}{}/s", ThreeDigits(rate / scale.unit),
                            state.noun.empty() ? fmt::format(" {}", scale.name) : "");

@@ -46,6 +46,12 @@ TEST(ProgressLine, WhatAnEarlierRunDidTellsNothingAboutTheSpeed) {
   EXPECT_EQ(ProgressLine(state), "loading: 20.0 of 80.0 GiB (25%); layer 12");
 }
 
+TEST(ProgressLine, ASlowRateIsNotRoundedAway) {
+  ProgressState state = Loading();
+  state.seconds = 20 * 1024 / 50;
+  EXPECT_THAT(ProgressLine(state), HasSubstr("25%), 50.1 MiB/s, "));
+}
+
 TEST(ProgressLine, CountsThingsByTheirName) {
   EXPECT_EQ(ProgressLine({.label = "calibrating",
                           .noun = "experts",

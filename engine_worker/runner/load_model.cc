@@ -285,7 +285,7 @@ absl::StatusOr<std::unique_ptr<Model>> LoadWeights(const ServeOptions& options,
     if (told == nullptr) return;
     told->Add(opened.checkpoint->BytesOf(ref, group->rank(), group->world_size()).on_disk);
     if (ref.role != MatrixRole::kEmbedding && ref.role != MatrixRole::kHead) {
-      told->SetNote(fmt::format("layer {} of {}", ref.layer, config.num_layers));
+      told->SetNote(fmt::format("layer {} of {}", ref.layer + 1, config.num_layers));
     }
   });
   ASSIGN_OR_RETURN(std::unique_ptr<Model> model,
