@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <chrono>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "bench/machine_peak.h"
@@ -90,10 +91,11 @@ void BM_PerChannel(benchmark::State& state, WeightFormat format) {
 }
 
 void ForShapes(benchmark::internal::Benchmark* b) {
-  b->ArgNames({"threads", "k", "n"})->Unit(benchmark::kMillisecond)->UseRealTime()->Iterations(10);
-  for (const int threads : {1, 2}) {
+  b->ArgNames({"threads", "k", "n"})->Unit(benchmark::kMillisecond)->UseRealTime()->Iterations(5);
+  const int num_cores = static_cast<int>(std::max(2u, std::thread::hardware_concurrency()));
+  for (int threads = 1; threads <= num_cores; threads *= 2) {
     b->Args({threads, 1024, 512});
-    b->Args({threads, 3584, 512});  // columns of the 300B model's down_proj
+    b->Args({threads, 3584, 2048});  // a quarter of the 300B model's down_proj
   }
 }
 
