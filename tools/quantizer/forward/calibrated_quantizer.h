@@ -47,18 +47,16 @@ struct LayerDrift {
 //
 // Besides, the row of a token t counts in every sum of a matrix by what its module leaves:
 //   v_t / mean over all tokens of v,  v_t = 1 / (mean over k of r_f[t, k]^2 + epsilon)
-// (row_weights.h: the next norm divides by that, and the first tokens of sequences, whose residual
-// is far the largest, would rule otherwise). r_f is the residual of the unquantised model, epsilon
-// that of the norms:
-//   qkv, output                   r_f after attention
-//   gate-up and down, any MLP     r_f after the whole MLP, all experts and the shared ones
-//   router                        r_f before the MLP, that is after attention: the unquantised
-//   model
-//                                 passes its experts once the quantised one has routed, so as to
-//                                 compute each token's expert once for both
-// For qkv, and for gate-up of a dense MLP, the unquantised model goes ahead: of that the output and
-// the down matrix of the source are read and multiplied once more. The norm after the last layer
-// counts as any other.
+// (row_weights.h: the next norm divides by that, and the tokens that attention rests on, whose
+// residual is the largest, would rule otherwise). epsilon is that of the norms, r_f the residual of
+// the unquantised model:
+//   qkv, output                 after attention
+//   gate-up, down of any MLP    after the whole MLP, all experts and the shared ones
+//   router                      before the MLP: the unquantised model passes its experts once the
+//                               quantised one has routed, so that one pass serves both routings
+// For that the unquantised model goes ahead: before qkv through attention, before gate-up through a
+// dense MLP, after the router through all experts. It costs one more product with the output matrix
+// and the dense down matrix of the source, and one more pass of it through the shared experts.
 //
 // What repairs the residual (Moments::cross_output) is, for the matrices of attention and of a
 // dense MLP, the difference of the residuals r_f - r_q that they add to. The experts of a layer are

@@ -19,8 +19,8 @@ double MeanSquareOfSum(const float* residual, const float* added, int64_t column
 //
 // The reason: the norm after the module divides the residual by sqrt(mean square + epsilon), so an
 // error of the module's output counts for the rest of the model by its share of the residual. With
-// equal weights the tokens with a large residual would rule every sum, above all the first of each
-// sequence, on which attention rests and whose residual is many times that of all others.
+// equal weights the tokens with a large residual would rule every sum, above all those that
+// attention rests on, such as the first of a sequence.
 std::vector<float> RowWeights(std::span<const double> mean_squares, double epsilon);
 
 }  // namespace wintserve::quantizer
