@@ -47,7 +47,9 @@ int64_t DefaultCalibrationTokens(const ModelConfig& config) {
   constexpr int64_t kBytes = int64_t{4} << 30;
   const int64_t hidden = config.hidden_size;
   const int64_t attended = int64_t{config.num_heads} * config.head_dim;
-  return std::max<int64_t>(1, kBytes / (8 * (hidden + std::max(hidden, attended))));
+  // Residuals of both models; in MoE layers what the experts of both give and what is to be made up
+  // for, and between qkv and output the attention of both.
+  return std::max<int64_t>(1, kBytes / (8 * hidden + std::max(12 * hidden, 8 * attended)));
 }
 
 absl::StatusOr<RunIdentity> IdentityOf(const MethodOptions& options) {

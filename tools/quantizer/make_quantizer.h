@@ -27,7 +27,7 @@ struct MethodOptions {
 };
 
 // As many tokens as 4 GiB hold of what calibration keeps of each while it goes through the layers,
-// 8 * (hidden + max(hidden, heads * head_dim)) bytes: 32,768 of the 300B model.
+// 8 * (hidden + max(1.5 * hidden, heads * head_dim)) bytes: 26,214 of the 300B model.
 int64_t DefaultCalibrationTokens(const ModelConfig& config);
 
 // What the method's results depend on, besides the source and the scheme. Errors: a file that

@@ -79,7 +79,7 @@ TEST(QuantizeCommand, CalibrationTakesItsOptions) {
 
 TEST(QuantizeCommand, TokensByDefaultFitFourGib) {
   EXPECT_EQ(DefaultCalibrationTokens(*LoadModelConfig("models/shapes/ernie-4.5-300b-a47b-wint2")),
-            32768);
+            26214);  // 2^32 / (20 * 8192)
 }
 
 struct BadArguments {

@@ -14,6 +14,7 @@
 #include "kernels/cpu/packed_matrix.h"
 #include "kernels/cpu/row_ops.h"
 #include "tools/quantizer/forward/moment_sums.h"
+#include "tools/quantizer/forward/row_weights.h"
 
 namespace wintserve::quantizer {
 namespace {
@@ -32,6 +33,11 @@ bool SameMatrix(const HostMatrix& a, const HostMatrix& b) {
          a.codes_i8 == b.codes_i8 && a.codes_u8 == b.codes_u8 && a.local_scale == b.local_scale &&
          a.channel_scale == b.channel_scale && a.code_scale == b.code_scale &&
          a.code_zp == b.code_zp && a.k_order == b.k_order;
+}
+
+// The backend packs a gate-up matrix for its own MLP, of whose middle nothing is seen.
+kernels::MatrixUse UseInCalibration(MatrixRole role) {
+  return role == MatrixRole::kGateUp ? kernels::MatrixUse::kLinear : UseOf(role);
 }
 
 bool IsRouted(const MatrixRef& ref) { return ref.expert >= 0; }
@@ -161,6 +167,7 @@ absl::Status CalibratedQuantizer::Begin(const MatrixRef& ref) {
   ASSIGN_OR_RETURN(source_, checkpoint_.LoadMatrix(ref, /*rank=*/0, /*world_size=*/1));
   if (ref.role == MatrixRole::kQkv) {
     ASSIGN_OR_RETURN(gain_, checkpoint_.LoadVector(VectorRole::kInputNorm, ref.layer));
+    return ForeseeAttention(ref.layer);
   } else if (ref.role == MatrixRole::kOutput) {
     // Of the matrices after it.
     ASSIGN_OR_RETURN(gain_, checkpoint_.LoadVector(VectorRole::kPostAttentionNorm, ref.layer));
@@ -169,7 +176,54 @@ absl::Status CalibratedQuantizer::Begin(const MatrixRef& ref) {
     if (checkpoint_.has_router_bias()) {
       ASSIGN_OR_RETURN(router_bias_, checkpoint_.LoadVector(VectorRole::kRouterBias, ref.layer));
     }
+  } else if (ref.role == MatrixRole::kGateUp && !config_.IsMoeLayer(ref.layer)) {
+    return ForeseeDenseMlp(ref);
   }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<WeightMatrix>> CalibratedQuantizer::LoadSource(
+    const MatrixRef& ref) const {
+  ASSIGN_OR_RETURN(const HostMatrix host,
+                   checkpoint_.LoadMatrix(ref, /*rank=*/0, /*world_size=*/1));
+  return backend_->Pack(host, UseInCalibration(ref.role));
+}
+
+// The unquantised model attends here, and Advance leaves it out.
+absl::Status CalibratedQuantizer::ForeseeAttention(int layer) {
+  TokenStates& states = *states_[kUnquantized];
+  {
+    ASSIGN_OR_RETURN(const std::unique_ptr<WeightMatrix> qkv,
+                     backend_->Pack(source_, UseInCalibration(MatrixRole::kQkv)));
+    RETURN_IF_ERROR(states.Attend(gain_.data(), *qkv));
+  }
+  ASSIGN_OR_RETURN(const std::unique_ptr<WeightMatrix> output,
+                   LoadSource({MatrixRole::kOutput, layer}));
+  return WeighRows(states.attended(), *output);
+}
+
+// The unquantised model's activations stay for the down matrix; StartMlp leaves them out.
+absl::Status CalibratedQuantizer::ForeseeDenseMlp(const MatrixRef& ref) {
+  {
+    ASSIGN_OR_RETURN(const std::unique_ptr<WeightMatrix> gate_up,
+                     backend_->Pack(source_, UseInCalibration(ref.role)));
+    ASSIGN_OR_RETURN(mlp_.activations[kUnquantized],
+                     states_[kUnquantized]->Activate(
+                         gain_.data(), AllTokens(batches_.num_tokens()).tokens, *gate_up));
+  }
+  ASSIGN_OR_RETURN(const std::unique_ptr<WeightMatrix> down,
+                   LoadSource({MatrixRole::kDown, ref.layer, ref.expert}));
+  return WeighRows(mlp_.activations[kUnquantized].rows(), *down);
+}
+
+absl::Status CalibratedQuantizer::WeighRows(ConstRows inputs, const WeightMatrix& matrix) {
+  const TokenStates& states = *states_[kUnquantized];
+  std::vector<double> mean_squares(batches_.num_tokens());
+  RETURN_IF_ERROR(
+      states.Multiply(inputs, batches_.num_tokens(), matrix, [&](int64_t t, const float* y) {
+        mean_squares[t] = MeanSquareOfSum(states.residual().row(t), y, config_.hidden_size);
+      }));
+  row_weights_ = RowWeights(mean_squares, config_.rms_norm_eps);
   return absl::OkStatus();
 }
 
@@ -219,10 +273,11 @@ absl::StatusOr<Moments> CalibratedQuantizer::ExpertMoments(const MatrixRef& ref,
   const auto k = static_cast<double>(own->k);
   if (static_cast<double>(own->num_rows) >= options_.poor_rows * k) return own;
   ASSIGN_OR_RETURN(const Moments prior, PriorMoments(ref, needs));
-  // The prior's rows weigh 1 each, the expert's the square of a routing weight.
+  // A row of the prior weighs as much as one of the expert's does on average.
   const double mean_weight =
       own->num_rows == 0 ? 1.0 : own->weight / static_cast<double>(own->num_rows);
-  ShrinkTowards(prior, options_.prior_rows * k * mean_weight, *own);
+  const double mean_prior_weight = prior.weight / static_cast<double>(prior.num_rows);
+  ShrinkTowards(prior, options_.prior_rows * k * mean_weight / mean_prior_weight, *own);
   return own;
 }
 
@@ -294,8 +349,11 @@ absl::StatusOr<Moments> CalibratedQuantizer::Gather(const TokenRows& rows, int64
     const ConstRows quantized = inputs(kQuantized, first, count);
     const ConstRows unquantized = needs.cross ? inputs(kUnquantized, first, count) : quantized;
     if (needs.cross_output) FillRepairs(rows, first, count, repairs.rows());
-    weights.assign(rows.gates.begin() + first, rows.gates.begin() + first + count);
-    for (float& weight : weights) weight *= weight;
+    weights.resize(count);
+    for (int64_t i = 0; i < count; ++i) {
+      const float gate = rows.gates[first + i];
+      weights[i] = gate * gate * row_weights_[rows.tokens[first + i]];
+    }
     sums.Add(quantized, unquantized, needs.cross_output ? ConstRows(repairs.rows()) : ConstRows(),
              count, weights);
   }
@@ -331,10 +389,7 @@ absl::Status CalibratedQuantizer::Advance(const MatrixRef& ref, const HostMatrix
       for (const Which which : kBoth) states_[which]->Embed(packed.of(which));
       return absl::OkStatus();
     case MatrixRole::kQkv:
-      for (const Which which : kBoth) {
-        RETURN_IF_ERROR(states_[which]->Attend(gain_.data(), packed.of(which)));
-      }
-      return absl::OkStatus();
+      return states_[kQuantized]->Attend(gain_.data(), packed.of(kQuantized));
     case MatrixRole::kOutput:
       for (const Which which : kBoth) {
         RETURN_IF_ERROR(states_[which]->AddAttentionOutput(packed.of(which)));
@@ -358,9 +413,7 @@ absl::Status CalibratedQuantizer::Advance(const MatrixRef& ref, const HostMatrix
 
 absl::StatusOr<CalibratedQuantizer::Packed> CalibratedQuantizer::Pack(const MatrixRef& ref,
                                                                       const HostMatrix& made) {
-  // The backend packs a gate-up matrix for its own MLP, of whose middle nothing is seen.
-  const kernels::MatrixUse use =
-      ref.role == MatrixRole::kGateUp ? kernels::MatrixUse::kLinear : UseOf(ref.role);
+  const kernels::MatrixUse use = UseInCalibration(ref.role);
   Packed packed;
   ASSIGN_OR_RETURN(packed.matrices[kUnquantized], backend_->Pack(source_, use));
   if (SameMatrix(source_, made)) return packed;
@@ -381,14 +434,26 @@ absl::Status CalibratedQuantizer::BeginExperts(int layer) {
   for (int expert = 0; expert < config_.num_experts; ++expert) {
     RETURN_IF_ERROR(ForeseeExpert(layer, expert));
   }
+  if (config_.num_shared_experts > 0) RETURN_IF_ERROR(ForeseeExpert(layer, kSharedExperts));
+  all_tokens_ = nullptr;  // of the router, with other weights
+  std::vector<double> mean_squares(batches_.num_tokens());
+  pool_->Run(batches_.num_tokens(), batches_.num_tokens() * columns, [&](int64_t t, int) {
+    const TokenStates& states = *states_[kUnquantized];
+    mean_squares[t] = MeanSquareOfSum(states.residual().row(t),
+                                      states.MlpOutput(static_cast<int32_t>(t)), columns);
+  });
+  row_weights_ = RowWeights(mean_squares, config_.rms_norm_eps);
   return absl::OkStatus();
 }
 
 // The unquantised model passes its experts here, all at once. For the tokens that only the other
 // sends to an expert it computes that as well.
 absl::Status CalibratedQuantizer::ForeseeExpert(int layer, int expert) {
-  const TokenRows rows[2] = {states_[kUnquantized]->RoutedTo(expert),
-                             states_[kQuantized]->RoutedTo(expert)};
+  TokenRows rows[2];
+  for (const Which which : kBoth) {
+    rows[which] = expert == kSharedExperts ? AllTokens(batches_.num_tokens())
+                                           : states_[which]->RoutedTo(expert);
+  }
   std::vector<int32_t> tokens;
   std::set_union(rows[0].tokens.begin(), rows[0].tokens.end(), rows[1].tokens.begin(),
                  rows[1].tokens.end(), std::back_inserter(tokens));
@@ -400,23 +465,22 @@ absl::Status CalibratedQuantizer::ForeseeExpert(int layer, int expert) {
       gates[which].push_back(is_routed ? rows[which].gates[next++] : 0);
     }
   }
-  const auto load = [&](MatrixRole role) -> absl::StatusOr<std::unique_ptr<WeightMatrix>> {
-    ASSIGN_OR_RETURN(const HostMatrix host, checkpoint_.LoadMatrix({role, layer, expert}, 0, 1));
-    return backend_->Pack(host, kernels::MatrixUse::kLinear);
-  };
-  ASSIGN_OR_RETURN(const std::unique_ptr<WeightMatrix> gate_up, load(MatrixRole::kGateUp));
-  ASSIGN_OR_RETURN(const std::unique_ptr<WeightMatrix> down, load(MatrixRole::kDown));
+  ASSIGN_OR_RETURN(const std::unique_ptr<WeightMatrix> gate_up,
+                   LoadSource({MatrixRole::kGateUp, layer, expert}));
+  ASSIGN_OR_RETURN(const std::unique_ptr<WeightMatrix> down,
+                   LoadSource({MatrixRole::kDown, layer, expert}));
   ASSIGN_OR_RETURN(const RowBuffer activations,
                    states_[kUnquantized]->Activate(gain_.data(), tokens, *gate_up));
-  return states_[kUnquantized]->MultiplyDown(
+  return states_[kUnquantized]->Multiply(
       activations.rows(), std::ssize(tokens), *down, [&](int64_t i, const float* y) {
         const float gate_f = gates[kUnquantized][i];
         if (gate_f != 0) {
           AccumulateScaled(gate_f, y, config_.hidden_size,
                            states_[kUnquantized]->MlpOutput(tokens[i]));
         }
-        AccumulateScaled(gate_f - gates[kQuantized][i], y, config_.hidden_size,
-                         shortfall_.From(tokens[i]).data);
+        const float surplus = gate_f - gates[kQuantized][i];
+        if (surplus == 0) return;
+        AccumulateScaled(surplus, y, config_.hidden_size, shortfall_.From(tokens[i]).data);
       });
 }
 
@@ -424,6 +488,7 @@ absl::Status CalibratedQuantizer::StartMlp(const MatrixRef& ref, Packed gate_up)
   mlp_.rows =
       IsRouted(ref) ? states_[kQuantized]->RoutedTo(ref.expert) : AllTokens(batches_.num_tokens());
   for (const Which which : kBoth) {
+    if (!mlp_.activations[which].is_empty()) continue;
     ASSIGN_OR_RETURN(mlp_.activations[which],
                      states_[which]->Activate(gain_.data(), mlp_.rows.tokens, gate_up.of(which)));
   }
@@ -436,9 +501,9 @@ absl::Status CalibratedQuantizer::FinishMlp(const MatrixRef& ref, const Packed& 
   const bool falls_short = !shortfall_.is_empty() && models_differ_;
   for (const Which which : kBoth) {
     // BeginExperts has added the experts of the unquantised model.
-    const bool is_added = which == kUnquantized && IsRouted(ref);
+    const bool is_added = which == kUnquantized && config_.IsMoeLayer(ref.layer);
     const float sign = which == kUnquantized ? 1.0f : -1.0f;
-    RETURN_IF_ERROR(states_[which]->MultiplyDown(
+    RETURN_IF_ERROR(states_[which]->Multiply(
         mlp_.activations[which].rows(), mlp_.rows.size(), down.of(which),
         [&](int64_t i, const float* y) {
           const int32_t token = mlp_.rows.tokens[i];
@@ -465,18 +530,27 @@ absl::Status CalibratedQuantizer::FinishLayer(int layer) {
   }
   double error = 0;
   double square = 0;
+  double token_errors = 0;
   for (int64_t t = 0; t < batches_.num_tokens(); ++t) {
     const float* x_f = states_[kUnquantized]->residual().row(t);
     const float* x_q = states_[kQuantized]->residual().row(t);
+    double token_error = 0;
+    double token_square = 0;
     for (int64_t c = 0; c < config_.hidden_size; ++c) {
       const double difference = double{x_q[c]} - double{x_f[c]};
-      error += difference * difference;
-      square += double{x_f[c]} * double{x_f[c]};
+      token_error += difference * difference;
+      token_square += double{x_f[c]} * double{x_f[c]};
     }
+    error += token_error;
+    square += token_square;
+    if (token_square > 0) token_errors += token_error / token_square;
   }
-  drift_.push_back({layer, square > 0 ? error / square : 0});
-  LOG_INFO("layer {}: relative error of its output over {} calibration tokens {:.3g}", layer,
-           batches_.num_tokens(), drift_.back().relative_error);
+  drift_.push_back({layer, square > 0 ? error / square : 0,
+                    token_errors / static_cast<double>(batches_.num_tokens())});
+  LOG_INFO(
+      "layer {}: relative error of its output over {} calibration tokens {:.3g}, mean of each "
+      "token's {:.3g}",
+      layer, batches_.num_tokens(), drift_.back().relative_error, drift_.back().mean_token_error);
   return absl::OkStatus();
 }
 

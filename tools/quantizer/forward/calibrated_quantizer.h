@@ -30,10 +30,11 @@ struct CalibrationOptions {
 };
 
 // After each layer: how far the residual of the quantised model is from that of the unquantised
-// one, sum of (x_q - x_f)^2 / sum of x_f^2 over all calibration tokens.
+// one, sum of (x_q - x_f)^2 / sum of x_f^2.
 struct LayerDrift {
   int layer = 0;
-  double relative_error = 0;
+  double relative_error = 0;    // both sums over all calibration tokens
+  double mean_token_error = 0;  // the mean of each token's, which the weights of rows make small
 };
 
 // Two models see the calibration tokens, the unquantised one and the one quantised so far. A matrix
@@ -44,6 +45,19 @@ struct LayerDrift {
 // times that of the expert. Next to them go the inputs that the unquantised model has for the same
 // tokens, be they routed to the expert there or not.
 //
+// Besides, the row of a token t counts in every sum of a matrix by what its module leaves:
+//   v_t / mean over all tokens of v,  v_t = 1 / (mean over k of r_f[t, k]^2 + epsilon)
+// (row_weights.h: the next norm divides by that, and the tokens that attention rests on, whose
+// residual is the largest, would rule otherwise). epsilon is that of the norms, r_f the residual of
+// the unquantised model:
+//   qkv, output                 after attention
+//   gate-up, down of any MLP    after the whole MLP, all experts and the shared ones
+//   router                      before the MLP: the unquantised model passes its experts once the
+//                               quantised one has routed, so that one pass serves both routings
+// For that the unquantised model goes ahead: before qkv through attention, before gate-up through a
+// dense MLP, after the router through all experts. It costs one more product with the output matrix
+// and the dense down matrix of the source, and one more pass of it through the shared experts.
+//
 // What repairs the residual (Moments::cross_output) is, for the matrices of attention and of a
 // dense MLP, the difference of the residuals r_f - r_q that they add to. The experts of a layer are
 // made one after another, so each also makes up for what routing and the experts before it have
@@ -53,12 +67,15 @@ struct LayerDrift {
 //        - sum over experts to come, as the quantised model routes, of g_q e(x_f)) / g_q
 // with e the unquantised expert and e_q what became of it.
 //
-// Memory, besides one matrix at a time as read, as made and as packed for both models, T tokens, H
-// hidden size, A = heads * head_dim, M width of an MLP, R rows of an expert:
+// Memory, besides one matrix at a time as read, as made and as packed for both models (and one of
+// the source that comes after it, read and packed), T tokens, H hidden size, A = heads * head_dim,
+// M width of an MLP, R rows of an expert:
 //   8 T H            residuals of both
-//   8 T A            between qkv and output, attention of both
+//   12 T             weights of rows, and what they come from
+//   8 T A            from qkv to output, attention of both
 //   12 T H           in MoE layers, the sums of the experts of both, and what is to be made up for
-//   8 R M            what both models feed to the down matrix (R = T for dense and shared MLPs)
+//   8 R M            what both models feed to the down matrix (R = T for dense and shared MLPs; of
+//                    a dense MLP half of it from gate-up on)
 //   8 k^2            hessian and cross of the matrix (4 k n more with cross_output), and whatever
 //                    the encoder needs
 //   8 H^2            in MoE layers, the same over all tokens, for the router and poor experts
@@ -122,6 +139,13 @@ class CalibratedQuantizer final : public MatrixQuantizer {
   absl::Status Init();
 
   absl::Status Begin(const MatrixRef& ref);
+  // A matrix of the checkpoint, packed.
+  absl::StatusOr<std::unique_ptr<kernels::WeightMatrix>> LoadSource(const MatrixRef& ref) const;
+  // The unquantised model goes ahead to what its module leaves, for row_weights_.
+  absl::Status ForeseeAttention(int layer);
+  absl::Status ForeseeDenseMlp(const MatrixRef& ref);
+  // row_weights_ of the unquantised model's residual + inputs [tokens, k] * matrix.
+  absl::Status WeighRows(kernels::ConstRows inputs, const kernels::WeightMatrix& matrix);
   absl::StatusOr<formats::HostMatrix> Make(const MatrixRef& ref, StoredFormat format);
   absl::StatusOr<Moments> MomentsOf(const MatrixRef& ref, const MomentNeeds& needs);
   absl::StatusOr<Moments> ExpertMoments(const MatrixRef& ref, const MomentNeeds& needs);
@@ -162,6 +186,7 @@ class CalibratedQuantizer final : public MatrixQuantizer {
   std::vector<float> gain_;              // of the norm before the next matrix
   std::vector<float> router_bias_;       // empty: none
   std::unique_ptr<Moments> all_tokens_;  // of this layer's MLP inputs
+  std::vector<float> row_weights_;       // [tokens], of the module whose matrices are being made
   // In a MoE layer, by token: how far its output will be from that of the unquantised model if the
   // experts that are still to come give for each of their tokens what they give there.
   RowBuffer shortfall_;

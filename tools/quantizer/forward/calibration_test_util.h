@@ -1,6 +1,7 @@
 // A small random checkpoint, token sequences and encoders for tests of calibration.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -49,12 +50,18 @@ inline StoredFormat FormatOf(const ModelConfig& config, const MatrixRef& ref) {
 // Weights of bf16 whose products keep the size of what they are multiplied with.
 class SmallCheckpoint {
  public:
-  explicit SmallCheckpoint(const ModelConfig& config, uint32_t seed = 1) : config_(config) {
+  // zero_token: its embedding is all zero; -1: none.
+  explicit SmallCheckpoint(const ModelConfig& config, uint32_t seed = 1, int zero_token = -1)
+      : config_(config) {
     testing::TestTensors tensors =
         testing::MakeTensors(config, testing::TestLayout::kHuggingFace, seed);
     for (auto& [name, tensor] : tensors) {
       // A bias of the size of the probabilities, so that every expert has tokens.
       const bool is_bias = name.find("e_score_correction_bias") != std::string::npos;
+      if (zero_token >= 0 && name.find("embed_tokens") != std::string::npos) {
+        const int64_t row_bytes = std::ssize(tensor.bytes) / config.vocab_size;
+        std::fill_n(tensor.bytes.begin() + zero_token * row_bytes, row_bytes, '\0');
+      }
       if (name.find("_proj.") == std::string::npos && !is_bias) continue;
       if (is_bias) tensor = testing::ConvertFloats(tensor, "BF16");
       CHECK(tensor.type == "BF16", "{}", name);

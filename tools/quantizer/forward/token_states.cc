@@ -154,15 +154,14 @@ absl::StatusOr<RowBuffer> TokenStates::Activate(const float* gain, std::span<con
   return activations;
 }
 
-absl::Status TokenStates::MultiplyDown(
-    ConstRows activations, int64_t num_rows, const WeightMatrix& down,
-    absl::FunctionRef<void(int64_t i, const float* y)> sink) const {
+absl::Status TokenStates::Multiply(ConstRows inputs, int64_t num_rows, const WeightMatrix& matrix,
+                                   absl::FunctionRef<void(int64_t i, const float* y)> sink) const {
   ASSIGN_OR_RETURN(
       const RowBuffer product,
       RowBuffer::Allocate(backend_, std::min(kChunkRows, num_rows), config_.hidden_size));
   for (int64_t first = 0; first < num_rows; first += kChunkRows) {
     const int64_t count = std::min(kChunkRows, num_rows - first);
-    backend_->Linear({activations.row(first), activations.stride}, count, down, product.rows());
+    backend_->Linear({inputs.row(first), inputs.stride}, count, matrix, product.rows());
     pool_->Run(count, count * config_.hidden_size,
                [&](int64_t r, int) { sink(first + r, product.From(r).data); });
   }

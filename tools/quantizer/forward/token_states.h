@@ -75,10 +75,11 @@ class TokenStates {
   // as kLinear, its width a multiple of 32.
   absl::StatusOr<RowBuffer> Activate(const float* gain, std::span<const int32_t> tokens,
                                      const kernels::WeightMatrix& gate_up) const;
-  // Calls sink(i, y) with y [hidden_size] = activations[i, :] * down for every row, on any thread.
-  absl::Status MultiplyDown(kernels::ConstRows activations, int64_t num_rows,
-                            const kernels::WeightMatrix& down,
-                            absl::FunctionRef<void(int64_t i, const float* y)> sink) const;
+  // Calls sink(i, y) with y [hidden_size] = inputs[i, :] * matrix for every row, on any thread:
+  // what an output or a down matrix adds.
+  absl::Status Multiply(kernels::ConstRows inputs, int64_t num_rows,
+                        const kernels::WeightMatrix& matrix,
+                        absl::FunctionRef<void(int64_t i, const float* y)> sink) const;
   // What MLPs add to for a token: in a MoE layer the sum that FinishMlp adds to the residual, else
   // the residual.
   float* MlpOutput(int32_t token) const {
