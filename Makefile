@@ -6,7 +6,7 @@ BUILD := build/$(PRESET)
 .DEFAULT_GOAL := help
 .PHONY: help serve setup python-env build test test-long test-asan test-tsan test-gpu \
         test-gpu-accuracy test-gpu-e2e test-gpu-faults test-gpu-transformers test-poet-bf16 \
-        test-quantize-shapes quality cuda-check bundle format format-check tidy bench bench-gpu \
+        test-quantize-shapes test-calibrate-shapes quality cuda-check bundle format format-check tidy bench bench-gpu \
         bench-gpu-shapes bench-scheduling build-cuda clean \
         fuzz fuzz-smoke test-faults
 
@@ -128,6 +128,11 @@ fuzz-smoke:  ## The same for a few seconds
 test-quantize-shapes: setup $(BUILD)/build.ninja  ## A layer of the 21B's and one of the 300B's shape to WINT2, then on 1, 2 and 4 ranks
 	@ninja -C $(BUILD) quantize_shapes_test
 	$(BUILD)/tests/quantize_shapes_test $(BUILD)/bin/wintserve-quantize --large
+
+# Two core-hours as it stands; EXPERTS=1 CALIBRATION_TOKENS=2048 for a shorter look.
+test-calibrate-shapes: setup $(BUILD)/build.ninja  ## A layer of the 300B's shape with calibration, within 16 GiB
+	@ninja -C $(BUILD) quantize_shapes_test
+	$(BUILD)/tests/quantize_shapes_test $(BUILD)/bin/wintserve-quantize --calibrate
 
 test-poet-bf16: build  ## Tests on the bfloat16 demo checkpoint in MODEL=DIR, which is not in the repository
 	@test -f '$(MODEL)/config.json' || \

@@ -1,6 +1,7 @@
 // One layer of random weights in a published model's shapes, quantised by the program, then loaded
 // by 1, 2 and 4 ranks that must agree. Its first argument is the program; --large: the published
-// shapes instead of a small one. EXPERTS=N changes how many experts a large layer has.
+// shapes instead of a small one; --calibrate: a layer of the 300B's shape with calibration. Of a
+// large layer the environment may set EXPERTS, CALIBRATION_TOKENS and THREADS.
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -9,6 +10,7 @@
 #include <sys/wait.h>
 
 #include <array>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -16,10 +18,12 @@
 #include <random>
 #include <thread>
 
+#include "api_server/text/tokenizer.h"
 #include "engine_worker/model/ernie45.h"
 #include "engine_worker/model/thread_group.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/formats/bf16.h"
+#include "tools/quantizer/make_quantizer.h"
 #include "tools/quantizer/output/output_test_util.h"
 #include "tools/quantizer/output/tensor_plan.h"
 
@@ -30,6 +34,7 @@ using testing::TempDir;
 
 std::string g_program;          // NOLINT: set once, in main
 bool g_large = false;           // NOLINT
+bool g_calibrate = false;       // NOLINT
 constexpr int kNumTokens = 12;  // of one prompt
 constexpr int kBlocks = 4;
 
@@ -38,6 +43,15 @@ struct Shape {
   bool is_large;
   int hidden, heads, kv_heads, head_dim, width, num_experts, top_k, num_shared;
 };
+
+// A number of the environment, for the large layers.
+int64_t Setting(const char* name, int64_t otherwise) {
+  const char* text = std::getenv(name);
+  if (text == nullptr) return otherwise;
+  const int64_t value = std::atoll(text);
+  CHECK(value > 0, "{} is '{}', must be a positive number", name, text);
+  return value;
+}
 
 ModelConfig ConfigOf(const Shape& shape) {
   ModelConfig config = wintserve::testing::SmallConfig();
@@ -49,8 +63,9 @@ ModelConfig ConfigOf(const Shape& shape) {
   config.head_dim = shape.head_dim;
   config.intermediate_size = 256;
   config.num_experts = shape.num_experts;
-  const char* experts = std::getenv("EXPERTS");
-  if (shape.is_large && experts != nullptr) config.num_experts = std::atoi(experts);
+  if (shape.is_large) {
+    config.num_experts = static_cast<int>(Setting("EXPERTS", shape.num_experts));
+  }
   config.num_experts_per_token = std::min(shape.top_k, config.num_experts);
   config.moe_intermediate_size = shape.width;
   config.num_shared_experts = shape.num_shared;
@@ -126,21 +141,40 @@ void WriteRandomModel(const std::filesystem::path& dir, const ModelConfig& confi
   for (std::ofstream& file : files) ASSERT_TRUE(file.flush().good());
 }
 
-// Runs the program; returns the most memory that it had, in bytes.
-int64_t Quantize(const std::filesystem::path& model, const std::filesystem::path& output) {
-  const std::vector<std::string> args = {"wintserve quantize", "--model",       model.string(),
-                                         "--output",           output.string(), "--wint4-layers=0",
-                                         "--threads=2"};
+struct Usage {
+  int64_t peak_bytes = 0;  // of memory
+  double seconds = 0;
+  double core_seconds = 0;
+};
+
+// Runs the program.
+Usage Quantize(const std::filesystem::path& model, const std::filesystem::path& output,
+               int64_t num_threads, const std::vector<std::string>& options = {}) {
+  std::vector<std::string> args = {"wintserve quantize",
+                                   "--model",
+                                   model.string(),
+                                   "--output",
+                                   output.string(),
+                                   "--wint4-layers=0",
+                                   fmt::format("--threads={}", num_threads)};
+  args.insert(args.end(), options.begin(), options.end());
   std::vector<char*> argv;
   for (const std::string& arg : args) argv.push_back(const_cast<char*>(arg.c_str()));
   argv.push_back(nullptr);
+  const auto begin = std::chrono::steady_clock::now();
   pid_t child = 0;
   CHECK(::posix_spawn(&child, g_program.c_str(), nullptr, nullptr, argv.data(), environ) == 0);
   int state = 0;
   rusage usage = {};
   CHECK(::wait4(child, &state, 0, &usage) == child);
   EXPECT_TRUE(WIFEXITED(state) && WEXITSTATUS(state) == 0) << state;
-  return int64_t{usage.ru_maxrss} * 1024;
+  const auto seconds = [](const timeval& time) {
+    return static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_usec);
+  };
+  return {
+      .peak_bytes = int64_t{usage.ru_maxrss} * 1024,
+      .seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(),
+      .core_seconds = seconds(usage.ru_utime) + seconds(usage.ru_stime)};
 }
 
 // What rounding may have at once, as RoundingQuantizer says, and what the program needs beside.
@@ -205,11 +239,12 @@ class QuantizedLayer : public ::testing::TestWithParam<Shape> {};
 
 TEST_P(QuantizedLayer, GivesTheSameLogitsOn1And2And4RanksWithinItsMemory) {
   const Shape& shape = GetParam();
+  if (g_calibrate) GTEST_SKIP() << "--calibrate runs the calibrated ones";
   if (shape.is_large != g_large) GTEST_SKIP() << "of the other size; --large runs the large ones";
   const ModelConfig config = ConfigOf(shape);
   const TempDir dir;
   WriteRandomModel(dir.path() / "model", config);
-  const int64_t memory = Quantize(dir.path() / "model", dir.path() / "out");
+  const int64_t memory = Quantize(dir.path() / "model", dir.path() / "out", 2).peak_bytes;
   const int64_t bound = MemoryBound(config);
   fmt::print("{}: {} experts, {} MiB at most, allowed {} MiB\n", shape.name, config.num_experts,
              memory >> 20, bound >> 20);
@@ -239,16 +274,110 @@ INSTANTIATE_TEST_SUITE_P(All, QuantizedLayer,
                                            Shape{"300B", true, 8192, 64, 8, 128, 3584, 8, 8, 0}),
                          [](const auto& info) { return info.param.name; });
 
+constexpr char kTokenizerDir[] = "tests/data/tiny-bf16";
+
+// The vocabulary is that of the tokenizer; each expert gets as large a share of the tokens as one
+// of the published model's 64 experts.
+ModelConfig CalibratedConfigOf(const Shape& shape) {
+  constexpr int kPublishedExperts = 64;
+  ModelConfig config = ConfigOf(shape);
+  config.vocab_size = 8192;
+  config.max_position_embeddings = 2048;
+  if (shape.is_large) {
+    config.num_experts_per_token =
+        std::max(1, config.num_experts * shape.top_k / kPublishedExperts);
+  }
+  return config;
+}
+
+// Plain text of at least so many tokens, whatever the tokenizer merges.
+void WriteText(const std::filesystem::path& path, int64_t num_tokens) {
+  constexpr int64_t kLettersPerToken = 8;
+  std::mt19937_64 random(5);
+  std::string text;
+  while (std::ssize(text) < num_tokens * kLettersPerToken) {
+    text += random() % 6 == 0 ? ' ' : static_cast<char>('a' + random() % 26);
+  }
+  wintserve::testing::WriteFile(path, text);
+}
+
+// How many tokens the program will take.
+int64_t CountTokens(const std::filesystem::path& model, const std::filesystem::path& text,
+                    int64_t max_tokens) {
+  const auto tokenizer = Tokenizer::Load(model);
+  CHECK(tokenizer.ok(), "{}", tokenizer.status().ToString());
+  const auto loaded = LoadCalibrationText(text, **tokenizer, {.max_tokens = max_tokens});
+  CHECK(loaded.ok(), "{}", loaded.status().ToString());
+  return loaded->num_tokens;
+}
+
+// What the 300B's layer may take, and of a small one what CalibratedQuantizer and the encoders'
+// headers say, with every token in every expert, besides the program and its libraries.
+int64_t CalibrationMemoryBound(const Shape& shape, const ModelConfig& config, int64_t num_tokens) {
+  if (shape.is_large) return int64_t{16} << 30;
+  const int64_t hidden = config.hidden_size;
+  const int64_t attended = int64_t{config.num_heads} * config.head_dim;
+  const int64_t k = std::max(hidden, attended);
+  const int64_t of_tokens =
+      num_tokens * (20 * hidden + 8 * attended + 8 * config.moe_intermediate_size);
+  const int64_t of_moments = 8 * k * k + 4 * k * hidden + 8 * hidden * hidden;
+  const int64_t of_encoder = 24 * k * k;
+  const int64_t program = 64 << 20;
+  return MemoryBound(config) + of_tokens + of_moments + of_encoder + program;
+}
+
+class CalibratedLayer : public ::testing::TestWithParam<Shape> {};
+
+TEST_P(CalibratedLayer, IsMadeWithinItsMemory) {
+  const Shape& shape = GetParam();
+  if (g_large || shape.is_large != g_calibrate) GTEST_SKIP() << "--calibrate runs the large one";
+  const ModelConfig config = CalibratedConfigOf(shape);
+  const TempDir dir;
+  const std::filesystem::path model = dir.path() / "model";
+  const std::filesystem::path text = dir.path() / "text.txt";
+  WriteRandomModel(model, config);
+  for (const char* name : {"tokenizer.model", "tokenizer_config.json"}) {
+    std::filesystem::copy_file(std::filesystem::path(kTokenizerDir) / name, model / name);
+  }
+  const int64_t num_tokens =
+      shape.is_large ? Setting("CALIBRATION_TOKENS", DefaultCalibrationTokens(config)) : 600;
+  WriteText(text, num_tokens);
+  ASSERT_EQ(CountTokens(model, text, num_tokens), num_tokens);
+
+  const int64_t num_threads =
+      shape.is_large ? Setting("THREADS", std::thread::hardware_concurrency()) : 2;
+  const Usage usage = Quantize(
+      model, dir.path() / "out", num_threads,
+      {"--calibration", text.string(), fmt::format("--calibration-tokens={}", num_tokens)});
+  const int64_t bound = CalibrationMemoryBound(shape, config, num_tokens);
+  fmt::print(
+      "{}, {} experts of which a token takes {}, {} tokens, {} threads: {} MiB at most, allowed {} "
+      "MiB; {:.1f} s, {:.0f} s of a core\n",
+      shape.name, config.num_experts, config.num_experts_per_token, num_tokens, num_threads,
+      usage.peak_bytes >> 20, bound >> 20, usage.seconds, usage.core_seconds);
+  EXPECT_LE(usage.peak_bytes, bound);
+
+  const double norm = Norm(Logits(dir.path() / "out", 1));
+  EXPECT_GT(norm, 0);
+  EXPECT_TRUE(std::isfinite(norm));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, CalibratedLayer,
+                         ::testing::Values(Shape{"Small", false, 256, 8, 4, 32, 256, 4, 2, 1},
+                                           Shape{"300B", true, 8192, 64, 8, 128, 3584, 8, 8, 0}),
+                         [](const auto& info) { return info.param.name; });
+
 }  // namespace
 }  // namespace wintserve::quantizer
 
 int main(int argc, char** argv) {
   ::testing::InitGoogleTest(&argc, argv);
   if (argc < 2) {
-    fmt::print(stderr, "usage: {} PATH_OF_WINTSERVE_QUANTIZE [--large]\n", argv[0]);
+    fmt::print(stderr, "usage: {} PATH_OF_WINTSERVE_QUANTIZE [--large | --calibrate]\n", argv[0]);
     return 1;
   }
   wintserve::quantizer::g_program = argv[1];
   wintserve::quantizer::g_large = argc > 2 && std::string_view(argv[2]) == "--large";
+  wintserve::quantizer::g_calibrate = argc > 2 && std::string_view(argv[2]) == "--calibrate";
   return RUN_ALL_TESTS();
 }

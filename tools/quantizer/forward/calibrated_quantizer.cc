@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <string>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -166,6 +167,7 @@ absl::Status CalibratedQuantizer::Begin(const MatrixRef& ref) {
   source_ = {};
   ASSIGN_OR_RETURN(source_, checkpoint_.LoadMatrix(ref, /*rank=*/0, /*world_size=*/1));
   if (ref.role == MatrixRole::kQkv) {
+    layer_began_ = std::chrono::steady_clock::now();
     ASSIGN_OR_RETURN(gain_, checkpoint_.LoadVector(VectorRole::kInputNorm, ref.layer));
     return ForeseeAttention(ref.layer);
   } else if (ref.role == MatrixRole::kOutput) {
@@ -423,6 +425,7 @@ absl::StatusOr<CalibratedQuantizer::Packed> CalibratedQuantizer::Pack(const Matr
 }
 
 absl::Status CalibratedQuantizer::BeginExperts(int layer) {
+  experts_began_ = std::chrono::steady_clock::now();
   const int64_t columns = config_.hidden_size;
   ASSIGN_OR_RETURN(shortfall_, RowBuffer::Allocate(backend_.get(), batches_.num_tokens(), columns));
   pool_->Run(batches_.num_tokens(), batches_.num_tokens() * columns, [&](int64_t t, int) {
@@ -547,10 +550,18 @@ absl::Status CalibratedQuantizer::FinishLayer(int layer) {
   }
   drift_.push_back({layer, square > 0 ? error / square : 0,
                     token_errors / static_cast<double>(batches_.num_tokens())});
+  using Seconds = std::chrono::duration<double>;
+  const auto now = std::chrono::steady_clock::now();
+  std::string took = fmt::format("{:.1f} s", Seconds(now - layer_began_).count());
+  if (config_.IsMoeLayer(layer)) {
+    took += fmt::format(", {:.1f} s for each expert",
+                        Seconds(now - experts_began_).count() / config_.num_experts);
+  }
   LOG_INFO(
       "layer {}: relative error of its output over {} calibration tokens {:.3g}, mean of each "
-      "token's {:.3g}",
-      layer, batches_.num_tokens(), drift_.back().relative_error, drift_.back().mean_token_error);
+      "token's {:.3g}; took {}",
+      layer, batches_.num_tokens(), drift_.back().relative_error, drift_.back().mean_token_error,
+      took);
   return absl::OkStatus();
 }
 

@@ -1,6 +1,7 @@
 // Quantises with calibration: every matrix is made for the inputs that it will get.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -83,7 +84,7 @@ struct LayerDrift {
 // GiB of residuals and sums, 0.06 GiB (R = T / 8) to 0.5 GiB of an expert's activations, 1 GiB of
 // moments, 1 GiB of gate-up matrices as bf16, float32 and packed, and the encoder's 1.5 GiB.
 //
-// Log: after each layer its LayerDrift.
+// Log: after each layer its LayerDrift and how long it took.
 // Threading: one thread; work is spread over the pool's threads and as many of a CPU backend's own.
 class CalibratedQuantizer final : public MatrixQuantizer {
  public:
@@ -193,6 +194,8 @@ class CalibratedQuantizer final : public MatrixQuantizer {
   Packed gate_up_;  // of the MLP whose down matrix is next
   MlpStep mlp_;
   std::vector<LayerDrift> drift_;
+  std::chrono::steady_clock::time_point layer_began_;
+  std::chrono::steady_clock::time_point experts_began_;
 };
 
 }  // namespace wintserve::quantizer
