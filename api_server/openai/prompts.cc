@@ -178,6 +178,26 @@ absl::StatusOr<GenerationRequest> SamplingOf(const ApiRequest& request, const LL
   return generation;
 }
 
+// Of the prompts' tokens, each with its most probable ones, in every choice.
+absl::Status CheckNumPromptLogprobs(const ApiRequest& request,
+                                    const std::vector<GenerationRequest>& generations) {
+  int64_t num_of_token = 0;
+  if (request.echoes_logprobs()) num_of_token += 1 + *request.num_top_logprobs;
+  if (request.prompt_logprobs.has_value()) num_of_token += 1 + *request.prompt_logprobs;
+  int64_t num_tokens = 0;
+  for (const GenerationRequest& generation : generations) {
+    num_tokens += std::ssize(generation.prompt_ids);
+  }
+  const int64_t count = num_tokens * request.num_choices_per_prompt * num_of_token;
+  if (count <= kMaxPromptLogprobs) return absl::OkStatus();
+  return InvalidField(
+      request.echoes_logprobs() ? "logprobs" : "prompt_logprobs",
+      fmt::format("must be at most {} log-probabilities in one answer, got {}: {} for "
+                  "each of {} prompt tokens in {} choices",
+                  kMaxPromptLogprobs, count, num_of_token, num_tokens,
+                  request.num_choices_per_prompt));
+}
+
 }  // namespace
 
 absl::Status CheckModelName(std::string_view model, const LLM& llm, const ModelNames& names) {
@@ -205,6 +225,7 @@ absl::StatusOr<std::vector<GenerationRequest>> MakeGenerationRequests(const ApiR
     RETURN_IF_ERROR(CheckPrompt(generation.prompt_ids, llm, param));
     RETURN_IF_ERROR(CheckMinTokens(request, generation.prompt_ids.size(), llm));
   }
+  RETURN_IF_ERROR(CheckNumPromptLogprobs(request, generations));
   return generations;
 }
 

@@ -184,6 +184,33 @@ struct BadPrompt {
   const char* message;
 };
 
+TEST(MakeGenerationRequests, BoundTheLogprobsOfPromptsInOneAnswer) {
+  FakeLlm llm;
+  llm.SetMaxModelLen(1 << 20);
+  // 2 * 2,048 tokens with (1 + 5) + (1 + 1) each, in 32 choices: as many as may be.
+  ApiRequest request = CompletionOf(std::string(2048, 'a'));
+  request.prompts.push_back(std::string(2048, 'b'));
+  request.echo = true;
+  request.num_top_logprobs = 5;
+  request.prompt_logprobs = 1;
+  request.num_choices_per_prompt = 32;
+  EXPECT_TRUE(MakeGenerationRequests(request, llm, "id").ok());
+  request.prompts.push_back("c");
+  ApiError error = ToApiError(MakeGenerationRequests(request, llm, "id").status());
+  EXPECT_EQ(error.http_status, 400);
+  EXPECT_EQ(error.param, "logprobs");
+  EXPECT_THAT(
+      error.message,
+      HasSubstr("must be at most 1048576 log-probabilities in one answer, got 1048832: 8 for "
+                "each of 4097 prompt tokens in 32 choices"));
+  request.echo = false;
+  request.prompt_logprobs = 20;
+  error = ToApiError(MakeGenerationRequests(request, llm, "id").status());
+  EXPECT_EQ(error.param, "prompt_logprobs");
+  request.prompt_logprobs = std::nullopt;
+  EXPECT_TRUE(MakeGenerationRequests(request, llm, "id").ok());
+}
+
 class BadPrompts : public testing::TestWithParam<BadPrompt> {};
 
 TEST_P(BadPrompts, AreRefused) {

@@ -25,6 +25,9 @@ using PromptSource = std::variant<ChatMessages, std::string, TokenIds>;
 
 inline constexpr int kMaxChoicesPerPrompt = 128;    // n
 inline constexpr int kMaxChoicesPerRequest = 1024;  // prompts * n
+// Log-probabilities of prompt tokens in one answer, which holds all of them at once: of a prompt of
+// 49,932 tokens with 20 of the most probable ones each.
+inline constexpr int64_t kMaxPromptLogprobs = int64_t{1} << 20;
 inline constexpr int kMaxStopStrings = 16;
 inline constexpr int kMaxStopStringBytes = 256;
 inline constexpr int kMaxBadWords = 256;

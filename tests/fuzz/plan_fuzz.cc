@@ -16,6 +16,8 @@ void FuzzInput(std::string_view input) {
   for (const PlanRow& row : plan->rows) {
     CHECK(row.length > 0 && (row.tokens.empty() || row.tokens.size() == row.length));
     for (const int32_t token : row.tokens) CHECK(token >= 0);
+    CHECK(row.next_token >= 0 && row.prompt_logprobs == (row.num_prompt_logprobs() > 0));
+    CHECK(!row.prompt_logprobs || !row.tokens.empty());
   }
   const std::string bytes = EncodePlan(*plan);
   const auto again = DecodePlan(bytes);

@@ -43,6 +43,7 @@ class Checks : public testing::Test {
       request.prompt_ids = kPrompt;
       request.sampling.seed = static_cast<int64_t>(id);
       request.max_tokens = 3;
+      request.sampling.num_prompt_top_logprobs = id == 2 ? 0 : -1;
       references.Add(request);
     }
     rank.AttachPool(/*pool_epoch=*/1, &memory);
@@ -289,6 +290,60 @@ TEST_F(Checks, AClientRefusesATokenThatItHasAlready) {
   EXPECT_EQ(report.violation(), "");
   clients.OnToken({.sequence = key, .token = first, .end = std::nullopt});
   EXPECT_THAT(report.violation(), StartsWith("I1: sequence"));
+}
+
+TEST_F(Checks, RankRefusesToReadAPromptThatNobodyAskedForOrThatGoesOnOtherwise) {
+  StepPlan plan = PromptPlan(1, 2, kBlocks, 0);
+  plan.rows[0].prompt_logprobs = true;
+  EXPECT_EQ(rank.Execute(plan).prompt_logprobs[0].tokens,
+            references.Find(SequenceKey{2, 0})->PromptLogprobs());
+  EXPECT_EQ(report.violation(), "");
+  StepPlan piece = PromptPlan(2, 2, kBlocks, 1);
+  piece.rows[0] = {
+      .slot = 1, .length = 2, .tokens = {10, 11}, .prompt_logprobs = true, .next_token = 13};
+  rank.Execute(piece);
+  EXPECT_THAT(report.violation(), StartsWith("I7: rank 0, sequence 2.0: a row of 2 at position 0"));
+}
+
+TEST_F(Checks, RankRefusesToReadAPromptOfASequenceThatDoesNotAsk) {
+  StepPlan plan = PromptPlan(1, 1, kBlocks, 0);
+  plan.rows[0].prompt_logprobs = true;
+  rank.Execute(plan);
+  EXPECT_THAT(report.violation(), StartsWith("I7: rank 0, sequence 1.0: a row of 5 at position 0"));
+}
+
+// Of the request with the number 5, which asks: nothing, something else, and what is right.
+TEST_F(Checks, AClientRefusesOtherLogprobsOfItsPrompt) {
+  SimulationConfig five = config;
+  five.num_requests = 5;
+  five.num_documents = 1;
+  five.max_prompt_tokens = 5;
+  five.max_answer_tokens = 4;
+  for (const int spoil : {0, 1, 2}) {
+    Report found{&clock, Report::Tracing::kOff};
+    References texts{five};
+    Clients clients(five, &texts, &clock, &found,
+                    {.is_server_there = [] { return true; },
+                     .submit = [](const ScheduledRequest&) { return absl::OkStatus(); },
+                     .cancel_request = [](uint64_t) {},
+                     .cancel_choice = [](const SequenceKey&) {},
+                     .done = [] {}});
+    clients.Start();
+    while (clock.RunNext()) {
+    }
+    const SequenceKey key{5, 0};
+    const ReferenceSequence& text = *texts.Find(key);
+    std::vector<PositionLogprobs> logprobs = text.PromptLogprobs();
+    ASSERT_FALSE(logprobs.empty());
+    if (spoil == 1) logprobs.back().rank += 1;
+    if (spoil == 2) logprobs.pop_back();
+    clients.OnStarted({.sequence = key, .num_cached_tokens = 0});
+    clients.OnToken({.sequence = key,
+                     .token = text.tokens[text.prompt_len],
+                     .end = text.answer_len == 1 ? std::optional(text.end) : std::nullopt,
+                     .prompt_logprobs = logprobs});
+    EXPECT_EQ(found.ok(), spoil == 0) << found.violation();
+  }
 }
 
 TEST_F(Checks, RefuseAMatchOfAnotherSaltsEntry) {

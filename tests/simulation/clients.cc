@@ -59,6 +59,7 @@ ScheduledRequest Clients::MakeRequest() {
   request.sampling.temperature = random_.Chance(0.5) ? 0.0f : 0.8f;
   if (request.id % 3 == 0) request.sampling.repetition_penalty = 1.25f;
   if (request.id % 4 == 0) request.sampling.frequency_penalty = 0.5f;
+  if (request.id % 5 == 0) request.sampling.num_prompt_top_logprobs = 0;
   request.sampling.seed = static_cast<int64_t>(MixBits(config_.seed, request.id));
   request.num_choices = random_.Chance(0.2) ? static_cast<int>(random_.Between(2, 4)) : 1;
   request.max_tokens = static_cast<int>(random_.Between(1, config_.max_answer_tokens));
@@ -165,7 +166,9 @@ void Clients::OnStarted(const SequenceStart& start) {
   const int cached = start.num_cached_tokens;
   const auto prompt_len = static_cast<int>(stream->reference->prompt_len);
   const bool may_be_cached = config_.scheduler.prefix_caching && !stream->bypasses_cache;
-  if (stream->started || cached < 0 || cached >= prompt_len ||
+  // What the cache has of a prompt has no log-probabilities.
+  const bool asks = prompt_len > 1 && !stream->reference->PromptLogprobs().empty();
+  if (stream->started || cached < 0 || (asks && cached > 0) || cached >= prompt_len ||
       cached % config_.scheduler.block_size_tokens != 0 || (cached > 0 && !may_be_cached)) {
     report_.Violation("I1", "sequence {}.{} starts{} with {} of {} tokens cached",
                       start.sequence.request, start.sequence.choice,
@@ -192,6 +195,7 @@ void Clients::OnToken(const SequenceToken& token) {
                       token.sequence.request, token.sequence.choice, index, token.token, expected,
                       stream->started ? "" : "; the sequence has not started");
   }
+  CheckPromptLogprobs(token, index);
   const bool is_last = stream->num_tokens == reference.answer_len;
   const std::optional<SequenceEnd> end =
       is_last ? std::optional(reference.end) : std::optional<SequenceEnd>();
@@ -203,6 +207,30 @@ void Clients::OnToken(const SequenceToken& token) {
   if (!is_last) return;
   stream->state = State::kFinished;
   ++report_.counters.sequences_finished;
+}
+
+// All of them, with the first choice's first token, which is the first one of all choices.
+void Clients::CheckPromptLogprobs(const SequenceToken& token, size_t index) const {
+  const ReferenceSequence& reference = *streams_.at(token.sequence).reference;
+  const std::vector<PositionLogprobs> expected =
+      index == 0 ? reference.PromptLogprobs() : std::vector<PositionLogprobs>();
+  report_.counters.prompt_logprobs += expected.size();
+  if (token.prompt_logprobs != expected) {
+    report_.Violation(
+        "I1",
+        "sequence {}.{}: token {} brings {} log-probabilities of its prompt, it should "
+        "bring {}{}",
+        token.sequence.request, token.sequence.choice, index, token.prompt_logprobs.size(),
+        expected.size(), token.prompt_logprobs.size() == expected.size() ? " others" : "");
+  }
+  const Stream& first = streams_.at({token.sequence.request, 0});
+  if (reference.sampling.num_prompt_top_logprobs >= 0 && first.state == State::kLive &&
+      first.num_tokens == 0) {
+    report_.Violation("I1",
+                      "sequence {}.{}: token {} comes before the first choice's, which brings "
+                      "the log-probabilities of the prompt",
+                      token.sequence.request, token.sequence.choice, index);
+  }
 }
 
 void Clients::OnFailed(const SequenceFailure& failure) {

@@ -67,6 +67,7 @@ class Clients {
   ScheduledRequest MakeRequest();
   std::vector<int32_t> MakePrompt();
   std::vector<int32_t> RandomTokens(int64_t count);
+  void CheckPromptLogprobs(const SequenceToken& token, size_t index) const;
   Stream* FindLive(const SequenceKey& key, const char* event);
 
   const SimulationConfig& config_;

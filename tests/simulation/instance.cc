@@ -32,8 +32,8 @@ Instance::Instance(const SimulationConfig& config, Report::Tracing tracing)
               .on_pool_opened = [this](int num_blocks) { OnPoolOpened(num_blocks); },
               .on_adopted = [this](uint32_t num_available) { OnPoolAdopted(num_available); }}),
       ranks_(config_, &references_, &clock_, &report_,
-             {.on_done = [this](uint64_t step, const std::vector<SampledToken>& sampled,
-                                int64_t step_us) { OnStepDone(step, sampled, step_us); },
+             {.on_done = [this](uint64_t step, RankResult result,
+                                int64_t step_us) { OnStepDone(step, std::move(result), step_us); },
               .on_frozen = [this] { OnGroupFrozen(); },
               .on_fenced = [this](bool kv_trusted) { OnGroupFenced(kv_trusted); },
               .on_ready = [this] { OnGroupReady(); }}),
@@ -361,14 +361,13 @@ void Instance::OnGroupReady() {
   Pump();
 }
 
-void Instance::OnStepDone(uint64_t step, const std::vector<SampledToken>& sampled,
-                          int64_t step_us) {
+void Instance::OnStepDone(uint64_t step, RankResult result, int64_t step_us) {
   if (!scheduler_.has_value()) return;
   report_.Trace("<- ranks: step {} is done", step);
   ledger_.OnPlanDone(step);
   last_done_step_ = step;
-  absl::StatusOr<std::vector<SequenceToken>> tokens =
-      scheduler_->OnStepDone(step, sampled, step_us, clock_.now_us());
+  absl::StatusOr<std::vector<SequenceToken>> tokens = scheduler_->OnStepDone(
+      step, result.sampled, step_us, clock_.now_us(), std::move(result.prompt_logprobs));
   if (!tokens.ok()) {
     report_.Violation("I6", "step {}: {}", step, tokens.status().ToString());
     return;

@@ -45,7 +45,7 @@ class Instance {
   void OnPoolGone();
   void OnPoolOpened(int num_blocks);
   void OnPoolAdopted(uint32_t num_available);
-  void OnStepDone(uint64_t step, const std::vector<SampledToken>& sampled, int64_t step_us);
+  void OnStepDone(uint64_t step, RankResult result, int64_t step_us);
   void OnGroupFrozen();
   void OnGroupFenced(bool kv_trusted);
   void DistrustLastSteps();

@@ -174,6 +174,7 @@ void SimulatedRank::Init(const SlotInit& init) {
       init.sampling.top_k != wanted.top_k ||
       init.sampling.repetition_penalty != wanted.repetition_penalty ||
       init.sampling.frequency_penalty != wanted.frequency_penalty ||
+      init.sampling.num_prompt_top_logprobs != wanted.num_prompt_top_logprobs ||
       init.sampling.first_stop_position != wanted.first_stop_position) {
     report_.Violation("I7",
                       "slot_init: slot {} samples unlike the request {} (stop ids from {}, "
@@ -272,6 +273,33 @@ bool SimulatedRank::CheckMemory(const Slot& slot, uint32_t position) const {
   return true;
 }
 
+// The tokens that follow are the prompt's own.
+void SimulatedRank::CheckPromptRow(const PlanRow& row) const {
+  const ReferenceSequence& sequence = *slots_[row.slot].sequence;
+  const size_t end = size_t{row.position} + row.length;
+  if (sequence.sampling.num_prompt_top_logprobs >= 0 && row.num_prompt_logprobs() > 0 &&
+      row.position + row.num_prompt_logprobs() < sequence.prompt_len &&
+      (row.sample || row.next_token == sequence.tokens[end])) {
+    return;
+  }
+  report_.Violation(
+      "I7",
+      "rank {}, sequence {}.{}: a row of {} at position {} asks for log-probabilities "
+      "of {} tokens of its prompt of {}, the next one {}",
+      rank_, sequence.key.request, sequence.key.choice, row.length, row.position,
+      row.num_prompt_logprobs(), sequence.prompt_len, row.next_token);
+}
+
+PromptRowLogprobs SimulatedRank::ReadPromptLogprobs(const PlanRow& row) const {
+  PromptRowLogprobs read{.slot = row.slot, .position = row.position + 1};
+  for (uint32_t i = 1; i <= row.num_prompt_logprobs(); ++i) {
+    const Cell& cell = CellAt(slots_[row.slot], row.position + i - 1);
+    read.tokens.push_back(
+        Model::LogprobsOf(cell.history, i < row.length ? row.tokens[i] : row.next_token));
+  }
+  return read;
+}
+
 void SimulatedRank::RunRow(const PlanRow& row, uint64_t step, RankResult* result) {
   Slot& slot = slots_[row.slot];
   uint64_t history = row.position == 0 ? kEmptyHistory : CellAt(slot, row.position - 1).history;
@@ -286,6 +314,10 @@ void SimulatedRank::RunRow(const PlanRow& row, uint64_t step, RankResult* result
     history = ExtendHistory(history, token);
     CellAt(slot, position) =
         Cell{.position = position, .token = token, .history = history, .step = step};
+  }
+  if (row.prompt_logprobs) {
+    CheckPromptRow(row);
+    result->prompt_logprobs.push_back(ReadPromptLogprobs(row));
   }
   slot.next_position = row.position + row.length;
   slot.last_token.reset();

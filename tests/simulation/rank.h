@@ -15,6 +15,7 @@ namespace wintserve::simulation {
 
 struct RankResult {
   std::vector<SampledToken> sampled;
+  std::vector<PromptRowLogprobs> prompt_logprobs;
   uint64_t sampled_digest = 0;
   uint64_t plan_digest = 0;  // of all plans of the group so far
 };
@@ -80,9 +81,11 @@ class SimulatedRank {
   void InitCounts(const SlotInit& init, Slot* slot);
   void Append(uint32_t slot, const std::vector<BlockId>& blocks);
   bool CheckRow(const PlanRow& row) const;
+  void CheckPromptRow(const PlanRow& row) const;
   // Reads what attention would read: all positions before the row's.
   bool CheckMemory(const Slot& slot, uint32_t position) const;
   void RunRow(const PlanRow& row, uint64_t step, RankResult* result);
+  PromptRowLogprobs ReadPromptLogprobs(const PlanRow& row) const;
   void Release(uint32_t slot);
   bool InUse(const char* where, uint32_t slot) const;
   Cell& CellAt(const Slot& slot, uint32_t position);

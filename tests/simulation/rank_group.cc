@@ -48,7 +48,7 @@ void RankGroup::AttachPool(uint64_t pool_epoch, int num_blocks) {
 void RankGroup::Send(StepPlan plan) {
   if (!ready()) report_.Violation("plan", "step {} is sent to no group", plan.step);
   in_flight_.push_back(
-      InFlight{.step = plan.step, .sent_at_us = events_.now_us(), .results = {}, .sampled = {}});
+      InFlight{.step = plan.step, .sent_at_us = events_.now_us(), .results = {}, .of_rank_0 = {}});
   const auto shared = std::make_shared<const StepPlan>(std::move(plan));
   for (size_t rank = 0; rank < members_.size(); ++rank) {
     Member& member = members_[rank];
@@ -88,7 +88,7 @@ void RankGroup::OnResult(size_t rank, uint64_t step, RankResult result) {
     report_.Violation("I6", "rank {} has a result of step {}, which is not in flight", rank, step);
     return;
   }
-  if (rank == 0) plan->sampled = result.sampled;
+  if (rank == 0) plan->of_rank_0 = result;
   plan->results.push_back(std::move(result));
   const RankResult& first = plan->results.front();
   const RankResult& latest = plan->results.back();
@@ -99,11 +99,11 @@ void RankGroup::OnResult(size_t rank, uint64_t step, RankResult result) {
   // A rank answers in order, so a plan is never complete before the one sent before it.
   if (plan->results.size() < members_.size()) return;
   CHECK(plan == in_flight_.begin());
-  const InFlight done = std::move(in_flight_.front());
+  InFlight done = std::move(in_flight_.front());
   in_flight_.pop_front();
   const int64_t step_us = events_.now_us() - std::max(done.sent_at_us, last_done_us_);
   last_done_us_ = events_.now_us();
-  notify_.on_done(done.step, done.sampled, step_us);
+  notify_.on_done(done.step, std::move(done.of_rank_0), step_us);
 }
 
 int64_t RankGroup::DurationUs(const StepPlan& plan, double slowness) {

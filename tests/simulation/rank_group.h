@@ -28,9 +28,8 @@ namespace wintserve::simulation {
 class RankGroup {
  public:
   struct Events {
-    // The oldest plan is done on every rank.
-    std::function<void(uint64_t step, const std::vector<SampledToken>& sampled, int64_t step_us)>
-        on_done;
+    // The oldest plan is done on every rank. `result`: of rank 0.
+    std::function<void(uint64_t step, RankResult result, int64_t step_us)> on_done;
     std::function<void()> on_frozen;  // the group is not ready any more
     // Nothing that its ranks started writes to memory any more. May come again while the group is
     // not ready, when another process turns out to have gone wrong.
@@ -86,8 +85,8 @@ class RankGroup {
   struct InFlight {
     uint64_t step = 0;
     int64_t sent_at_us = 0;
-    std::vector<RankResult> results;    // that have arrived, by arrival
-    std::vector<SampledToken> sampled;  // rank 0's
+    std::vector<RankResult> results;  // that have arrived, by arrival
+    RankResult of_rank_0;
   };
 
   // rank_group.cc: a group that is ready.

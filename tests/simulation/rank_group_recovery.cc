@@ -87,7 +87,7 @@ StepPlan RankGroup::BeginningOf(const StepPlan& plan) {
   PlanRow& last = beginning.rows.back();
   last.length = static_cast<uint32_t>(fault_random_.Between(1, last.length));
   if (!last.tokens.empty()) last.tokens.resize(last.length);
-  last.sample = false;
+  last.sample = last.prompt_logprobs = false;
   return beginning;
 }
 

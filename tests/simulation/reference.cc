@@ -31,6 +31,20 @@ bool Model::IsEos(int32_t token) const {
   return std::find(eos_ids_.begin(), eos_ids_.end(), token) != eos_ids_.end();
 }
 
+PositionLogprobs Model::LogprobsOf(uint64_t history, int32_t token) {
+  const uint64_t bits = MixBits(history, static_cast<uint64_t>(token) + (uint64_t{1} << 32));
+  return {.logprob = -static_cast<float>(bits >> 44), .rank = static_cast<int32_t>(bits % 99) + 1};
+}
+
+std::vector<PositionLogprobs> ReferenceSequence::PromptLogprobs() const {
+  std::vector<PositionLogprobs> logprobs;
+  if (sampling.num_prompt_top_logprobs < 0 || key.choice != 0) return logprobs;
+  for (size_t i = 1; i < prompt_len; ++i) {
+    logprobs.push_back(Model::LogprobsOf(HistoryOf(i), tokens[i]));
+  }
+  return logprobs;
+}
+
 void References::Add(const ScheduledRequest& request) {
   for (int choice = 0; choice < request.num_choices; ++choice) {
     ReferenceSequence sequence;

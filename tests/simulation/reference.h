@@ -25,6 +25,8 @@ class Model {
   // first_stop_position.
   int32_t Sample(const SamplingParams& sampling, uint32_t position, uint64_t history) const;
   bool IsEos(int32_t token) const;
+  // Of `token` after a sequence with that history.
+  static PositionLogprobs LogprobsOf(uint64_t history, int32_t token);
 
  private:
   const int vocab_size_;
@@ -49,6 +51,8 @@ struct ReferenceSequence {
   uint64_t HistoryOf(size_t length) const {
     return length == 0 ? kEmptyHistory : history[length - 1];
   }
+  // What its client is to know of its prompt: of the first choice of a request that asks.
+  std::vector<PositionLogprobs> PromptLogprobs() const;
 };
 
 // Of all sequences that were submitted. Workers know neither request nor prompt of a slot; here the

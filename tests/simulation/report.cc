@@ -18,6 +18,7 @@ constexpr NamedCounter kCounters[] = {
     {"rows", &Counters::rows},
     {"prompt chunks", &Counters::prompt_chunks},
     {"tokens", &Counters::tokens},
+    {"prompt logprobs", &Counters::prompt_logprobs},
     {"overshoot rows", &Counters::overshoot_rows},
     {"preemptions", &Counters::preemptions},
     {"refusals", &Counters::refusals},

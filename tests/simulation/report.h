@@ -22,6 +22,7 @@ struct Counters {
   uint64_t rows = 0;
   uint64_t prompt_chunks = 0;  // rows that end before their prompt does
   uint64_t tokens = 0;
+  uint64_t prompt_logprobs = 0;  // of how many tokens
   uint64_t overshoot_rows = 0;
   uint64_t preemptions = 0;
   uint64_t refusals = 0;

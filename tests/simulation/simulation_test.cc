@@ -49,6 +49,7 @@ Report RunSeed(uint64_t seed, Report::Tracing tracing) {
 // A path that no seed takes proves nothing.
 void ExpectEveryPathTaken(const Counters& counters) {
   EXPECT_GT(counters.prompt_chunks, 0u);
+  EXPECT_GT(counters.prompt_logprobs, 0u);
   EXPECT_GT(counters.overshoot_rows, 0u);
   EXPECT_GT(counters.preemptions, 0u);
   EXPECT_GT(counters.refusals, 0u);

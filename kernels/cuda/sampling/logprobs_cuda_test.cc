@@ -25,10 +25,10 @@ class DividedLogprobs : public testing::TestWithParam<int> {
     device_.min_ids_per_block = 1;
   }
 
+  void Launch(const LogprobArgs& args) const { LaunchLogprobs(args, device_, /*stream=*/nullptr); }
+
   LogprobOutputs Read(const LogprobRequests& requests) const {
-    return ReadLogprobsOf<DeviceArray>(requests, [this](const LogprobArgs& args) {
-      LaunchLogprobs(args, device_, /*stream=*/nullptr);
-    });
+    return ReadLogprobsOf<DeviceArray>(requests, [this](const LogprobArgs& args) { Launch(args); });
   }
 
  private:
@@ -52,7 +52,7 @@ TEST_P(DividedLogprobs, OfGivenIdsAreThoseOfTheCpu) {
   const LogprobOutputs got = ReadLogprobsOf<DeviceArray>(requests, [this](LogprobArgs args) {
     args.rows = nullptr;
     args.num_top = 4;
-    LaunchLogprobs(args, device_, /*stream=*/nullptr);
+    Launch(args);
   });
   ExpectCpuLogprobs(requests, got);
 }
