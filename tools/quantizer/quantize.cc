@@ -98,7 +98,10 @@ QuantizeResult Quantize(const QuantizeOptions& options, const std::atomic<bool>*
       OutputDir::Open(options.output, *plan, std::move(identity), options.overwrite_partial);
   if (!output.ok()) return Fail(kExitOutput, output.status());
   const auto method = MakeQuantizer(options.method, *source, &pool);
-  if (!method.ok()) return Fail(kExitUsage, method.status());
+  if (!method.ok()) {
+    output->RemoveIfNothingIsDone();
+    return Fail(kExitUsage, method.status());
+  }
 
   absl::StatusOr<Totals> totals;
   {
