@@ -75,11 +75,6 @@ class MappedCheckpoint : public Checkpoint {
   KOrderEvidence k_order_evidence() const override { return evidence_; }
   uint64_t digest() const override { return digest_; }
   int64_t total_bytes() const override { return total_bytes_; }
-  void ReleasePages() const override {
-    for (const TensorSet& set : sets_) {
-      for (const SafetensorsFile& file : set.files()) file.ReleasePages();
-    }
-  }
 
   absl::Status DecideKOrder(KOrderChoice choice);
 

@@ -79,9 +79,6 @@ class Checkpoint {
   // trainings of one model included), does not verify the bytes.
   virtual uint64_t digest() const = 0;
   virtual int64_t total_bytes() const = 0;
-  // Lets go of what was read of the mapped files, which else counts as our memory until somebody
-  // else needs it. The system still has it cached.
-  virtual void ReleasePages() const {}
 };
 
 }  // namespace wintserve

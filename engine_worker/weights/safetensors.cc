@@ -203,12 +203,6 @@ SafetensorsFile::~SafetensorsFile() {
   if (!bytes_.empty()) ::munmap(const_cast<uint8_t*>(bytes_.data()), bytes_.size());
 }
 
-void SafetensorsFile::ReleasePages() const {
-  if (!bytes_.empty()) {
-    ::madvise(const_cast<uint8_t*>(bytes_.data()), bytes_.size(), MADV_DONTNEED);
-  }
-}
-
 absl::Status SafetensorsFile::Corrupt(std::string_view message) const {
   return absl::DataLossError(fmt::format("{}: {}", path_.string(), message));
 }

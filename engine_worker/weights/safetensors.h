@@ -71,8 +71,6 @@ class SafetensorsFile {
   // The length field and the JSON; then the rest of the file.
   std::span<const uint8_t> header() const { return bytes_.first(header_bytes_); }
   std::span<const uint8_t> data() const { return bytes_.subspan(header_bytes_); }
-  // Unmaps what was read so far; whoever reads it again, at the same time even, maps it again.
-  void ReleasePages() const;
 
  private:
   SafetensorsFile() = default;

@@ -17,6 +17,7 @@
 #include "common/mutex.h"
 #include "common/progress.h"
 #include "common/status_macros.h"
+#include "tools/eval/error_text.h"
 
 namespace wintserve::eval {
 namespace {
@@ -117,10 +118,6 @@ class Requests {
   Mutex mu_;
   absl::Status status_ GUARDED_BY(mu_);
 };
-
-absl::Status AtPlace(const std::string& place, const absl::Status& status) {
-  return absl::Status(status.code(), fmt::format("{}: {}", place, std::string(status.message())));
-}
 
 double NatsOf(const ScoredSequence& sequence, const std::vector<double>& logprobs) {
   double nats = 0;

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <numbers>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/fakes/fake_tokenizer.h"
@@ -195,6 +196,20 @@ TEST(EvalReport, IsJsonWithAllDigits) {
   EXPECT_EQ(task["context_tokens"], 1024);
   EXPECT_EQ(task["measures"]["perplexity"]["value"], 90.01713);
   EXPECT_TRUE(task["measures"]["nats per token"]["standard_error"].is_null());
+}
+
+TEST(EvalReport, OfAPlaceThatCannotBeWrittenIsRefusedBeforeTheWork) {
+  const TemporaryFile file("");
+  EXPECT_TRUE(CheckJsonPlace("report.json").ok());
+  EXPECT_TRUE(CheckJsonPlace(file.path()).ok());
+  for (const auto& [path, error] : std::vector<std::pair<std::string, std::string>>{
+           {"/tmp", "--json: /tmp is a directory, must be a file"},
+           {file.path() + "/r.json",
+            "--json: cannot write into " + file.path() + "/: Not a directory"},
+           {"/no-such-directory/r.json",
+            "--json: cannot write into /no-such-directory/: No such file or directory"}}) {
+    EXPECT_EQ(std::string(CheckJsonPlace(path).message()), error);
+  }
 }
 
 TEST(EvalReport, ThatCannotBeWrittenNamesItsPlaceAndLeavesNothing) {

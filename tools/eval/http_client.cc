@@ -11,6 +11,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/strip.h"
+#include "tools/eval/error_text.h"
 
 namespace wintserve::eval {
 namespace {
@@ -19,7 +20,8 @@ using nlohmann::json;
 using Clock = std::chrono::steady_clock;
 
 constexpr int kLargestPauseSeconds = 30;
-constexpr size_t kShownBytes = 200;
+constexpr size_t kShownBytes = 200;     // of a body that is no message
+constexpr size_t kMessageBytes = 2000;  // of a server's own message
 
 // As OpenAI, vLLM, FastDeploy and FastAPI put it; else the body's beginning.
 std::string MessageOf(const std::string& body) {
@@ -27,16 +29,17 @@ std::string MessageOf(const std::string& body) {
   if (value.is_object()) {
     const json error = value.value("error", json());
     for (const json* place : {&error, &value}) {
-      if (place->is_string()) return place->get<std::string>();
+      if (place->is_string()) return OneLine(place->get<std::string>(), kMessageBytes);
       if (!place->is_object()) continue;
       for (const char* name : {"message", "detail"}) {
         const auto found = place->find(name);
         if (found == place->end() || found->is_null()) continue;
-        return found->is_string() ? found->get<std::string>() : found->dump();
+        return OneLine(found->is_string() ? found->get<std::string>() : found->dump(),
+                       kMessageBytes);
       }
     }
   }
-  return body.empty() ? "no message" : body.substr(0, kShownBytes);
+  return body.empty() ? "no message" : OneLine(body, kShownBytes);
 }
 
 bool IsWorthRepeating(int status) {
@@ -128,7 +131,7 @@ absl::StatusOr<json> HttpClient::Send(const char* method, const std::string& pat
       json answer = json::parse(result->body, nullptr, /*allow_exceptions=*/false);
       if (answer.is_object()) return answer;
       return absl::InternalError(fmt::format("{}: the answer is no JSON object: {}", what,
-                                             result->body.substr(0, kShownBytes)));
+                                             OneLine(result->body, kShownBytes)));
     } else {
       status = absl::Status(
           CodeOf(result->status),

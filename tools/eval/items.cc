@@ -13,6 +13,7 @@
 #include "common/json_depth.h"
 #include "common/read_file.h"
 #include "common/status_macros.h"
+#include "tools/eval/error_text.h"
 
 namespace wintserve::eval {
 namespace {
@@ -23,11 +24,7 @@ constexpr size_t kShownBytes = 60;
 
 // A value as it stands in an error, cut where it is long.
 std::string Shown(const json& value) {
-  std::string text = value.dump(-1, ' ', false, json::error_handler_t::replace);
-  if (text.size() <= kShownBytes) return text;
-  size_t end = kShownBytes;
-  while ((static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;  // no half character
-  return text.substr(0, end) + "…";
+  return OneLine(value.dump(-1, ' ', false, json::error_handler_t::replace), kShownBytes);
 }
 
 absl::Status Wrong(const std::string& field, std::string_view must, const json& got) {
@@ -88,10 +85,7 @@ absl::Status ForEachObject(
       return absl::InvalidArgumentError(fmt::format("{}: is no JSON object", place));
     }
     const absl::StatusOr<bool> goes_on = take(place, object);
-    if (!goes_on.ok()) {
-      return absl::Status(goes_on.status().code(),
-                          fmt::format("{}: {}", place, std::string(goes_on.status().message())));
-    }
+    if (!goes_on.ok()) return AtPlace(place, goes_on.status());
     if (!*goes_on) break;
   }
   if (file.bad()) return absl::DataLossError(fmt::format("{}: cannot be read to its end", path));

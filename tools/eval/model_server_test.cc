@@ -164,21 +164,20 @@ TEST_P(BadAnswers, AreToldApart) {
 
 INSTANTIATE_TEST_SUITE_P(
     All, BadAnswers,
-    testing::Values(BadAnswer{"NoJson", "<html>", "the answer is no JSON object: <html>"},
-                    BadAnswer{"Empty", "", "the answer is no JSON object"},
-                    BadAnswer{"NoChoices", "{}", "no choices[0].logprobs.token_logprobs"},
-                    BadAnswer{"NullLogprobs", R"({"choices": [{"logprobs": null}]})",
-                              "no choices[0].logprobs.token_logprobs"},
-                    BadAnswer{"TooMany",
-                              R"({"choices": [{"logprobs": {"token_logprobs": [null,-1,-1,-1]}}]})",
-                              "log-probabilities of 4 tokens for a prompt of 3"},
-                    BadAnswer{"Null",
-                              R"({"choices": [{"logprobs": {"token_logprobs": [null,-1,null]}}]})",
-                              "null as the log-probability of token 2"},
-                    BadAnswer{"OtherPrompt",
-                              R"({"choices": [{"logprobs": {"token_logprobs": [null,-1,-1]}}],
+    testing::Values(
+        BadAnswer{"NoJson", "<html>\n\t<b>", "the answer is no JSON object: <html>  <b>"},
+        BadAnswer{"Empty", "", "the answer is no JSON object"},
+        BadAnswer{"NoChoices", "{}", "no choices[0].logprobs.token_logprobs"},
+        BadAnswer{"NullLogprobs", R"({"choices": [{"logprobs": null}]})",
+                  "no choices[0].logprobs.token_logprobs"},
+        BadAnswer{"TooMany", R"({"choices": [{"logprobs": {"token_logprobs": [null,-1,-1,-1]}}]})",
+                  "log-probabilities of 4 tokens for a prompt of 3"},
+        BadAnswer{"Null", R"({"choices": [{"logprobs": {"token_logprobs": [null,-1,null]}}]})",
+                  "null as the log-probability of token 2"},
+        BadAnswer{"OtherPrompt",
+                  R"({"choices": [{"logprobs": {"token_logprobs": [null,-1,-1]}}],
                       "usage": {"prompt_tokens": 4}})",
-                              "counted 4 tokens of a prompt of 3"}),
+                  "counted 4 tokens of a prompt of 3"}),
     [](const auto& info) { return info.param.name; });
 
 TEST_F(ModelServer, IsAskedAgainWhenItWasBusyAfterTheTimeThatItNames) {

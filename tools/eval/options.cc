@@ -7,6 +7,8 @@
 #include <cstring>
 #include <map>
 
+#include "absl/strings/str_split.h"
+#include "common/check.h"
 #include "common/exit_code.h"
 
 namespace wintserve::eval {
@@ -36,6 +38,13 @@ const std::map<std::string, TaskKind>& TaskFlags() {
   return flags;
 }
 
+// As its check has read it, who takes "0x10" and "1_000", too.
+int64_t Limit(const std::string& value) {
+  int64_t limit = 0;
+  CHECK(CLI::detail::lexical_cast(value, limit), "{}", value);
+  return limit;
+}
+
 // CLI11 keeps the values of every option in order, and the order of all options: together that says
 // which --limit stands behind which task.
 void TakeTasks(const CLI::App& app, Options* options) {
@@ -49,9 +58,9 @@ void TakeTasks(const CLI::App& app, Options* options) {
     if (task != TaskFlags().end()) {
       options->tasks.push_back({task->second, value, limit_of_all});
     } else if (options->tasks.empty()) {
-      limit_of_all = std::stoll(value);
+      limit_of_all = Limit(value);
     } else {
-      options->tasks.back().limit = std::stoll(value);
+      options->tasks.back().limit = Limit(value);
     }
   }
 }
@@ -105,7 +114,8 @@ void Declare(CLI::App* app, Options* options) {
   app->add_option("--tokenizer", options->tokenizer, "Its directory; default: --model");
   app->add_option("--served-model-name", options->served_model_name,
                   "Which of the server's models; default: its only one");
-  app->add_option("--api-key", options->api_key, "Of the server");
+  app->add_option("--api-key", options->api_key,
+                  "Of the server; default: FD_API_KEY, which others cannot read");
   app->add_option("--context-tokens", options->context_tokens,
                   "Tokens of a window of --perplexity; its first one is not scored")
       ->check(CLI::Range(2, 1 << 24))
@@ -154,7 +164,8 @@ bool Options::NeedsTokenizer() const {
                      [](const TaskOptions& task) { return task.kind != TaskKind::kExact; });
 }
 
-CommandLine ParseCommandLine(int argc, const char* const* argv) {
+CommandLine ParseCommandLine(int argc, const char* const* argv,
+                             const std::function<const char*(const char*)>& get_env) {
   CommandLine command;
   Options& options = command.options;
   const auto* const end = std::find_if(
@@ -178,6 +189,10 @@ CommandLine ParseCommandLine(int argc, const char* const* argv) {
   }
   TakeTasks(app, &options);
   if (options.tokenizer.empty()) options.tokenizer = options.model;
+  if (const char* keys = get_env("FD_API_KEY"); keys != nullptr && options.api_key.empty()) {
+    const std::vector<std::string> split = absl::StrSplit(keys, ',', absl::SkipEmpty());
+    if (!split.empty()) options.api_key = split.front();
+  }
   command.error = CheckTogether(options);
   if (!command.error.empty()) command.exit_code = kExitUsage;
   return command;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -49,7 +50,9 @@ struct CommandLine {
   Options options;
 };
 
-// Never prints or exits. argv as main's.
-CommandLine ParseCommandLine(int argc, const char* const* argv);
+// Never prints or exits. argv as main's; get_env as ::getenv. Without --api-key the key is the
+// first one of FD_API_KEY, which other users of the machine cannot read.
+CommandLine ParseCommandLine(int argc, const char* const* argv,
+                             const std::function<const char*(const char*)>& get_env);
 
 }  // namespace wintserve::eval

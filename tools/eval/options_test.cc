@@ -14,9 +14,11 @@ namespace {
 using testing::ElementsAre;
 using testing::HasSubstr;
 
-CommandLine Parse(std::vector<const char*> words) {
+CommandLine Parse(std::vector<const char*> words, const char* key = nullptr) {
   words.insert(words.begin(), "wintserve eval");
-  return ParseCommandLine(static_cast<int>(words.size()), words.data());
+  return ParseCommandLine(static_cast<int>(words.size()), words.data(), [key](const char* name) {
+    return std::string(name) == "FD_API_KEY" ? key : nullptr;
+  });
 }
 
 TEST(EvalOptions, ALimitIsOfTheTaskBeforeItAndInFrontOfAllOfEveryTask) {
@@ -52,6 +54,18 @@ TEST(EvalOptions, TheTokenizerIsThatOfTheModelUnlessSaidOtherwise) {
 
 TEST(EvalOptions, ExactAnswersOfAServerNeedNoTokenizer) {
   EXPECT_EQ(Parse({"--server", "http://h", "--exact", "a"}).error, "");
+}
+
+TEST(EvalOptions, ALimitIsTheNumberThatItsCheckHasRead) {
+  EXPECT_EQ(Parse({"--model", "m", "--exact", "a", "--limit", "0x10"}).options.tasks[0].limit, 16);
+}
+
+TEST(EvalOptions, TheKeyOfTheEnvironmentIsTakenWhereNoneIsGiven) {
+  EXPECT_EQ(Parse({"--server", "http://h", "--exact", "a"}).options.api_key, "");
+  EXPECT_EQ(Parse({"--server", "http://h", "--exact", "a"}, ",e1,e2").options.api_key, "e1");
+  EXPECT_EQ(
+      Parse({"--server", "http://h", "--exact", "a", "--api-key", "f"}, "e1,e2").options.api_key,
+      "f");
 }
 
 TEST(EvalOptions, HelpIsForStdout) {

@@ -2,9 +2,12 @@
 
 #include <fmt/chrono.h>
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
+#include <cstring>
 #include <ctime>
 #include <filesystem>
 #include <fstream>
@@ -108,6 +111,19 @@ ordered_json ToJson(const Report& report, const Options& options) {
     result["tasks"].push_back(std::move(entry));
   }
   return result;
+}
+
+absl::Status CheckJsonPlace(const std::string& path) {
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error)) {
+    return absl::InvalidArgumentError(
+        fmt::format("--json: {} is a directory, must be a file", path));
+  }
+  const std::filesystem::path parent = std::filesystem::path(path).parent_path();
+  const std::string directory = parent.empty() ? "." : parent.string() + "/";
+  if (::access(directory.c_str(), W_OK) == 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      fmt::format("--json: cannot write into {}: {}", directory, std::strerror(errno)));
 }
 
 absl::Status WriteJson(const ordered_json& report, const std::string& path) {

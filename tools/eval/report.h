@@ -18,6 +18,9 @@ std::string Table(const Report& report);
 // known is null.
 nlohmann::ordered_json ToJson(const Report& report, const Options& options);
 
+// INVALID_ARGUMENT: WriteJson will not be able to write there, as far as can be known before.
+absl::Status CheckJsonPlace(const std::string& path);
+
 // Writes the report beside its place and moves it there, so that what is there is whole.
 absl::Status WriteJson(const nlohmann::ordered_json& report, const std::string& path);
 

@@ -8,6 +8,7 @@
 
 #include "common/check.h"
 #include "common/status_macros.h"
+#include "tools/eval/error_text.h"
 
 namespace wintserve::eval {
 namespace {
@@ -15,10 +16,6 @@ namespace {
 void Append(const std::vector<int32_t>& ids, bool is_scored, ScoredSequence* sequence) {
   sequence->ids.insert(sequence->ids.end(), ids.begin(), ids.end());
   sequence->is_scored.insert(sequence->is_scored.end(), ids.size(), is_scored);
-}
-
-absl::Status AtPlace(const std::string& place, const absl::Status& status) {
-  return absl::Status(status.code(), fmt::format("{}: {}", place, std::string(status.message())));
 }
 
 // The id of the marker that begins a text, -1 if there is none.
@@ -54,10 +51,8 @@ absl::StatusOr<std::vector<ScoredSequence>> ReadWindows(const std::string& path,
   std::vector<ScoredSequence> windows;
   std::vector<int32_t> rest;
   const auto is_enough = [&] { return limit > 0 && std::ssize(windows) >= limit; };
-  const auto cut = [&](size_t size) {
-    windows.push_back(
-        MakeWindow(path, std::ssize(windows), std::span(rest).first(size), tokenizer));
-    rest.erase(rest.begin(), rest.begin() + static_cast<std::ptrdiff_t>(size));
+  const auto add = [&](std::span<const int32_t> ids) {
+    windows.push_back(MakeWindow(path, std::ssize(windows), ids, tokenizer));
   };
   const auto window_size = static_cast<size_t>(context_tokens);
   const int32_t begin_id = BeginId(tokenizer);
@@ -66,10 +61,14 @@ absl::StatusOr<std::vector<ScoredSequence>> ReadWindows(const std::string& path,
     if (begin_id >= 0) rest.push_back(begin_id);
     rest.insert(rest.end(), ids.begin(), ids.end());
     rest.push_back(tokenizer.eos_id());
-    while (rest.size() >= window_size && !is_enough()) cut(window_size);
+    size_t begin = 0;
+    for (; rest.size() - begin >= window_size && !is_enough(); begin += window_size) {
+      add(std::span(rest).subspan(begin, window_size));
+    }
+    rest.erase(rest.begin(), rest.begin() + static_cast<std::ptrdiff_t>(begin));
     return !is_enough();
   }));
-  if (rest.size() >= 2 && !is_enough()) cut(rest.size());
+  if (rest.size() >= 2 && !is_enough()) add(rest);
   if (windows.empty()) {
     return absl::InvalidArgumentError(fmt::format("{}: holds no text to score", path));
   }

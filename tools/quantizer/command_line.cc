@@ -108,7 +108,7 @@ void AddCalibration(CLI::App* app, MethodOptions* method) {
   add_number("--calibration-sequence", &limits.max_sequence_tokens, int64_t{1}, kMany, "N",
              "Tokens of a sequence at most");
   FeedbackEncoderOptions& feedback = method->feedback;
-  add_number("--sweeps", &feedback.feedback.num_sweeps, 0, 1000, "N",
+  add_number("--sweeps", &feedback.feedback.num_sweeps, 0, 100, "N",
              "Sweeps over the codes of a matrix after the feedback");
   add_number("--damping", &feedback.feedback.damping, 0.0, 1e6, "X",
              "How much weights count that the inputs do not show, of\ntheir mean square");
@@ -129,13 +129,20 @@ void AddCalibration(CLI::App* app, MethodOptions* method) {
 
 void AddOperation(CLI::App* app, QuantizeOptions* options) {
   const std::string group = "Operation";
+  const CLI::Validator is_given(
+      [](const std::string& text) {
+        return text.empty() ? std::string("must name a directory, got nothing") : std::string();
+      },
+      "");
   app->set_help_flag("--help,-h", "Print this help")->group(group);
   app->add_option("--model", options->model, "The checkpoint to quantise")
       ->required()
+      ->check(is_given)
       ->type_name("DIR")
       ->group(group);
   app->add_option("--output", options->output, "Where the quantised one goes; must not exist")
       ->required()
+      ->check(is_given)
       ->type_name("DIR")
       ->group(group);
   app->add_option("--max-shard-gib", options->max_shard_gib,

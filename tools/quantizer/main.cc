@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
 #include <cstdio>
 #include <string_view>
 #include <thread>
@@ -25,9 +26,11 @@ void Write(std::string_view text) {
 
 // The first one ends the run after the matrix that is worked on; the second one ends it at once.
 void OnStop(int number) {
+  const int error = errno;  // of the call that is interrupted
   stop_signal = number;
   stop = true;
   Write("\nstopping after this matrix; once more to stop at once\n");
+  errno = error;
 }
 
 // The source is mapped, so what cannot be read of it arrives as a signal.

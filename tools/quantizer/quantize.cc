@@ -64,12 +64,10 @@ std::string Summary(const QuantizeOptions& options, const Source& source, const 
                       options.output.string(), after / kGib, plan.files.size(),
                       plan.files.size() == 1 ? "file" : "files", 100 * after / before,
                       before / kGib, sum.bits_per_weight());
-  if (source.num_mtp_tensors > 0) {
-    text += fmt::format("left out: {} tensors of multi-token prediction\n", source.num_mtp_tensors);
-  }
-  if (source.num_other_skipped_tensors > 0) {
-    text += fmt::format("left out: {} tensors that serving does not use\n",
-                        source.num_other_skipped_tensors);
+  for (const SkippedTensors::Count& count : source.skipped.counts) {
+    text +=
+        fmt::format("left out: {} {}: {}\n", count.num_tensors,
+                    count.num_tensors == 1 ? "tensor" : "tensors", SkipReasonName(count.reason));
   }
   text += fmt::format("took {:.1f} s on {} {}\n", seconds, options.num_threads,
                       options.num_threads == 1 ? "thread" : "threads");
@@ -98,7 +96,10 @@ QuantizeResult Quantize(const QuantizeOptions& options, const std::atomic<bool>*
       OutputDir::Open(options.output, *plan, std::move(identity), options.overwrite_partial);
   if (!output.ok()) return Fail(kExitOutput, output.status());
   const auto method = MakeQuantizer(options.method, *source, &pool);
-  if (!method.ok()) return Fail(kExitUsage, method.status());
+  if (!method.ok()) {
+    output->RemoveIfNothingIsDone();
+    return Fail(kExitUsage, method.status());
+  }
 
   absl::StatusOr<Totals> totals;
   {

@@ -105,6 +105,9 @@ INSTANTIATE_TEST_SUITE_P(
         BadArguments{"NoThreads", {"--threads=0"}, "--threads: Value 0 not in range 1 to 1024"},
         BadArguments{"NoShard", {"--max-shard-gib=0"}, "--max-shard-gib: Value 0"},
         BadArguments{"SweepsWithoutText", {"--sweeps=2"}, "--sweeps requires --calibration"},
+        BadArguments{"ManySweeps",
+                     {"--calibration=c", "--sweeps=101"},
+                     "--sweeps: Value 101 not in range 0 to 100"},
         BadArguments{"NoRidge", {"--calibration=c", "--ridge=0"}, "--ridge: Value 0 not in range"},
         BadArguments{"Unknown", {"--frob"}, "--frob"},
         BadArguments{"NoNumber", {"--wint4-layers=x"}, "--wint4-layers"}),
@@ -113,6 +116,10 @@ INSTANTIATE_TEST_SUITE_P(
 TEST(QuantizeCommand, ModelAndOutputAreNeeded) {
   EXPECT_EQ(ParseQuantizeCommand({"--output=x"}, 1).error, "error: --model is required");
   EXPECT_EQ(ParseQuantizeCommand({"--model=x"}, 1).error, "error: --output is required");
+  EXPECT_EQ(ParseQuantizeCommand({"--model=x", "--output", ""}, 1).error,
+            "error: --output: must name a directory, got nothing");
+  EXPECT_EQ(ParseQuantizeCommand({"--model", "", "--output=x"}, 1).error,
+            "error: --model: must name a directory, got nothing");
 }
 
 TEST(QuantizeCommand, HelpExplainsEveryOption) {
@@ -243,6 +250,9 @@ TEST_F(QuantizeTiny, ATextThatCannotBeReadIsNamed) {
   const QuantizeResult empty = Run({});
   EXPECT_EQ(empty.exit_code, kExitUsage);
   EXPECT_THAT(empty.error, HasSubstr(Text() + ":1"));
+  EXPECT_FALSE(std::filesystem::exists(dir_.path() / "out.partial"));
+  WriteText("春眠不觉晓");
+  EXPECT_EQ(Run({}).error, "") << "nothing is left of the wrong text";
 }
 
 TEST_F(QuantizeModel, AnotherModelIsNotMistakenForTheOneThatWasBegun) {

@@ -22,7 +22,6 @@ using formats::HostMatrix;
 using Clock = std::chrono::steady_clock;
 
 constexpr std::chrono::seconds kCommitInterval{60};
-constexpr int64_t kBytesBetweenReleases = 256 << 20;
 
 absl::Status WithName(const PlannedStep& step, const absl::Status& status) {
   if (status.ok()) return status;
@@ -82,9 +81,7 @@ class Converter {
           LoadMatrixSlice(set, DescribeMatrix(layout, *c_.target, *ref), /*rank=*/0,
                           /*world_size=*/1, c_.k_order, ref->role == MatrixRole::kRouter));
       RETURN_IF_ERROR(WithName(steps_[i], c_.quantizer->Replay(*ref, std::move(done))));
-      ReleasePages(steps_[i]);
     }
-    for (const SafetensorsFile& file : set.files()) file.ReleasePages();
     return absl::OkStatus();
   }
 
@@ -115,7 +112,6 @@ class Converter {
     RETURN_IF_ERROR(EmitMatrix(step, *matrix, Sink()));
     totals_.Add(step, error);
     of_layer_.Add(step, error);
-    ReleasePages(step);
     return absl::OkStatus();
   }
 
@@ -141,14 +137,6 @@ class Converter {
     if (c_.stop == nullptr || !c_.stop->load()) return absl::OkStatus();
     return absl::CancelledError(
         fmt::format("stopped; the same command goes on with {}", c_.output->partial().string()));
-  }
-
-  // Pages of the source that were read count as memory of ours until they are let go of.
-  void ReleasePages(const PlannedStep& step) {
-    bytes_read_ += 2 * step.k * step.n;
-    if (bytes_read_ < kBytesBetweenReleases) return;
-    bytes_read_ = 0;
-    c_.source->checkpoint->ReleasePages();
   }
 
   void SetNote(std::string note) {
@@ -187,7 +175,6 @@ class Converter {
   int layer_ = -2;
   Clock::time_point layer_begin_;
   Clock::time_point last_commit_ = Clock::now();
-  int64_t bytes_read_ = 0;
 };
 
 }  // namespace

@@ -264,8 +264,9 @@ TEST(Convert, MultiTokenPredictionIsCountedAndLeftOut) {
   WriteModel(dir.path() / "model", config, tensors);
   const auto source = OpenSource(dir.path() / "model");
   ASSERT_TRUE(source.ok()) << source.status();
-  EXPECT_EQ(source->num_mtp_tensors, 2);
-  EXPECT_EQ(source->num_other_skipped_tensors, 0);
+  ASSERT_EQ(source->skipped.counts.size(), 1u);
+  EXPECT_EQ(source->skipped.counts[0].reason, SkipReason::kMultiTokenPrediction);
+  EXPECT_EQ(source->skipped.counts[0].num_tensors, 2);
   ASSERT_TRUE(RunJob(dir.path() / "model", dir.path() / "out", {}).ok());
   EXPECT_EQ(FilesOf(dir.path() / "out"), FilesOf(Converted(config).output()));
 }

@@ -32,7 +32,9 @@ absl::Status SystemError(int error, const fs::path& path, std::string_view what)
 
 // A path's last part, whether it was given with a slash at its end or not.
 fs::path WithoutSlash(const fs::path& path) {
-  fs::path absolute = fs::absolute(path).lexically_normal();
+  std::error_code error;  // no working directory: the path as it is
+  fs::path absolute = fs::absolute(path, error).lexically_normal();
+  if (error) absolute = path.lexically_normal();
   return absolute.has_filename() ? absolute : absolute.parent_path();
 }
 
@@ -180,7 +182,7 @@ absl::Status OutputDir::Resume(bool overwrite_partial) {
     return absl::OkStatus();
   }
   const std::optional<Journal> journal = ParseJournal(*text);
-  if (!journal.has_value() || journal->num_steps > num_steps_) {
+  if (!journal.has_value() || journal->num_steps < 0 || journal->num_steps > num_steps_) {
     return refuse(fmt::format("{} is damaged; --overwrite-partial begins anew", kJournal));
   }
   if (journal->identity != identity_) {
@@ -203,6 +205,7 @@ absl::Status OutputDir::Begin(const OutputPlan& plan) {
   if (::mkdir(partial_.c_str(), 0777) != 0) {
     return SystemError(errno, partial_, "cannot be made");
   }
+  RETURN_IF_ERROR(SyncDirectory(parent));
   RETURN_IF_ERROR(Lock());
   // First of all, so that whatever is there is known to be ours.
   return WriteJournal(0, nullptr);
@@ -233,7 +236,10 @@ absl::Status OutputDir::OpenFiles(const OutputPlan& plan) {
                       path.string(), info.st_size, file.size_bytes));
     }
     // Reserved now, the space cannot be missing after hours.
-    const int error = ::posix_fallocate(fd.get(), 0, file.size_bytes);
+    int error;
+    do {
+      error = ::posix_fallocate(fd.get(), 0, file.size_bytes);
+    } while (error == EINTR);
     if (error == EOPNOTSUPP || error == EINVAL) {
       if (::ftruncate(fd.get(), file.size_bytes) != 0) {
         return SystemError(errno, path, "cannot be made as large as it will be");
@@ -272,10 +278,13 @@ absl::Status OutputDir::WriteTensor(const PlannedTensor& tensor, std::span<const
 }
 
 absl::Status OutputDir::Commit(int64_t num_steps, const nlohmann::json& notes) {
+  if (!sync_error_.ok()) return sync_error_;
   for (size_t i = 0; i < files_.size(); ++i) {
     if (!is_dirty_[i]) continue;
     if (::fsync(files_[i].get()) != 0) {
-      return SystemError(errno, partial_ / file_names_[i], "cannot be synchronised");
+      // The system tells of pages that it could not write once, and takes them for written.
+      sync_error_ = SystemError(errno, partial_ / file_names_[i], "cannot be synchronised");
+      return sync_error_;
     }
     is_dirty_[i] = false;
   }
@@ -288,6 +297,12 @@ absl::Status OutputDir::WriteJournal(int64_t num_steps, const nlohmann::json& no
   const nlohmann::json journal = {
       {"run", std::move(run)}, {"steps_done", num_steps}, {"notes", notes}};
   return WriteAtomically(partial_ / kJournal, journal.dump(2) + "\n");
+}
+
+void OutputDir::RemoveIfNothingIsDone() {
+  if (num_steps_before_ > 0) return;
+  std::error_code error;
+  fs::remove_all(partial_, error);  // what stays is an output that another run begins anew
 }
 
 absl::Status OutputDir::Finish() {

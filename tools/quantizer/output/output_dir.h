@@ -54,7 +54,11 @@ class OutputDir {
   // REQUIRES: as many bytes as the tensor has.
   absl::Status WriteTensor(const PlannedTensor& tensor, std::span<const uint8_t> bytes);
   // Everything written so far is on the disk, and the journal says that so many steps are done.
+  // After an error of a disk every later call fails with it: what is on the disk is not known.
   absl::Status Commit(int64_t num_steps, const nlohmann::json& notes);
+  // For a run that cannot begin: leaves no directory behind unless an earlier run has made steps.
+  // REQUIRES: nothing was committed. Nothing may be called afterwards.
+  void RemoveIfNothingIsDone();
   // REQUIRES: all steps are committed. Nothing may be called afterwards.
   absl::Status Finish();
 
@@ -73,6 +77,7 @@ class OutputDir {
   std::vector<UniqueFd> files_;
   std::vector<std::string> file_names_;
   std::vector<bool> is_dirty_;  // by file: written since the last Commit
+  absl::Status sync_error_;     // the first one of Commit
   int64_t num_steps_ = 0;       // of the plan
   int64_t num_steps_before_ = 0;
   nlohmann::json notes_before_;

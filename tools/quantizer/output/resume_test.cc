@@ -2,10 +2,25 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <cerrno>
+
 #include "tools/quantizer/output/output_test_util.h"
+
+namespace {
+std::atomic<bool> next_fsync_fails = false;
+}  // namespace
+
+// Stands in for the C library's: a disk whose errors are told once, as Linux does.
+extern "C" int fsync(int fd) {
+  if (!next_fsync_fails.exchange(false)) return static_cast<int>(::syscall(SYS_fsync, fd));
+  errno = EIO;
+  return -1;
+}
 
 namespace wintserve::quantizer {
 namespace {
@@ -201,8 +216,11 @@ TEST_F(Resume, ADamagedPartialOutputIsRefused) {
   }
   std::filesystem::resize_file(file, 1000);
   EXPECT_THAT(ErrorOf(Run()), AllOf(HasSubstr(file.string()), HasSubstr("--overwrite-partial")));
-  wintserve::testing::WriteFile(Partial() / "quantize-journal.json", "{}");
-  EXPECT_THAT(ErrorOf(Run()), HasSubstr("quantize-journal.json is damaged"));
+  for (const char* journal : {"{}", R"({"run": [], "steps_done": 99})",
+                              R"({"run": [], "steps_done": 18446744073709551615})"}) {
+    wintserve::testing::WriteFile(Partial() / "quantize-journal.json", journal);
+    EXPECT_THAT(ErrorOf(Run()), HasSubstr("quantize-journal.json is damaged")) << journal;
+  }
 }
 
 // A limit on the size of files stands in for a full disk.
@@ -219,6 +237,33 @@ TEST_F(Resume, AFullDiskIsNamedBeforeAnythingIsMadeAndLeavesNothingWrong) {
   EXPECT_THAT(ErrorOf(result), HasSubstr("cannot be made as large as it will be: File too large"));
   EXPECT_EQ(num_made_, 0);
   EXPECT_TRUE(Run().ok());
+}
+
+TEST_F(Resume, WhatADiskFailedToWriteIsNotTakenForWritten) {
+  const auto failed = Run({}, 9, [] { next_fsync_fails = true; });
+  EXPECT_THAT(ErrorOf(failed), HasSubstr("cannot be synchronised: Input/output error"));
+  ASSERT_TRUE(Run().ok());
+  EXPECT_EQ(num_replayed_, 5) << "the last layer that was synchronised";
+}
+
+TEST_F(Resume, ARunThatCannotBeginLeavesOnlyWhatAnEarlierOneHasMade) {
+  const auto source = OpenSource(Model());
+  ASSERT_TRUE(source.ok()) << source.status();
+  const auto target = QuantizedConfig(source->config, {});
+  ASSERT_TRUE(target.ok()) << target.status();
+  const auto plan = PlanOutput(*target, Job().max_file_bytes);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  const auto open_and_remove = [&] {
+    auto dir = OutputDir::Open(Output(), *plan, Job().identity, false);
+    ASSERT_TRUE(dir.ok()) << dir.status();
+    dir->RemoveIfNothingIsDone();
+  };
+  open_and_remove();
+  EXPECT_FALSE(std::filesystem::exists(Partial()));
+  RunAndKill(9);
+  open_and_remove();
+  ASSERT_TRUE(Run().ok());
+  EXPECT_EQ(num_replayed_, 5);
 }
 
 TEST_F(Resume, AModelThatDoesNotFitTheDiskIsRefusedAtOnce) {

@@ -211,7 +211,7 @@ TEST(TensorPlan, AMatrixThatDoesNotComeInTilesIsNamed) {
   config.moe_intermediate_size = 192;  // layer 1's wint4 takes it, layer 2's wint2 does not
   EXPECT_EQ(std::string(PlanOutput(config, 1 << 20).status().message()),
             "ernie.layers.2.mlp.experts.0.down_proj is a matrix of 192 inputs and 128 outputs, "
-            "which cannot be stored as wint2; allowed: multiples of 128 and 1");
+            "which cannot be stored as wint2; allowed: multiples of 128 inputs");
 }
 
 }  // namespace

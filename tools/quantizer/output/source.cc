@@ -8,8 +8,6 @@
 
 #include "common/read_file.h"
 #include "common/status_macros.h"
-#include "engine_worker/weights/layout.h"
-#include "engine_worker/weights/tensor_set.h"
 
 namespace wintserve::quantizer {
 namespace {
@@ -59,17 +57,6 @@ std::vector<fs::path> FindCompanions(const fs::path& dir) {
   return found;
 }
 
-absl::Status CountSkipped(const fs::path& dir, Source* source) {
-  ASSIGN_OR_RETURN(const TensorSet set, TensorSet::Open(dir));
-  ASSIGN_OR_RETURN(const Layout layout, DetectLayout(set, source->config));
-  for (const auto& [name, entry] : set.tensors()) {
-    if (!WhySkipped(layout, name)) continue;
-    ++(name.find(".mtp_") != std::string::npos ? source->num_mtp_tensors
-                                               : source->num_other_skipped_tensors);
-  }
-  return absl::OkStatus();
-}
-
 }  // namespace
 
 std::string Source::Digest() const {
@@ -86,7 +73,8 @@ absl::StatusOr<Source> OpenSource(const fs::path& dir) {
   ASSIGN_OR_RETURN(source.checkpoint, Checkpoint::Open(dir, source.config, KOrderChoice::kMma64));
   // Of a checkpoint that is split this is the first error that says so.
   RETURN_IF_ERROR(source.checkpoint->LoadMatrix({MatrixRole::kOutput, 0}, 0, 1).status());
-  RETURN_IF_ERROR(CountSkipped(dir, &source));
+  ASSIGN_OR_RETURN(const CheckpointFiles files, OpenCheckpointFiles(dir, source.config));
+  source.skipped = CheckTensors(files.sets.front(), files.layout, files.stored_config).skipped;
   source.config.tie_word_embeddings = source.checkpoint->head_is_tied();
   source.config.tie_word_embeddings_is_set = true;
   source.config.has_router_bias = source.checkpoint->has_router_bias();

@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "engine_worker/config/model_config.h"
 #include "engine_worker/weights/checkpoint.h"
+#include "engine_worker/weights/checkpoint_files.h"
 
 namespace wintserve::quantizer {
 
@@ -20,9 +21,7 @@ struct Source {
   std::string config_json;
   std::unique_ptr<Checkpoint> checkpoint;
   std::vector<std::filesystem::path> companions;  // tokenizer, generation settings, licence
-  // Not carried over: multi-token prediction, KV-cache scales and the like.
-  int64_t num_mtp_tensors = 0;
-  int64_t num_other_skipped_tensors = 0;
+  SkippedTensors skipped;  // not carried over: multi-token prediction, KV-cache scales and the like
 
   // Of config.json's text and the weights, as Checkpoint::digest.
   std::string Digest() const;

@@ -61,10 +61,11 @@ absl::Status CheckTiles(const StoredMatrix& stored) {
     return {"", 1, 1};
   }();
   if (stored.k % k_tile == 0 && stored.n % n_tile == 0) return absl::OkStatus();
+  const std::string outputs = n_tile == 1 ? "" : fmt::format(" and of {} outputs", n_tile);
   return absl::InvalidArgumentError(
       fmt::format("{} is a matrix of {} inputs and {} outputs, which cannot be stored as {}; "
-                  "allowed: multiples of {} and {}",
-                  stored.name, stored.k, stored.n, scheme, k_tile, n_tile));
+                  "allowed: multiples of {} inputs{}",
+                  stored.name, stored.k, stored.n, scheme, k_tile, outputs));
 }
 
 class Planner {
