@@ -129,7 +129,7 @@ test-quantize-shapes: setup $(BUILD)/build.ninja  ## A layer of the 21B's and on
 	@ninja -C $(BUILD) quantize_shapes_test
 	$(BUILD)/tests/quantize_shapes_test $(BUILD)/bin/wintserve-quantize --large
 
-# About a core-hour and a half as it stands; EXPERTS=1 CALIBRATION_TOKENS=2048 for a shorter look.
+# Two core-hours as it stands; EXPERTS=1 CALIBRATION_TOKENS=2048 for a shorter look.
 test-calibrate-shapes: setup $(BUILD)/build.ninja  ## A layer of the 300B's shape with calibration, within 16 GiB
 	@ninja -C $(BUILD) quantize_shapes_test
 	$(BUILD)/tests/quantize_shapes_test $(BUILD)/bin/wintserve-quantize --calibrate
