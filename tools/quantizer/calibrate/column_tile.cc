@@ -105,6 +105,7 @@ ColumnTile::ColumnTile(int64_t k)
       weights(k * kTileColumns),
       decoded(k * kTileColumns),
       gradient(k * kTileColumns),
+      old_gradient(k * kTileColumns),
       scratch(k * kTileColumns) {}
 
 void LoadWeights(FloatMatrix target, const FeedbackFactor& factor, std::span<const int64_t> columns,
@@ -240,25 +241,25 @@ void RefitScales(const FeedbackFactor& factor, const ColumnSums& zero_errors, De
   tile.scratch.swap(tile.decoded);  // scratch: the old values
   std::transform(tile.scratch.begin(), tile.scratch.end(), tile.decoded.begin(),
                  tile.scratch.begin(), std::minus<>());
+  tile.old_gradient = tile.gradient;
   MultiplyHessian(factor, tile.scratch.data(), tile.gradient.data());
   const ColumnSums after = Errors(tile);
 
   // Rounding of the decoded values can undo what the quadratic promised.
-  std::array<float, kTileColumns> undo = {};
   bool any_undone = false;
   for (int column = 0; column < kTileColumns; ++column) {
-    const bool is_worse = wanted[column] != scales[column] && !(after[column] < before[column]);
-    undo[column] = is_worse ? -1.0f : 0.0f;
-    any_undone |= is_worse;
-    if (!is_worse) scales[column] = wanted[column];
+    if (wanted[column] == scales[column]) continue;
+    if (after[column] < before[column]) {
+      scales[column] = wanted[column];
+      continue;
+    }
+    any_undone = true;
+    for (int64_t row = 0; row < tile.k; ++row) {
+      const int64_t i = row * kTileColumns + column;
+      tile.gradient[i] = tile.old_gradient[i];
+    }
   }
-  if (!any_undone) return;
-  for (int64_t row = 0; row < tile.k; ++row) {
-    float* delta = tile.scratch.data() + row * kTileColumns;
-    for (int column = 0; column < kTileColumns; ++column) delta[column] *= undo[column];
-  }
-  MultiplyHessian(factor, tile.scratch.data(), tile.gradient.data());
-  decode(scales, tile.decoded.data());
+  if (any_undone) decode(scales, tile.decoded.data());
 }
 
 }  // namespace wintserve::quantizer::calibrate

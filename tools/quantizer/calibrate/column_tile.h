@@ -45,10 +45,11 @@ struct ColumnTile {
   // Power of two that weights, decoded values, scales and gradient of the column are divided by, so
   // that no square overflows or vanishes. Errors are those of the matrix itself.
   ColumnScales unit;
-  std::vector<float> weights;   // the target's; zeros for padding
-  std::vector<float> decoded;   // what the codes stand for
-  std::vector<float> gradient;  // H (weights - decoded)
-  std::vector<float> scratch;   // of the functions below
+  std::vector<float> weights;       // the target's; zeros for padding
+  std::vector<float> decoded;       // what the codes stand for
+  std::vector<float> gradient;      // H (weights - decoded)
+  std::vector<float> old_gradient;  // of RefitScales
+  std::vector<float> scratch;       // of the functions below
 };
 
 // Sets columns, unit and weights. At most kTileColumns columns, the rest is padding.

@@ -62,7 +62,7 @@ struct FeedbackResult {
 // WINT2. `target` [k, n] in true K order, k == factor.k().
 // Without calibration rows the search starts from EncodeWint2's result, so it is never worse.
 // Deterministic: it does not depend on the number of threads. Beside the result, a thread holds
-// 20 k bytes for each of 64 columns.
+// 24 k bytes for each of 64 columns.
 // Errors: InvalidArgument if target.k is not a multiple of 128 or not factor.k(), if a weight is
 // not finite or beyond kLargestWeight, or if `options` is not as said above. REQUIRES: factor was
 // made for kWint2.

@@ -33,7 +33,13 @@ void Factor(benchmark::State& state) {
   const Moments moments = NearbyInputsCorrelate(state.range(0));
   for (auto _ : state) benchmark::DoNotOptimize(FeedbackFactor::Make(moments, {}, pool));
 }
-BENCHMARK(Factor)->Arg(384)->Arg(2048)->Arg(8192)->Unit(benchmark::kMillisecond)->UseRealTime();
+BENCHMARK(Factor)
+    ->Arg(384)
+    ->Arg(2048)
+    ->Arg(4096)
+    ->Arg(8192)
+    ->Unit(benchmark::kMillisecond)
+    ->UseRealTime();
 
 void Wint2(benchmark::State& state) {
   kernels::cpu::ThreadPool pool(NumThreads());
@@ -54,6 +60,7 @@ BENCHMARK(Wint2)
     ->Args({2048, 512, 0})
     ->Args({2048, 512, 4})
     ->Args({8192, 256, 0})
+    ->Args({3584, 256, 4})
     ->Args({8192, 256, 4})
     ->Unit(benchmark::kMillisecond)
     ->UseRealTime();
@@ -76,6 +83,7 @@ BENCHMARK_CAPTURE(PerChannel, wint4, formats::WeightFormat::kWint4)
 BENCHMARK_CAPTURE(PerChannel, wint8, formats::WeightFormat::kWint8)
     ->Args({384, 512})
     ->Args({2048, 512})
+    ->Args({8192, 256})
     ->Unit(benchmark::kMillisecond)
     ->UseRealTime();
 
@@ -90,6 +98,8 @@ void Target(benchmark::State& state) {
 BENCHMARK(Target)
     ->Args({384, 512})
     ->Args({2048, 512})
+    ->Args({4096, 512})
+    ->Args({8192, 256})
     ->Unit(benchmark::kMillisecond)
     ->UseRealTime();
 

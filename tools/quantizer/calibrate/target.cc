@@ -2,21 +2,36 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 
 #include "Eigen/Core"
 #include "common/status_macros.h"
 #include "fmt/format.h"
 #include "tools/quantizer/calibrate/cholesky.h"
+#include "tools/quantizer/calibrate/column_tile.h"
+#include "tools/quantizer/calibrate/double_product.h"
 
 namespace wintserve::quantizer {
 namespace {
 
-using Matrix = Eigen::MatrixXd;  // column-major
 using FloatMap =
     Eigen::Map<const Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>;
 
-constexpr int64_t kTileColumns = 64;
-constexpr int64_t kTileRows = 256;  // of C that are float64 at a time
+using calibrate::kPanelColumns;
+static_assert(kPanelColumns == calibrate::kTileColumns);
+
+// Terms of C W that are summed up in float32. Their error is of the kind and size that the sums of
+// so many rows in C have themselves.
+constexpr int64_t kTerms = 256;
+
+// 64 columns, row-major.
+struct Tile {
+  explicit Tile(int64_t k)
+      : values(k * kPanelColumns), weights(k * kPanelColumns), part(k * kPanelColumns) {}
+  std::vector<double> values;
+  std::vector<float> weights;
+  std::vector<float> part;
+};
 
 absl::Status CheckArguments(FloatMatrix w, const Moments& moments, const TargetOptions& options,
                             kernels::cpu::ThreadPool& pool) {
@@ -39,24 +54,30 @@ absl::Status CheckArguments(FloatMatrix w, const Moments& moments, const TargetO
   return absl::OkStatus();
 }
 
-// Columns [begin, begin + width) of C W + D.
-Matrix RightHandSide(FloatMatrix w, const Moments& moments, int64_t begin, int64_t width) {
-  const FloatMap weights(w.data, w.k, w.n);
-  Matrix tile = Matrix::Zero(w.k, width);
+// (C W + D) / mean of columns [begin, begin + width), and zeros.
+void SetRightHandSide(FloatMatrix w, const Moments& moments, double mean, int64_t begin,
+                      int64_t width, Tile& tile) {
+  std::fill(tile.values.begin(), tile.values.end(), 0.0);
   if (!moments.cross.empty()) {
-    const FloatMap cross(moments.cross.data(), w.k, w.k);
-    const Matrix columns = weights.middleCols(begin, width).cast<double>();
-    for (int64_t row = 0; row < w.k; row += kTileRows) {
-      const int64_t rows = std::min(kTileRows, w.k - row);
-      const Matrix part = cross.middleRows(row, rows).cast<double>();
-      tile.middleRows(row, rows).noalias() = part * columns;
+    std::fill(tile.weights.begin(), tile.weights.end(), 0.0f);
+    for (int64_t row = 0; row < w.k; ++row) {
+      std::copy_n(w.data + row * w.n + begin, width, tile.weights.data() + row * kPanelColumns);
+    }
+    for (int64_t first = 0; first < w.k; first += kTerms) {
+      std::fill(tile.part.begin(), tile.part.end(), 0.0f);
+      calibrate::AddProduct(moments.cross.data() + first, w.k, w.k, std::min(kTerms, w.k - first),
+                            tile.weights.data() + first * kPanelColumns, tile.part.data());
+      for (size_t i = 0; i < tile.values.size(); ++i) tile.values[i] += double{tile.part[i]};
     }
   }
-  if (!moments.cross_output.empty()) {
-    const FloatMap extra(moments.cross_output.data(), w.k, w.n);
-    tile += extra.middleCols(begin, width).cast<double>();
+  for (int64_t row = 0; row < w.k; ++row) {
+    double* to = tile.values.data() + row * kPanelColumns;
+    if (!moments.cross_output.empty()) {
+      const float* extra = moments.cross_output.data() + row * w.n + begin;
+      for (int64_t column = 0; column < width; ++column) to[column] += double{extra[column]};
+    }
+    for (int64_t column = 0; column < width; ++column) to[column] /= mean;
   }
-  return tile;
 }
 
 }  // namespace
@@ -72,24 +93,31 @@ absl::StatusOr<std::vector<float>> SolveTarget(FloatMatrix w, const Moments& mom
   if (!has_correction || mean == 0) return target;
 
   // In units of the mean, which keeps the pivots near 1.
-  Matrix damped = hessian.cast<double>() / mean;
-  damped.diagonal().array() += options.ridge;
+  Eigen::MatrixXd damped(w.k, w.k);
+  pool.Run(w.k, w.k * w.k, [&](int64_t column, int) {
+    damped.col(column) = hessian.row(column).cast<double>() / mean;
+    damped(column, column) += options.ridge;
+  });
   if (!calibrate::FactorInPlace(damped, pool)) {
     return absl::FailedPreconditionError(
         fmt::format("target: the hessian of {} inputs with ridge {} is not positive definite", w.k,
                     options.ridge));
   }
-  const int64_t num_tiles = (w.n + kTileColumns - 1) / kTileColumns;
-  pool.Run(num_tiles, 3 * w.k * w.k * w.n, [&](int64_t item, int) {
-    const int64_t begin = item * kTileColumns;
-    const int64_t width = std::min(kTileColumns, w.n - begin);
-    Matrix tile = RightHandSide(w, moments, begin, width) / mean;
-    damped.triangularView<Eigen::Lower>().solveInPlace(tile);
-    damped.triangularView<Eigen::Lower>().transpose().solveInPlace(tile);
+  calibrate::MirrorLower(damped, pool);
+  const int64_t num_tiles = (w.n + kPanelColumns - 1) / kPanelColumns;
+  std::vector<std::unique_ptr<Tile>> tiles(pool.num_threads());
+  pool.Run(num_tiles, 3 * w.k * w.k * w.n, [&](int64_t item, int thread) {
+    if (tiles[thread] == nullptr) tiles[thread] = std::make_unique<Tile>(w.k);
+    Tile& tile = *tiles[thread];
+    const int64_t begin = item * kPanelColumns;
+    const int64_t width = std::min(kPanelColumns, w.n - begin);
+    SetRightHandSide(w, moments, mean, begin, width, tile);
+    calibrate::SolvePanel(damped, tile.values.data());
     for (int64_t row = 0; row < w.k; ++row) {
       float* out = target.data() + row * w.n + begin;
+      const double* correction = tile.values.data() + row * kPanelColumns;
       for (int64_t column = 0; column < width; ++column) {
-        out[column] = static_cast<float>(out[column] + tile(row, column));
+        out[column] = static_cast<float>(out[column] + correction[column]);
       }
     }
   });

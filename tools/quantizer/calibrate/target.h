@@ -26,10 +26,11 @@ inline constexpr double kSmallestRidge = 1e-6;
 // quantised next and the new weights of one that stays in float32 or bfloat16, such as a router.
 // W itself where moments has neither cross nor cross_output, or no rows.
 //
-// Solved in float64 (Cholesky): 8 k^2 bytes beside the operands, and 8 k bytes for each of 64
-// columns a thread. Deterministic: it does not depend on the number of threads. Errors:
-// InvalidArgument if `moments` fails CheckMoments or does not fit w's shape, if w has a value that
-// is not finite, or if the ridge is not finite or below kSmallestRidge.
+// Solved in float64 (Cholesky); C W is a product in float32, summed up in float64 every 256 terms:
+// 8 k^2 bytes beside the operands, and 16 k bytes for each of 64 columns a thread. Deterministic:
+// it does not depend on the number of threads. Errors: InvalidArgument if `moments` fails
+// CheckMoments or does not fit w's shape, if w has a value that is not finite, or if the ridge is
+// not finite or below kSmallestRidge.
 absl::StatusOr<std::vector<float>> SolveTarget(FloatMatrix w, const Moments& moments,
                                                const TargetOptions& options,
                                                kernels::cpu::ThreadPool& pool);

@@ -13,9 +13,9 @@ namespace {
 using kernels::cpu::ThreadPool;
 using testing::HasSubstr;
 
-constexpr int64_t kInputs = 48;
+constexpr int64_t kInputs = 300;  // more than the terms that float32 sums up
 constexpr int64_t kOutputs = 70;  // more than a tile of columns, and part of a second one
-constexpr int64_t kRows = 200;
+constexpr int64_t kRows = 700;
 
 // Rows with weights, both kinds of inputs and extra outputs, and their moments.
 struct Problem {

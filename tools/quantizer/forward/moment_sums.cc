@@ -105,9 +105,19 @@ void MomentSums::Add(ConstRows x_q, ConstRows x_f, ConstRows d, int64_t num_rows
 
 Moments MomentSums::Finish() {
   float* const hessian = moments_.hessian.data();
-  for (int64_t i = 0; i < k_; ++i) {
-    for (int64_t j = 0; j < i; ++j) hessian[j * k_ + i] = hessian[i * k_ + j];
-  }
+  constexpr int64_t kBlock = 32;  // of rows and columns, as lines of the cache are shared
+  pool_->Run(CeilDiv(k_, kBlock), k_ * k_, [&](int64_t item, int) {
+    const int64_t begin = item * kBlock;
+    const int64_t end = std::min(begin + kBlock, k_);
+    for (int64_t first = begin; first < k_; first += kBlock) {
+      for (int64_t j = begin; j < end; ++j) {
+        const int64_t last = std::min(first + kBlock, k_);
+        for (int64_t i = std::max(first, j + 1); i < last; ++i) {
+          hessian[j * k_ + i] = hessian[i * k_ + j];
+        }
+      }
+    }
+  });
   return std::move(moments_);
 }
 
