@@ -369,14 +369,11 @@ std::optional<BrokenRule> CheckCaching(const ServeOptions& options) {
   return std::nullopt;
 }
 
-// What a GPU needs for speed would only make a CPU's steps long.
 void FillGpuDefaults(const Draft& draft) {
-  constexpr int kMaxNumSeqs = 128;
-  constexpr int kMaxNumBatchedTokens = 8192;
   ServeOptions& options = draft.command->options;
-  if (!draft.given.contains("max-num-seqs")) options.max_num_seqs = kMaxNumSeqs;
+  if (!draft.given.contains("max-num-seqs")) options.max_num_seqs = kGpuMaxNumSeqs;
   if (!draft.given.contains("max-num-batched-tokens")) {
-    options.max_num_batched_tokens = kMaxNumBatchedTokens;
+    options.max_num_batched_tokens = kGpuMaxNumBatchedTokens;
   }
   if (!draft.given.contains("use-cudagraph")) options.use_cudagraph = true;
 }

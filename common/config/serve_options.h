@@ -9,6 +9,10 @@
 
 namespace wintserve {
 
+// What a GPU needs for speed would only make a CPU's steps long.
+inline constexpr int kGpuMaxNumSeqs = 128;
+inline constexpr int kGpuMaxNumBatchedTokens = 8192;
+
 struct ServeOptions {
   // Model
   std::string model = "models/poet";           // directory
@@ -39,13 +43,13 @@ struct ServeOptions {
   int cpu_threads = 0;           // of one worker; 0: cores / tensor_parallel_size
 
   // Limits
-  int max_model_len = 2048;  // prompt + output tokens
-  int max_num_seqs = 16;
-  int max_num_batched_tokens = 256;
-  int max_concurrency = 512;      // open generation requests; beyond: 429
-  int max_queue_requests = 0;     // waiting; beyond: 429; 0: no limit of its own
-  int64_t max_queue_tokens = 0;   // prompt tokens of waiting requests; 0: no limit
-  int max_num_seqs_per_user = 0;  // running at once for one API key or `user`; 0: no limit
+  int max_model_len = 2048;          // prompt + output tokens
+  int max_num_seqs = 16;             // of a GPU by default kGpuMaxNumSeqs
+  int max_num_batched_tokens = 256;  // of a GPU by default kGpuMaxNumBatchedTokens
+  int max_concurrency = 512;         // open generation requests; beyond: 429
+  int max_queue_requests = 0;        // waiting; beyond: 429; 0: no limit of its own
+  int64_t max_queue_tokens = 0;      // prompt tokens of waiting requests; 0: no limit
+  int max_num_seqs_per_user = 0;     // running at once for one API key or `user`; 0: no limit
   int max_num_partial_prefills = 2;
   int max_long_partial_prefills = 1;
   int long_prefill_token_threshold = 0;  // 0: 4% of max_model_len

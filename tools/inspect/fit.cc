@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "common/config/serve_options.h"
 #include "kernels/batch.h"
 
 namespace wintserve::inspect {
@@ -11,14 +12,17 @@ namespace {
 // the operators themselves the least that a worker asks for before it measures.
 int64_t Activations(const ModelConfig& config, const FitOptions& options) {
   constexpr int64_t kLeastScratchBytes = int64_t{256} << 20;
+  const ServeOptions defaults;
+  const int64_t max_tokens =
+      options.on_cpu ? defaults.max_num_batched_tokens : kGpuMaxNumBatchedTokens;
+  const int64_t max_seqs = options.on_cpu ? defaults.max_num_seqs : kGpuMaxNumSeqs;
   const int64_t ranks = options.world_size;
   const int64_t heads = config.num_heads / ranks;
   const int64_t kv_heads = std::max<int64_t>(1, config.num_kv_heads / ranks);
   const int64_t row = int64_t{3} * config.hidden_size + (heads + 2 * kv_heads) * config.head_dim +
                       heads * config.head_dim + config.head_dim;
-  const int64_t logits = int64_t{options.max_num_seqs} * config.vocab_size;
-  const int64_t workspace =
-      4 * (options.max_num_batched_tokens * row + logits / ranks + (ranks > 1 ? 2 * logits : 0));
+  const int64_t logits = max_seqs * config.vocab_size;
+  const int64_t workspace = 4 * (max_tokens * row + logits / ranks + (ranks > 1 ? 2 * logits : 0));
   return workspace + (options.on_cpu ? 0 : workspace / 2 + kLeastScratchBytes);
 }
 

@@ -17,16 +17,13 @@ struct FitOptions {
   int world_size = 1;
   int max_model_len = 2048;
   kernels::plan::KvCacheKind kv_cache = kernels::plan::KvCacheKind::kBfloat16;  // of a GPU
-  // As serve has them by default.
-  int max_num_batched_tokens = 256;
-  int max_num_seqs = 16;
 };
 
 // In bytes: of one GPU, or of the host with all its ranks.
 struct Fit {
   int64_t allowed = 0;  // of the memory
   int64_t weights = 0;
-  int64_t activations = 0;  // of a step, an estimate
+  int64_t activations = 0;  // of the largest step that serve makes by default, an estimate
   int64_t kv_bytes = 0;     // what is left, 0 if nothing is
   int64_t kv_bytes_per_token = 0;
   int64_t kv_tokens = 0;        // whole blocks

@@ -4,6 +4,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <string>
 #include <thread>
@@ -27,6 +28,13 @@ struct Arguments {
   int threads = 0;  // 0: every core
 };
 
+// CLI::Range lets pass what is not a number.
+std::string RefuseNan(const std::string& text) {
+  double value = 0;
+  const bool is_nan = CLI::detail::lexical_cast(text, value) && std::isnan(value);
+  return is_nan ? fmt::format("Value {} is not a number", text) : "";
+}
+
 void Declare(CLI::App& app, Arguments& arguments) {
   app.add_option("DIR", arguments.inspect.dir, "Directory of the model")->required();
   app.add_flag("--verify", arguments.verify,
@@ -37,13 +45,15 @@ void Declare(CLI::App& app, Arguments& arguments) {
       ->check(CLI::Range(1, 1024));
   app.add_option("--memory-gib", arguments.fit.memory_gib,
                  "Say whether the model fits so much memory: of each GPU, or of the host")
-      ->check(CLI::Range(0.001, 1e6));
+      ->check(CLI::Range(0.001, 1e6))
+      ->check(RefuseNan);
   app.add_option("--device", arguments.device, "Whose memory that is")
       ->check(CLI::IsMember({"cuda", "cpu"}))
       ->capture_default_str();
   app.add_option("--gpu-memory-utilization", arguments.fit.utilization,
                  "The share of a GPU's memory that may be used")
       ->check(CLI::Range(0.01, 1.0))
+      ->check(RefuseNan)
       ->capture_default_str();
   app.add_option("--max-model-len", arguments.fit.max_model_len, "Tokens of the longest sequence")
       ->check(CLI::Range(1, 1 << 30))

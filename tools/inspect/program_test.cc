@@ -85,8 +85,10 @@ TEST(InspectProgram, AModelThatDoesNotFitEndsWith69) {
 }
 
 TEST(InspectProgram, AWrongFlagEndsWith64AndIsNamed) {
-  for (const char* arguments : {"", "models/poet --device tpu", "models/poet --memory-gib -1",
-                                "models/poet --nonsense", "models/poet --threads 0"}) {
+  for (const char* arguments :
+       {"", "models/poet --device tpu", "models/poet --memory-gib -1",
+        "models/poet --memory-gib nan", "models/poet --memory-gib 9 --gpu-memory-utilization nan",
+        "models/poet --nonsense", "models/poet --threads 0"}) {
     const Ended run = Inspect(std::string(arguments) + " 2>&1");
     EXPECT_EQ(run.exit_code, wintserve::kExitUsage) << arguments;
     EXPECT_FALSE(run.output.empty()) << arguments;

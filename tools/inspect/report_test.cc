@@ -169,6 +169,17 @@ TEST(Fit, SaysHowManyTokensThereIsRoomFor) {
   EXPECT_GT(int8.fit->kv_tokens, fit.kv_tokens * 19 / 10);
 }
 
+// Residual, its norm and what a block adds to it, in float32, of as many tokens as serve takes.
+TEST(Fit, CountsTheStepsOfTheDevice) {
+  FitOptions options = {.memory_gib = 141};
+  const Report gpu = MustInspect({.dir = k300b, .fit = options});
+  EXPECT_GE(gpu.fit->activations, int64_t{4} * 8192 * 3 * 8192);
+  options.on_cpu = true;
+  const Report cpu = MustInspect({.dir = k300b, .fit = options});
+  EXPECT_GE(cpu.fit->activations, int64_t{4} * 256 * 3 * 8192);
+  EXPECT_LT(cpu.fit->activations, gpu.fit->activations / 16);
+}
+
 TEST(Fit, NamesTheNumberOfGpusThatWould) {
   const FitOptions options = {.memory_gib = 80, .max_model_len = 32768};
   const Report report = MustInspect({.dir = k300b, .fit = options});
