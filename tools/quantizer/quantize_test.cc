@@ -265,5 +265,14 @@ TEST_F(QuantizeModel, AnotherModelIsNotMistakenForTheOneThatWasBegun) {
   EXPECT_THAT(Run().error, HasSubstr("the model's digest was "));
 }
 
+// It makes the tokens of a calibration text, and goes into the output.
+TEST_F(QuantizeModel, AnotherTokenizerIsAnotherModel) {
+  stop_ = true;
+  EXPECT_TRUE(Run().stopped);
+  stop_ = false;
+  wintserve::testing::WriteFile(dir_.path() / "model" / "tokenizer_config.json", "{}");
+  EXPECT_THAT(Run().error, HasSubstr("the model's digest was "));
+}
+
 }  // namespace
 }  // namespace wintserve::quantizer

@@ -63,8 +63,11 @@ absl::Status CheckSequences(const ModelConfig& config,
   return absl::OkStatus();
 }
 
+// Of the MLPs that the model has.
 absl::Status CheckWidths(const ModelConfig& config) {
-  for (const int width : {config.intermediate_size, config.moe_intermediate_size}) {
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    const int width =
+        config.IsMoeLayer(layer) ? config.moe_intermediate_size : config.intermediate_size;
     if (width % kernels::cpu::kTileColumns == 0) continue;
     return absl::InvalidArgumentError(
         fmt::format("calibration: an MLP of width {}; it must be a multiple of {}", width,

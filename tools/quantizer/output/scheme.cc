@@ -129,7 +129,7 @@ absl::StatusOr<ModelConfig> QuantizedConfig(const ModelConfig& source,
   RETURN_IF_ERROR(CheckApplies(source, options));
   ModelConfig target = source;
   target.dense_is_wint8 = !options.plain_dense;
-  if (source.num_experts == 0) return target;
+  if (MoeLayers(source).empty()) return target;
   switch (options.scheme) {
     case Scheme::kWint2: {
       target.expert_quantization = ExpertQuantization::kW4W2;

@@ -61,7 +61,7 @@ std::vector<fs::path> FindCompanions(const fs::path& dir) {
 
 std::string Source::Digest() const {
   return fmt::format("{:016x}", XXH3_64bits_withSeed(config_json.data(), config_json.size(),
-                                                     checkpoint->digest()));
+                                                     checkpoint->digest() ^ companions_digest));
 }
 
 absl::StatusOr<Source> OpenSource(const fs::path& dir) {
@@ -80,6 +80,11 @@ absl::StatusOr<Source> OpenSource(const fs::path& dir) {
   source.config.has_router_bias = source.checkpoint->has_router_bias();
   source.config.has_router_bias_is_set = true;
   source.companions = FindCompanions(dir);
+  for (const fs::path& companion : source.companions) {
+    ASSIGN_OR_RETURN(const std::string content, ReadFile(companion));
+    source.companions_digest =
+        XXH3_64bits_withSeed(content.data(), content.size(), source.companions_digest);
+  }
   return source;
 }
 
