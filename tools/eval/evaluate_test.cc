@@ -205,9 +205,9 @@ TEST(EvalReport, OfAPlaceThatCannotBeWrittenIsRefusedBeforeTheWork) {
   for (const auto& [path, error] : std::vector<std::pair<std::string, std::string>>{
            {"/tmp", "--json: /tmp is a directory, must be a file"},
            {file.path() + "/r.json",
-            "--json: cannot write into " + file.path() + "/: Not a directory"},
+            "--json: cannot write into " + file.path() + ": Not a directory"},
            {"/no-such-directory/r.json",
-            "--json: cannot write into /no-such-directory/: No such file or directory"}}) {
+            "--json: cannot write into /no-such-directory: No such file or directory"}}) {
     EXPECT_EQ(std::string(CheckJsonPlace(path).message()), error);
   }
 }

@@ -120,8 +120,9 @@ absl::Status CheckJsonPlace(const std::string& path) {
         fmt::format("--json: {} is a directory, must be a file", path));
   }
   const std::filesystem::path parent = std::filesystem::path(path).parent_path();
-  const std::string directory = parent.empty() ? "." : parent.string() + "/";
-  if (::access(directory.c_str(), W_OK) == 0) return absl::OkStatus();
+  const std::string directory = parent.empty() ? "." : parent.string();
+  // With the slash a file is not taken for a directory.
+  if (::access((directory + "/").c_str(), W_OK) == 0) return absl::OkStatus();
   return absl::InvalidArgumentError(
       fmt::format("--json: cannot write into {}: {}", directory, std::strerror(errno)));
 }
