@@ -104,7 +104,7 @@ def test_two_bits_are_made_and_served(tmp_path):
 def test_what_cannot_be_quantised_is_one_line(tmp_path):
     for model, scheme, code, text in (
             (TINY, "wint2", 66, "ernie.layers.2.mlp.experts.0.up_gate_proj is a matrix of 64 inputs and 256 outputs, "
-                                "which cannot be stored as wint2; allowed: multiples of 128 and 1"),
+                                "which cannot be stored as wint2; allowed: multiples of 128 inputs"),
             (POET, "wint2", 66, "models/poet: is quantised already, to wint2; allowed: a checkpoint in bfloat16, "
                                 "float16 or float32"),
             (tmp_path / "none", "wint8", 66, "none/config.json: No such file"),
