@@ -141,7 +141,6 @@ test-poet-bf16: build  ## Tests on the bfloat16 demo checkpoint in MODEL=DIR, wh
 
 # QUALITY: further options of tests/accuracy/quality, like `--only wint8` or `--device cuda`.
 QUALITY :=
-.PHONY: quality
 quality: setup $(BUILD)/build.ninja  ## Every kind of quantised checkpoint of MODEL=DIR (BF16), measured on EVAL=DIR; writes docs/QUALITY.md
 	@ninja -C $(BUILD) programs
 	@tests/accuracy/quality --model '$(MODEL)' --evals '$(EVAL)' --bin $(BUILD)/bin --work build/quality \

@@ -11,7 +11,6 @@
 #include <string>
 #include <vector>
 
-#include "engine_worker/model/ernie45.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "tools/quantizer/forward/calibration_test_util.h"
 
@@ -41,34 +40,7 @@ std::unique_ptr<MatrixEncoder> Encoder(TestEncoder::Function function) {
   return std::make_unique<TestEncoder>(std::move(function));
 }
 
-// Of the last token of each sequence, through the graph that serves.
-std::vector<std::vector<float>> ServedLogits(const ModelConfig& config,
-                                             const Checkpoint& checkpoint,
-                                             const std::vector<TokenSequence>& sequences,
-                                             kernels::Backend* backend) {
-  auto model = LoadErnie45(config, checkpoint, backend, nullptr, {.max_batch_tokens = 512});
-  CHECK(model.ok(), "{}", model.status().ToString());
-  constexpr int kBlocks = 8;
-  const auto pool = *backend->Allocate(kBlocks * (*model)->kv_block_bytes());
-  const auto batch = *backend->CreateBatch(
-      {.max_tokens = 512, .max_rows = 1, .max_blocks_per_row = kBlocks, .num_slots = 1});
-  const std::vector<int32_t> blocks = {5, 2, 7, 0, 1, 3, 4, 6};
-  std::vector<std::vector<float>> logits;
-  for (const TokenSequence& sequence : sequences) {
-    backend->SetBatch({.tokens = sequence,
-                       .rows = {{.position = 0,
-                                 .length = static_cast<int32_t>(sequence.size()),
-                                 .block_table = blocks,
-                                 .want_logits = true}}},
-                      batch.get());
-    const auto rows = (*model)->Forward(*batch, pool->data());
-    CHECK(rows.ok(), "{}", rows.status().ToString());
-    logits.emplace_back(rows->data, rows->data + config.vocab_size);
-  }
-  return logits;
-}
-
-// The same from the residual that calibration ends with.
+// As ServedLogits, from the residual that calibration ends with.
 std::vector<std::vector<float>> CalibratedLogits(const ModelConfig& config,
                                                  const Checkpoint& checkpoint,
                                                  const std::vector<TokenSequence>& sequences,

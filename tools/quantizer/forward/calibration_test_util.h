@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "engine_worker/model/ernie45.h"
 #include "engine_worker/weights/checkpoint.h"
 #include "engine_worker/weights/checkpoint_writer.h"
 #include "engine_worker/weights/layout.h"
@@ -136,6 +137,33 @@ inline formats::HostMatrix Disturbed(formats::HostMatrix matrix, uint32_t seed) 
     value = formats::FloatToBfloat16(disturb(formats::Bfloat16ToFloat(value)));
   }
   return matrix;
+}
+
+// Of the last token of each sequence, through the graph that serves.
+inline std::vector<std::vector<float>> ServedLogits(const ModelConfig& config,
+                                                    const Checkpoint& checkpoint,
+                                                    const std::vector<TokenSequence>& sequences,
+                                                    kernels::Backend* backend) {
+  auto model = LoadErnie45(config, checkpoint, backend, nullptr, {.max_batch_tokens = 512});
+  CHECK(model.ok(), "{}", model.status().ToString());
+  constexpr int kBlocks = 8;
+  const auto pool = *backend->Allocate(kBlocks * (*model)->kv_block_bytes());
+  const auto batch = *backend->CreateBatch(
+      {.max_tokens = 512, .max_rows = 1, .max_blocks_per_row = kBlocks, .num_slots = 1});
+  const std::vector<int32_t> blocks = {5, 2, 7, 0, 1, 3, 4, 6};
+  std::vector<std::vector<float>> logits;
+  for (const TokenSequence& sequence : sequences) {
+    backend->SetBatch({.tokens = sequence,
+                       .rows = {{.position = 0,
+                                 .length = static_cast<int32_t>(sequence.size()),
+                                 .block_table = blocks,
+                                 .want_logits = true}}},
+                      batch.get());
+    const auto rows = (*model)->Forward(*batch, pool->data());
+    CHECK(rows.ok(), "{}", rows.status().ToString());
+    logits.emplace_back(rows->data, rows->data + config.vocab_size);
+  }
+  return logits;
 }
 
 }  // namespace wintserve::quantizer

@@ -26,29 +26,10 @@ using wintserve::testing::TempDir;
 using wintserve::testing::TestLayout;
 using wintserve::testing::TestTensors;
 
+// As of a source: config.json says the type of its tensors.
 inline nlohmann::json ConfigJson(const ModelConfig& config) {
-  nlohmann::json json = {
-      {"architectures", {config.architecture}},
-      {"vocab_size", config.vocab_size},
-      {"hidden_size", config.hidden_size},
-      {"num_hidden_layers", config.num_layers},
-      {"num_attention_heads", config.num_heads},
-      {"num_key_value_heads", config.num_kv_heads},
-      {"head_dim", config.head_dim},
-      {"intermediate_size", config.intermediate_size},
-      {"max_position_embeddings", config.max_position_embeddings},
-      {"rope_theta", config.rope_theta},
-      {"torch_dtype", "bfloat16"},
-  };
-  if (config.tie_word_embeddings_is_set) json["tie_word_embeddings"] = config.tie_word_embeddings;
-  if (config.num_experts == 0) return json;
-  json["moe_num_experts"] = config.num_experts;
-  json["moe_k"] = config.num_experts_per_token;
-  json["moe_intermediate_size"] = config.moe_intermediate_size;
-  json["moe_num_shared_experts"] = config.num_shared_experts;
-  json["moe_layer_start_index"] = config.moe_layer_start;
-  json["moe_layer_end_index"] = config.moe_layer_end;
-  if (config.has_router_bias_is_set) json["moe_use_aux_free"] = config.has_router_bias;
+  nlohmann::json json = nlohmann::json::parse(wintserve::testing::ConfigJson(config));
+  json["torch_dtype"] = "bfloat16";
   return json;
 }
 
