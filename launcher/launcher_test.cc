@@ -110,14 +110,15 @@ TEST_F(LauncherTest, AMissingProgramIsNamed) {
 }
 
 // A shell stands in for the program: it shows what it is started with.
-TEST_F(LauncherTest, AVerbThatIsAProgramBecomesItWithItsArgumentsAndSignalsAsTheyWere) {
+TEST_F(LauncherTest, AVerbThatIsAProgramBecomesItWithItsArgumentsAndFreshSignals) {
   fs::copy_file("/bin/sh", dir_ / "bin" / "wintserve-quantize");
   Start({"quantize", "-c", "echo \"<$0>\"; echo $$; grep ^Sig /proc/self/status; exit 7"});
   const pid_t pid = launcher_.pid();
   EXPECT_EQ(ExitCode(), 7) << Stderr();
   EXPECT_THAT(Stdout(), HasSubstr(fmt::format("<wintserve quantize>\n{}\n", pid)));
-  EXPECT_THAT(Stdout(), HasSubstr("SigBlk:\t0000000000000000"));
-  EXPECT_THAT(Stdout(), HasSubstr("SigIgn:\t0000000000000000"));
+  // Not what the launcher itself blocks and ignores. Signals 32 and 33 are the C library's own: it
+  // lets nobody reset them, and whoever runs the tests may pass them on ignored (0x180000000).
+  EXPECT_THAT(Stdout(), testing::ContainsRegex("SigBlk:\t0{16}\nSigIgn:\t(0{16}|0{7}180000000)\n"));
   EXPECT_EQ(Stderr(), "");
 }
 
