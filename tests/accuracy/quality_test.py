@@ -42,7 +42,7 @@ for flag, measure in (("--chat-loss", "nats per answer token"), ("--perplexity",
             tasks.append({{"file": own[at + 1], "measures": {{measure: {{"value": 0.25, "standard_error": 0.01}}}}}})
 pathlib.Path(own[own.index("--json") + 1]).write_text(json.dumps({{"tasks": tasks}}))
 """
-ALL_CALLS = ["eval bf16"] + [f"{verb} {name}" for name, (_, flags) in quality.VARIANTS.items() if flags
+ALL_CALLS = ["eval bf16"] + [f"{verb} {name}" for name, (_, flags) in {**quality.VARIANTS, **quality.STEPS}.items() if flags
                              for verb in ("quantize", "eval")]
 
 
@@ -103,6 +103,16 @@ class Quality(unittest.TestCase):
         path.write_text(json.dumps(record))
         _, calls = self.run_tool()
         self.assertEqual(calls, ["quantize wint8", "eval wint8"])
+
+    def test_a_row_of_both_tables_is_made_once_and_has_a_title_in_each(self):
+        output, calls = self.run_tool("--only", "wint2-calibrated-experts")
+        self.assertEqual(calls, ["quantize wint2-calibrated-experts", "eval wint2-calibrated-experts"])
+        self.assertIn("| WINT2 calibrated, 2-bit experts only | 0.250 | 0.250 | 25.0% | 25.0% | 1.0 | 0 s | 0 s |", output)
+        self.assertIn(": the default | 0.250 | 0.250 | 25.0% | 25.0% | 0 s | 0 s |", output)
+
+    def test_steps_differ_by_their_flags(self):
+        commands = [tuple(flags) for _, flags in quality.STEPS.values()]
+        self.assertEqual(len(set(commands)), len(commands))
 
     def test_only_the_variants_that_are_asked_for_are_made(self):
         _, calls = self.run_tool("--only", "wint8")
