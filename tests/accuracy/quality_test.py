@@ -108,7 +108,7 @@ class Quality(unittest.TestCase):
         output, calls = self.run_tool("--only", "wint2-calibrated-experts")
         self.assertEqual(calls, ["quantize wint2-calibrated-experts", "eval wint2-calibrated-experts"])
         self.assertIn("| WINT2 calibrated, 2-bit experts only | 0.250 | 0.250 | 25.0% | 25.0% | 1.0 | 0 s | 0 s |", output)
-        self.assertIn(": the default | 0.250 | 0.250 | 25.0% | 25.0% | 0 s | 0 s |", output)
+        self.assertIn("| the default with all 4,096 records | 0.250 | 0.250 | 25.0% | 25.0% | 0 s | 0 s |", output)
 
     def test_steps_differ_by_their_flags(self):
         commands = [tuple(flags) for _, flags in quality.STEPS.values()]
