@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
@@ -97,8 +98,27 @@ ordered_json MixedJson(const ModelConfig& target) {
   return {{"quantization", "mix_quant"},
           {"dense_quant_type", target.dense_is_wint8 ? "wint8" : "bfloat16"},
           {"moe_quant_type", is_wint4 ? "wint4" : "wint8"},
-          {"is_quantized", true},
-          {"kv_cache_quant_type", ""}};
+          {"is_quantized", true}};
+}
+
+// What FastDeploy needs to find, or of which it assumes something else than the model's own code
+// does: names as they were before transformers 5, and a number where there is a list of one a
+// modality.
+void SpellOut(const ModelConfig& target, ordered_json* config) {
+  (*config)["hidden_act"] = "silu";
+  (*config)["num_key_value_heads"] = target.num_kv_heads;
+  if (!config->contains("rope_theta") || (*config)["rope_theta"].is_null()) {
+    (*config)["rope_theta"] = target.rope_theta;
+  }
+  if (target.num_experts == 0) return;
+  const std::pair<const char*, int> numbers[] = {
+      {"moe_num_experts", target.num_experts},
+      {"moe_intermediate_size", target.moe_intermediate_size},
+      {"moe_layer_start_index", target.moe_layer_start},
+      {"moe_layer_end_index", target.moe_layer_end}};
+  for (const auto& [key, value] : numbers) {
+    if (config->contains(key) && (*config)[key].is_array()) (*config)[key] = value;
+  }
 }
 
 }  // namespace
@@ -150,9 +170,12 @@ absl::StatusOr<ModelConfig> QuantizedConfig(const ModelConfig& source,
 std::string QuantizedConfigJson(const std::string& source_json, const ModelConfig& target) {
   ordered_json config = ordered_json::parse(source_json);
   CHECK(config.is_object());
-  // Paddle's loaders tell its own format by this key, and PyTorch's by the other.
+  // Paddle's loaders tell its own format by this key, and PyTorch's by the other, or by this one
+  // and the version of transformers that wrote it.
   config.erase("torch_dtype");
+  config.erase("transformers_version");
   config["dtype"] = "bfloat16";
+  SpellOut(target, &config);
   config["tie_word_embeddings"] = target.tie_word_embeddings;
   if (target.num_experts > 0) config["moe_use_aux_free"] = target.has_router_bias;
   config.erase("num_nextn_predict_layers");

@@ -105,6 +105,46 @@ TEST(Scheme, TheWint2ConfigurationIsThePublishedOneKeyByKey) {
   EXPECT_EQ(nlohmann::json::parse(QuantizedConfigJson(source.dump(), *target)), published);
 }
 
+// FastDeploy takes "dtype" for PyTorch's key beside a version of transformers above 4.56, 10,000
+// for a rope_theta that it does not find, and -1 for a number of key and value heads.
+TEST(Scheme, WhatFastDeployWouldTakeForSomethingElseIsSaidAsItExpectsIt) {
+  const auto published = nlohmann::json::parse(*ReadFile("models/poet/config.json"));
+  nlohmann::json source = published;
+  source.erase("quantization_config");
+  source["transformers_version"] = "5.0.0";
+  source["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", source["rope_theta"]}};
+  source.erase("rope_theta");
+  source.erase("hidden_act");
+  source.erase("num_key_value_heads");
+  source["moe_num_experts"] = {16, 16};
+  source["moe_layer_end_index"] = {7, 7};
+  const testing::TempDir dir;
+  wintserve::testing::WriteFile(dir.path() / "config.json", source.dump());
+  const auto target = QuantizedConfig(LoadOrDie(dir.path()), {});
+  ASSERT_TRUE(target.ok()) << target.status();
+  const auto written = nlohmann::json::parse(QuantizedConfigJson(source.dump(), *target));
+  EXPECT_FALSE(written.contains("transformers_version"));
+  EXPECT_FALSE(written.contains("torch_dtype"));
+  EXPECT_EQ(written["dtype"], "bfloat16");
+  EXPECT_EQ(written["rope_theta"], 500000.0);
+  EXPECT_EQ(written["hidden_act"], "silu");
+  EXPECT_EQ(written["num_key_value_heads"], 8) << "as many as heads, where none are said";
+  EXPECT_EQ(written["moe_num_experts"], 16);
+  EXPECT_EQ(written["moe_layer_end_index"], 7);
+}
+
+// FastDeploy takes any kv_cache_quant_type, an empty one too, for the name of a quantisation.
+TEST(Scheme, NoQuantisationOfTheKvCacheIsNamed) {
+  const ModelConfig source = SmallConfig();
+  for (const Scheme scheme : {Scheme::kWint2, Scheme::kWint4, Scheme::kWint8}) {
+    const auto target = QuantizedConfig(source, {.scheme = scheme});
+    ASSERT_TRUE(target.ok()) << target.status();
+    const auto written =
+        nlohmann::json::parse(QuantizedConfigJson(testing::ConfigJson(source).dump(), *target));
+    EXPECT_FALSE(written["quantization_config"].contains("kv_cache_quant_type"));
+  }
+}
+
 TEST(Scheme, EveryConfigurationIsReadBackAsItWasMeant) {
   const ModelConfig source = SmallConfig();
   for (const SchemeOptions& options :
