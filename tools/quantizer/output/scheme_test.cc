@@ -133,16 +133,36 @@ TEST(Scheme, WhatFastDeployWouldTakeForSomethingElseIsSaidAsItExpectsIt) {
   EXPECT_EQ(written["moe_layer_end_index"], 7);
 }
 
-// FastDeploy takes any kv_cache_quant_type, an empty one too, for the name of a quantisation.
-TEST(Scheme, NoQuantisationOfTheKvCacheIsNamed) {
+nlohmann::json QuantizationJsonOf(Scheme scheme, const ModelConfig& source) {
+  const auto target = QuantizedConfig(source, {.scheme = scheme});
+  CHECK(target.ok(), "{}", target.status().ToString());
+  const std::string written = QuantizedConfigJson(testing::ConfigJson(source).dump(), *target);
+  return nlohmann::json::parse(written)["quantization_config"];
+}
+
+// As "mix_quant" FastDeploy would look for unquantised experts, and for a quantisation of the KV
+// cache by the name of any kv_cache_quant_type, be it empty.
+TEST(Scheme, Wint4AndWint8AreThe2BitFormWithoutLayersOf2Bits) {
   const ModelConfig source = SmallConfig();
-  for (const Scheme scheme : {Scheme::kWint2, Scheme::kWint4, Scheme::kWint8}) {
-    const auto target = QuantizedConfig(source, {.scheme = scheme});
-    ASSERT_TRUE(target.ok()) << target.status();
-    const auto written =
-        nlohmann::json::parse(QuantizedConfigJson(testing::ConfigJson(source).dump(), *target));
-    EXPECT_FALSE(written["quantization_config"].contains("kv_cache_quant_type"));
+  for (const Scheme scheme : {Scheme::kWint4, Scheme::kWint8}) {
+    SCOPED_TRACE(SchemeName(scheme));
+    const nlohmann::json expected = {{"quantization", "wint2"},
+                                     {"dense_quant_type", "wint8"},
+                                     {"moe_quant_type", "w4w2"},
+                                     {"moe_quant_config",
+                                      {{"moe_w4_quant_config",
+                                        {{"quant_type", SchemeName(scheme)},
+                                         {"quant_granularity", "per_channel"},
+                                         {"quant_start_layer", 0},
+                                         {"quant_end_layer", source.num_layers - 1}}}}}};
+    EXPECT_EQ(QuantizationJsonOf(scheme, source), expected);
   }
+}
+
+TEST(Scheme, AModelWithoutExpertsSaysNothingOfThem) {
+  const nlohmann::json expected = {{"quantization", "wint2"}, {"dense_quant_type", "wint8"}};
+  EXPECT_EQ(QuantizationJsonOf(Scheme::kWint8, LoadOrDie("models/shapes/ernie-4.5-0.3b")),
+            expected);
 }
 
 TEST(Scheme, EveryConfigurationIsReadBackAsItWasMeant) {
