@@ -118,11 +118,17 @@ absl::Status ReadWint2(const JsonObject& quantization, ModelConfig& config) {
                       .status());
   ASSIGN_OR_RETURN(const JsonObject wint4, moe.ObjectOrEmpty("moe_w4_quant_config"));
   ASSIGN_OR_RETURN(const std::string first_type,
-                   wint4.ChoiceOr("quant_type", {"wint4", kBfloat16}, "wint4"));
+                   wint4.ChoiceOr("quant_type", {"wint4", "wint8", kBfloat16}, "wint4"));
   config.first_experts_are_plain = first_type == kBfloat16;
   RETURN_IF_ERROR(wint4.ChoiceOr("quant_granularity", {"per_channel"}, "per_channel").status());
   ASSIGN_OR_RETURN(config.last_wint4_layer,
                    wint4.IntOr("quant_end_layer", -1, kMaxLayers, kDefaultLastWint4Layer));
+  const bool is_for_all_layers = config.last_wint4_layer >= config.moe_layer_end;
+  if (first_type == "wint8" && !is_for_all_layers) {
+    return wint4.Refuse("quant_type",
+                        fmt::format("\"wint4\", as quant_end_layer {} leaves layers to wint2",
+                                    config.last_wint4_layer));
+  }
   ASSIGN_OR_RETURN(const JsonObject wint2, moe.ObjectOrEmpty("moe_w2_quant_config"));
   RETURN_IF_ERROR(wint2.ChoiceOr("quant_type", {"wint2"}, "wint2").status());
   RETURN_IF_ERROR(wint2.ChoiceOr("quant_granularity", {"pp_acc"}, "pp_acc").status());
@@ -135,7 +141,10 @@ absl::Status ReadWint2(const JsonObject& quantization, ModelConfig& config) {
   if (group_size != 0 && group_size != kWint2GroupRows) {
     return wint2.Refuse("quant_group_size", "64");
   }
-  config.expert_quantization = ExpertQuantization::kW4W2;
+  config.expert_quantization = !is_for_all_layers || config.first_experts_are_plain
+                                   ? ExpertQuantization::kW4W2
+                               : first_type == "wint8" ? ExpertQuantization::kWint8
+                                                       : ExpertQuantization::kWint4;
   return absl::OkStatus();
 }
 

@@ -159,6 +159,29 @@ INSTANTIATE_TEST_SUITE_P(
                   EXPECT_TRUE(c.dense_is_wint8);
                   EXPECT_EQ(c.expert_quantization, ExpertQuantization::kWint4);
                 }},
+        Variant{"Wint4InAllLayersOfThe2BitForm",
+                R"({"quantization_config": {"quantization": "wint2", "moe_quant_config":
+                    {"moe_w4_quant_config": {"quant_end_layer": 53},
+                     "moe_w2_quant_config": null}}})",
+                [](const ModelConfig& c) {
+                  EXPECT_TRUE(c.dense_is_wint8);
+                  EXPECT_EQ(c.expert_quantization, ExpertQuantization::kWint4);
+                }},
+        Variant{"Wint8InAllLayersOfThe2BitForm",
+                R"({"quantization_config": {"quantization": "wint2", "moe_quant_config":
+                    {"moe_w4_quant_config": {"quant_type": "wint8", "quant_end_layer": 53},
+                     "moe_w2_quant_config": null}}})",
+                [](const ModelConfig& c) {
+                  EXPECT_EQ(c.expert_quantization, ExpertQuantization::kWint8);
+                }},
+        Variant{"OneLayerOfWint2IsNotAllLayersOfWint4",
+                R"({"quantization_config": {"quantization": "wint2", "moe_quant_config":
+                    {"moe_w4_quant_config": {"quant_end_layer": 52},
+                     "moe_w2_quant_config": null}}})",
+                [](const ModelConfig& c) {
+                  EXPECT_EQ(c.expert_quantization, ExpertQuantization::kW4W2);
+                  EXPECT_EQ(c.last_wint4_layer, 52);
+                }},
         Variant{"DenseMatricesAndFirstExpertsThatAreNotQuantised",
                 R"({"quantization_config": {"quantization": "wint2",
                     "dense_quant_type": "bfloat16", "moe_quant_config": {"moe_w4_quant_config":
@@ -285,6 +308,11 @@ INSTANTIATE_TEST_SUITE_P(
         Refusal{"ExpertScheme",
                 R"({"quantization_config": {"moe_quant_type": "w2"}})",
                 {"quantization_config.moe_quant_type is \"w2\"", "\"w4w2\""}},
+        Refusal{"Wint8BeforeWint2",
+                R"({"quantization_config": {"moe_quant_config":
+                    {"moe_w4_quant_config": {"quant_type": "wint8"}}}})",
+                {"moe_quant_config.moe_w4_quant_config.quant_type is \"wint8\"", "\"wint4\"",
+                 "quant_end_layer 6 leaves layers to wint2"}},
         Refusal{"GroupSize",
                 R"({"quantization_config": {"moe_quant_config":
                     {"moe_w2_quant_config": {"quant_group_size": 128}}}})",

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
@@ -73,32 +74,53 @@ absl::StatusOr<int> LastWint4Layer(const ModelConfig& source, const SchemeOption
   return count == 0 ? moe_layers.front() - 1 : moe_layers[count - 1];
 }
 
-ordered_json Wint2Json(const ModelConfig& target) {
-  const char* first_type = target.first_experts_are_plain ? "bfloat16" : "wint4";
-  return {{"quantization", "wint2"},
-          {"dense_quant_type", target.dense_is_wint8 ? "wint8" : "bfloat16"},
-          {"moe_quant_type", "w4w2"},
-          {"moe_quant_config",
-           {{"moe_w4_quant_config",
-             {{"quant_type", first_type},
-              {"quant_granularity", "per_channel"},
-              {"quant_start_layer", 0},
-              {"quant_end_layer", target.last_wint4_layer}}},
-            {"moe_w2_quant_config",
-             {{"quant_type", "wint2"},
-              {"quant_granularity", "pp_acc"},
-              {"quant_group_size", 64},
-              {"quant_start_layer", target.last_wint4_layer + 1},
-              {"quant_end_layer", target.num_layers - 1}}}}}};
+// The form of the published 2-bit release, for all schemes: the only one in which FastDeploy knows
+// experts that are quantised already. Those of its "wint4" layers may as well be wint8, and all
+// layers may be such layers.
+ordered_json QuantizationJson(const ModelConfig& target) {
+  ordered_json json = {{"quantization", "wint2"},
+                       {"dense_quant_type", target.dense_is_wint8 ? "wint8" : "bfloat16"}};
+  if (target.num_experts == 0) return json;
+  const bool has_wint2 = target.expert_quantization == ExpertQuantization::kW4W2;
+  const char* first_type = target.first_experts_are_plain                             ? "bfloat16"
+                           : target.expert_quantization == ExpertQuantization::kWint8 ? "wint8"
+                                                                                      : "wint4";
+  const int last_layer = target.num_layers - 1;
+  json["moe_quant_type"] = "w4w2";
+  json["moe_quant_config"]["moe_w4_quant_config"] = {
+      {"quant_type", first_type},
+      {"quant_granularity", "per_channel"},
+      {"quant_start_layer", 0},
+      {"quant_end_layer", has_wint2 ? target.last_wint4_layer : last_layer}};
+  if (has_wint2) {
+    json["moe_quant_config"]["moe_w2_quant_config"] = {
+        {"quant_type", "wint2"},
+        {"quant_granularity", "pp_acc"},
+        {"quant_group_size", 64},
+        {"quant_start_layer", target.last_wint4_layer + 1},
+        {"quant_end_layer", last_layer}};
+  }
+  return json;
 }
 
-ordered_json MixedJson(const ModelConfig& target) {
-  const bool is_wint4 = target.expert_quantization == ExpertQuantization::kWint4;
-  return {{"quantization", "mix_quant"},
-          {"dense_quant_type", target.dense_is_wint8 ? "wint8" : "bfloat16"},
-          {"moe_quant_type", is_wint4 ? "wint4" : "wint8"},
-          {"is_quantized", true},
-          {"kv_cache_quant_type", ""}};
+// What FastDeploy needs to find, or of which it assumes something else than the model's own code
+// does: names as they were before transformers 5, and a number where there is a list of one a
+// modality.
+void SpellOut(const ModelConfig& target, ordered_json* config) {
+  (*config)["hidden_act"] = "silu";
+  (*config)["num_key_value_heads"] = target.num_kv_heads;
+  if (!config->contains("rope_theta") || (*config)["rope_theta"].is_null()) {
+    (*config)["rope_theta"] = target.rope_theta;
+  }
+  if (target.num_experts == 0) return;
+  const std::pair<const char*, int> numbers[] = {
+      {"moe_num_experts", target.num_experts},
+      {"moe_intermediate_size", target.moe_intermediate_size},
+      {"moe_layer_start_index", target.moe_layer_start},
+      {"moe_layer_end_index", target.moe_layer_end}};
+  for (const auto& [key, value] : numbers) {
+    if (config->contains(key) && (*config)[key].is_array()) (*config)[key] = value;
+  }
 }
 
 }  // namespace
@@ -150,14 +172,16 @@ absl::StatusOr<ModelConfig> QuantizedConfig(const ModelConfig& source,
 std::string QuantizedConfigJson(const std::string& source_json, const ModelConfig& target) {
   ordered_json config = ordered_json::parse(source_json);
   CHECK(config.is_object());
-  // Paddle's loaders tell its own format by this key, and PyTorch's by the other.
+  // Paddle's loaders tell its own format by this key, and PyTorch's by the other, or by this one
+  // and the version of transformers that wrote it.
   config.erase("torch_dtype");
+  config.erase("transformers_version");
   config["dtype"] = "bfloat16";
+  SpellOut(target, &config);
   config["tie_word_embeddings"] = target.tie_word_embeddings;
   if (target.num_experts > 0) config["moe_use_aux_free"] = target.has_router_bias;
   config.erase("num_nextn_predict_layers");
-  const bool is_wint2 = target.expert_quantization == ExpertQuantization::kW4W2;
-  config["quantization_config"] = is_wint2 ? Wint2Json(target) : MixedJson(target);
+  config["quantization_config"] = QuantizationJson(target);
   return config.dump(2) + "\n";
 }
 

@@ -45,7 +45,8 @@ absl::StatusOr<ModelConfig> QuantizedConfig(const ModelConfig& source,
 
 // config.json of the quantised model: the source's own with what has to differ: quantization_config
 // in the published form, Paddle's key for the type, whether the head is tied and whether routers
-// have a bias said where the source leaves that to the tensors, and no multi-token prediction.
+// have a bias said where the source leaves that to the tensors, and no multi-token prediction. What
+// FastDeploy would take for something else is said as it expects it.
 // REQUIRES: source_json is a JSON object; `target` is a result of QuantizedConfig, its
 // tie_word_embeddings and has_router_bias true to the tensors.
 std::string QuantizedConfigJson(const std::string& source_json, const ModelConfig& target);

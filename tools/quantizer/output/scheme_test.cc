@@ -105,6 +105,66 @@ TEST(Scheme, TheWint2ConfigurationIsThePublishedOneKeyByKey) {
   EXPECT_EQ(nlohmann::json::parse(QuantizedConfigJson(source.dump(), *target)), published);
 }
 
+// FastDeploy takes "dtype" for PyTorch's key beside a version of transformers above 4.56, 10,000
+// for a rope_theta that it does not find, and -1 for a number of key and value heads.
+TEST(Scheme, WhatFastDeployWouldTakeForSomethingElseIsSaidAsItExpectsIt) {
+  const auto published = nlohmann::json::parse(*ReadFile("models/poet/config.json"));
+  nlohmann::json source = published;
+  source.erase("quantization_config");
+  source["transformers_version"] = "5.0.0";
+  source["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", source["rope_theta"]}};
+  source.erase("rope_theta");
+  source.erase("hidden_act");
+  source.erase("num_key_value_heads");
+  source["moe_num_experts"] = {16, 16};
+  source["moe_layer_end_index"] = {7, 7};
+  const testing::TempDir dir;
+  wintserve::testing::WriteFile(dir.path() / "config.json", source.dump());
+  const auto target = QuantizedConfig(LoadOrDie(dir.path()), {});
+  ASSERT_TRUE(target.ok()) << target.status();
+  const auto written = nlohmann::json::parse(QuantizedConfigJson(source.dump(), *target));
+  EXPECT_FALSE(written.contains("transformers_version"));
+  EXPECT_FALSE(written.contains("torch_dtype"));
+  EXPECT_EQ(written["dtype"], "bfloat16");
+  EXPECT_EQ(written["rope_theta"], 500000.0);
+  EXPECT_EQ(written["hidden_act"], "silu");
+  EXPECT_EQ(written["num_key_value_heads"], 8) << "as many as heads, where none are said";
+  EXPECT_EQ(written["moe_num_experts"], 16);
+  EXPECT_EQ(written["moe_layer_end_index"], 7);
+}
+
+nlohmann::json QuantizationJsonOf(Scheme scheme, const ModelConfig& source) {
+  const auto target = QuantizedConfig(source, {.scheme = scheme});
+  CHECK(target.ok(), "{}", target.status().ToString());
+  const std::string written = QuantizedConfigJson(testing::ConfigJson(source).dump(), *target);
+  return nlohmann::json::parse(written)["quantization_config"];
+}
+
+// As "mix_quant" FastDeploy would look for unquantised experts, and for a quantisation of the KV
+// cache by the name of any kv_cache_quant_type, be it empty.
+TEST(Scheme, Wint4AndWint8AreThe2BitFormWithoutLayersOf2Bits) {
+  const ModelConfig source = SmallConfig();
+  for (const Scheme scheme : {Scheme::kWint4, Scheme::kWint8}) {
+    SCOPED_TRACE(SchemeName(scheme));
+    const nlohmann::json expected = {{"quantization", "wint2"},
+                                     {"dense_quant_type", "wint8"},
+                                     {"moe_quant_type", "w4w2"},
+                                     {"moe_quant_config",
+                                      {{"moe_w4_quant_config",
+                                        {{"quant_type", SchemeName(scheme)},
+                                         {"quant_granularity", "per_channel"},
+                                         {"quant_start_layer", 0},
+                                         {"quant_end_layer", source.num_layers - 1}}}}}};
+    EXPECT_EQ(QuantizationJsonOf(scheme, source), expected);
+  }
+}
+
+TEST(Scheme, AModelWithoutExpertsSaysNothingOfThem) {
+  const nlohmann::json expected = {{"quantization", "wint2"}, {"dense_quant_type", "wint8"}};
+  EXPECT_EQ(QuantizationJsonOf(Scheme::kWint8, LoadOrDie("models/shapes/ernie-4.5-0.3b")),
+            expected);
+}
+
 TEST(Scheme, EveryConfigurationIsReadBackAsItWasMeant) {
   const ModelConfig source = SmallConfig();
   for (const SchemeOptions& options :
