@@ -10,6 +10,7 @@
 #include "common/heap.h"
 #include "common/log.h"
 #include "common/status_macros.h"
+#include "launcher/child_environment.h"
 
 namespace wintserve {
 namespace {
@@ -74,6 +75,10 @@ Child MakeChild(ChildRole role, int rank, const Instance& instance, const Reserv
       child.name = "cache manager";
       break;
   }
+  if (role != ChildRole::kApiServer) {
+    child.instance.options.api_keys.clear();
+    child.instance.generate_json.clear();
+  }
   return child;
 }
 
@@ -93,6 +98,7 @@ absl::Status SpawnChild(const ReservedPorts& ports, Child* child) {
   options.environment = {HeapTunables(
       child->role == ChildRole::kCacheManager ? HeapArenas::kOne : HeapArenas::kGlibcsChoice,
       std::getenv("GLIBC_TUNABLES"))};
+  options.inherits = &IsForChildren;
   options.descriptors.push_back({instance_fd.get(), kInstanceFd});
   if (instance.http_fd >= 0) options.descriptors.push_back({ports.http.get(), kHttpFd});
   ASSIGN_OR_RETURN(const UniqueFd output, child->output.Open());
