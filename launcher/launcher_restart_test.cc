@@ -1,6 +1,7 @@
 // Deaths of every kind of child: who is started again, when, and who is told.
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 
 #include <optional>
@@ -71,6 +72,28 @@ class RestartTest : public LauncherTest {
     return std::stoull(Reported(fmt::format("engine-worker-{}", rank), "worker_id"));
   }
 
+  // Time on a processor, since its start.
+  double LauncherSeconds() const {
+    std::istringstream stat(ReadFile(fmt::format("/proc/{}/stat", launcher_.pid())));
+    std::string field;
+    for (int i = 1; i < 14; ++i) stat >> field;
+    double user = 0;
+    double system = 0;
+    stat >> user >> system;
+    return (user + system) / static_cast<double>(::sysconf(_SC_CLK_TCK));
+  }
+  void LimitDescriptorsOfLauncher(rlim_t limit) const {
+    rlimit limits = {};
+    ASSERT_EQ(::prlimit(launcher_.pid(), RLIMIT_NOFILE, nullptr, &limits), 0);
+    limits.rlim_cur = limit;
+    ASSERT_EQ(::prlimit(launcher_.pid(), RLIMIT_NOFILE, &limits, nullptr), 0);
+  }
+
+  rlim_t LowestFreeDescriptorOfLauncher() const {
+    rlim_t fd = 0;
+    while (fs::exists(fs::symlink_status(fmt::format("/proc/{}/fd/{}", launcher_.pid(), fd)))) ++fd;
+    return fd;
+  }
   size_t NumDescriptorsOfLauncher() const {
     const fs::directory_iterator fds(fmt::format("/proc/{}/fd", launcher_.pid()));
     return std::distance(fds, fs::directory_iterator());
@@ -294,6 +317,24 @@ TEST_F(RestartTest, AWorkerInPlaceOfOneThatComputedWronglyIsTrusted) {
   const auto worker_exit = NextExit(watcher);
   ASSERT_TRUE(worker_exit.has_value());
   EXPECT_TRUE(worker_exit->kv_trusted());
+}
+
+TEST_F(RestartTest, ALauncherWithoutDescriptorsForAPeerRestsAndAnswersItLater) {
+  StartServing();
+  ASSERT_TRUE(ChildrenRun(3)) << Stderr();
+  const std::string path = Reported("api-server", "runtime_dir") + "/supervisor.sock";
+  LimitDescriptorsOfLauncher(LowestFreeDescriptorOfLauncher());
+  auto peer = ConnectUnix(path, kTimeoutMs);
+  ASSERT_TRUE(peer.ok()) << peer.status();
+  ASSERT_TRUE(EventuallySays("supervisor.sock: cannot accept a connection")) << Stderr();
+  const double before = LauncherSeconds();
+  std::this_thread::sleep_for(std::chrono::seconds(2));
+  // Twenty tries; a loop without a pause takes the whole two seconds.
+  EXPECT_LT(LauncherSeconds() - before, 0.5);
+  LimitDescriptorsOfLauncher(100);
+  ASSERT_TRUE(SendPacket(peer->get(), Request().SerializeAsString()).ok());
+  EXPECT_TRUE(ReceivePacket(peer->get(), kTimeoutMs).ok());
+  EXPECT_THAT(Stderr(), HasSubstr("supervisor.sock: accepts connections again"));
 }
 
 TEST_F(RestartTest, ClientsCanConnectWhileThereIsNoApiServer) {

@@ -109,16 +109,16 @@ void Supervisor::WaitForNews() {
     if (child.process.running()) fds.push_back({child.process.pidfd(), POLLIN, 0});
     if (child.output.fd() >= 0) fds.push_back({child.output.fd(), POLLIN, 0});
   }
-  if (server_.has_value()) server_->AddPollFds(&fds);
   std::optional<Clock::time_point> until;
-  if (stopping_ || !ended_.empty()) until = stopping_ ? kill_time_ : judge_time_;
-  for (const Child& child : children_) {
-    if (!child.restart_time.has_value()) continue;
-    until = std::min(until.value_or(*child.restart_time), *child.restart_time);
-  }
+  const auto look_by = [&until](std::optional<Clock::time_point> time) {
+    if (time.has_value()) until = std::min(until.value_or(*time), *time);
+  };
+  if (server_.has_value()) look_by(server_->AddPollFds(&fds));
+  if (stopping_ || !ended_.empty()) look_by(stopping_ ? kill_time_ : judge_time_);
+  for (const Child& child : children_) look_by(child.restart_time);
   if (draining_ && !StartsApiServer() && stopping_role_ == ChildRole::kApiServer) {
     // Of the end of the other launcher nobody tells us.
-    until = std::min(*until, Clock::now() + kLookForLauncher);
+    look_by(Clock::now() + kLookForLauncher);
   }
   int timeout_ms = -1;
   if (until.has_value()) {
