@@ -19,6 +19,7 @@ namespace {
 constexpr int kInstanceFd = 3;
 constexpr int kHttpFd = 4;
 constexpr int kMetricsFd = 5;
+constexpr int kStartFd = 6;
 
 // Never 0, which says that there is none.
 uint64_t RandomWorkerId() {
@@ -61,6 +62,7 @@ Child MakeChild(ChildRole role, int rank, const Instance& instance, const Reserv
   child.output = ChildOutput(LogNameOf(role, rank), log);
   child.role = role;
   child.instance = instance;
+  child.instance.start_fd = kStartFd;
   switch (role) {
     case ChildRole::kApiServer:
       child.name = "api server";
@@ -104,10 +106,14 @@ absl::Status SpawnChild(const ReservedPorts& ports, Child* child) {
   ASSIGN_OR_RETURN(const UniqueFd output, child->output.Open());
   options.output_fd = output.get();
   if (instance.metrics_fd >= 0) options.descriptors.push_back({ports.metrics.get(), kMetricsFd});
+  child->start_signs = MakeStartPulse();
+  if (!child->start_signs.valid()) return absl::ErrnoToStatus(errno, "eventfd");
+  options.descriptors.push_back({child->start_signs.get(), kStartFd});
   ++child->num_starts;
-  child->at_fault = false;
+  child->at_fault = child->hung = false;
   ASSIGN_OR_RETURN(child->process, ChildProcess::Spawn(options));
   child->started = Child::Clock::now();
+  child->start_watch = StartWatch(StartLimit(instance.options.stall_timeout_ms), child->started);
   LOG_DEBUG("{} is process {}", child->name, child->process.pid());
   return absl::OkStatus();
 }

@@ -337,6 +337,46 @@ TEST_F(RestartTest, ALauncherWithoutDescriptorsForAPeerRestsAndAnswersItLater) {
   EXPECT_THAT(Stderr(), HasSubstr("supervisor.sock: accepts connections again"));
 }
 
+TEST_F(RestartTest, WhoeverIsFrozenWhileItStartsIsReplacedAndWhoeverIsOnlySlowIsNot) {
+  StartServing({"-tp=2", "--stall-timeout=1"}, {{"engine_worker_0", "first:freeze"},
+                                                {"engine_worker_1", "slow:7000"},
+                                                {"cache_manager", "first:freeze"},
+                                                {"api_server", "first:freeze"}});
+  ASSERT_TRUE(ChildrenRun(4)) << Stderr();
+  const UniqueFd watcher = Watch();
+  const std::map<std::string, std::string> before = Reports();
+  const auto worker_exit = NextExit(watcher);
+  ASSERT_TRUE(worker_exit.has_value()) << Stderr();
+  EXPECT_EQ(worker_exit->rank(), 0u);
+  EXPECT_TRUE(worker_exit->kv_trusted()) << "it has not got as far as to write any";
+  for (const char* child : {"engine-worker-0", "cache-manager", "api-server"}) {
+    const std::string name = fmt::format("wintserve-{}", child);
+    EXPECT_TRUE(Eventually([&] { return Reports()[name] != before.at(name); })) << child;
+  }
+  const std::string how = " hangs: no sign of life for 5 s while it starts, and it has yet to ";
+  EXPECT_TRUE(EventuallySays("engine worker 0" + how + "load its weights and attach to the API"));
+  EXPECT_TRUE(EventuallySays("cache manager" + how + "listen for the API server; killing it"));
+  EXPECT_TRUE(EventuallySays("api server" + how + "listen for engine workers and clients"));
+  std::this_thread::sleep_for(std::chrono::seconds(3));  // the slow one has started by then
+  EXPECT_EQ(Reports()["wintserve-engine-worker-1"], before.at("wintserve-engine-worker-1"));
+  EXPECT_EQ(LivingChildren().size(), 4u);
+  // Those that have started may be frozen: others judge them.
+  ::kill(PidOf("engine-worker-1"), SIGSTOP);
+  std::this_thread::sleep_for(std::chrono::seconds(6));
+  EXPECT_EQ(Reports()["wintserve-engine-worker-1"], before.at("wintserve-engine-worker-1"));
+  EXPECT_EQ(NumErrorLines(), 0) << Stderr();
+}
+
+TEST_F(RestartTest, ToFreezeAtItsStartIsAFaultOfAProcesssOwn) {
+  StartServing({"--stall-timeout=1"}, {{"engine_worker_0", "freeze"}});
+  ASSERT_TRUE(ChildrenRun(3)) << Stderr();
+  EXPECT_TRUE(EventuallySays("engine worker 0 died of signal 9 (Killed); starting it again\n"));
+  EXPECT_TRUE(EventuallySays("engine worker 0 died of signal 9 (Killed); starting it again in 0."));
+  EXPECT_TRUE(EventuallySays("engine worker 0 died of signal 9 (Killed); starting it again in 1."));
+  // Who is killed from outside would be awaited for 1 s at most: this is a fault of its own.
+  EXPECT_TRUE(EventuallySays("engine worker 0 died of signal 9 (Killed); starting it again in 2."));
+}
+
 TEST_F(RestartTest, ClientsCanConnectWhileThereIsNoApiServer) {
   StartServing({}, {{"api_server", "later:abort"}});
   ASSERT_TRUE(ChildrenRun(3)) << Stderr();

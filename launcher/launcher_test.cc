@@ -25,8 +25,8 @@ TEST_F(LauncherTest, StartsEveryProcessWithWhatItNeedsAndNothingElse) {
     const bool api_server = std::string_view(child) == "api-server";
     EXPECT_EQ(Reported(child, "http"), api_server ? "true" : "false");
     EXPECT_EQ(Reported(child, "metrics"), api_server ? "true" : "false");
-    // stdin, stdout, stderr, the instance, two sockets.
-    EXPECT_EQ(Reported(child, "fds"), api_server ? "6" : "4");
+    // stdin, stdout, stderr, the instance, the signs of its start, two sockets.
+    EXPECT_EQ(Reported(child, "fds"), api_server ? "7" : "5");
     EXPECT_EQ(ReadFile(fmt::format("/proc/{}/cmdline", PidOf(child))).find("token"),
               std::string::npos);
   }

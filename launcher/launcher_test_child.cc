@@ -2,8 +2,10 @@
 // itself to $WINTSERVE_TEST_DIR/<name>, then behaves as $WINTSERVE_TEST_<name> says: "run" (end on
 // SIGTERM with code 0), "ignore" SIGTERM, "exit:CODE", "exit_on_term:CODE", "abort",
 // "exit_after:MILLISECONDS" (with code 0), "report_hang" (of the cache manager, after 4 s, twice);
-// "later:BEHAVIOUR": "run" the first time, so from the second start on; "talk:BEHAVIOUR": 20,000
-// lines of 100 bytes on stderr before. "abort" leaves a line without end there (mode "serve").
+// "freeze" (before it has started, like "exit:" and "abort"), "slow:MILLISECONDS" to start;
+// "later:BEHAVIOUR": "run" the first time, so from the second start on; "first:" the reverse;
+// "talk:BEHAVIOUR": 20,000 lines of 100 bytes on stderr before. "abort" leaves a line without end
+// there (mode "serve").
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <signal.h>
@@ -16,6 +18,7 @@
 #include <string>
 
 #include "common/config/instance.h"
+#include "common/start_pulse.h"
 #include "launcher/client/supervisor_client.h"
 
 namespace {
@@ -70,6 +73,10 @@ int main(int argc, char** argv) {
   const char* set = std::getenv(variable.c_str());
   std::string behaviour = set == nullptr ? "run" : set;
   if (behaviour.starts_with("later:")) behaviour = is_first_start ? "run" : behaviour.substr(6);
+  if (behaviour.starts_with("first:")) behaviour = is_first_start ? behaviour.substr(6) : "run";
+  wintserve::StartPulse start(instance->start_fd);
+  if (behaviour == "freeze") ::raise(SIGSTOP);
+  if (behaviour.starts_with("slow:")) ::usleep(1000 * std::atoi(behaviour.c_str() + 5));
   if (behaviour.starts_with("talk:")) {
     for (int i = 0; i < 20'000; ++i) fmt::print(stderr, "{:099}\n", i);
     behaviour = behaviour.substr(5);
@@ -79,6 +86,7 @@ int main(int argc, char** argv) {
     std::abort();
   }
   if (behaviour.starts_with("exit:")) return std::atoi(behaviour.c_str() + 5);
+  start.Started();
   if (behaviour.starts_with("exit_after:")) {
     ::usleep(1000 * std::atoi(behaviour.c_str() + 11));
     return 0;
