@@ -19,6 +19,7 @@
 #include "common/exit_code.h"
 #include "common/heap.h"
 #include "common/log.h"
+#include "common/start_pulse.h"
 #include "common/transport/queue_transport.h"
 #include "common/unix_socket.h"
 #include "launcher/client/supervisor_client.h"
@@ -94,7 +95,8 @@ int Drain(HttpServer* server, LLM* llm, std::chrono::milliseconds timeout) {
   return kExitOk;
 }
 
-int Serve(const Instance& instance, LLM* llm, std::shared_ptr<prometheus::Registry> registry) {
+int Serve(const Instance& instance, LLM* llm, std::shared_ptr<prometheus::Registry> registry,
+          StartPulse* start) {
   const ServeOptions& options = instance.options;
   HttpOptions http;
   http.listen_fd = instance.http_fd;
@@ -108,6 +110,7 @@ int Serve(const Instance& instance, LLM* llm, std::shared_ptr<prometheus::Regist
   http.client_stall_timeout = std::chrono::milliseconds(options.client_stall_timeout_ms);
   const auto server = HttpServer::Start(std::move(http), llm, std::move(registry));
   if (!server.ok()) return Fail(server.status());
+  start->Started();
   LogStartupLines(options.host, options.port, options.metrics_port.value_or(options.port));
 
   bool was_ready = false;
@@ -182,6 +185,7 @@ int Main(int argc, char** argv) {
   }
   InitLog("api_server", instance->options.log_level);
   InitGrpcLog();
+  StartPulse start(instance->start_fd);
   const HeapTrimmer heap_trimmer;
   if (const absl::Status status = CheckPrivateDirectory(instance->runtime_dir); !status.ok()) {
     return Fail(status);
@@ -200,8 +204,9 @@ int Main(int argc, char** argv) {
   llm_options.on_fatal = [](const std::string&) { kill(getpid(), kFatalSignal); };
   const auto llm = CreateLlm(std::move(llm_options), registry);
   if (!llm.ok()) return Fail(llm.status());
-  return instance->mode == "generate" ? Generate(*instance, llm->get())
-                                      : Serve(*instance, llm->get(), registry);
+  if (instance->mode != "generate") return Serve(*instance, llm->get(), registry, &start);
+  start.Started();
+  return Generate(*instance, llm->get());
 }
 
 }  // namespace

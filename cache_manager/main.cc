@@ -17,6 +17,7 @@
 #include "common/exit_code.h"
 #include "common/heap.h"
 #include "common/log.h"
+#include "common/start_pulse.h"
 #include "common/status_macros.h"
 #include "common/transport/queue_transport.h"
 #include "common/unix_socket.h"
@@ -68,6 +69,7 @@ int Main(int argc, char** argv) {
   }
   InitLog("cache_manager", instance->options.log_level);
   InitGrpcLog();
+  StartPulse start(instance->start_fd);
   const HeapTrimmer heap_trimmer;
 
   auto make_memory = MemoryMakerOf(instance->options);
@@ -89,6 +91,7 @@ int Main(int argc, char** argv) {
                                                 .token = instance->token},
                                                &owner);
   if (!cache_server.ok()) return ExitWith(kExitUnavailable, cache_server.status());
+  start.Started();
   LOG_INFO("listening on {}:{}{} and {}", instance->options.queue_host, (*cache_server)->port(),
            tls->enabled() ? " (TLS)" : "", instance->cache_socket());
 

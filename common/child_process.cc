@@ -109,7 +109,10 @@ absl::StatusOr<ChildProcess> ChildProcess::Spawn(const ChildOptions& options) {
   preparation.argv.push_back(nullptr);
   preparation.environment = Pointers(options.environment);
   for (char** entry = environ; *entry != nullptr; ++entry) {
-    preparation.environment.push_back(*entry);
+    const std::string_view text = *entry;
+    if (options.inherits == nullptr || options.inherits(text.substr(0, text.find('=')))) {
+      preparation.environment.push_back(*entry);
+    }
   }
   preparation.environment.push_back(nullptr);
   preparation.descriptors = &options.descriptors;

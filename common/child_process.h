@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -27,8 +28,10 @@ struct ChildOptions {
   };
   std::vector<std::string> argv;         // argv[0] is the path of the program
   std::vector<Descriptor> descriptors;   // the child has these, stdout and stderr, and no others
-  std::vector<std::string> environment;  // "NAME=value", beside our own environment
-  int output_fd = -1;                    // the child's stdout and stderr; -1: ours
+  std::vector<std::string> environment;  // "NAME=value", beside what is inherited
+  // Which variables of our own environment the child gets, by name; null: all.
+  bool (*inherits)(std::string_view name) = nullptr;
+  int output_fd = -1;  // the child's stdout and stderr; -1: ours
 };
 
 // Move-only; a default-made or moved-from object stands for no process. Destruction stops the child

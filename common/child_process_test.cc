@@ -48,6 +48,25 @@ std::string OutputOf(const std::string& script, std::vector<std::string> environ
   return text;
 }
 
+TEST(ChildProcess, InheritsOnlyTheVariablesThatItIsToHave) {
+  ::setenv("CHILD_TEST_SECRET", "hidden", /*overwrite=*/1);
+  ::setenv("CHILD_TEST_PATH", "seen", /*overwrite=*/1);
+  const UniqueFd file(::memfd_create("output", MFD_CLOEXEC));
+  ChildOptions options = Shell("env >&3");
+  options.descriptors = {{file.get(), 3}};
+  options.environment = {"CHILD_TEST_SECRET_OF_ITS_OWN=1"};
+  options.inherits = [](std::string_view name) { return name.ends_with("PATH"); };
+  ChildProcess child = MustSpawn(options);
+  EXPECT_EQ(ExitCode(&child), 0);
+  std::string text(::lseek(file.get(), 0, SEEK_END), '\0');
+  EXPECT_EQ(::pread(file.get(), text.data(), text.size(), 0), std::ssize(text));
+  EXPECT_NE(text.find("CHILD_TEST_PATH=seen\n"), std::string::npos) << text;
+  EXPECT_NE(text.find("CHILD_TEST_SECRET_OF_ITS_OWN=1\n"), std::string::npos) << text;
+  EXPECT_EQ(text.find("hidden"), std::string::npos) << text;
+  ::unsetenv("CHILD_TEST_SECRET");
+  ::unsetenv("CHILD_TEST_PATH");
+}
+
 TEST(ChildProcess, ReportsHowItEnded) {
   ChildProcess child = MustSpawn(Shell("exit 66"));
   auto ended = child.Wait(kTimeoutMs);

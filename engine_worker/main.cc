@@ -17,6 +17,7 @@
 #include "common/exit_code.h"
 #include "common/heap.h"
 #include "common/log.h"
+#include "common/start_pulse.h"
 #include "common/status_macros.h"
 #include "common/transport/queue_transport.h"
 #include "engine_worker/collectives/rank_group.h"
@@ -122,6 +123,7 @@ absl::StatusOr<LoadedModel> LoadWatched(const Instance& instance, RankGroup* gro
 int RunEngineWorker(const Instance& instance, StopSignal& stop) {
   InitLog(fmt::format("engine_worker.{}", instance.rank), instance.options.log_level);
   InitGrpcLog();
+  StartPulse start(instance.start_fd);
   ReturnLargePiecesAtOnce();  // while it loads, the worker unpacks one matrix after the other
   RankGroup group(instance.rank, instance.options.tensor_parallel_size);
   absl::StatusOr<LoadedModel> loaded = LoadWatched(instance, &group);
@@ -137,6 +139,7 @@ int RunEngineWorker(const Instance& instance, StopSignal& stop) {
     if (absl::IsUnavailable(queue.status())) std::this_thread::sleep_for(kStopSkew);
     return Fail(queue.status(), kExitInternal);
   }
+  start.Started();  // from here on the API server notices when it hangs
 
   Worker worker(loaded->model.get(), &group, queue->get(),
                 LinksOf(instance, *loaded, hello, &group),

@@ -10,6 +10,7 @@
 #include "common/heap.h"
 #include "common/log.h"
 #include "common/status_macros.h"
+#include "launcher/child_environment.h"
 
 namespace wintserve {
 namespace {
@@ -18,6 +19,7 @@ namespace {
 constexpr int kInstanceFd = 3;
 constexpr int kHttpFd = 4;
 constexpr int kMetricsFd = 5;
+constexpr int kStartFd = 6;
 
 // Never 0, which says that there is none.
 uint64_t RandomWorkerId() {
@@ -60,6 +62,7 @@ Child MakeChild(ChildRole role, int rank, const Instance& instance, const Reserv
   child.output = ChildOutput(LogNameOf(role, rank), log);
   child.role = role;
   child.instance = instance;
+  child.instance.start_fd = kStartFd;
   switch (role) {
     case ChildRole::kApiServer:
       child.name = "api server";
@@ -73,6 +76,10 @@ Child MakeChild(ChildRole role, int rank, const Instance& instance, const Reserv
     case ChildRole::kCacheManager:
       child.name = "cache manager";
       break;
+  }
+  if (role != ChildRole::kApiServer) {
+    child.instance.options.api_keys.clear();
+    child.instance.generate_json.clear();
   }
   return child;
 }
@@ -93,15 +100,20 @@ absl::Status SpawnChild(const ReservedPorts& ports, Child* child) {
   options.environment = {HeapTunables(
       child->role == ChildRole::kCacheManager ? HeapArenas::kOne : HeapArenas::kGlibcsChoice,
       std::getenv("GLIBC_TUNABLES"))};
+  options.inherits = &IsForChildren;
   options.descriptors.push_back({instance_fd.get(), kInstanceFd});
   if (instance.http_fd >= 0) options.descriptors.push_back({ports.http.get(), kHttpFd});
   ASSIGN_OR_RETURN(const UniqueFd output, child->output.Open());
   options.output_fd = output.get();
   if (instance.metrics_fd >= 0) options.descriptors.push_back({ports.metrics.get(), kMetricsFd});
+  child->start_signs = MakeStartPulse();
+  if (!child->start_signs.valid()) return absl::ErrnoToStatus(errno, "eventfd");
+  options.descriptors.push_back({child->start_signs.get(), kStartFd});
   ++child->num_starts;
-  child->at_fault = false;
+  child->at_fault = child->hung = false;
   ASSIGN_OR_RETURN(child->process, ChildProcess::Spawn(options));
   child->started = Child::Clock::now();
+  child->start_watch = StartWatch(StartLimit(instance.options.stall_timeout_ms), child->started);
   LOG_DEBUG("{} is process {}", child->name, child->process.pid());
   return absl::OkStatus();
 }

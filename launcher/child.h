@@ -8,9 +8,11 @@
 #include "absl/status/status.h"
 #include "common/child_process.h"
 #include "common/config/instance.h"
+#include "common/unique_fd.h"
 #include "launcher/child_output.h"
 #include "launcher/preflight.h"
 #include "launcher/restart_policy.h"
+#include "launcher/start_watch.h"
 
 namespace wintserve {
 
@@ -27,8 +29,11 @@ struct Child {
   ChildProcess process;
   RestartPolicy policy;
   Clock::time_point started;
+  UniqueFd start_signs;  // what `start_watch` looks at
+  StartWatch start_watch;
   int num_starts = 0;
   bool stopped = false;                           // we asked it to end, or ended it
+  bool hung = false;                              // while it started, so that we ended it
   bool at_fault = false;                          // see EndWorker in proto/supervisor.proto
   std::optional<Clock::time_point> restart_time;  // it has died and is started again then
 };

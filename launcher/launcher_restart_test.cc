@@ -1,6 +1,7 @@
 // Deaths of every kind of child: who is started again, when, and who is told.
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 
 #include <optional>
@@ -71,9 +72,43 @@ class RestartTest : public LauncherTest {
     return std::stoull(Reported(fmt::format("engine-worker-{}", rank), "worker_id"));
   }
 
+  // Time on a processor, since its start.
+  double LauncherSeconds() const {
+    std::istringstream stat(ReadFile(fmt::format("/proc/{}/stat", launcher_.pid())));
+    std::string field;
+    for (int i = 1; i < 14; ++i) stat >> field;
+    double user = 0;
+    double system = 0;
+    stat >> user >> system;
+    return (user + system) / static_cast<double>(::sysconf(_SC_CLK_TCK));
+  }
+  void LimitDescriptorsOfLauncher(rlim_t limit) const {
+    rlimit limits = {};
+    ASSERT_EQ(::prlimit(launcher_.pid(), RLIMIT_NOFILE, nullptr, &limits), 0);
+    limits.rlim_cur = limit;
+    ASSERT_EQ(::prlimit(launcher_.pid(), RLIMIT_NOFILE, &limits, nullptr), 0);
+  }
+
+  rlim_t LowestFreeDescriptorOfLauncher() const {
+    rlim_t fd = 0;
+    while (fs::exists(fs::symlink_status(fmt::format("/proc/{}/fd/{}", launcher_.pid(), fd)))) ++fd;
+    return fd;
+  }
+  // Once every child has started: until then the launcher has a descriptor more for it.
   size_t NumDescriptorsOfLauncher() const {
-    const fs::directory_iterator fds(fmt::format("/proc/{}/fd", launcher_.pid()));
-    return std::distance(fds, fs::directory_iterator());
+    size_t num_fds = 0;
+    EXPECT_TRUE(Eventually([&] {
+      num_fds = 0;
+      bool all_have_started = true;
+      const auto fds = fs::directory_iterator(fmt::format("/proc/{}/fd", launcher_.pid()));
+      for (const fs::directory_entry& fd : fds) {
+        ++num_fds;
+        std::error_code gone;
+        all_have_started &= fs::read_symlink(fd.path(), gone) != "anon_inode:[eventfd]";
+      }
+      return all_have_started;
+    }));
+    return num_fds;
   }
 };
 
@@ -294,6 +329,65 @@ TEST_F(RestartTest, AWorkerInPlaceOfOneThatComputedWronglyIsTrusted) {
   const auto worker_exit = NextExit(watcher);
   ASSERT_TRUE(worker_exit.has_value());
   EXPECT_TRUE(worker_exit->kv_trusted());
+}
+
+TEST_F(RestartTest, ALauncherWithoutDescriptorsForAPeerRestsAndAnswersItLater) {
+  StartServing();
+  ASSERT_TRUE(ChildrenRun(3)) << Stderr();
+  const std::string path = Reported("api-server", "runtime_dir") + "/supervisor.sock";
+  NumDescriptorsOfLauncher();  // none is closed from here on
+  LimitDescriptorsOfLauncher(LowestFreeDescriptorOfLauncher());
+  auto peer = ConnectUnix(path, kTimeoutMs);
+  ASSERT_TRUE(peer.ok()) << peer.status();
+  ASSERT_TRUE(EventuallySays("supervisor.sock: cannot accept a connection")) << Stderr();
+  const double before = LauncherSeconds();
+  std::this_thread::sleep_for(std::chrono::seconds(2));
+  // Twenty tries; a loop without a pause takes the whole two seconds.
+  EXPECT_LT(LauncherSeconds() - before, 0.5);
+  LimitDescriptorsOfLauncher(100);
+  ASSERT_TRUE(SendPacket(peer->get(), Request().SerializeAsString()).ok());
+  EXPECT_TRUE(ReceivePacket(peer->get(), kTimeoutMs).ok());
+  EXPECT_TRUE(EventuallySays("supervisor.sock: accepts connections again")) << Stderr();
+}
+
+TEST_F(RestartTest, WhoeverIsFrozenWhileItStartsIsReplacedAndWhoeverIsOnlySlowIsNot) {
+  StartServing({"-tp=2", "--stall-timeout=1"}, {{"engine_worker_0", "first:freeze"},
+                                                {"engine_worker_1", "slow:7000"},
+                                                {"cache_manager", "first:freeze"},
+                                                {"api_server", "first:freeze"}});
+  ASSERT_TRUE(ChildrenRun(4)) << Stderr();
+  const UniqueFd watcher = Watch();
+  const std::map<std::string, std::string> before = Reports();
+  const auto worker_exit = NextExit(watcher);
+  ASSERT_TRUE(worker_exit.has_value()) << Stderr();
+  EXPECT_EQ(worker_exit->rank(), 0u);
+  EXPECT_TRUE(worker_exit->kv_trusted()) << "it has not got as far as to write any";
+  for (const char* child : {"engine-worker-0", "cache-manager", "api-server"}) {
+    const std::string name = fmt::format("wintserve-{}", child);
+    EXPECT_TRUE(Eventually([&] { return Reports()[name] != before.at(name); })) << child;
+  }
+  const std::string how = " hangs: no sign of life for 5 s while it starts, and it has yet to ";
+  EXPECT_TRUE(EventuallySays("engine worker 0" + how + "load its weights and attach to the API"));
+  EXPECT_TRUE(EventuallySays("cache manager" + how + "listen for the API server; killing it"));
+  EXPECT_TRUE(EventuallySays("api server" + how + "listen for engine workers and clients"));
+  std::this_thread::sleep_for(std::chrono::seconds(3));  // the slow one has started by then
+  EXPECT_EQ(Reports()["wintserve-engine-worker-1"], before.at("wintserve-engine-worker-1"));
+  EXPECT_EQ(LivingChildren().size(), 4u);
+  // Those that have started may be frozen: others judge them.
+  ::kill(PidOf("engine-worker-1"), SIGSTOP);
+  std::this_thread::sleep_for(std::chrono::seconds(6));
+  EXPECT_EQ(Reports()["wintserve-engine-worker-1"], before.at("wintserve-engine-worker-1"));
+  EXPECT_EQ(NumErrorLines(), 0) << Stderr();
+}
+
+TEST_F(RestartTest, ToFreezeAtItsStartIsAFaultOfAProcesssOwn) {
+  StartServing({"--stall-timeout=1"}, {{"engine_worker_0", "freeze"}});
+  ASSERT_TRUE(ChildrenRun(3)) << Stderr();
+  EXPECT_TRUE(EventuallySays("engine worker 0 died of signal 9 (Killed); starting it again\n"));
+  EXPECT_TRUE(EventuallySays("engine worker 0 died of signal 9 (Killed); starting it again in 0."));
+  EXPECT_TRUE(EventuallySays("engine worker 0 died of signal 9 (Killed); starting it again in 1."));
+  // Who is killed from outside would be awaited for 1 s at most: this is a fault of its own.
+  EXPECT_TRUE(EventuallySays("engine worker 0 died of signal 9 (Killed); starting it again in 2."));
 }
 
 TEST_F(RestartTest, ClientsCanConnectWhileThereIsNoApiServer) {

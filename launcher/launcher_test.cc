@@ -25,8 +25,8 @@ TEST_F(LauncherTest, StartsEveryProcessWithWhatItNeedsAndNothingElse) {
     const bool api_server = std::string_view(child) == "api-server";
     EXPECT_EQ(Reported(child, "http"), api_server ? "true" : "false");
     EXPECT_EQ(Reported(child, "metrics"), api_server ? "true" : "false");
-    // stdin, stdout, stderr, the instance, two sockets.
-    EXPECT_EQ(Reported(child, "fds"), api_server ? "6" : "4");
+    // stdin, stdout, stderr, the instance, the signs of its start, two sockets.
+    EXPECT_EQ(Reported(child, "fds"), api_server ? "7" : "5");
     EXPECT_EQ(ReadFile(fmt::format("/proc/{}/cmdline", PidOf(child))).find("token"),
               std::string::npos);
   }
@@ -40,6 +40,42 @@ TEST_F(LauncherTest, StartsEveryProcessWithWhatItNeedsAndNothingElse) {
   launcher_.Signal(SIGTERM);
   EXPECT_EQ(ExitCode(), kExitOk);
   ExpectNothingLeft();
+}
+
+// What is in a process shows in its core file, and in /proc to whatever runs as its user.
+TEST_F(LauncherTest, KeysGoToTheApiServerAloneAndSecretsOfTheEnvironmentToNobody) {
+  environment_ = {"FD_API_KEY=first-key,second-key", "AWS_SECRET_ACCESS_KEY=of-somebody",
+                  "http_proxy=http://me:password@proxy", "CUDA_MODULE_LOADING=EAGER"};
+  StartServing();
+  ASSERT_TRUE(ChildrenRun(3)) << Stderr();
+  EXPECT_EQ(Reported("api-server", "num_keys"), "2");
+  EXPECT_EQ(Reported("engine-worker-0", "num_keys"), "0");
+  EXPECT_EQ(Reported("cache-manager", "num_keys"), "0");
+  for (const char* child : {"api-server", "engine-worker-0", "cache-manager"}) {
+    SCOPED_TRACE(child);
+    const std::string environment = ReadFile(fmt::format("/proc/{}/environ", PidOf(child)));
+    EXPECT_THAT(environment, HasSubstr("CUDA_MODULE_LOADING=EAGER"));
+    const std::string command_line = ReadFile(fmt::format("/proc/{}/cmdline", PidOf(child)));
+    for (const char* secret :
+         {"FD_API_KEY", "first-key", "second-key", "of-somebody", "password"}) {
+      EXPECT_EQ(environment.find(secret), std::string::npos) << secret;
+      EXPECT_EQ(command_line.find(secret), std::string::npos) << secret;
+      EXPECT_EQ(Stderr().find(secret), std::string::npos) << secret;
+    }
+  }
+}
+
+TEST_F(LauncherTest, HidesKeysInItsOwnArgumentsAndEnvironment) {
+  environment_ = {"FD_API_KEY=of-the-environment"};
+  StartServing({"--api-key", "first-key", "--api-key=second-key"});
+  ASSERT_TRUE(ChildrenRun(3)) << Stderr();
+  EXPECT_EQ(Reported("api-server", "num_keys"), "2") << "the command line wins";
+  std::string command_line = ReadFile(fmt::format("/proc/{}/cmdline", launcher_.pid()));
+  std::ranges::replace(command_line, '\0', ' ');
+  EXPECT_THAT(command_line, HasSubstr("--api-key ********* --api-key=********** "));
+  EXPECT_THAT(command_line, HasSubstr("--model " + Model()));
+  EXPECT_THAT(ReadFile(fmt::format("/proc/{}/environ", launcher_.pid())),
+              HasSubstr(std::string("FD_API_KEY=******************\0", 30)));
 }
 
 TEST_F(LauncherTest, EverySignalToStopLeavesNothingAndIsNoError) {

@@ -1,9 +1,11 @@
 // Stands in for a child of the launcher: checks what it was started with, writes a line about
-// itself to $LAUNCHER_TEST_DIR/<name>, then behaves as $<NAME>_BEHAVIOUR says: "run" (end on
+// itself to $WINTSERVE_TEST_DIR/<name>, then behaves as $WINTSERVE_TEST_<name> says: "run" (end on
 // SIGTERM with code 0), "ignore" SIGTERM, "exit:CODE", "exit_on_term:CODE", "abort",
 // "exit_after:MILLISECONDS" (with code 0), "report_hang" (of the cache manager, after 4 s, twice);
-// "later:BEHAVIOUR": "run" the first time, so from the second start on; "talk:BEHAVIOUR": 20,000
-// lines of 100 bytes on stderr before. "abort" leaves a line without end there (mode "serve").
+// "freeze" (before it has started, like "exit:" and "abort"), "slow:MILLISECONDS" to start;
+// "later:BEHAVIOUR": "run" the first time, so from the second start on; "first:" the reverse;
+// "talk:BEHAVIOUR": 20,000 lines of 100 bytes on stderr before. "abort" leaves a line without end
+// there (mode "serve").
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <signal.h>
@@ -11,10 +13,12 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <string>
 
 #include "common/config/instance.h"
+#include "common/start_pulse.h"
 #include "launcher/client/supervisor_client.h"
 
 namespace {
@@ -48,26 +52,31 @@ int main(int argc, char** argv) {
 
   std::string token_digits;
   for (const unsigned char byte : instance->token) token_digits += fmt::format("{:02x}", byte);
-  const std::string path = fmt::format("{}/{}", std::getenv("LAUNCHER_TEST_DIR"), name);
+  const std::string path = fmt::format("{}/{}", std::getenv("WINTSERVE_TEST_DIR"), name);
   const std::string line = fmt::format(
       "pid={} pgid={} fds={} http={} metrics={} runtime_dir={} token={} port={} mode={} "
       "tunables={} "
-      "worker_id={} restarted={} token_digits={} json={}\n",
+      "worker_id={} restarted={} token_digits={} num_keys={} json={}\n",
       ::getpid(), ::getpgrp(), num_fds, IsListening(instance->http_fd),
       IsListening(instance->metrics_fd), instance->runtime_dir, instance->token.size(),
       instance->options.port, instance->mode, std::getenv("GLIBC_TUNABLES"), instance->worker_id,
-      instance->restarted, token_digits, instance->generate_json);
+      instance->restarted, token_digits, instance->options.api_keys.size(),
+      instance->generate_json);
   const bool is_first_start = !std::filesystem::exists(path);
   const int fd = ::open((path + ".new").c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
   if (::write(fd, line.data(), line.size()) != static_cast<ssize_t>(line.size())) return 98;
   ::close(fd);
   std::filesystem::rename(path + ".new", path);
 
-  std::string variable = name + "_BEHAVIOUR";
+  std::string variable = "WINTSERVE_TEST_" + name.substr(std::strlen("wintserve-"));
   for (char& c : variable) c = c == '-' ? '_' : c;
   const char* set = std::getenv(variable.c_str());
   std::string behaviour = set == nullptr ? "run" : set;
   if (behaviour.starts_with("later:")) behaviour = is_first_start ? "run" : behaviour.substr(6);
+  if (behaviour.starts_with("first:")) behaviour = is_first_start ? behaviour.substr(6) : "run";
+  wintserve::StartPulse start(instance->start_fd);
+  if (behaviour == "freeze") ::raise(SIGSTOP);
+  if (behaviour.starts_with("slow:")) ::usleep(1000 * std::atoi(behaviour.c_str() + 5));
   if (behaviour.starts_with("talk:")) {
     for (int i = 0; i < 20'000; ++i) fmt::print(stderr, "{:099}\n", i);
     behaviour = behaviour.substr(5);
@@ -77,6 +86,7 @@ int main(int argc, char** argv) {
     std::abort();
   }
   if (behaviour.starts_with("exit:")) return std::atoi(behaviour.c_str() + 5);
+  start.Started();
   if (behaviour.starts_with("exit_after:")) {
     ::usleep(1000 * std::atoi(behaviour.c_str() + 11));
     return 0;

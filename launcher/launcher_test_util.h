@@ -69,6 +69,7 @@ class LauncherTest : public ::testing::Test {
   }
 
   // behaviours: see launcher_test_child.cc, by "api_server", "cache_manager", "engine_worker_0".
+  // environment_: beside ours.
   void Start(std::vector<std::string> args,
              const std::map<std::string, std::string>& behaviours = {}) {
     // The shell sends both streams to files and then becomes the launcher.
@@ -80,10 +81,11 @@ class LauncherTest : public ::testing::Test {
         (dir_ / "bin" / "wintserve").string()};
     options.argv.insert(options.argv.end(), args.begin(), args.end());
     options.environment = {"XDG_RUNTIME_DIR=" + (dir_ / "run").string(),
-                           "LAUNCHER_TEST_DIR=" + (dir_ / "reports").string()};
+                           "WINTSERVE_TEST_DIR=" + (dir_ / "reports").string()};
     for (const auto& [child, behaviour] : behaviours) {
-      options.environment.push_back(fmt::format("wintserve_{}_BEHAVIOUR={}", child, behaviour));
+      options.environment.push_back(fmt::format("WINTSERVE_TEST_{}={}", child, behaviour));
     }
+    options.environment.insert(options.environment.end(), environment_.begin(), environment_.end());
     if (!keeps_reports_) {
       for (const auto& file : fs::directory_iterator(dir_ / "reports")) fs::remove(file);
     }
@@ -184,7 +186,8 @@ class LauncherTest : public ::testing::Test {
   }
 
   fs::path dir_;
-  std::string before_exec_;     // for the shell: ends with ;
+  std::vector<std::string> environment_;  // "NAME=value", of the launcher
+  std::string before_exec_;               // for the shell: ends with ;
   std::string stderr_;          // where the launcher's goes instead of the file: path or &-
   bool keeps_reports_ = false;  // another launcher's children have written some
   ChildProcess launcher_;

@@ -5,6 +5,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -154,6 +155,22 @@ int RunInstance(CommandLine command) {
   return Supervisor(std::move(instance), std::move(surroundings)).Run();
 }
 
+void Hide(char* text, size_t length) { std::memset(text, '*', length); }
+
+// ps shows every user our arguments, and whatever runs as ours can read the environment that we
+// were started with: from now on neither has the keys in it.
+void HideKeys(const std::vector<std::string>& keys, char** argv) {
+  for (char** arg = argv + 1; *arg != nullptr; ++arg) {
+    const std::string_view text = *arg;
+    for (const std::string& key : keys) {
+      if (key.empty() || (text != key && !text.ends_with("=" + key))) continue;
+      Hide(*arg + text.size() - key.size(), key.size());
+      break;
+    }
+  }
+  if (char* value = ::getenv("FD_API_KEY"); value != nullptr) Hide(value, std::strlen(value));
+}
+
 int Main(int argc, char** argv) {
   OpenMissingStandardStreams();
   BlockSupervisedSignals();
@@ -164,6 +181,7 @@ int Main(int argc, char** argv) {
     return Fail(kExitInternal, BecomeSibling(command.program, std::move(command.program_args)));
   }
   if (!command.verb.has_value()) return command.exit_code;
+  HideKeys(command.options.api_keys, argv);
   return RunInstance(std::move(command));
 }
 

@@ -46,6 +46,19 @@ int CauseRank(const ChildExit& ended) {
   return ended.code != kExitOk ? 2 : 3;
 }
 
+// What a process has to do until others know of it.
+const char* FirstTaskOf(ChildRole role) {
+  switch (role) {
+    case ChildRole::kApiServer:
+      return "listen for engine workers and clients";
+    case ChildRole::kEngineWorker:
+      return "load its weights and attach to the API server";
+    case ChildRole::kCacheManager:
+      return "listen for the API server";
+  }
+  return "";
+}
+
 }  // namespace
 
 void BlockSupervisedSignals() {
@@ -78,6 +91,7 @@ int Supervisor::Run() {
     WaitForNews();
     ReadSignals();
     KillHangingCacheManager();
+    KillThoseThatHangAtTheirStart();
     KillUnwantedWorkers();
     ReapEnded();
     StartDueChildren();
@@ -109,16 +123,19 @@ void Supervisor::WaitForNews() {
     if (child.process.running()) fds.push_back({child.process.pidfd(), POLLIN, 0});
     if (child.output.fd() >= 0) fds.push_back({child.output.fd(), POLLIN, 0});
   }
-  if (server_.has_value()) server_->AddPollFds(&fds);
   std::optional<Clock::time_point> until;
-  if (stopping_ || !ended_.empty()) until = stopping_ ? kill_time_ : judge_time_;
+  const auto look_by = [&until](std::optional<Clock::time_point> time) {
+    if (time.has_value()) until = std::min(until.value_or(*time), *time);
+  };
+  if (server_.has_value()) look_by(server_->AddPollFds(&fds));
+  if (stopping_ || !ended_.empty()) look_by(stopping_ ? kill_time_ : judge_time_);
   for (const Child& child : children_) {
-    if (!child.restart_time.has_value()) continue;
-    until = std::min(until.value_or(*child.restart_time), *child.restart_time);
+    look_by(child.restart_time);
+    if (child.process.running()) look_by(child.start_watch.next_look());
   }
   if (draining_ && !StartsApiServer() && stopping_role_ == ChildRole::kApiServer) {
     // Of the end of the other launcher nobody tells us.
-    until = std::min(*until, Clock::now() + kLookForLauncher);
+    look_by(Clock::now() + kLookForLauncher);
   }
   int timeout_ms = -1;
   if (until.has_value()) {
@@ -198,6 +215,24 @@ void Supervisor::KillHangingCacheManager() {
   }
 }
 
+void Supervisor::KillThoseThatHangAtTheirStart() {
+  const auto now = Clock::now();
+  for (Child& child : children_) {
+    const std::optional<Clock::time_point> look = child.start_watch.next_look();
+    if (!child.process.running() || child.stopped || !look.has_value() || now < *look) continue;
+    if (child.start_watch.Look(TakeStartSigns(child.start_signs.get()), now)) {
+      LOG_WARNING(
+          "{} hangs: no sign of life for {} s while it starts, and it has yet to {}; killing it "
+          "(--stall-timeout, at most 60 s)",
+          child.name, StartLimit(instance_.options.stall_timeout_ms).count() / 1000.0,
+          FirstTaskOf(child.role));
+      child.hung = true;
+      child.process.Signal(SIGKILL);
+    }
+    if (!child.start_watch.next_look().has_value()) child.start_signs.Reset();
+  }
+}
+
 void Supervisor::KillUnwantedWorkers() {
   if (!server_.has_value()) return;
   for (const SupervisorServer::EndRequest& request : server_->TakeEndRequests()) {
@@ -230,7 +265,7 @@ bool Supervisor::IsReplaceable(const Child& child, const ChildExit& how) const {
 void Supervisor::Replace(Child* child, const ChildExit& how, bool out_of_memory,
                          const std::string& what_happened) {
   const auto now = Clock::now();
-  const bool self_inflicted = child->at_fault || IsSelfInflicted(how);
+  const bool self_inflicted = child->at_fault || child->hung || IsSelfInflicted(how);
   const std::optional<milliseconds> pause =
       child->policy.OnExit(self_inflicted, out_of_memory, child->started, now,
                            std::uniform_real_distribution<double>()(random_));

@@ -64,6 +64,7 @@ class Supervisor {
   // out_of_memory: the kernel has killed for want of memory since the last child ended.
   void HandleExit(Child* child, const ChildExit& how, bool out_of_memory);
   void KillHangingCacheManager();
+  void KillThoseThatHangAtTheirStart();
   void KillUnwantedWorkers();
   // Whether the end of this child is no end of the instance.
   bool IsReplaceable(const Child& child, const ChildExit& how) const;

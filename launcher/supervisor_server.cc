@@ -35,12 +35,15 @@ absl::StatusOr<SupervisorServer> SupervisorServer::Listen(const std::string& pat
   return SupervisorServer(std::move(listener), std::move(token));
 }
 
-void SupervisorServer::AddPollFds(std::vector<pollfd>* fds) const {
-  // Others wait in the backlog.
-  if (CanAccept()) fds->push_back({listener_.get(), POLLIN, 0});
+std::optional<SupervisorServer::Clock::time_point> SupervisorServer::AddPollFds(
+    std::vector<pollfd>* fds) const {
   for (const Connection& connection : connections_) {
     fds->push_back({connection.fd.get(), POLLIN, 0});
   }
+  if (accept_from_.has_value() && Clock::now() < *accept_from_) return accept_from_;
+  // Others wait in the backlog.
+  if (CanAccept()) fds->push_back({listener_.get(), POLLIN, 0});
+  return std::nullopt;
 }
 
 void SupervisorServer::Serve(const std::vector<pollfd>& fds) {
@@ -67,12 +70,26 @@ bool SupervisorServer::CanAccept() const {
 void SupervisorServer::Accept() {
   if (!CanAccept()) return;
   absl::StatusOr<UniqueFd> connection = AcceptUnix(listener_.get());
-  if (connection.ok() && connections_.size() == kMaxConnections) {
+  if (absl::IsUnavailable(connection.status())) return;  // it has left, or is of another user
+  if (!connection.ok()) return PauseAccepting(connection.status());
+  if (std::exchange(accept_from_, std::nullopt).has_value()) {
+    LOG_INFO("supervisor.sock: accepts connections again");
+  }
+  if (connections_.size() == kMaxConnections) {
     connections_.erase(
         std::ranges::find(connections_, false, &Connection::is_known));  // the oldest
   }
-  if (connection.ok() && SetNonBlocking(connection->get()).ok()) {
-    connections_.push_back({*std::move(connection)});
+  if (SetNonBlocking(connection->get()).ok()) connections_.push_back({*std::move(connection)});
+}
+
+// Out of descriptors, most likely: the peer that waits would wake us again at once, for ever.
+void SupervisorServer::PauseAccepting(const absl::Status& reason) {
+  const bool is_news = !accept_from_.has_value();
+  accept_from_ = Clock::now() + kAcceptPause;
+  if (!is_news) return;
+  if (const auto more = accept_log_->Admit()) {
+    LOG_WARNING("supervisor.sock: cannot accept a connection: {}; trying again every {} ms{}",
+                std::string(reason.message()), kAcceptPause.count(), *more);
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include <poll.h>
 
+#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -22,7 +23,9 @@
 namespace wintserve {
 
 // Never blocks: the owner polls. A peer that sends rubbish or does not read is dropped; it costs
-// one packet of work a round. Threading: one thread, the launcher's poll loop.
+// one packet of work a round. Without descriptors for a new peer it waits a moment (kAcceptPause)
+// before it looks again; those it has are served meanwhile. Threading: one thread, the launcher's
+// poll loop.
 class SupervisorServer {
  public:
   // An engine worker that somebody wants ended.
@@ -32,11 +35,15 @@ class SupervisorServer {
     bool at_fault = false;
   };
 
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::milliseconds kAcceptPause{100};
+
   // Listens at `path`. Every request must carry `token`.
   static absl::StatusOr<SupervisorServer> Listen(const std::string& path, std::string token);
 
-  // Appends what the server waits for.
-  void AddPollFds(std::vector<pollfd>* fds) const;
+  // Appends what the server waits for. When there will be more of it without anybody's doing; the
+  // poll must not take longer.
+  std::optional<Clock::time_point> AddPollFds(std::vector<pollfd>* fds) const;
 
   // Serves whatever is ready among `fds`; entries of others are skipped.
   void Serve(const std::vector<pollfd>& fds);
@@ -64,6 +71,7 @@ class SupervisorServer {
   // Whether one more peer can be served: there is room, or somebody who has said nothing makes it.
   bool CanAccept() const;
   void Accept();
+  void PauseAccepting(const absl::Status& reason);
   bool ServeConnection(Connection* connection);  // false: drop it
   // The descriptor that goes with the reply, or -1.
   absl::StatusOr<int> Answer(const proto::SupervisorRequest& request);
@@ -72,6 +80,7 @@ class SupervisorServer {
   UniqueFd listener_;
   std::string token_;
   std::vector<Connection> connections_;
+  std::optional<Clock::time_point> accept_from_;  // the last accept has failed
   // A new epoch ends the one before; workers keep their own mapping of it.
   std::optional<uint64_t> group_epoch_;
   MappedMemory group_memory_;
@@ -80,6 +89,7 @@ class SupervisorServer {
   std::vector<EndRequest> end_requests_;
   // By pointer, so that the server can be moved.
   std::unique_ptr<LogLimit> stranger_log_ = std::make_unique<LogLimit>();
+  std::unique_ptr<LogLimit> accept_log_ = std::make_unique<LogLimit>();
 };
 
 }  // namespace wintserve

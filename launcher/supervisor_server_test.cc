@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -34,6 +35,7 @@ class SupervisorServerTest : public ::testing::Test {
         std::vector<pollfd> fds;
         server.AddPollFds(&fds);
         const int timeout_ms = num_exits_to_send_ > 0 ? 0 : 10;
+        ++num_rounds_;
         if (::poll(fds.data(), fds.size(), timeout_ms) > 0) server.Serve(fds);
         if (server.TakeRestartRequest()) ++num_restarts_;
         for (const auto& request : server.TakeEndRequests()) ends_.push_back(request);
@@ -126,6 +128,7 @@ class SupervisorServerTest : public ::testing::Test {
 
   std::string path_;
 
+  std::atomic<int> num_rounds_ = 0;
   std::atomic<int> num_restarts_ = 0;
   std::atomic<int> num_exits_to_send_ = 0;
   std::atomic<int> num_exits_sent_ = 0;
@@ -281,6 +284,51 @@ TEST_F(SupervisorServerTest, PeersThatSayNothingMakeRoom) {
   for (int i = 0; i < 300; ++i) silent.push_back(Connect());
   EXPECT_TRUE(Ask(Connect(), 7, 4096).ok());
   EXPECT_TRUE(Ask(known, 7, 4096).ok()) << "one that has shown the token stays";
+}
+
+// Of descriptors of the test's own process, which is the server's, too.
+class OneDescriptorLeft {
+ public:
+  OneDescriptorLeft() {
+    ::getrlimit(RLIMIT_NOFILE, &before_);
+    const UniqueFd lowest(::dup(STDERR_FILENO));
+    SetLimit(lowest.get() + 1);
+  }
+  ~OneDescriptorLeft() { SetLimit(before_.rlim_cur); }
+  OneDescriptorLeft(const OneDescriptorLeft&) = delete;
+  OneDescriptorLeft& operator=(const OneDescriptorLeft&) = delete;
+
+ private:
+  void SetLimit(rlim_t limit) const {
+    const rlimit lowered = {limit, before_.rlim_max};
+    EXPECT_EQ(::setrlimit(RLIMIT_NOFILE, &lowered), 0);
+  }
+  rlimit before_ = {};
+};
+
+TEST_F(SupervisorServerTest, WithoutDescriptorsItWaitsServesWhomItHasAndRecovers) {
+  CapturedLog log;
+  const UniqueFd known = Connect();
+  ASSERT_TRUE(Ask(known, 7, 4096).ok());
+  UniqueFd waiting;
+  {
+    const OneDescriptorLeft limit;
+    waiting = Connect();  // has the last one
+    const int before = num_rounds_;
+    std::this_thread::sleep_for(std::chrono::milliseconds(500));
+    // One every 10 ms without news, and one for each try.
+    EXPECT_LT(num_rounds_ - before, 50 + 500 / SupervisorServer::kAcceptPause.count() + 10);
+    proto::SupervisorRequest request;
+    request.set_token(kToken);
+    request.mutable_restart_cache_manager();
+    ASSERT_TRUE(SendPacket(known.get(), request.SerializeAsString()).ok());
+    EXPECT_TRUE(ReceivePacket(known.get(), kTimeoutMs).ok());
+  }
+  EXPECT_TRUE(Ask(waiting, 7, 4096).ok());
+  Stop();
+  EXPECT_EQ(log.text(),
+            "supervisor.sock: cannot accept a connection: accept: Too many open files; trying "
+            "again every 100 ms\nsupervisor.sock: accepts connections again\n");
 }
 
 TEST_F(SupervisorServerTest, RandomPacketsOfAnySizeEndTheirConnectionAndNothingElse) {

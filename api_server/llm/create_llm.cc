@@ -149,6 +149,7 @@ class LlmImpl : public LLM {
     config.fault_hold_ms = options_.fault_hold_ms;
     config.leaves_workers = options_.leaves_workers;
     config.stall_timeout_ms = options_.stall_timeout_ms;
+    config.step_deadline = options_.step_deadline;
     config.on_ready = options_.on_ready;
     config.on_cache_hang = options_.on_cache_hang;
     config.on_fatal = options_.on_fatal;

@@ -9,6 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "api_server/llm/llm.h"
+#include "api_server/llm/step_deadline.h"
 #include "api_server/llm/worker_processes.h"
 #include "common/config/instance.h"
 #include "common/transport/tls_files.h"
@@ -53,6 +54,7 @@ struct LlmOptions {
   // Engine workers that map the pool and warm up get further within this time, or the one that
   // hangs is ended, and replaced; 0: there is no limit.
   int64_t stall_timeout_ms = 300'000;
+  StepDeadlineLimits step_deadline = {};
   // Destroying the LLM leaves the engine workers, with their weights and the pool, to the LLM that
   // follows; false: it tells them to exit.
   bool leaves_workers = false;

@@ -227,6 +227,7 @@ void Engine::Advance() {
   CheckStepDeadline(now_us);
   CheckHeartbeats(now_us);
   CheckStall(now_us);
+  CheckDetach(now_us);
   // No plan is to come first, and whoever has finished must not be failed below.
   if (!group_.in_use()) DeliverUpdates();
   while (!failed_ && (AdvanceGroup() || AdvancePool())) {

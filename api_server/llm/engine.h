@@ -46,6 +46,7 @@ struct EngineConfig {
   bool leaves_workers = false;  // see LlmOptions
   // Ranks that are to get ready get further within this time; 0: there is no limit.
   int64_t stall_timeout_ms = 300'000;
+  StepDeadlineLimits step_deadline = {};
   std::function<void()> on_ready;                           // see LlmOptions
   std::function<void()> on_cache_hang;                      // see LlmOptions
   std::function<void(const std::string& reason)> on_fatal;  // see LlmOptions
@@ -202,6 +203,8 @@ class Engine {
   void TakeBeat(uint32_t rank, const HeartbeatMessage& beat);  // on gRPC's threads
   void CheckStall(int64_t now_us);
   std::optional<int64_t> NextStallUs() const;
+  void CheckDetach(int64_t now_us);
+  std::optional<int64_t> NextDetachLimitUs() const;
   void FailHeldRequests(int64_t now_us);
   std::optional<int64_t> NextHoldEndUs() const;
   std::optional<int64_t> NextGroupDeadlineUs() const;
@@ -248,7 +251,7 @@ class Engine {
   uint32_t num_blocks_available_ = 0;     // at the cache manager, as last told
   std::unique_ptr<Scheduler> scheduler_;  // null before the engine is ready
   StepTracker steps_;                     // of the present rank group
-  StepDeadline step_deadline_;
+  StepDeadline step_deadline_{config_.step_deadline};
   PoisonGuard poison_guard_;
   // Of this pool, and what every session that resumes it is told.
   std::optional<uint64_t> first_distrusted_step_;
@@ -281,6 +284,7 @@ class Engine {
   std::unique_ptr<Beats[]> beats_;
   std::vector<bool> is_silent_;
   int64_t attach_us_ = 0;  // ranks were sent the pool, or one of them has got ready
+  int64_t detach_us_ = 0;  // a rank was told to let go of a pool, or one has
 
   std::unique_ptr<WorkQueueServer> work_queue_;
   std::unique_ptr<WorkerProcesses> processes_;  // null: no launcher in reach, ever

@@ -62,7 +62,10 @@ void Engine::Handle(WorkerReady event) {
 }
 
 void Engine::Handle(WorkerLetGo event) {
-  if (!pool_.OnDetached(event.rank, event.detached.pool_epoch)) metrics_->RecordStaleMessage();
+  if (!pool_.OnDetached(event.rank, event.detached.pool_epoch)) {
+    return metrics_->RecordStaleMessage();
+  }
+  detach_us_ = EngineNowUs();
 }
 
 void Engine::Handle(WorkerAborted event) {
@@ -178,7 +181,11 @@ void Engine::LoseGroup() {
   metrics_->RecordGroupLoss(group_.fault_cause());
   steps_ = StepTracker(config_.startup.world_size, /*group_epoch=*/0);
   if (!kv_trusted) return DistrustGroup();
-  if (scheduler_ != nullptr) scheduler_->OnGroupLost(/*kv_trusted=*/true);
+  if (scheduler_ == nullptr) return;
+  const std::vector<uint64_t> in_flight = scheduler_->RequestsInFlight();
+  scheduler_->OnGroupLost(/*kv_trusted=*/true);
+  // Who is killed meanwhile proves nothing of the step; but what hangs a device may do so again.
+  if (group_.fault_cause() == FaultCause::kDeadline) SuspectRequests(in_flight);
 }
 
 void Engine::DistrustGroup() {
@@ -268,6 +275,34 @@ std::optional<int64_t> Engine::NextStallUs() const {
   return last_us + 1'000 * config_.stall_timeout_ms;
 }
 
+// Of the stall of a group, which ends those that wait for the one that hangs as well, only if there
+// is a group.
+void Engine::CheckDetach(int64_t now_us) {
+  const std::optional<int64_t> due_us = NextDetachLimitUs();
+  if (!due_us.has_value() || now_us < *due_us) return;
+  detach_us_ = now_us;
+  if (late_us_ > kOwnPauseUs) return;
+  const uint32_t rank = *pool_.awaited_detach();
+  const std::string text = fmt::format(
+      "engine worker {} has not let go of KV pool {:016x}, which is lost, and has got no further "
+      "for {} s (--stall-timeout)",
+      rank, pool_.mapped_pool(rank), Seconds(1'000 * config_.stall_timeout_ms));
+  if (group_.has_group()) {
+    detach_us_ +=
+        GroupLifecycle::kPatienceUs;  // for whoever was kept from it by the one that hangs
+    return GroupFault(FaultCause::kStall, /*kv_trusted=*/true, text);
+  }
+  LOG_ERROR("{}", text);
+  EndWorker(rank, group_.worker_id(rank), /*at_fault=*/true);
+}
+
+std::optional<int64_t> Engine::NextDetachLimitUs() const {
+  const std::optional<uint32_t> rank = pool_.awaited_detach();
+  if (config_.stall_timeout_ms == 0 || !rank.has_value()) return std::nullopt;
+  return std::max<int64_t>(detach_us_, beats_[*rank].progress_us) +
+         1'000 * config_.stall_timeout_ms;
+}
+
 void Engine::FailHeldRequests(int64_t now_us) {
   const std::optional<int64_t> due_us = NextHoldEndUs();
   if (!due_us.has_value() || now_us < *due_us) return;
@@ -296,6 +331,7 @@ std::optional<int64_t> Engine::NextGroupDeadlineUs() const {
   add(NextHoldEndUs());
   add(next_opening_try_us_);
   add(NextStallUs());
+  add(NextDetachLimitUs());
   const std::optional<RunningStep> running = steps_.running();
   if (!group_.has_group() || !running.has_value()) return next;
   add(running->began_us + step_deadline_.AllowedUs(running->shape, EngineNowUs()));

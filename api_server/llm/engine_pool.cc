@@ -152,6 +152,7 @@ void Engine::Perform(PoolLifecycle::Action action) {
       return;
     case Action::kDetachPool: {
       const uint64_t pool_epoch = pool_.mapped_pool(pool_.rank());
+      detach_us_ = EngineNowUs();
       LOG_WARNING("engine worker {} lets go of KV pool {:016x}, which is lost", pool_.rank(),
                   pool_epoch);
       return work_queue_->Send(pool_.rank(), DetachPool{.pool_epoch = pool_epoch});

@@ -103,6 +103,8 @@ class GroupLifecycle {
   // Of the last action.
   uint32_t rank() const { return rank_; }
   uint64_t worker_id() const { return ranks_[rank_].worker_id; }
+  // Of the rank's last Hello; 0: none has come.
+  uint64_t worker_id(uint32_t rank) const { return ranks_[rank].worker_id; }
 
   uint64_t epoch() const { return epoch_; }  // of the present group, or the last one; 0: none yet
   bool in_use() const { return state_ == State::kInUse; }

@@ -9,10 +9,10 @@
 
 namespace wintserve {
 
-// A fault that a worker has brought about itself (a crash, a device error, ranks that diverge) may
-// come from one request's input. One that was in flight at two of them runs alone. If the group
-// fails once more then, it is that request, which fails; if it gets as far as kProofTokens, it is
-// not. So the others are not sacrificed to one input.
+// A fault that a worker has brought about itself (a crash, a device error, ranks that diverge, a
+// step that is not done by its deadline) may come from one request's input. One that was in flight
+// at two of them runs alone. If the group fails once more then, it is that request, which fails; if
+// it gets as far as kProofTokens, it is not. So the others are not sacrificed to one input.
 // Threading: thread-compatible.
 class PoisonGuard {
  public:

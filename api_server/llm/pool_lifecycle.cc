@@ -134,6 +134,13 @@ PoolLifecycle::Action PoolLifecycle::NextDetach(uint64_t kept_pool) {
   return Action::kNone;
 }
 
+std::optional<uint32_t> PoolLifecycle::awaited_detach() const {
+  for (uint32_t rank = 0; rank < ranks_.size(); ++rank) {
+    if (ranks_[rank].attached && ranks_[rank].told_to_detach) return rank;
+  }
+  return std::nullopt;
+}
+
 bool PoolLifecycle::NoneIsMappedBut(uint64_t pool_epoch) const {
   return std::all_of(ranks_.begin(), ranks_.end(), [pool_epoch](const Rank& rank) {
     return rank.mapped_pool == 0 || rank.mapped_pool == pool_epoch;

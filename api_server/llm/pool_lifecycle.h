@@ -81,6 +81,8 @@ class PoolLifecycle {
   uint32_t rank() const { return rank_; }
   uint64_t mapped_pool(uint32_t rank) const { return ranks_[rank].mapped_pool; }
 
+  // A rank that was told to let go of mapped_pool(rank), and has not answered.
+  std::optional<uint32_t> awaited_detach() const;
   // Or was sent it.
   bool every_rank_maps_pool() const;
   // The pool that a rank group may attach to; 0: none now.

@@ -156,6 +156,24 @@ TEST(PoolLifecycle, WhoDiesInsteadOfLettingGoHasLetGo) {
   EXPECT_THAT(Actions(&pool), ElementsAre(Action::kOpenPool));
 }
 
+TEST(PoolLifecycle, SaysWhoHasYetToLetGo) {
+  PoolLifecycle pool = Resuming();
+  EXPECT_EQ(pool.awaited_detach(), std::nullopt);
+  pool.OnPoolGone();
+  Actions(&pool);
+  EXPECT_EQ(pool.awaited_detach(), 0u);
+  EXPECT_TRUE(pool.OnDetached(0, 1));
+  EXPECT_EQ(pool.awaited_detach(), 1u);
+  pool.OnDisconnected(1);
+  EXPECT_EQ(pool.awaited_detach(), std::nullopt) << "nobody can answer";
+  pool.OnHello(1, 1);
+  EXPECT_EQ(pool.awaited_detach(), std::nullopt) << "it has not been told";
+  Actions(&pool);
+  EXPECT_EQ(pool.awaited_detach(), 1u);
+  pool.OnGone(1);
+  EXPECT_EQ(pool.awaited_detach(), std::nullopt);
+}
+
 // Its stream broke before it could be told, or could answer; the worker itself lives.
 TEST(PoolLifecycle, AWorkerThatComesBackWithTheLostPoolIsToldAgain) {
   PoolLifecycle pool = Resuming();

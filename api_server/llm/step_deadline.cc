@@ -31,8 +31,9 @@ void StepDeadline::OnOverdue(int64_t now_us) {
 
 int64_t StepDeadline::AllowedUs(const StepShape& shape, int64_t now_us) const {
   const auto found = longest_us_.find(BucketOf(shape));
-  const int64_t allowed_us =
-      found == longest_us_.end() ? kUnknownUs : std::max(kLeastUs, kSlowdown * found->second);
+  const int64_t allowed_us = found == longest_us_.end()
+                                 ? limits_.unknown_us
+                                 : std::max(limits_.least_us, kSlowdown * found->second);
   const bool forgotten = last_overdue_us_.has_value() && now_us - *last_overdue_us_ > kMemoryUs;
   return forgotten ? allowed_us : patience_ * allowed_us;
 }

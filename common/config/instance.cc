@@ -50,6 +50,7 @@ absl::StatusOr<Instance> FromJson(const nlohmann::json& json) {
   instance.restarted = json.at("restarted").get<bool>();
   instance.http_fd = json.at("http_fd").get<int>();
   instance.metrics_fd = json.at("metrics_fd").get<int>();
+  instance.start_fd = json.at("start_fd").get<int>();
   instance.mode = json.at("mode").get<std::string>();
   instance.generate_json = json.at("generate_json").get<std::string>();
   return instance;
@@ -68,6 +69,7 @@ absl::StatusOr<UniqueFd> WriteInstance(const Instance& instance) {
                           {"restarted", instance.restarted},
                           {"http_fd", instance.http_fd},
                           {"metrics_fd", instance.metrics_fd},
+                          {"start_fd", instance.start_fd},
                           {"mode", instance.mode},
                           {"generate_json", instance.generate_json}}
                .dump();

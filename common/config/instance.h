@@ -20,6 +20,7 @@ struct Instance {
   bool restarted = false;      // engine worker only: its rank had a process before
   int http_fd = -1;            // API server only: bound, listening, inherited
   int metrics_fd = -1;         // API server only: -1 when /metrics is on the HTTP port
+  int start_fd = -1;           // inherited; see common/start_pulse.h
   std::string mode = "serve";  // API server only: "serve" or "generate"
   // API server only, mode "generate": the request, as a JSON object with every one of these keys:
   //   "prompt" string, "chat" bool (render it as one user message; false: use it as it is),

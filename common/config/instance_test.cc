@@ -81,6 +81,7 @@ Instance UnusualInstance() {
   instance.restarted = true;
   instance.http_fd = 4;
   instance.metrics_fd = 5;
+  instance.start_fd = 6;
   instance.mode = "generate";
   instance.generate_json = R"({"prompt":"写一首"})";
   return instance;
@@ -114,6 +115,7 @@ TEST(Instance, EveryFieldSurvivesTheTrip) {
   EXPECT_EQ(got->restarted, sent.restarted);
   EXPECT_EQ(got->http_fd, sent.http_fd);
   EXPECT_EQ(got->metrics_fd, sent.metrics_fd);
+  EXPECT_EQ(got->start_fd, sent.start_fd);
   EXPECT_EQ(got->mode, sent.mode);
   EXPECT_EQ(got->generate_json, sent.generate_json);
 }

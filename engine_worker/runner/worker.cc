@@ -176,6 +176,7 @@ void Worker::BeatUntilEnd() {
                          .resident_bytes = ResidentBytes(),
                          .progress = progress_})
         .IgnoreError();
+    ReportALostGroup();
     MutexLock lock(&mutex_);
     LimitTheWaitForAnAbort();
     ended = changed_.WaitFor(&mutex_, kHeartbeatPeriod,
@@ -183,9 +184,28 @@ void Worker::BeatUntilEnd() {
   }
 }
 
+void Worker::ReportALostGroup() {
+  MutexLock report(&report_mutex_);
+  std::string reason;
+  {
+    MutexLock lock(&mutex_);
+    if (!loss_.has_value() || loss_->is_told || !interrupted_.empty()) return;
+    const auto due = loss_->at + std::chrono::milliseconds(options_.lost_group_report_ms);
+    if (std::chrono::steady_clock::now() < due) return;
+    loss_->is_told = true;
+    reason = loss_->reason;
+  }
+  Queue()->SendFault(FaultKind::kCollective, reason, /*kv_trusted=*/true).IgnoreError();
+}
+
+void Worker::NoteLoss(const absl::Status& reason) {
+  if (loss_.has_value()) return;
+  loss_ = {.at = std::chrono::steady_clock::now(), .reason = std::string(reason.message())};
+}
+
 void Worker::LimitTheWaitForAnAbort() {
-  if (!lost_at_.has_value()) return;
-  const auto limit = *lost_at_ + std::chrono::milliseconds(options_.orphan_timeout_ms);
+  if (!loss_.has_value()) return;
+  const auto limit = loss_->at + std::chrono::milliseconds(options_.orphan_timeout_ms);
   if (std::chrono::steady_clock::now() < limit) return;
   waited_too_long_ = true;
   queue_->Close();
@@ -245,7 +265,7 @@ void Worker::Interrupt(uint64_t group_epoch) {
 
 bool Worker::GroupIsOver() {
   MutexLock lock(&mutex_);
-  return stream_has_ended_ || lost_at_.has_value() || interrupted_.contains(group_epoch_);
+  return stream_has_ended_ || loss_.has_value() || interrupted_.contains(group_epoch_);
 }
 
 // NCCL demands this order: the abort is carried out by a thread of the collective's own while this
@@ -274,7 +294,7 @@ absl::Status Worker::LoseGroup(const absl::Status& reason) {
   awaited_abort_ = config_->group_epoch;
   {
     MutexLock lock(&mutex_);
-    if (!lost_at_.has_value()) lost_at_ = std::chrono::steady_clock::now();
+    NoteLoss(reason);
   }
   return LeaveGroup();
 }
@@ -286,8 +306,9 @@ absl::Status Worker::Abort(const AbortGroup& abort) {
   const bool was_awaited = awaited_abort_ == abort.group_epoch;
   if (was_awaited) awaited_abort_.reset();
   {
+    MutexLock report(&report_mutex_);
     MutexLock lock(&mutex_);
-    if (is_in_it || was_awaited) lost_at_.reset();
+    if (is_in_it || was_awaited) loss_.reset();
     interrupted_.erase(abort.group_epoch);
   }
   LOG_INFO("left group {:x}: {}", abort.group_epoch, abort.reason);
@@ -314,8 +335,9 @@ absl::StatusOr<bool> Worker::AttachAgain(const absl::Status& end) {
   RETURN_IF_ERROR(LeaveGroup());
   awaited_abort_.reset();
   {
+    MutexLock report(&report_mutex_);
     MutexLock lock(&mutex_);
-    lost_at_.reset();  // nobody is there to end it
+    loss_.reset();  // nobody is there to end it
   }
   if (pool_ == nullptr) pool_epoch_.reset();
   absl::StatusOr<std::unique_ptr<WorkQueueClient>> queue = FindServer();
@@ -503,10 +525,10 @@ void Worker::Report(const absl::StatusOr<StepDone>& done) {
     {
       MutexLock lock(&mutex_);
       if (absl::IsUnavailable(done.status())) {
-        if (lost_at_.has_value()) return;
+        if (loss_.has_value()) return;
         LOG_WARNING("a step was not done, the group of ranks is over: {}",
                     std::string(done.status().message()));
-        lost_at_ = std::chrono::steady_clock::now();
+        NoteLoss(done.status());
         return;  // the thread that serves leaves the group with the next that comes
       }
       step_error_ = absl::InternalError(done.status().message());

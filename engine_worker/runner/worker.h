@@ -44,6 +44,9 @@ struct WorkerOptions {
   // How long it keeps weights and pool without an API server, or in a group that is over while the
   // API server says nothing about it.
   int64_t orphan_timeout_ms = 120'000;
+  // How long after its group has ended without an abort the API server is told. As a rule it knows
+  // earlier, and better, of the peer that has died.
+  int64_t lost_group_report_ms = 1'000;
 };
 
 // A worker outlives its rank group. When a peer is gone, or an abort comes, it leaves the group:
@@ -113,6 +116,11 @@ class Worker {
   // True once a stop was requested, at the latest after timeout_ms.
   bool WaitForStop(int64_t timeout_ms) EXCLUDES(mutex_);
   void BeatUntilEnd() EXCLUDES(mutex_);
+  // Tells the API server of a group that is over though nobody has aborted it: of its ranks, all
+  // may live, and would only be missed once a step is overdue.
+  void ReportALostGroup() EXCLUDES(report_mutex_, mutex_);
+  // The group is over without an abort. A second time nothing happens.
+  void NoteLoss(const absl::Status& reason) REQUIRES(mutex_);
   // Closes the stream when a group has been over for too long.
   void LimitTheWaitForAnAbort() REQUIRES(mutex_);
 
@@ -134,6 +142,9 @@ class Worker {
   std::atomic<uint64_t> step_done_ = 0;
   std::atomic<uint64_t> progress_ = 0;  // rises with each part of what makes this rank ready
 
+  // Before mutex_. Held from the decision to tell a loss until that is sent, and while a loss is
+  // settled: the news must not come behind Aborted, where it would be of the next group.
+  Mutex report_mutex_;
   Mutex mutex_;
   CondVar changed_;
   std::shared_ptr<WorkQueueClient> queue_ GUARDED_BY(mutex_);
@@ -145,8 +156,13 @@ class Worker {
   uint64_t group_epoch_ GUARDED_BY(mutex_) = 0;  // of the group that it is in or joins; 0: none
   std::set<uint64_t> interrupted_ GUARDED_BY(mutex_);  // epochs whose AbortGroup is on its way
   bool stream_has_ended_ GUARDED_BY(mutex_) = false;
-  // When a group was lost whose AbortGroup has not come yet.
-  std::optional<std::chrono::steady_clock::time_point> lost_at_ GUARDED_BY(mutex_);
+  // Of a group whose AbortGroup has not come yet.
+  struct Loss {
+    std::chrono::steady_clock::time_point at;
+    std::string reason;
+    bool is_told = false;
+  };
+  std::optional<Loss> loss_ GUARDED_BY(mutex_);
   bool waited_too_long_ GUARDED_BY(mutex_) = false;
 
   StepFinisher finisher_;  // last: its thread calls Report

@@ -36,9 +36,11 @@ class Lender {
     MutexLock lock(&mutex_);
     std::shared_ptr<MappedMemory>& memory = groups_[group_epoch];
     if (memory == nullptr) memory = NewMemory(ShmGroupMemoryBytes(2, kSlotBytes));
-    return ShmCollective::Create(
+    auto collective = ShmCollective::Create(
         memory,
         {.group_epoch = group_epoch, .rank = rank, .world_size = 2, .slot_bytes = kSlotBytes});
+    if (collective.ok()) aborts_[group_epoch] = (*collective)->AbortFunction();
+    return collective;
   }
 
   absl::StatusOr<SharedMemory> FetchPool(const AttachPool& attach, int rank) {
@@ -51,6 +53,12 @@ class Lender {
     SharedMemory shared = {.size_bytes = size_bytes, .parts = {}};
     shared.parts.push_back({UniqueFd(::dup(memory->fd())), size_bytes});
     return shared;
+  }
+
+  // As a stray write into the memory of the group could do, or a network card that gives up.
+  void AbortUnasked(uint64_t group_epoch) {
+    MutexLock lock(&mutex_);
+    aborts_.at(group_epoch)();
   }
 
   int num_fetches() {
@@ -68,6 +76,7 @@ class Lender {
   Mutex mutex_;
   std::map<uint64_t, std::shared_ptr<MappedMemory>> groups_ GUARDED_BY(mutex_);
   std::map<std::pair<uint64_t, int>, std::shared_ptr<MappedMemory>> pools_ GUARDED_BY(mutex_);
+  std::map<uint64_t, std::function<void()>> aborts_ GUARDED_BY(mutex_);
   int num_fetches_ GUARDED_BY(mutex_) = 0;
 };
 
@@ -386,6 +395,24 @@ TEST_F(WorkerGroupTest, HeartbeatsGoOnWhileALostGroupWaitsForItsAbort) {
   survivor.WaitForBeats(survivor.WaitForBeats(1).size() + 3);
   survivor.Push(AbortGroup{3, "rank 1 is gone"});
   survivor.WaitForAborted(1);
+}
+
+// Ranks that all live, and yet cannot go on: nobody dies whose end could be told.
+TEST_F(WorkerGroupTest, AGroupThatIsOverThoughNobodyHasDiedIsReportedOnceAndItsRanksGoOn) {
+  Begin(3);
+  Generate();
+  lender_.AbortUnasked(3);
+  Push(Number(Resume({}, 0)));
+  FakeWorkQueue& queue = workers_[0]->queue();
+  // 1 s, and a second one in which it would say it again.
+  queue.WaitForBeats(queue.WaitForBeats(1).size() + 10);
+  const std::vector<FakeWorkQueue::Fault> faults = queue.faults();
+  ASSERT_EQ(faults.size(), 1u);
+  EXPECT_EQ(faults[0].kind, FaultKind::kCollective);
+  EXPECT_THAT(faults[0].text, HasSubstr("the rank group was aborted, or a rank has left it"));
+  EXPECT_TRUE(faults[0].kv_trusted);
+  AbortAll(3);  // answered as ever
+  EXPECT_EQ(queue.faults().size(), 1u);
 }
 
 // An API server dies between sending a plan to rank 0 and sending it to rank 1. Rank 0 is inside

@@ -133,6 +133,50 @@ def test_the_token_is_in_no_log_argument_or_environment(tmp_path, monkeypatch, t
     assert not any(secret in log for secret in secrets)
 
 
+def test_keys_reach_the_api_server_and_no_other_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("FD_API_KEY", "sk-of-the-environment")
+    monkeypatch.setenv("SOMEBODYS_PASSWORD", "hunter2-of-somebody")
+    server = Server(tmp_path, "--log-level", "debug")
+    try:
+        server.wait_ready()
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="sk-of-the-environment", max_retries=0)
+        assert client.completions.create(model="", prompt="床前明月光", max_tokens=2).choices[0].text
+        processes = server.processes()
+        assert len(processes) == 4, processes
+        for pid, name in processes.items():
+            for file in ("cmdline", "environ"):
+                content = Path(f"/proc/{pid}/{file}").read_bytes()
+                assert b"sk-of-the-environment" not in content, (name, file)
+                # What the launcher was started with by others is theirs to keep secret.
+                assert name == "wintserve" or b"hunter2" not in content, (name, file)
+        # Not in memory, either: what the launcher hands over has no key for those who need none.
+        for name in ("wintserve-engine-worker", "wintserve-cache-manager"):
+            assert not in_memory(server.pids_of(name)[0], b"sk-of-the-environment"), name
+        assert in_memory(server.pids_of("wintserve-api-server")[0], b"sk-of-the-environment")
+    finally:
+        server.stop()
+    assert "sk-of-the-environment" not in server.log()
+
+
+def in_memory(pid, text):
+    """Whether the bytes are in the memory that the process alone may write to, but for large pieces."""
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            place, mode, *rest = line.split()
+            if not mode.startswith("rw") or "p" not in mode or rest[-1].startswith("[v"):
+                continue
+            begin, end = (int(number, 16) for number in place.split("-"))
+            if end - begin > 64 << 20:
+                continue  # weights and pools
+            try:
+                memory.seek(begin)
+                if text in memory.read(end - begin):
+                    return True
+            except OSError:
+                continue
+    return False
+
+
 def test_the_sockets_are_for_their_user_alone(start):
     server = start().wait_ready()
     sockets = sockets_of(server)

@@ -43,6 +43,21 @@ def test_killed_while_loading(start, ranks, rank):
     stop_cleanly(server)
 
 
+@pytest.mark.fault(what="SIGSTOP worker", when="loading", holds="replaced once silent for --stall-timeout, the instance comes up; I7 I9")
+@pytest.mark.parametrize("name", [WORKER, "wintserve-cache-manager"], ids=["worker", "cache manager"])
+def test_frozen_while_starting(start, name):
+    server = start("--stall-timeout", 5, *FLAGS)
+    wait_for(lambda: server.pids_of(name), 20, "it exists")
+    pid = server.pids_of(name)[0]
+    end(pid, signal.SIGSTOP)
+    server.wait_ready(120)
+    assert "hangs: no sign of life for 5 s while it starts" in server.log()
+    assert pid not in server.processes() and len(server.pids_of(name)) == 1
+    requests = [greedy(prompt, 32) for prompt in prompts(4)]
+    assert fault_free_texts(server, requests) == fault_free_texts(server, requests)
+    stop_cleanly(server)
+
+
 @pytest.mark.fault(what="kill -9 worker", when="warm-up", holds="it is started again, the instance comes up; I7 I9")
 @RANKS
 def test_killed_while_warming_up(start, ranks, rank):
