@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "common/status_macros.h"
+#include "common/terminal.h"
 
 namespace wintserve {
 namespace {
@@ -56,7 +57,7 @@ absl::StatusOr<InstanceLog> InstanceLog::Open(const std::string& log_dir,
                                               const std::vector<std::string>& names) {
   UniqueFd console(::fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3));
   if (!console.valid()) return absl::ErrnoToStatus(errno, "stderr");
-  const bool in_colour = ::isatty(console.get()) == 1;
+  const bool in_colour = ShowsColours(console.get());
   InstanceLog log(std::make_unique<LineSink>(std::move(console)), in_colour);
   if (log_dir.empty()) return log;
   RETURN_IF_ERROR(MakeDirectory(log_dir));

@@ -34,7 +34,7 @@ class InstanceLog {
   void WriteConsole(std::string_view prefix, std::string_view line);
 
   std::unique_ptr<LineSink> console_;
-  bool in_colour_;                                          // the console is a terminal
+  bool in_colour_;                                          // the console shows colours
   std::map<std::string, std::unique_ptr<LineSink>> files_;  // by process name
 };
 
