@@ -6,12 +6,14 @@
 #include <spdlog/pattern_formatter.h>
 #include <spdlog/sinks/base_sink.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <memory>
 #include <utility>
 
 #include "common/mutex.h"
+#include "common/terminal.h"
 
 namespace wintserve {
 namespace {
@@ -66,7 +68,9 @@ void SetLogger(std::string_view process_name, std::string_view level, spdlog::si
 }  // namespace
 
 void InitLog(std::string_view process_name, std::string_view level) {
-  SetLogger(process_name, level, std::make_shared<spdlog::sinks::stderr_color_sink_mt>());
+  const auto colours =
+      ShowsColours(STDERR_FILENO) ? spdlog::color_mode::automatic : spdlog::color_mode::never;
+  SetLogger(process_name, level, std::make_shared<spdlog::sinks::stderr_color_sink_mt>(colours));
 }
 
 void InitLog(std::string_view process_name, std::string_view level,

@@ -1,20 +1,19 @@
 #include "common/progress.h"
 
 #include <fmt/format.h>
-#include <sys/ioctl.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cmath>
-#include <cstdlib>
 #include <utility>
 #include <vector>
+
+#include "common/terminal.h"
 
 namespace wintserve {
 namespace {
 
 constexpr std::chrono::milliseconds kBarInterval(200);
-constexpr int kDefaultColumns = 80;
 constexpr int kLeastBarCells = 10;
 constexpr int kMostBarCells = 40;
 constexpr int64_t kMib = int64_t{1} << 20;
@@ -100,28 +99,6 @@ void WriteAll(int fd, std::string_view text) {
     if (count < 0 && errno != EINTR) return;
     if (count > 0) text.remove_prefix(static_cast<size_t>(count));
   }
-}
-
-int ColumnsOf(int fd) {
-  winsize size = {};
-  return ::ioctl(fd, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : kDefaultColumns;
-}
-
-bool CanMoveCursor(int fd) {
-  const char* const term = std::getenv("TERM");
-  return ::isatty(fd) == 1 && term != nullptr && std::string_view(term) != "dumb";
-}
-
-// As the C library decides, without its locale tables: the first that is set counts.
-bool IsUtf8Terminal() {
-  for (const char* name : {"LC_ALL", "LC_CTYPE", "LANG"}) {
-    const char* const value = std::getenv(name);
-    if (value == nullptr || *value == '\0') continue;
-    const std::string_view locale = value;
-    return locale.find("UTF-8") != locale.npos || locale.find("utf8") != locale.npos ||
-           locale.find("UTF8") != locale.npos || locale.find("utf-8") != locale.npos;
-  }
-  return false;
 }
 
 }  // namespace
@@ -213,7 +190,7 @@ ProgressState Progress::StateNow() const {
 
 void Progress::Draw() {
   // One column less than there are: a full row would make some terminals begin another.
-  const int columns = ColumnsOf(options_.fd) - 1;
+  const int columns = TerminalColumns(options_.fd) - 1;
   WriteAll(options_.fd, fmt::format("\r{}\033[K", ProgressBar(StateNow(), columns, utf8_)));
   is_drawn_ = true;
 }

@@ -4,14 +4,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
-#include <sys/ioctl.h>
-#include <termios.h>
 
 #include <chrono>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "common/terminal_test_util.h"
 #include "common/unique_fd.h"
 
 namespace wintserve {
@@ -167,37 +166,8 @@ TEST(Progress, LinesGoToADescriptorThatIsNoTerminal) {
   EXPECT_EQ(ReadAll(reader.get()), "a line\n");
 }
 
-// A terminal of 40 columns that nobody looks at.
-class Terminal {
- public:
-  Terminal() : master_(::posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC)) {
-    EXPECT_EQ(::grantpt(master_.get()) | ::unlockpt(master_.get()), 0);
-    slave_ = UniqueFd(::open(::ptsname(master_.get()), O_RDWR | O_NOCTTY | O_CLOEXEC));
-    termios modes = {};
-    EXPECT_EQ(::tcgetattr(slave_.get(), &modes), 0);
-    ::cfmakeraw(&modes);
-    EXPECT_EQ(::tcsetattr(slave_.get(), TCSANOW, &modes), 0);
-    const winsize size = {.ws_row = 10, .ws_col = 40, .ws_xpixel = 0, .ws_ypixel = 0};
-    EXPECT_EQ(::ioctl(slave_.get(), TIOCSWINSZ, &size), 0);
-    ::setenv("TERM", "xterm", 1);
-    ::setenv("LC_ALL", "C", 1);
-  }
-  int fd() const { return slave_.get(); }
-  // What comes until `text` has come.
-  std::string ReadUntil(std::string_view text) {
-    std::string read;
-    char byte = 0;
-    while (read.find(text) == read.npos && ::read(master_.get(), &byte, 1) == 1) read += byte;
-    return read;
-  }
-
- private:
-  UniqueFd master_;
-  UniqueFd slave_;
-};
-
 TEST(Progress, ABarIsRedrawnInPlaceLinesGoAboveItAndAtTheEndItIsGone) {
-  Terminal terminal;
+  TestTerminal terminal;
   {
     Progress progress({.label = "loading", .total = 4, .noun = "tensors", .fd = terminal.fd()});
     EXPECT_TRUE(progress.has_bar());
@@ -215,7 +185,7 @@ TEST(Progress, ABarIsRedrawnInPlaceLinesGoAboveItAndAtTheEndItIsGone) {
 }
 
 TEST(Progress, ATerminalThatCannotMoveItsCursorGetsLines) {
-  const Terminal terminal;
+  const TestTerminal terminal;
   ::setenv("TERM", "dumb", 1);
   EXPECT_FALSE(Progress({.label = "loading", .fd = terminal.fd()}).has_bar());
 }

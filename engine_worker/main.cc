@@ -26,6 +26,7 @@
 #include "engine_worker/runner/stall_watch.h"
 #include "engine_worker/runner/stop_signal.h"
 #include "engine_worker/runner/worker.h"
+#include "launcher/client/load_reporter.h"
 
 namespace wintserve {
 namespace {
@@ -117,7 +118,13 @@ absl::StatusOr<LoadedModel> LoadWatched(const Instance& instance, RankGroup* gro
             instance.options.model, static_cast<double>(timeout_ms) / 1e3, num_loaded.load());
         std::_Exit(kExitInternal);  // what hangs cannot be waited for
       });
-  return LoadModel(instance.options, group, instance.restarted, [&] { ++num_loaded; });
+  LoadReporter reporter({.supervisor_socket = instance.supervisor_socket(),
+                         .token = instance.token,
+                         .rank = static_cast<uint32_t>(instance.rank),
+                         .worker_id = instance.worker_id});
+  return LoadModel(instance.options, group, instance.restarted,
+                   {.on_progress = [&] { ++num_loaded; },
+                    .on_bytes = [&](int64_t done, int64_t total) { reporter.Set(done, total); }});
 }
 
 int RunEngineWorker(const Instance& instance, StopSignal& stop) {

@@ -8,6 +8,8 @@
 #include <cstring>
 
 #include "common/status_macros.h"
+#include "common/terminal.h"
+#include "launcher/client/load_reporter.h"
 
 namespace wintserve {
 namespace {
@@ -56,8 +58,11 @@ absl::StatusOr<InstanceLog> InstanceLog::Open(const std::string& log_dir,
                                               const std::vector<std::string>& names) {
   UniqueFd console(::fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3));
   if (!console.valid()) return absl::ErrnoToStatus(errno, "stderr");
-  const bool in_colour = ::isatty(console.get()) == 1;
-  InstanceLog log(std::make_unique<LineSink>(std::move(console)), in_colour);
+  InstanceLog log;
+  log.in_colour_ = ShowsColours(console.get());
+  if (CanMoveCursor(console.get())) log.terminal_fd_ = console.get();
+  log.is_utf8_ = IsUtf8Terminal();
+  log.console_ = std::make_unique<LineSink>(std::move(console));
   if (log_dir.empty()) return log;
   RETURN_IF_ERROR(MakeDirectory(log_dir));
   for (const std::string& name : names) {
@@ -69,7 +74,14 @@ absl::StatusOr<InstanceLog> InstanceLog::Open(const std::string& log_dir,
 
 void InstanceLog::Write(const std::string& name, std::string_view line) {
   if (const auto file = files_.find(name); file != files_.end()) file->second->Write(line);
+  if (IsLoadingLine(line) && console_->has_row()) return;
   WriteConsole(fmt::format("[{}] ", name), line);
+}
+
+std::optional<InstanceLog::RowShape> InstanceLog::row_shape() const {
+  if (terminal_fd_ < 0) return std::nullopt;
+  // One column less than there are: a full row would make some terminals begin another.
+  return RowShape{.columns = TerminalColumns(terminal_fd_) - 1, .utf8 = is_utf8_};
 }
 
 void InstanceLog::WriteOwn(std::string_view line) {

@@ -4,8 +4,10 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -27,14 +29,27 @@ class InstanceLog {
   // A line of our own: as it is.
   void WriteOwn(std::string_view line);
 
+  // What a row below the console's lines may be.
+  struct RowShape {
+    int columns = 0;
+    bool utf8 = false;
+  };
+  // As the console is now; none if it has no such row: it is no terminal, or a dumb one.
+  std::optional<RowShape> row_shape() const;
+  // Shows `row` there, which has that shape and no escape sequences; empty: nothing. While it shows
+  // how far loading is, the console leaves out the lines of workers that say the same; the files
+  // have them. REQUIRES: row_shape() was not none.
+  void ShowLoadingRow(std::string row) { console_->SetRow(std::move(row)); }
+
  private:
-  InstanceLog(std::unique_ptr<LineSink> console, bool in_colour)
-      : console_(std::move(console)), in_colour_(in_colour) {}
+  InstanceLog() = default;
 
   void WriteConsole(std::string_view prefix, std::string_view line);
 
+  int terminal_fd_ = -1;  // the console's, if it can show a row; console_ owns it
+  bool is_utf8_ = false;
   std::unique_ptr<LineSink> console_;
-  bool in_colour_;                                          // the console is a terminal
+  bool in_colour_ = false;                                  // the console shows colours
   std::map<std::string, std::unique_ptr<LineSink>> files_;  // by process name
 };
 

@@ -4,8 +4,10 @@
 // "exit_after:MILLISECONDS" (with code 0), "report_hang" (of the cache manager, after 4 s, twice);
 // "freeze" (before it has started, like "exit:" and "abort"), "slow:MILLISECONDS" to start;
 // "later:BEHAVIOUR": "run" the first time, so from the second start on; "first:" the reverse;
-// "talk:BEHAVIOUR": 20,000 lines of 100 bytes on stderr before. "abort" leaves a line without end
-// there (mode "serve").
+// "talk:BEHAVIOUR": 20,000 lines of 100 bytes on stderr before; "load:BEHAVIOUR" (of engine
+// workers): a line about loading and another one on stderr, and reports that half of 100 MiB are
+// there, until there is a file "loaded" in the directory above; then those that all is there.
+// "abort" leaves a line without end there (mode "serve").
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <signal.h>
@@ -19,6 +21,7 @@
 
 #include "common/config/instance.h"
 #include "common/start_pulse.h"
+#include "launcher/client/load_reporter.h"
 #include "launcher/client/supervisor_client.h"
 
 namespace {
@@ -35,6 +38,31 @@ int NumOpenFds() {
     ++count;
   }
   return count - 1;  // the directory's own
+}
+
+// A line as common/log.h writes it.
+void Log(const wintserve::Instance& instance, const std::string& message) {
+  fmt::print(stderr, "INFO     2026-01-02 03:04:05,678 {} engine_worker.{}: {}\n", ::getpid(),
+             instance.rank, message);
+}
+
+// False: SIGTERM has come before the end, which is when `loaded` exists.
+bool Load(const wintserve::Instance& instance, const sigset_t& signals,
+          const std::filesystem::path& loaded) {
+  constexpr int64_t kMib = int64_t{1} << 20;
+  wintserve::LoadReporter reporter({.supervisor_socket = instance.supervisor_socket(),
+                                    .token = instance.token,
+                                    .rank = static_cast<uint32_t>(instance.rank),
+                                    .worker_id = instance.worker_id});
+  reporter.Set(50 * kMib, 100 * kMib);
+  while (!std::filesystem::exists(loaded)) {
+    const timespec pause = {.tv_sec = 0, .tv_nsec = 300'000'000};
+    if (::sigtimedwait(&signals, nullptr, &pause) > 0) return false;
+    Log(instance, "loading: 50.0 of 100.0 MiB (50%)");
+    Log(instance, "loads something");
+  }
+  reporter.Set(100 * kMib, 100 * kMib);
+  return true;
 }
 
 }  // namespace
@@ -79,6 +107,11 @@ int main(int argc, char** argv) {
   if (behaviour.starts_with("slow:")) ::usleep(1000 * std::atoi(behaviour.c_str() + 5));
   if (behaviour.starts_with("talk:")) {
     for (int i = 0; i < 20'000; ++i) fmt::print(stderr, "{:099}\n", i);
+    behaviour = behaviour.substr(5);
+  }
+  if (behaviour.starts_with("load:")) {
+    const auto directory = std::filesystem::path(path).parent_path().parent_path();
+    if (!Load(*instance, signals, directory / "loaded")) return 0;
     behaviour = behaviour.substr(5);
   }
   if (behaviour == "abort") {

@@ -17,6 +17,7 @@ namespace {
 
 constexpr std::chrono::seconds kLastWords(1);
 constexpr size_t kBatchBytes = 64 << 10;
+constexpr char kEraseRow[] = "\r\033[K";
 
 struct QueuedLine {
   std::string text;            // with its newline, or empty
@@ -47,6 +48,49 @@ size_t WriteAll(int fd, std::string_view text) {
   return written;
 }
 
+// What was written last, as the one who writes knows it.
+class Writer {
+ public:
+  explicit Writer(int fd) : fd_(fd) {}
+
+  // Lines, and behind them the row. Returns how many of the lines are lost.
+  int64_t Write(const Batch& batch, const std::string& row);
+  // The row alone.
+  void Draw(const std::string& row);
+
+ private:
+  const int fd_;
+  int64_t num_missing_ = 0;  // lines between what is there and what comes
+  bool in_line_ = false;     // what is there ends with the beginning of a line
+  bool row_is_there_ = false;
+};
+
+int64_t Writer::Write(const Batch& batch, const std::string& row) {
+  num_missing_ += batch.num_missing_before;
+  std::string head = row_is_there_ ? kEraseRow : in_line_ ? "\n" : "";
+  if (num_missing_ > 0) {
+    head += fmt::format("... {} lines are missing here: they could not be written\n", num_missing_);
+  }
+  const std::string text = head + batch.text;
+  const size_t written = WriteAll(fd_, text);
+  if (written > 0) in_line_ = text[written - 1] != '\n';
+  if (written >= head.size()) num_missing_ = 0;
+  const int64_t num_lost = std::ranges::count_if(
+      batch.line_ends, [&](size_t end) { return head.size() + end > written; });
+  num_missing_ += num_lost;
+  if (written > 0) row_is_there_ = false;
+  Draw(row);
+  return num_lost;
+}
+
+void Writer::Draw(const std::string& row) {
+  // The beginning of a line that could not be written to its end stays what it is.
+  if (in_line_ || (row.empty() && !row_is_there_)) return;
+  // Over what is there, and only then what is beyond: erased first, it would flicker.
+  WriteAll(fd_, row.empty() ? kEraseRow : fmt::format("\r{}\033[K", row));
+  row_is_there_ = !row.empty();
+}
+
 }  // namespace
 
 struct LineSink::State {
@@ -59,6 +103,8 @@ struct LineSink::State {
   size_t num_queued_bytes GUARDED_BY(mu) = 0;
   int64_t num_missing GUARDED_BY(mu) = 0;  // dropped since the last line that was queued
   int64_t num_dropped GUARDED_BY(mu) = 0;
+  std::string row GUARDED_BY(mu);
+  bool row_changed GUARDED_BY(mu) = false;
   bool closing GUARDED_BY(mu) = false;
   bool closed GUARDED_BY(mu) = false;  // the thread has written what it could
 
@@ -66,9 +112,10 @@ struct LineSink::State {
   Batch Take() REQUIRES(mu);
 };
 
-// As many lines as follow each other without a gap, up to a limit.
+// As many lines as follow each other without a gap, up to a limit; none if there is none.
 Batch LineSink::State::Take() {
   Batch batch;
+  if (lines.empty()) return batch;
   batch.num_missing_before = lines.front().num_missing_before;
   do {
     batch.text += lines.front().text;
@@ -81,36 +128,32 @@ Batch LineSink::State::Take() {
 }
 
 void LineSink::State::Run() {
-  int64_t num_missing_now = 0;  // before the batch in hand
-  bool in_line = false;         // what was written last is the beginning of a line
+  Writer writer(fd.get());
   while (true) {
     Batch batch;
+    std::string row_now;
+    bool has_lines = false;
+    bool is_last = false;
     {
       MutexLock lock(&mu);
-      changed.Wait(&mu, [this]() NO_THREAD_SAFETY_ANALYSIS { return closing || !lines.empty(); });
-      if (lines.empty()) {
-        closed = true;
-        changed.NotifyAll();
-        return;
-      }
+      changed.Wait(&mu, [this]() NO_THREAD_SAFETY_ANALYSIS {
+        return closing || row_changed || !lines.empty();
+      });
+      if (closing) row.clear();
+      is_last = closing && lines.empty();
+      has_lines = !lines.empty();
       batch = Take();
+      row_now = row;
+      row_changed = false;
     }
-    num_missing_now += batch.num_missing_before;
-    std::string head = in_line ? "\n" : "";
-    if (num_missing_now > 0) {
-      head += fmt::format("... {} lines are missing here: they could not be written\n",
-                          num_missing_now);
-    }
-    const std::string text = head + batch.text;
-    const size_t written = WriteAll(fd.get(), text);
-    if (written > 0) in_line = text[written - 1] != '\n';
-    if (written >= head.size()) num_missing_now = 0;
-    const int64_t num_lost = std::ranges::count_if(
-        batch.line_ends, [&](size_t end) { return head.size() + end > written; });
-    num_missing_now += num_lost;
-    if (num_lost > 0) {
-      MutexLock lock(&mu);
-      num_dropped += num_lost;
+    const int64_t num_lost = has_lines ? writer.Write(batch, row_now) : 0;
+    if (!has_lines) writer.Draw(row_now);
+    MutexLock lock(&mu);
+    num_dropped += num_lost;
+    if (is_last) {
+      closed = true;
+      changed.NotifyAll();
+      return;
     }
   }
 }
@@ -147,6 +190,19 @@ void LineSink::Write(std::string_view line) {
   state_->num_queued_bytes += queued.text.size();
   state_->lines.push_back(std::move(queued));
   state_->changed.NotifyAll();
+}
+
+void LineSink::SetRow(std::string row) {
+  MutexLock lock(&state_->mu);
+  if (row.empty() && state_->row.empty()) return;
+  state_->row = std::move(row);
+  state_->row_changed = true;
+  state_->changed.NotifyAll();
+}
+
+bool LineSink::has_row() const {
+  MutexLock lock(&state_->mu);
+  return !state_->row.empty();
 }
 
 int64_t LineSink::num_dropped() const {

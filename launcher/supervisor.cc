@@ -76,7 +76,8 @@ Supervisor::Supervisor(Instance instance, Surroundings surroundings)
       server_(std::move(surroundings.server)),
       log_(surroundings.log),
       shared_(surroundings.shared),
-      started_(Clock::now()) {
+      started_(Clock::now()),
+      loading_(instance_.options.tensor_parallel_size) {
   const sigset_t signals = SupervisedSignals();
   signal_fd_.Reset(::signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK));
   CHECK(signal_fd_.valid(), "signalfd: errno={}", errno);
@@ -96,6 +97,7 @@ int Supervisor::Run() {
     ReapEnded();
     StartDueChildren();
     AdvanceStop();
+    ShowLoading();
   }
   return exit_code_;
 }
@@ -133,6 +135,7 @@ void Supervisor::WaitForNews() {
     look_by(child.restart_time);
     if (child.process.running()) look_by(child.start_watch.next_look());
   }
+  if (const auto next = loading_.next_time()) until = std::min(until.value_or(*next), *next);
   if (draining_ && !StartsApiServer() && stopping_role_ == ChildRole::kApiServer) {
     // Of the end of the other launcher nobody tells us.
     look_by(Clock::now() + kLookForLauncher);
@@ -187,6 +190,7 @@ void Supervisor::HandleExit(Child* child, const ChildExit& how, bool out_of_memo
     (how.by_signal ? worker_exit.set_signal(how.code) : worker_exit.set_code(how.code));
     worker_exit.set_kv_trusted(KvIsTrusted(how) && !child->at_fault);
     server_->SendWorkerExit(worker_exit);
+    loading_.Remove(child->instance.rank);
   }
   if (IsReplaceable(*child, how)) {
     Replace(
@@ -246,6 +250,24 @@ void Supervisor::KillUnwantedWorkers() {
       child.process.Signal(SIGKILL);
     }
   }
+}
+
+void Supervisor::ShowLoading() {
+  if (!server_.has_value()) return;
+  const std::vector<SupervisorServer::LoadReport> reports = server_->TakeLoadReports();
+  const auto shape = log_ == nullptr ? std::nullopt : log_->row_shape();
+  if (!shape.has_value()) return;
+  const auto now = Clock::now();
+  for (const SupervisorServer::LoadReport& report : reports) {
+    for (const Child& child : children_) {
+      if (child.role != ChildRole::kEngineWorker || child.instance.rank != report.rank) continue;
+      // Of a process that has been replaced, or of none of ours.
+      if (child.instance.worker_id != report.worker_id || !child.process.running()) continue;
+      loading_.Report(child.instance.rank, report.done_bytes, report.total_bytes, now);
+    }
+  }
+  if (stopping_) loading_.Clear();
+  if (loading_.IsDue(now)) log_->ShowLoadingRow(loading_.Row(now, shape->columns, shape->utf8));
 }
 
 bool Supervisor::IsReplaceable(const Child& child, const ChildExit& how) const {

@@ -25,6 +25,7 @@
 #include "common/config/instance.h"
 #include "common/unique_fd.h"
 #include "launcher/child.h"
+#include "launcher/loading_bar.h"
 #include "launcher/oom_kills.h"
 #include "launcher/preflight.h"
 #include "launcher/shared_dir.h"
@@ -66,6 +67,8 @@ class Supervisor {
   void KillHangingCacheManager();
   void KillThoseThatHangAtTheirStart();
   void KillUnwantedWorkers();
+  // Draws the bar on the console, or takes it away.
+  void ShowLoading();
   // Whether the end of this child is no end of the instance.
   bool IsReplaceable(const Child& child, const ChildExit& how) const;
   // Schedules the next start. what_happened: "died of signal 9 (Killed)".
@@ -103,6 +106,7 @@ class Supervisor {
   std::vector<std::pair<const Child*, ChildExit>> ended_;
   Clock::time_point judge_time_;
 
+  LoadingBar loading_;  // fed where there is a console that shows it
   OomKills oom_kills_;
   std::mt19937_64 random_{std::random_device{}()};  // so that not all come back at once
 

@@ -141,6 +141,9 @@ absl::StatusOr<int> SupervisorServer::Answer(const proto::SupervisorRequest& req
       return -1;
     case proto::SupervisorRequest::kWatchWorkers:
       return -1;
+    case proto::SupervisorRequest::kLoadProgress:
+      RETURN_IF_ERROR(KeepLoadReport(request.load_progress()));
+      return -1;
     case proto::SupervisorRequest::REQUEST_NOT_SET:
       break;
   }
@@ -170,6 +173,23 @@ absl::StatusOr<int> SupervisorServer::GroupMemoryFd(uint64_t group_epoch, uint64
   group_memory_ = std::move(memory);
   group_epoch_ = group_epoch;
   return group_memory_.fd();
+}
+
+absl::Status SupervisorServer::KeepLoadReport(const proto::LoadProgress& progress) {
+  if (progress.total_bytes() == 0 ||
+      progress.total_bytes() > static_cast<uint64_t>(kMaxLoadBytes)) {
+    return absl::InvalidArgumentError(
+        fmt::format("total_bytes: must be 1..{} (got {})", kMaxLoadBytes, progress.total_bytes()));
+  }
+  if (progress.done_bytes() > progress.total_bytes()) {
+    return absl::InvalidArgumentError(fmt::format("done_bytes: must be 0..{}, total_bytes (got {})",
+                                                  progress.total_bytes(), progress.done_bytes()));
+  }
+  load_reports_.push_back({.rank = progress.rank(),
+                           .worker_id = progress.worker_id(),
+                           .done_bytes = static_cast<int64_t>(progress.done_bytes()),
+                           .total_bytes = static_cast<int64_t>(progress.total_bytes())});
+  return absl::OkStatus();
 }
 
 }  // namespace wintserve

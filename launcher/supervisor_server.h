@@ -1,6 +1,6 @@
 // The launcher's end of supervisor.sock: hands workers the memory that their rank group reduces in,
 // hears from the API server that the cache manager hangs or that an engine worker has to go, tells
-// it of every engine worker that has ended.
+// it of every engine worker that has ended; hears from workers how far loading is.
 #pragma once
 
 #include <poll.h>
@@ -37,6 +37,15 @@ class SupervisorServer {
 
   using Clock = std::chrono::steady_clock;
   static constexpr std::chrono::milliseconds kAcceptPause{100};
+  // How far an engine worker is, as the peer says: of any rank and process.
+  struct LoadReport {
+    int64_t rank = 0;
+    uint64_t worker_id = 0;
+    int64_t done_bytes = 0;   // 0..total_bytes
+    int64_t total_bytes = 0;  // 1..kMaxLoadBytes
+  };
+  // Of a rank; sums of as many ranks as there can be fit 64 bits.
+  static constexpr int64_t kMaxLoadBytes = int64_t{1} << 50;
 
   // Listens at `path`. Every request must carry `token`.
   static absl::StatusOr<SupervisorServer> Listen(const std::string& path, std::string token);
@@ -53,6 +62,9 @@ class SupervisorServer {
 
   // The ends asked for since the last call, in their order.
   std::vector<EndRequest> TakeEndRequests() { return std::exchange(end_requests_, {}); }
+
+  // What has been told of loading since the last call, at most one of a connection and round.
+  std::vector<LoadReport> TakeLoadReports() { return std::exchange(load_reports_, {}); }
 
   // Tells whoever watches now; whoever comes later never hears of it. A watcher that leaves so much
   // unread that its socket is full is dropped.
@@ -76,6 +88,7 @@ class SupervisorServer {
   // The descriptor that goes with the reply, or -1.
   absl::StatusOr<int> Answer(const proto::SupervisorRequest& request);
   absl::StatusOr<int> GroupMemoryFd(uint64_t group_epoch, uint64_t size_bytes);
+  absl::Status KeepLoadReport(const proto::LoadProgress& progress);
 
   UniqueFd listener_;
   std::string token_;
@@ -87,6 +100,7 @@ class SupervisorServer {
   std::deque<uint64_t> ended_epochs_;
   bool restart_requested_ = false;
   std::vector<EndRequest> end_requests_;
+  std::vector<LoadReport> load_reports_;
   // By pointer, so that the server can be moved.
   std::unique_ptr<LogLimit> stranger_log_ = std::make_unique<LogLimit>();
   std::unique_ptr<LogLimit> accept_log_ = std::make_unique<LogLimit>();

@@ -39,6 +39,7 @@ class SupervisorServerTest : public ::testing::Test {
         if (::poll(fds.data(), fds.size(), timeout_ms) > 0) server.Serve(fds);
         if (server.TakeRestartRequest()) ++num_restarts_;
         for (const auto& request : server.TakeEndRequests()) ends_.push_back(request);
+        for (const auto& report : server.TakeLoadReports()) loads_.push_back(report);
         if (num_exits_to_send_ > 0) {
           --num_exits_to_send_;
           server.SendWorkerExit(WorkerExitOf(num_exits_sent_));
@@ -132,7 +133,8 @@ class SupervisorServerTest : public ::testing::Test {
   std::atomic<int> num_restarts_ = 0;
   std::atomic<int> num_exits_to_send_ = 0;
   std::atomic<int> num_exits_sent_ = 0;
-  std::vector<SupervisorServer::EndRequest> ends_;  // read it after Stop
+  std::vector<SupervisorServer::EndRequest> ends_;   // read it after Stop
+  std::vector<SupervisorServer::LoadReport> loads_;  // this, too
 
  private:
   std::atomic<bool> done_ = false;
@@ -249,6 +251,49 @@ TEST_F(SupervisorServerTest, PassesOnWhichWorkerHasToGo) {
   EXPECT_FALSE(ends_[1].at_fault);
   EXPECT_EQ(ends_[1].rank, 0xffffffff);
   EXPECT_EQ(ends_[1].worker_id, 0xfedcba9876543210);
+}
+
+TEST_F(SupervisorServerTest, PassesOnHowFarLoadingIs) {
+  constexpr int64_t kMost = SupervisorServer::kMaxLoadBytes;
+  for (const int64_t done : {int64_t{0}, kMost / 3, kMost}) {
+    const LoadProgressNotice notice = {
+        .rank = 0xffffffff, .worker_id = 7, .done_bytes = done, .total_bytes = kMost};
+    EXPECT_TRUE(TellLoadProgress(path_, kToken, notice, kTimeoutMs).ok());
+  }
+  Stop();
+  ASSERT_EQ(loads_.size(), 3u);
+  EXPECT_EQ(loads_[1].rank, 0xffffffff);
+  EXPECT_EQ(loads_[1].worker_id, 7u);
+  EXPECT_EQ(loads_[1].done_bytes, kMost / 3);
+  EXPECT_EQ(loads_[1].total_bytes, kMost);
+  EXPECT_EQ(loads_[2].done_bytes, kMost);
+}
+
+TEST_F(SupervisorServerTest, RefusesLoadingThatCannotBe) {
+  struct Case {
+    int64_t done_bytes;
+    int64_t total_bytes;
+    std::string expected;
+  };
+  const Case cases[] = {
+      {0, 0, "total_bytes: must be 1..1125899906842624 (got 0)"},
+      {0, SupervisorServer::kMaxLoadBytes + 1,
+       "total_bytes: must be 1..1125899906842624 (got 1125899906842625)"},
+      {0, -1, "(got 18446744073709551615)"},
+      {8, 7, "done_bytes: must be 0..7, total_bytes (got 8)"},
+      {-1, 7, "done_bytes: must be 0..7, total_bytes (got 18446744073709551615)"},
+  };
+  for (const Case& c : cases) {
+    const absl::Status status = TellLoadProgress(
+        path_, kToken, {.done_bytes = c.done_bytes, .total_bytes = c.total_bytes}, kTimeoutMs);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(std::string(status.message()), HasSubstr(c.expected));
+  }
+  EXPECT_EQ(
+      TellLoadProgress(path_, "wrong", {.done_bytes = 1, .total_bytes = 2}, kTimeoutMs).code(),
+      absl::StatusCode::kUnavailable);
+  Stop();
+  EXPECT_TRUE(loads_.empty());
 }
 
 TEST_F(SupervisorServerTest, DropsHostilePeersAndGoesOnServing) {

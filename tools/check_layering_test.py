@@ -60,6 +60,11 @@ class Includes(unittest.TestCase):
         self.assert_one_finding(
             {"engine_worker/runner/runner.cc": '#include "api_server/scheduler/request.h"\n'},
             "engine_worker/runner/runner.cc:1:")
+        self.assertEqual(findings(
+            {"engine_worker/runner/runner.cc": '#include "launcher/client/load_reporter.h"\n'}), [])
+        self.assert_one_finding(
+            {"engine_worker/runner/runner.cc": '#include "launcher/client/worker_watch.h"\n'},
+            "engine_worker/runner/runner.cc:1:")
 
     def test_an_entry_may_be_one_side_of_a_room(self):
         self.assertEqual(findings(

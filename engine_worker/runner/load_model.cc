@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -23,6 +25,7 @@
 #include "engine_worker/weights/dummy_source.h"
 #include "engine_worker/weights/weight_source.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "launcher/client/load_reporter.h"
 #ifdef WINTSERVE_HAS_CUDA
 #include "engine_worker/collectives/nccl/nccl_collective.h"
 #include "kernels/cuda/cuda_backend.h"
@@ -210,21 +213,50 @@ struct OpenedWeights {
   std::string origin;  // for the log
 };
 
-// Lines in the log, which reach a console through the launcher: a bar would be taken for lines. The
-// ranks have the same to do, so that one of them tells for all.
-std::unique_ptr<Progress> TellOfLoading(const ModelConfig& config, const Checkpoint& checkpoint,
-                                        const Collective& group) {
-  if (group.rank() != 0) return nullptr;
-  int64_t total = 0;
-  for (const MatrixRef& ref : AllMatrices(config)) {
-    total += checkpoint.BytesOf(ref, group.rank(), group.world_size()).on_disk;
-  }
-  return std::make_unique<Progress>(ProgressOptions{
-      .label = group.world_size() == 1 ? "loading"
-                                       : fmt::format("loading, rank 0 of {}", group.world_size()),
-      .total = total,
-      .write_line = [](std::string_view line) { LOG_INFO("{}", line); }});
+int64_t BytesOnDisk(const Checkpoint& checkpoint, const MatrixRef& ref, const Collective& group) {
+  return checkpoint.BytesOf(ref, group.rank(), group.world_size()).on_disk;
 }
+
+// Tells how far the files are: the events, and the log every few seconds. There a bar would be
+// taken for lines; the ranks have the same to do, so that one of them tells it for all.
+class ToldLoading {
+ public:
+  ToldLoading(const ModelConfig& config, const Checkpoint& checkpoint, const Collective& group,
+              const LoadEvents& events)
+      : config_(config), checkpoint_(checkpoint), group_(group), events_(events) {
+    for (const MatrixRef& ref : AllMatrices(config)) {
+      total_bytes_ += BytesOnDisk(checkpoint, ref, group);
+    }
+    events_.on_bytes(0, total_bytes_);
+    if (group.rank() != 0) return;
+    const int world_size = group.world_size();
+    log_.emplace(ProgressOptions{
+        .label = world_size == 1 ? std::string(kLoadingLabel)
+                                 : fmt::format("{}, rank 0 of {}", kLoadingLabel, world_size),
+        .total = total_bytes_,
+        .write_line = [](std::string_view line) { LOG_INFO("{}", line); }});
+  }
+
+  void OnMatrix(const MatrixRef& ref) {
+    const int64_t bytes = BytesOnDisk(checkpoint_, ref, group_);
+    done_bytes_ += bytes;
+    events_.on_bytes(done_bytes_, total_bytes_);
+    if (!log_.has_value()) return;
+    log_->Add(bytes);
+    if (ref.role != MatrixRole::kEmbedding && ref.role != MatrixRole::kHead) {
+      log_->SetNote(fmt::format("layer {} of {}", ref.layer + 1, config_.num_layers));
+    }
+  }
+
+ private:
+  const ModelConfig& config_;
+  const Checkpoint& checkpoint_;
+  const Collective& group_;
+  const LoadEvents& events_;
+  int64_t total_bytes_ = 0;
+  int64_t done_bytes_ = 0;
+  std::optional<Progress> log_;
+};
 
 // Says so when a tensor is there.
 class ReportingSource final : public WeightSource {
@@ -275,18 +307,14 @@ absl::StatusOr<OpenedWeights> OpenWeights(const ServeOptions& options, const Mod
 absl::StatusOr<std::unique_ptr<Model>> LoadWeights(const ServeOptions& options,
                                                    const ModelConfig& config,
                                                    kernels::Backend* backend, Collective* group,
-                                                   const std::function<void()>& on_progress) {
+                                                   const LoadEvents& events) {
   const auto begin = std::chrono::steady_clock::now();
   ASSIGN_OR_RETURN(OpenedWeights opened, OpenWeights(options, config, backend, *group));
-  on_progress();
-  std::unique_ptr<Progress> told;
-  if (opened.checkpoint != nullptr) told = TellOfLoading(config, *opened.checkpoint, *group);
-  ReportingSource source(std::move(opened.source), on_progress, [&](const MatrixRef& ref) {
-    if (told == nullptr) return;
-    told->Add(opened.checkpoint->BytesOf(ref, group->rank(), group->world_size()).on_disk);
-    if (ref.role != MatrixRole::kEmbedding && ref.role != MatrixRole::kHead) {
-      told->SetNote(fmt::format("layer {} of {}", ref.layer + 1, config.num_layers));
-    }
+  events.on_progress();
+  std::optional<ToldLoading> told;
+  if (opened.checkpoint != nullptr) told.emplace(config, *opened.checkpoint, *group, events);
+  ReportingSource source(std::move(opened.source), events.on_progress, [&](const MatrixRef& ref) {
+    if (told.has_value()) told->OnMatrix(ref);
   });
   ASSIGN_OR_RETURN(std::unique_ptr<Model> model,
                    LoadErnie45(config, &source, backend, group->world_size() == 1 ? nullptr : group,
@@ -334,8 +362,8 @@ absl::Status ProfileSteps(const ServeOptions& options, Collective* group, Model*
 
 // Loads the model and says what is left for KV blocks.
 absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig& config,
-                                  RankGroup* group, bool is_replacement,
-                                  const std::function<void()>& on_progress, LoadedModel* loaded) {
+                                  RankGroup* group, bool is_replacement, const LoadEvents& events,
+                                  LoadedModel* loaded) {
   kernels::Backend* backend = loaded->backend.get();
   const int64_t weights = CudaWeightBytes(config, group->rank(), group->world_size());
   // Of a device that the pool fills to that share already, the rest is for a replacement.
@@ -348,7 +376,7 @@ absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig
   RETURN_IF_ERROR(CheckWeightsFit(profile));
   profile.utilization = options.gpu_memory_utilization;
 
-  ASSIGN_OR_RETURN(loaded->model, LoadWeights(options, config, backend, group, on_progress));
+  ASSIGN_OR_RETURN(loaded->model, LoadWeights(options, config, backend, group, events));
   ASSIGN_OR_RETURN(const DeviceMemory with_model, QueryMemory(*backend));
   profile.workspace = loaded->model->workspace_bytes();
   profile.weights = at_start.free - with_model.free - profile.workspace;
@@ -365,7 +393,7 @@ absl::StatusOr<int64_t> LoadOnGpu(const ServeOptions& options, const ModelConfig
   // Ranks join their group when all of them have loaded.
   group->Bind(std::make_unique<AbsentGroup>(group->rank(), group->world_size()));
   const absl::Status profiled =
-      ProfileSteps(options, group, loaded->model.get(), &profile, on_progress);
+      ProfileSteps(options, group, loaded->model.get(), &profile, events.on_progress);
   group->Unbind();
   RETURN_IF_ERROR(ExplainStepsThatDoNotFit(profiled, profile));
   profile.group = GroupMemoryBytes(group->world_size());
@@ -384,11 +412,10 @@ int CpuThreads(const ServeOptions& options) {
 }
 
 absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, RankGroup* group,
-                                      bool is_replacement,
-                                      const std::function<void()>& on_progress) {
+                                      bool is_replacement, const LoadEvents& events) {
   LoadedModel loaded;
   ASSIGN_OR_RETURN(loaded.backend, CreateBackend(options, group->rank()));
-  on_progress();
+  events.on_progress();
   ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(options.model));
   if (const absl::Status fits = CheckTensorParallel(config, group->world_size()); !fits.ok()) {
     return absl::Status(
@@ -396,10 +423,10 @@ absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, RankGroup* gr
   }
   if (!loaded.backend->uses_host_memory()) {
     ASSIGN_OR_RETURN(loaded.kv_bytes_available,
-                     LoadOnGpu(options, config, group, is_replacement, on_progress, &loaded));
+                     LoadOnGpu(options, config, group, is_replacement, events, &loaded));
   } else {
     ASSIGN_OR_RETURN(loaded.model,
-                     LoadWeights(options, config, loaded.backend.get(), group, on_progress));
+                     LoadWeights(options, config, loaded.backend.get(), group, events));
   }
   // What unpacking the weights took. Once: a step must not wait for the heap of a large model.
   ReturnFreeMemory();

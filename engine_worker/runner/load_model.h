@@ -1,6 +1,7 @@
 // From a model's directory to a model that runs.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <memory>
 
@@ -21,6 +22,15 @@ struct LoadedModel {
   int64_t kv_bytes_available = 0;
 };
 
+// What is told while a model is loaded, on the thread that loads. Must not block.
+struct LoadEvents {
+  // After each tensor that is loaded and each further stage.
+  std::function<void()> on_progress = [] {};
+  // How much of the rank's part of the files has been loaded: none of it at first, then after each
+  // matrix, all of it in the end. Not for dummy weights, which are in no file.
+  std::function<void(int64_t done_bytes, int64_t total_bytes)> on_bytes = [](int64_t, int64_t) {};
+};
+
 // Threads of one worker: options.cpu_threads, or its share of the cores that this process may use.
 int CpuThreads(const ServeOptions& options);
 
@@ -33,10 +43,7 @@ int CpuThreads(const ServeOptions& options);
 //
 // is_replacement: the KV pool of the process before may be on the device already, in which case
 // next to nothing is left for another, and that is no error.
-//
-// on_progress: called after each tensor that is loaded and each further stage, on this thread.
-absl::StatusOr<LoadedModel> LoadModel(
-    const ServeOptions& options, RankGroup* group, bool is_replacement = false,
-    const std::function<void()>& on_progress = [] {});
+absl::StatusOr<LoadedModel> LoadModel(const ServeOptions& options, RankGroup* group,
+                                      bool is_replacement = false, const LoadEvents& events = {});
 
 }  // namespace wintserve

@@ -53,4 +53,16 @@ absl::Status RequestEndOfWorker(const std::string& socket_path, const std::strin
   return Ask(socket_path, request, timeout_ms);
 }
 
+absl::Status TellLoadProgress(const std::string& socket_path, const std::string& token,
+                              const LoadProgressNotice& notice, int64_t timeout_ms) {
+  proto::SupervisorRequest request;
+  request.set_token(token);
+  proto::LoadProgress& progress = *request.mutable_load_progress();
+  progress.set_rank(notice.rank);
+  progress.set_worker_id(notice.worker_id);
+  progress.set_done_bytes(static_cast<uint64_t>(notice.done_bytes));
+  progress.set_total_bytes(static_cast<uint64_t>(notice.total_bytes));
+  return Ask(socket_path, request, timeout_ms);
+}
+
 }  // namespace wintserve

@@ -94,9 +94,10 @@ def wait_for(condition, timeout_s, what):
 
 class Server:
     """`wintserve serve` on free ports with a runtime directory of its own, or that of another one before it.
-    prefix: of the command, for example of a name space; log: where the output goes, by default into a file."""
+    prefix: of the command, for example of a name space; log: where the output goes, by default into a file;
+    terminal: a descriptor where it goes instead."""
 
-    def __init__(self, tmp_path, *flags, model=POET, runtime=None, prefix=(), log=None):
+    def __init__(self, tmp_path, *flags, model=POET, runtime=None, prefix=(), log=None, terminal=None):
         self.id = uuid.uuid4().hex
         # Not below tmp_path: the path of a socket has 107 bytes, and pytest's grows with the number of its runs.
         self.own_runtime = None if runtime else tempfile.TemporaryDirectory(prefix="ws-", ignore_cleanup_errors=True)
@@ -104,7 +105,7 @@ class Server:
         self.runtime.mkdir(mode=0o700, exist_ok=True)
         self.port, self.metrics_port, self.queue_port, self.cache_port = self.ports = [PORTS.take() for _ in range(4)]
         self.log_path = log or tmp_path / f"log-{self.id[:8]}.txt"
-        self.log_file = self.log_path.open("w")
+        self.log_file = self.log_path.open("w") if terminal is None else os.fdopen(os.dup(terminal), "w")
         command = [*prefix, BIN / "wintserve", "serve", "--model", model, "--device", DEVICE, "--port", self.port,
                    "--metrics-port", self.metrics_port, "--engine-worker-queue-port", self.queue_port,
                    "--cache-queue-port", self.cache_port, *DEVICE_FLAGS, *flags]

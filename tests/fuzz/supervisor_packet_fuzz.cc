@@ -40,15 +40,23 @@ void FuzzInput(std::string_view input) {
   proto::SupervisorRequest request;
   const bool is_ours =
       !input.empty() && request.ParseFromString(std::string(input)) && request.token() == kToken;
+  // Whatever it says, sums of it do not overflow, and nothing is kept of a stranger's.
+  const std::vector<SupervisorServer::LoadReport> loads = server->TakeLoadReports();
+  for (const SupervisorServer::LoadReport& load : loads) {
+    CHECK(0 <= load.done_bytes && load.done_bytes <= load.total_bytes);
+    CHECK(0 < load.total_bytes && load.total_bytes <= SupervisorServer::kMaxLoadBytes);
+  }
   const auto reply_packet = ReceivePacket(peer->get(), /*timeout_ms=*/0);
   if (!is_ours) {
     // Dropped without a word.
+    CHECK(loads.empty());
     CHECK(absl::IsOutOfRange(reply_packet.status()), "{}", reply_packet.status().ToString());
     return;
   }
   proto::SupervisorReply reply;
   CHECK(reply_packet.ok() && reply.ParseFromString(reply_packet->bytes));
   CHECK(!reply.text().empty());
+  CHECK(loads.size() == (request.has_load_progress() && reply.status_code() == 0 ? 1u : 0u));
   const bool got_memory = reply_packet->fd.valid();
   CHECK(got_memory == (reply.status_code() == 0 && request.has_group_memory()));
 }
