@@ -13,10 +13,9 @@ constexpr std::string_view kNames[] = {"PATH",           "HOME",    "USER",
 
 // Of the loader, the C library, the GPU's driver and libraries, gRPC, OpenMP, the sanitizers and
 // coverage; and our own.
-constexpr std::string_view kPrefixes[] = {"LC_",     "LD_",     "MALLOC_", "CUDA_",     "CUDNN_",
-                                          "CUBLAS_", "NVIDIA_", "NCCL_",   "UCX_",      "FI_",
-                                          "GRPC_",   "OMP_",    "GOMP_",   "ASAN_",     "LSAN_",
-                                          "TSAN_",   "UBSAN_",  "GCOV_",   "WINTSERVE_"};
+constexpr std::string_view kPrefixes[] = {
+    "LC_",   "LD_",  "MALLOC_", "CUDA_", "CUDNN_", "CUBLAS", "NVIDIA_", "NCCL_", "UCX_",      "FI_",
+    "GRPC_", "OMP_", "GOMP_",   "ASAN_", "LSAN_",  "TSAN_",  "UBSAN_",  "GCOV_", "WINTSERVE_"};
 
 }  // namespace
 
