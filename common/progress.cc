@@ -105,8 +105,10 @@ void WriteAll(int fd, std::string_view text) {
 
 std::string ProgressLine(const ProgressState& state) {
   const Scale scale = ScaleOf(state);
-  std::string line = fmt::format("{}: {}", state.label, Number(state.done, scale));
-  if (state.total > 0) line += fmt::format(" of {}", Number(state.total, scale));
+  std::string line =
+      fmt::format("{}: {}", state.label, Number(static_cast<double>(state.done), scale));
+  if (state.total > 0)
+    line += fmt::format(" of {}", Number(static_cast<double>(state.total), scale));
   line += fmt::format(" {}", UnitName(state));
   if (state.total > 0) line += fmt::format(" ({}%)", Percent(state));
   const Speed speed = SpeedOf(state);
@@ -123,8 +125,9 @@ std::string ProgressBar(const ProgressState& state, int columns, bool utf8) {
   const Speed speed = SpeedOf(state);
   std::vector<std::string> parts;  // behind the bar, the most important first
   if (has_total) parts.push_back(fmt::format("{:3}%", Percent(state)));
-  parts.push_back(fmt::format("{}{} {}", Number(state.done, scale),
-                              has_total ? "/" + Number(state.total, scale) : "", UnitName(state)));
+  parts.push_back(fmt::format(
+      "{}{} {}", Number(static_cast<double>(state.done), scale),
+      has_total ? "/" + Number(static_cast<double>(state.total), scale) : "", UnitName(state)));
   for (const std::string& part : {speed.left, speed.rate, std::string(state.note)}) {
     if (!part.empty()) parts.push_back(part);
   }

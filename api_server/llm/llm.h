@@ -49,6 +49,9 @@ struct GenerationRequest {
   std::optional<int> num_top_logprobs = {};    // absent: no log-probabilities
   // Of the prompt's tokens; absent: none. With them no token of the prompt comes from the cache.
   std::optional<int> num_prompt_top_logprobs = {};
+  // The stop token that ends a choice has log-probabilities as its other tokens do, behind the
+  // text.
+  bool stop_token_has_logprobs = false;
   std::optional<int64_t> seed = {};  // absent: a random one
   int num_choices = 1;               // n
   // Absent or too large: what the model length leaves. 0: every choice ends with kLength and
@@ -95,7 +98,7 @@ struct ChoiceDelta {
   std::vector<int32_t> token_ids = {};  // sampled since the last delta, the stop token included
   std::optional<FinishReason> finish_reason = {};
   // If asked for: of the tokens whose text begins in `text`. A token that is no part of the text (a
-  // stop token, what a stop string covers) has none.
+  // stop token, what a stop string covers) has none, but see stop_token_has_logprobs.
   std::vector<TokenLogprobs> logprobs = {};
 };
 

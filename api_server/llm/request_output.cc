@@ -13,6 +13,7 @@ RequestOutput::RequestOutput(const Tokenizer& tokenizer, const GenerationRequest
       on_update_(std::move(on_update)),
       num_prompt_tokens_(static_cast<int>(request.prompt_ids.size())),
       generates_nothing_(request.max_tokens == 0),
+      stop_token_has_logprobs_(request.stop_token_has_logprobs),
       num_unfinished_(request.num_choices) {
   if (request.num_prompt_top_logprobs.has_value()) {
     prompt_logprobs_ = PromptLogprobs{.token_ids = request.prompt_ids};
@@ -40,6 +41,9 @@ bool RequestOutput::Append(SequenceToken news) {
   delta.token_ids.push_back(news.token);
   if (news.end == SequenceEnd::kStop) {
     FinishChoice(&choice, FinishReason::kStop, &delta);
+    if (stop_token_has_logprobs_ && news.logprobs.has_value()) {
+      delta.logprobs.push_back(LogprobsOf(news, choice.num_text_characters));
+    }
     return false;
   }
   if (news.logprobs.has_value()) HoldLogprobs(news, &choice);
@@ -74,16 +78,19 @@ void RequestOutput::FinishChoice(Choice* choice, FinishReason reason, ChoiceDelt
   --num_unfinished_;
 }
 
-void RequestOutput::HoldLogprobs(const SequenceToken& news, Choice* choice) const {
-  HeldLogprobs& held = choice->held.emplace_back();
-  held.text_begin = choice->num_text_bytes;
-  held.logprobs.token = EntryOf(news.token, news.logprobs->logprob);
-  held.logprobs.rank = news.logprobs->rank;
-  held.logprobs.text_offset = choice->num_text_characters;
-  held.logprobs.top.reserve(news.logprobs->top.size());
+TokenLogprobs RequestOutput::LogprobsOf(const SequenceToken& news, int text_offset) const {
+  TokenLogprobs logprobs = {.token = EntryOf(news.token, news.logprobs->logprob),
+                            .rank = news.logprobs->rank,
+                            .text_offset = text_offset};
+  logprobs.top.reserve(news.logprobs->top.size());
   for (const TokenLogprob& top : news.logprobs->top) {
-    held.logprobs.top.push_back(EntryOf(top.token, top.logprob));
+    logprobs.top.push_back(EntryOf(top.token, top.logprob));
   }
+  return logprobs;
+}
+
+void RequestOutput::HoldLogprobs(const SequenceToken& news, Choice* choice) const {
+  choice->held.push_back({choice->num_text_bytes, LogprobsOf(news, choice->num_text_characters)});
 }
 
 void RequestOutput::ReleaseLogprobs(Choice* choice, ChoiceDelta* delta) {

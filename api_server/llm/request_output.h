@@ -29,8 +29,9 @@ class RequestOutput {
   void set_num_cached_tokens(int count) { num_cached_tokens_ = count; }
 
   // Takes one sampled token. True: it completed a stop string, so the choice has finished although
-  // the token is not the sequence's last. A stop token counts but has no text. With a max_tokens of
-  // 0 the token ends its choice and is nothing more.
+  // the token is not the sequence's last. A stop token counts but has no text, and
+  // log-probabilities only with stop_token_has_logprobs. With a max_tokens of 0 the token ends its
+  // choice and is nothing more.
   bool Append(SequenceToken news);
 
   // Hands what has been appended since the last call to on_update; nothing when there is none.
@@ -62,6 +63,7 @@ class RequestOutput {
 
   GenerationUpdate Update() const;  // without news
   ChoiceDelta& DeltaOf(uint32_t choice);
+  TokenLogprobs LogprobsOf(const SequenceToken& news, int text_offset) const;
   void HoldLogprobs(const SequenceToken& news, Choice* choice) const;
   // Of the tokens whose text is shown by now.
   static void ReleaseLogprobs(Choice* choice, ChoiceDelta* delta);
@@ -72,6 +74,7 @@ class RequestOutput {
   const std::function<void(GenerationUpdate)> on_update_;
   const int num_prompt_tokens_;
   const bool generates_nothing_;
+  const bool stop_token_has_logprobs_;
   std::optional<PromptLogprobs> prompt_logprobs_;  // if asked for, until they are delivered
   bool knows_prompt_logprobs_ = false;
   std::vector<Choice> choices_;

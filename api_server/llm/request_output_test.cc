@@ -212,6 +212,16 @@ TEST_F(RequestOutputTest, LogprobsLeaveOutTheStopTokenAndWhatAStopStringCovers) 
   EXPECT_EQ(LogprobTokens(updates_[1]), (Tokens{{"a", 0}}));
 }
 
+TEST_F(RequestOutputTest, LogprobsHaveTheStopTokenBehindTheTextWhereItIsAskedFor) {
+  RequestOutput output =
+      MakeFor({.id = "test", .prompt_ids = {1}, .stop_token_has_logprobs = true, .stop = {"bx"}});
+  for (const char byte : std::string("ab")) output.Append(WithLogprobs(News(byte)));
+  output.Append(WithLogprobs(News('z', 0, SequenceEnd::kStop)));
+  output.Deliver();
+  EXPECT_EQ(updates_[0].choices[0].text, "ab");
+  EXPECT_EQ(LogprobTokens(updates_[0]), (Tokens{{"a", 0}, {"b", 1}, {"z", 2}}));
+}
+
 TEST_F(RequestOutputTest, AtTheLengthLimitTheLogprobsOfEveryTokenCome) {
   RequestOutput output = Make(1, {"stop"});
   output.Append(WithLogprobs(News('s')));

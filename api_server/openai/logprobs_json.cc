@@ -43,14 +43,22 @@ void AddToColumns(std::string token, Json logprob, Json top, int offset, Json* c
   (*columns)["text_offset"].push_back(offset);
 }
 
+// Of tokens that are spelled alike (a byte and its character) the more probable one counts.
+void AddToTop(const std::string& token, double logprob, Json* top) {
+  const auto [entry, is_new] = top->emplace(token, logprob);
+  if (!is_new && *entry < logprob) *entry = logprob;
+}
+
 // The dictionaries of the most probable tokens hold the sampled one in any case.
 Json CompletionLogprobs(const std::vector<TokenLogprobs>& tokens, int first_offset) {
   Json columns = EmptyColumns();
   for (const TokenLogprobs& token : tokens) {
     Json top = Json::object();
-    for (const LogprobEntry& entry : token.top) top[entry.text] = Bounded(entry.logprob);
+    for (const LogprobEntry& entry : token.top) {
+      AddToTop(entry.text, Bounded(entry.logprob), &top);
+    }
     const double logprob = Bounded(token.token.logprob);
-    top[token.token.text] = logprob;
+    AddToTop(token.token.text, logprob, &top);
     AddToColumns(token.token.text, logprob, std::move(top), first_offset + token.text_offset,
                  &columns);
   }
@@ -82,10 +90,10 @@ EchoJson EchoLogprobsJson(const PromptLogprobs& prompt, int num_top, const LLM& 
     const PositionLogprobs& position = prompt.positions[i - 1];
     Json top = Json::object();
     for (const auto& [id, logprob] : TopOf(position, num_top)) {
-      top[llm.TokenText(id)] = Bounded(logprob);
+      AddToTop(llm.TokenText(id), Bounded(logprob), &top);
     }
     const double logprob = Bounded(position.logprob);
-    top[token] = logprob;
+    AddToTop(token, logprob, &top);
     AddToColumns(std::move(token), logprob, std::move(top), offsets[i], &echo.logprobs);
   }
   return echo;

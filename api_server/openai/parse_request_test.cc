@@ -313,6 +313,8 @@ INSTANTIATE_TEST_SUITE_P(
                                "guided_regex", kUnsupported, "not supported"},
                     BadRequest{"PromptTokenIds", kC, Chat(R"("prompt_token_ids":[5])"),
                                "prompt_token_ids", kUnsupported, "not supported"},
+                    BadRequest{"EchoOfAChat", kC, Chat(R"("echo":true)"), "echo", kUnsupported,
+                               "not supported"},
                     BadRequest{"Suffix", kP, Completion(R"("suffix":"end")"), "suffix",
                                kUnsupported, "not supported"},
                     BadRequest{"BestOfMoreThanN", kP, Completion(R"("best_of":2)"), "best_of",

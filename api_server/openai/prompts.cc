@@ -152,6 +152,8 @@ absl::StatusOr<GenerationRequest> SamplingOf(const ApiRequest& request, const LL
   generation.num_top_logprobs = request.num_top_logprobs;
   generation.num_prompt_top_logprobs = request.prompt_logprobs;
   if (request.echoes_logprobs()) {
+    // Who scores a text asks for a token more and takes the last column for it.
+    generation.stop_token_has_logprobs = true;
     generation.num_prompt_top_logprobs =
         std::max(*request.num_top_logprobs, request.prompt_logprobs.value_or(0));
   }

@@ -138,6 +138,7 @@ TEST(MakeGenerationRequests, PromptLogprobsAreAskedForByEchoOrByName) {
     ASSERT_TRUE(generations.ok());
     EXPECT_EQ(generations->front().num_prompt_top_logprobs, c.expected);
     EXPECT_EQ(generations->front().num_top_logprobs, c.logprobs);
+    EXPECT_EQ(generations->front().stop_token_has_logprobs, c.echo && c.logprobs.has_value());
     EXPECT_EQ(request.wants_prompt_logprobs(), c.expected.has_value());
   }
 }

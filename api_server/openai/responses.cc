@@ -149,8 +149,8 @@ std::string ResponseAssembler::Body() const {
 void ResponseAssembler::AddChoicesOf(size_t prompt_index, Json* choices) const {
   const bool is_chat = identity_.endpoint == Endpoint::kChat;
   const PromptLogprobs& prompt = prompt_logprobs_[prompt_index];
-  EchoJson echo;
-  if (echoes_logprobs_) echo = EchoLogprobsJson(prompt, *num_top_logprobs_, llm_);
+  std::optional<EchoJson> echo;
+  if (echoes_logprobs_) echo.emplace(EchoLogprobsJson(prompt, *num_top_logprobs_, llm_));
   Json prompt_logprobs;
   if (num_prompt_top_logprobs_.has_value()) {
     prompt_logprobs = PromptLogprobsJson(prompt, *num_prompt_top_logprobs_, llm_);
@@ -160,10 +160,11 @@ void ResponseAssembler::AddChoicesOf(size_t prompt_index, Json* choices) const {
     const Choice& choice = choices_[index];
     Json logprobs;
     if (num_top_logprobs_.has_value()) {
-      logprobs = LogprobsJson(identity_.endpoint, choice.logprobs, echo.num_characters);
+      logprobs = LogprobsJson(identity_.endpoint, choice.logprobs,
+                              echo.has_value() ? echo->num_characters : 0);
     }
-    if (echoes_logprobs_) {
-      const Json sampled = std::exchange(logprobs, echo.logprobs);
+    if (echo.has_value()) {
+      const Json sampled = std::exchange(logprobs, echo->logprobs);
       AppendColumns(sampled, &logprobs);
     }
     Json content =

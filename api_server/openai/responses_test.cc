@@ -155,6 +155,20 @@ TEST(ResponseAssembler, CompletionLogprobsAreColumnsThatHoldTheSampledTokenToo) 
       "text_offset": [0, 1]})"));
 }
 
+TEST(ResponseAssembler, OfTokensThatAreSpelledAlikeTheMoreProbableOneIsAmongTheTop) {
+  const std::vector<LogprobEntry> top = {{65, "A", "A", -0.25f}, {300, "A", "A", -4}};
+  for (const float own : {-0.25f, -4.0f, -8.0f}) {
+    SCOPED_TRACE(own);
+    ResponseAssembler assembler(Identity(Endpoint::kCompletions),
+                                WithLogprobs(Endpoint::kCompletions, 2), Llm());
+    assembler.Add(0,
+                  Update({{0, "A", {}, FinishReason::kStop, {Logprobs("A", own, top)}}}, 1, true));
+    const auto logprobs = nlohmann::json::parse(assembler.Body())["choices"][0]["logprobs"];
+    EXPECT_EQ(logprobs["token_logprobs"], nlohmann::json{own});
+    EXPECT_EQ(logprobs["top_logprobs"], nlohmann::json::parse(R"([{"A": -0.25}])"));
+  }
+}
+
 TEST(ResponseAssembler, EchoPutsEachPromptBeforeItsChoices) {
   ApiRequest request = Request(Endpoint::kCompletions, 2, 2);
   request.echo_texts = {"p", "q"};
@@ -243,6 +257,18 @@ TEST(ResponseAssembler, EchoedTokensHaveLogprobsBeforeTheSampledOnes) {
       EXPECT_FALSE(choices[i].contains("prompt_logprobs"));
     }
   }
+}
+
+TEST(ResponseAssembler, OfEchoedTokensThatAreSpelledAlikeTheMoreProbableOneIsAmongTheTop) {
+  ResponseAssembler assembler(Identity(Endpoint::kCompletions), EchoingLogprobs(2), Llm());
+  GenerationUpdate update = Update({{0, "", {}, FinishReason::kLength, {}}}, 0, true);
+  constexpr int32_t kAlsoQ = 256 + 'q';
+  update.prompt_logprobs = {.token_ids = {'p', 'q'},
+                            .positions = {{-0.5f, 2, {{kAlsoQ, -0.25f}, {'q', -0.5f}}}}};
+  assembler.Add(0, update);
+  const auto logprobs = nlohmann::json::parse(assembler.Body())["choices"][0]["logprobs"];
+  EXPECT_EQ(logprobs["token_logprobs"], (nlohmann::json{nullptr, -0.5}));
+  EXPECT_EQ(logprobs["top_logprobs"], nlohmann::json::parse(R"([null, {"q": -0.25}])"));
 }
 
 TEST(ResponseAssembler, PromptLogprobsAreByIdWithRankAndText) {

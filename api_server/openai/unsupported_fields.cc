@@ -49,7 +49,7 @@ constexpr UnsupportedField kBothEndpoints[] = {
 constexpr UnsupportedField kChatOnly[] = {
     {"modalities", IsTextModality},    {"audio", IsNever},
     {"chat_template", IsEmpty},        {"disable_chat_template", IsFalse},
-    {"completion_token_ids", IsEmpty},
+    {"completion_token_ids", IsEmpty}, {"echo", IsFalse},
 };
 
 constexpr UnsupportedField kCompletionsOnly[] = {

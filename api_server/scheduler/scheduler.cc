@@ -18,10 +18,10 @@ namespace {
 constexpr char kRetryAfterPayload[] = "wintserve/retry-after-seconds";
 constexpr int kMaxRetryAfterSeconds = 600;
 
-absl::Status TooBusy(std::string text, double seconds) {
+absl::Status TooBusy(const std::string& text, double seconds) {
   const double bounded = std::clamp(seconds, 1.0, double{kMaxRetryAfterSeconds});
   const int whole_seconds = static_cast<int>(std::ceil(bounded));
-  absl::Status status = absl::ResourceExhaustedError(std::move(text));
+  absl::Status status = absl::ResourceExhaustedError(text);
   status.SetPayload(kRetryAfterPayload, absl::Cord(std::to_string(whole_seconds)));
   return status;
 }

@@ -86,8 +86,8 @@ struct Sequence {
   std::shared_ptr<Request> request;
   std::list<Sequence>::iterator place;  // in Impl::sequences_
   Phase phase = Phase::kWaiting;
-  std::vector<int32_t> generated;                 // as reported to the caller
   int num_prompt_logprobs = 0;                    // that are known, of positions 1 on
+  std::vector<int32_t> generated;                 // as reported to the caller
   std::vector<PositionLogprobs> prompt_logprobs;  // they, until the first token takes them along
 
   // Positions. num_done <= num_planned < length_planned while rows are left to plan.
@@ -97,17 +97,17 @@ struct Sequence {
 
   std::vector<HeldBlock> blocks;  // in sequence order
   int num_committed = 0;          // blocks[0, num_committed) have an entry
-  uint64_t commit_tag = 0;        // of the commit that is not answered; 0: none
-  int num_committing = 0;         // blocks in it
+  int num_committing = 0;         // blocks in the commit that is not answered
+  uint64_t commit_tag = 0;        // of that commit; 0: none
   bool commit_queued = false;     // in Impl::to_commit_
   bool commits_stopped = false;   // its chain was flushed
   bool never_commits = false;     // its duplicates left it no room
 
   MatchState match = MatchState::kNone;
   bool match_outdated = false;     // a longer one has been committed since
+  bool restored = false;           // some of its blocks were
   int num_host_blocks = 0;         // of the match
   int num_copies_to_plan = 0;      // restores that no plan holds yet
-  bool restored = false;           // some of its blocks were
   uint64_t last_copy_step = 0;     // last plan with a restore of it
   uint64_t restore_known_tag = 0;  // an answer to this tag or a later one proves that the cache
                                    // manager knows its restores to be done; 0: not told yet

@@ -126,6 +126,7 @@ absl::Status RunLargestBatch(Model* model) {
   ASSIGN_OR_RETURN(const std::unique_ptr<kernels::Buffer> pool,
                    backend.Allocate(row_blocks * model->kv_block_bytes()));
   std::vector<int32_t> blocks;
+  blocks.reserve(row_blocks);
   for (int i = 0; i < row_blocks; ++i) blocks.push_back(i);
   ASSIGN_OR_RETURN(const std::unique_ptr<kernels::DeviceBatch> device_batch,
                    backend.CreateBatch({.max_tokens = max_tokens,

@@ -16,12 +16,14 @@ namespace {
 
 std::string ShowTypes(const std::vector<TensorType>& types) {
   std::vector<std::string_view> names;
+  names.reserve(types.size());
   for (TensorType type : types) names.push_back(TensorTypeName(type));
   return fmt::format("{}", fmt::join(names, " or "));
 }
 
 std::string ShowShapes(const std::vector<std::vector<int64_t>>& shapes) {
   std::vector<std::string> texts;
+  texts.reserve(shapes.size());
   for (const auto& shape : shapes) texts.push_back(fmt::format("[{}]", fmt::join(shape, ", ")));
   return fmt::format("{}", fmt::join(texts, " or "));
 }

@@ -58,7 +58,7 @@ std::string LayerName(const Layout& layout, int layer) {
 }
 
 std::string MlpName(const Layout& layout, const MatrixRef& ref) {
-  const std::string mlp = LayerName(layout, ref.layer) + ".mlp";
+  std::string mlp = LayerName(layout, ref.layer) + ".mlp";
   if (ref.expert == kDenseMlp) return mlp;
   if (ref.expert == kSharedExperts) return mlp + ".shared_experts";
   return fmt::format("{}.experts.{}", mlp, ref.expert);

@@ -160,7 +160,7 @@ absl::Status LoadWint2(const TensorSet& set, const StoredMatrix& stored, const M
   ASSIGN_OR_RETURN(const std::vector<float> code_scale, ReadFiniteFloats(code_scale_tensor));
   ASSIGN_OR_RETURN(const std::vector<float> code_zp, ReadFiniteFloats(Get(set, stored, "code_zp")));
   // Every code of the column must fit 32 bits, or decoding it would be undefined.
-  constexpr float kMaxCode = 1 << 30;
+  constexpr float kMaxCode = 0x1p30f;
   for (size_t i = 0; i < code_scale.size(); ++i) {
     if (255 * std::fabs(code_scale[i]) + std::fabs(code_zp[i]) > kMaxCode) {
       return code_scale_tensor.Corrupt(

@@ -174,9 +174,8 @@ ParsedTensor ParseTensor(const nlohmann::json& entry, std::span<const uint8_t> d
 void Advise(std::span<const uint8_t> data, int advice) {
   if (data.empty()) return;
   static const auto kPageBytes = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
-  const auto begin = reinterpret_cast<uintptr_t>(data.data()) / kPageBytes * kPageBytes;
-  const auto end = reinterpret_cast<uintptr_t>(data.data()) + data.size();
-  ::madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+  const size_t before = reinterpret_cast<uintptr_t>(data.data()) % kPageBytes;
+  ::madvise(const_cast<uint8_t*>(data.data()) - before, data.size() + before, advice);
 }
 
 }  // namespace

@@ -133,6 +133,22 @@ def test_the_completion_follows_the_prompt_in_the_same_columns(client):
     assert (text, streamed, reasons) == (choice.text, columns(choice), ["length"])
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_stop_token_has_a_column_too(client, stream):
+    """lm-evaluation-harness asks for one token and cuts the last column off, whichever token that is."""
+    ids = CASES[1]["ids"]
+    at = next(i for i, golden in enumerate(CASES[1]["positions"], start=1) if golden["rank"] == 1)
+    scored = score(client, ids).choices[0].logprobs
+    answer = score(client, ids[:at], max_tokens=1, stream=stream, extra_body={"stop_token_ids": [ids[at]]})
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    assert choices[-1].finish_reason == "stop"
+    got = {name: [] for name in scored.model_dump()}
+    for choice in choices:
+        for name, column in (columns(choice) if choice.logprobs else {}).items():
+            got[name] += column
+    assert got == {name: column[:at + 1] for name, column in scored.model_dump().items()}
+
+
 def test_without_a_token_to_generate_the_prompt_comes_back(client):
     for stream in (False, True):
         answer = client.completions.create(model="poet", prompt="床前明月光", echo=True, max_tokens=0, stream=stream)
