@@ -17,7 +17,7 @@
 #include "common/mutex.h"
 #include "common/progress.h"
 #include "common/status_macros.h"
-#include "tools/eval/error_text.h"
+#include "tools/text/error_text.h"
 
 namespace wintserve::eval {
 namespace {
@@ -174,7 +174,7 @@ class Evaluation {
     RETURN_IF_ERROR(Send(task, task.sequences.size(), [&](HttpClient& client, size_t index) {
       const ScoredSequence& sequence = task.sequences[index];
       const auto logprobs = PromptLogprobs(client, model_, sequence.ids);
-      if (!logprobs.ok()) return AtPlace(sequence.place, logprobs.status());
+      if (!logprobs.ok()) return tools::AtPlace(sequence.place, logprobs.status());
       nats[index] = NatsOf(sequence, *logprobs);
       return absl::OkStatus();
     }));
@@ -187,7 +187,7 @@ class Evaluation {
     RETURN_IF_ERROR(Send(task, task.exact.size(), [&](HttpClient& client, size_t index) {
       const ExactItem& item = task.exact[index];
       auto text = GreedyAnswer(client, model_, item.prompt, options_.raw, options_.max_tokens);
-      if (!text.ok()) return AtPlace(item.place, text.status());
+      if (!text.ok()) return tools::AtPlace(item.place, text.status());
       texts[index] = *std::move(text);
       return absl::OkStatus();
     }));
