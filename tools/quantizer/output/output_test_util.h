@@ -77,6 +77,36 @@ inline absl::StatusOr<Totals> RunJob(const std::filesystem::path& model,
                   .stop = job.stop});
 }
 
+// Counts steps in numbers of the caller's, and does something before one of them.
+class Watched final : public MatrixQuantizer {
+ public:
+  Watched(MatrixQuantizer* inner, int* num_made, int* num_replayed, int at,
+          std::function<void()> before)
+      : inner_(inner),
+        num_made_(num_made),
+        num_replayed_(num_replayed),
+        at_(at),
+        before_(std::move(before)) {}
+
+  absl::StatusOr<formats::HostMatrix> Next(const MatrixRef& ref, StoredFormat format) override {
+    if (*num_made_ + *num_replayed_ == at_) before_();
+    ++*num_made_;
+    return inner_->Next(ref, format);
+  }
+  absl::Status Replay(const MatrixRef& ref, formats::HostMatrix done) override {
+    ++*num_replayed_;
+    return inner_->Replay(ref, std::move(done));
+  }
+  const formats::HostMatrix* source() const override { return inner_->source(); }
+
+ private:
+  MatrixQuantizer* const inner_;
+  int* const num_made_;
+  int* const num_replayed_;
+  const int at_;
+  const std::function<void()> before_;
+};
+
 // Name -> bytes of every file.
 inline std::map<std::string, std::string> FilesOf(const std::filesystem::path& dir) {
   std::map<std::string, std::string> files;
