@@ -139,9 +139,9 @@ class Evaluation {
       : options_(options), endpoint_(endpoint), stop_(stop) {}
 
   absl::Status Connect(ServedModel* model) {
-    // A wrong URL is told at once; a server that was there may come back.
+    // A wrong URL is told at once; a server that loads its model, or that was there, is waited for.
     Endpoint impatient = endpoint_;
-    impatient.retry_seconds = 0;
+    impatient.retry_connecting = false;
     ASSIGN_OR_RETURN(HttpClient client, HttpClient::Create(impatient, stop_));
     ASSIGN_OR_RETURN(*model, FindModel(client, options_.served_model_name));
     if (options_.NeedsTokenizer()) {

@@ -127,6 +127,7 @@ absl::StatusOr<json> HttpClient::Send(const char* method, const std::string& pat
     if (!result) {
       status = absl::UnavailableError(
           fmt::format("{}: no answer ({})", what, httplib::to_string(result.error())));
+      if (!endpoint_.retry_connecting) return status;
     } else if (result->status == 200) {
       json answer = json::parse(result->body, nullptr, /*allow_exceptions=*/false);
       if (answer.is_object()) return answer;
