@@ -31,21 +31,10 @@ namespace {
 using ::testing::AllOf;
 using testing::FilesOf;
 using ::testing::HasSubstr;
-using testing::Job;
-using testing::RunJob;
-using testing::TempDir;
-using testing::TestLayout;
-using testing::Watched;
-using testing::WriteModel;
-using wintserve::testing::MakeTensors;
-using wintserve::testing::SmallConfig;
 
-class FullDisk : public ::testing::Test {
+class FullDisk : public testing::ConversionTest {
  protected:
-  FullDisk() {
-    const ModelConfig config = SmallConfig();
-    WriteModel(Model(), config, MakeTensors(config, TestLayout::kHuggingFace, 3));
-    num_matrices_ = static_cast<int>(AllMatrices(config).size());
+  FullDisk() : ConversionTest("disk/out") {
     previous_ = ::signal(SIGXFSZ, SIG_IGN);  // as the program does
   }
   ~FullDisk() override {
@@ -53,21 +42,7 @@ class FullDisk : public ::testing::Test {
     reserves_space = true;
   }
 
-  std::filesystem::path Model() const { return dir_.path() / "model"; }
-  std::filesystem::path Disk() const { return dir_.path() / "disk"; }
-  std::filesystem::path Output() const { return Disk() / "out"; }
-  std::filesystem::path Partial() const { return OutputDir::PartialPath(Output()); }
-
-  // The run, with `before` done before matrix `at`.
-  absl::StatusOr<Totals> Run(
-      int at = -1, std::function<void()> before = [] {}) {
-    num_made_ = num_replayed_ = 0;
-    Job job;
-    job.wrap = [&](MatrixQuantizer* inner) -> std::unique_ptr<MatrixQuantizer> {
-      return std::make_unique<Watched>(inner, &num_made_, &num_replayed_, at, before);
-    };
-    return RunJob(Model(), Output(), job);
-  }
+  std::filesystem::path Disk() const { return Output().parent_path(); }
 
   // What a run that nothing disturbs writes.
   std::map<std::string, std::string> Expected() {
@@ -88,11 +63,6 @@ class FullDisk : public ::testing::Test {
     EXPECT_TRUE(std::filesystem::exists(Partial()));
   }
 
-  const TempDir dir_;
-  int num_matrices_ = 0;
-  int num_made_ = 0;
-  int num_replayed_ = 0;
-
  private:
   sighandler_t previous_;
 };
@@ -106,7 +76,7 @@ TEST_F(FullDisk, ALimitThatComesInTheMiddleIsNamedAndTheSameCommandGoesOn) {
     for (int at = 0; at < num_matrices_; at += 4) {
       SCOPED_TRACE(fmt::format("{} bytes from matrix {} on", bytes, at));
       const rlimit small = {.rlim_cur = bytes, .rlim_max = before.rlim_max};
-      const auto failed = Run(at, [&] { ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &small), 0); });
+      const auto failed = Run({}, at, [&] { ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &small), 0); });
       ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &before), 0);
       ExpectNamed(failed,
                   "cannot be written: File too large; the limit on a file's size "
@@ -176,7 +146,7 @@ TEST_F(FullDisk, AFullDiskInTheMiddleIsNamedAndTheSameCommandGoesOn) {
     reserves_space = false;
     for (const Case& full : {Case{0, 0}, {3, 0}, {3, 20'480}, {9, 0}, {9, 40'960}, {20, 0}}) {
       SCOPED_TRACE(fmt::format("{} bytes free from matrix {} on", full.free_bytes, full.at));
-      const auto failed = Run(full.at, [&] { Fill(Disk() / "filler", full.free_bytes); });
+      const auto failed = Run({}, full.at, [&] { Fill(Disk() / "filler", full.free_bytes); });
       ExpectNamed(failed, "cannot be written: No space left on device; 0.0 MiB are free");
       std::filesystem::remove(Disk() / "filler");
       const auto resumed = Run();

@@ -107,6 +107,38 @@ class Watched final : public MatrixQuantizer {
   const std::function<void()> before_;
 };
 
+// A small model, and runs that make its output, watched step by step.
+class ConversionTest : public ::testing::Test {
+ protected:
+  // output: relative to dir_.
+  explicit ConversionTest(const std::filesystem::path& output = "out") : output_(output) {
+    const ModelConfig config = wintserve::testing::SmallConfig();
+    WriteModel(Model(), config,
+               wintserve::testing::MakeTensors(config, TestLayout::kHuggingFace, 3));
+    num_matrices_ = static_cast<int>(AllMatrices(config).size());
+  }
+
+  std::filesystem::path Model() const { return dir_.path() / "model"; }
+  std::filesystem::path Output() const { return dir_.path() / output_; }
+  std::filesystem::path Partial() const { return OutputDir::PartialPath(Output()); }
+
+  // The run, with its steps counted and `before` done before matrix `at`.
+  absl::StatusOr<Totals> Run(
+      Job job = {}, int at = -1, std::function<void()> before = [] {}) {
+    num_made_ = num_replayed_ = 0;
+    job.wrap = [&](MatrixQuantizer* inner) -> std::unique_ptr<MatrixQuantizer> {
+      return std::make_unique<Watched>(inner, &num_made_, &num_replayed_, at, before);
+    };
+    return RunJob(Model(), Output(), job);
+  }
+
+  const TempDir dir_;
+  const std::filesystem::path output_;
+  int num_matrices_ = 0;
+  int num_made_ = 0;
+  int num_replayed_ = 0;
+};
+
 // Name -> bytes of every file.
 inline std::map<std::string, std::string> FilesOf(const std::filesystem::path& dir) {
   std::map<std::string, std::string> files;

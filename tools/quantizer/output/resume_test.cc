@@ -30,36 +30,10 @@ using testing::FilesOf;
 using ::testing::HasSubstr;
 using testing::Job;
 using testing::RunJob;
-using testing::TempDir;
-using testing::TestLayout;
-using testing::Watched;
-using testing::WriteModel;
-using wintserve::testing::MakeTensors;
-using wintserve::testing::SmallConfig;
 
-class Resume : public ::testing::Test {
+class Resume : public testing::ConversionTest {
  protected:
-  Resume() {
-    const ModelConfig config = SmallConfig();
-    WriteModel(Model(), config, MakeTensors(config, TestLayout::kHuggingFace, 3));
-    num_matrices_ = static_cast<int>(AllMatrices(config).size());
-  }
-
-  std::filesystem::path Model() const { return dir_.path() / "model"; }
-  std::filesystem::path Output() const { return dir_.path() / "out"; }
-  std::filesystem::path Partial() const { return OutputDir::PartialPath(Output()); }
-
-  // The run, with its steps counted and `before` done before matrix `at`.
-  absl::StatusOr<Totals> Run(
-      Job job = {}, int at = -1, std::function<void()> before = [] {}) {
-    num_made_ = num_replayed_ = 0;
-    job.wrap = [&](MatrixQuantizer* inner) -> std::unique_ptr<MatrixQuantizer> {
-      return std::make_unique<Watched>(inner, &num_made_, &num_replayed_, at, before);
-    };
-    return RunJob(Model(), Output(), job);
-  }
-
-  // The same in a process that ends with SIGKILL before matrix `at`.
+  // A run in a process that ends with SIGKILL before matrix `at`.
   void RunAndKill(int at) {
     const pid_t child = ::fork();
     ASSERT_GE(child, 0);
@@ -76,11 +50,6 @@ class Resume : public ::testing::Test {
     EXPECT_FALSE(result.ok());
     return std::string(result.status().message());
   }
-
-  const TempDir dir_;
-  int num_matrices_ = 0;
-  int num_made_ = 0;
-  int num_replayed_ = 0;
 };
 
 TEST_F(Resume, AKilledRunGoesOnAndWritesTheSameBytes) {
