@@ -9,6 +9,7 @@
 #include "common/check.h"
 #include "common/heap.h"
 #include "common/log.h"
+#include "common/sibling_path.h"
 #include "common/status_macros.h"
 #include "launcher/child_environment.h"
 
@@ -91,12 +92,9 @@ absl::Status SpawnChild(const ReservedPorts& ports, Child* child) {
     instance.restarted = child->num_starts > 0;
   }
   ASSIGN_OR_RETURN(const UniqueFd instance_fd, WriteInstance(instance));
-  std::error_code error;
-  const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
-  if (error) return absl::InternalError("cannot read /proc/self/exe: " + error.message());
+  ASSIGN_OR_RETURN(const std::filesystem::path program, SiblingPath(ProgramOf(child->role)));
   ChildOptions options;
-  options.argv = {(self.parent_path() / ProgramOf(child->role)).string(),
-                  fmt::format("--instance-fd={}", kInstanceFd)};
+  options.argv = {program.string(), fmt::format("--instance-fd={}", kInstanceFd)};
   options.environment = {HeapTunables(
       child->role == ChildRole::kCacheManager ? HeapArenas::kOne : HeapArenas::kGlibcsChoice,
       std::getenv("GLIBC_TUNABLES"))};

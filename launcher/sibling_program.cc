@@ -8,13 +8,14 @@
 #include <cstring>
 #include <filesystem>
 
+#include "common/sibling_path.h"
+
 namespace wintserve {
 
 std::string BecomeSibling(const std::string& program, std::vector<std::string> argv) {
-  std::error_code error;
-  const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
-  if (error) return "cannot read /proc/self/exe: " + error.message();
-  const std::string path = (self.parent_path() / program).string();
+  const absl::StatusOr<std::filesystem::path> sibling = SiblingPath(program);
+  if (!sibling.ok()) return std::string(sibling.status().message());
+  const std::string path = sibling->string();
   std::vector<char*> pointers;
   for (std::string& argument : argv) pointers.push_back(argument.data());
   pointers.push_back(nullptr);

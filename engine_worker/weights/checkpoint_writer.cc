@@ -217,14 +217,6 @@ class Maker {
 
 }  // namespace
 
-TempDir::TempDir() {
-  std::string pattern = (std::filesystem::temp_directory_path() / "wintserve_XXXXXX").string();
-  CHECK(::mkdtemp(pattern.data()) != nullptr);
-  path_ = pattern;
-}
-
-TempDir::~TempDir() { std::filesystem::remove_all(path_); }
-
 ModelConfig SmallConfig() {
   ModelConfig config;
   config.architecture = "Ernie4_5_MoeForCausalLM";
@@ -390,13 +382,6 @@ void WriteSparseShards(const std::filesystem::path& dir, const TensorShapes& ten
   }
   WriteFile(dir / "model.safetensors.index.json",
             nlohmann::json{{"weight_map", weight_map}}.dump());
-}
-
-void WriteFile(const std::filesystem::path& path, const std::string& bytes) {
-  std::filesystem::create_directories(path.parent_path());
-  std::ofstream stream(path, std::ios::binary);
-  stream << bytes;
-  CHECK(stream.good(), "{}", path.string());
 }
 
 }  // namespace wintserve::testing

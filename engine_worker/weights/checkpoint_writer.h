@@ -8,22 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "common/temp_dir_test_util.h"
 #include "engine_worker/config/model_config.h"
 
 namespace wintserve::testing {
-
-// Removed with everything in it on destruction.
-class TempDir {
- public:
-  TempDir();
-  ~TempDir();
-  TempDir(const TempDir&) = delete;
-  TempDir& operator=(const TempDir&) = delete;
-  const std::filesystem::path& path() const { return path_; }
-
- private:
-  std::filesystem::path path_;
-};
 
 struct TestTensor {
   std::string type;  // "BF16"
@@ -61,6 +49,5 @@ void WriteSparseSafetensors(const std::filesystem::path& path, const TensorShape
 // model.safetensors.index.json and so many shards, a tensor each in turn.
 void WriteSparseShards(const std::filesystem::path& dir, const TensorShapes& tensors,
                        int num_shards);
-void WriteFile(const std::filesystem::path& path, const std::string& bytes);
 
 }  // namespace wintserve::testing

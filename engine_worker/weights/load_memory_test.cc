@@ -39,22 +39,24 @@ bool ResetPeak() {
 struct Case {
   const char* name;
   ExpertQuantization experts;
+  int world_size;
 };
 
-// A layer of tens of MiB, most of it experts.
-ModelConfig BigLayers(ExpertQuantization experts) {
+// A layer of tens of MiB of each rank, most of it experts: all of the same format.
+ModelConfig BigLayers(ExpertQuantization experts, int world_size) {
   ModelConfig config = testing::SmallConfig();
   config.vocab_size = 4096;
   config.hidden_size = 1024;
   config.num_layers = 7;
   config.head_dim = 64;
   config.intermediate_size = 2048;
-  config.num_experts = experts == ExpertQuantization::kNone ? 6 : 24;
+  const bool is_wint2 = experts == ExpertQuantization::kW4W2;
+  config.num_experts = (experts == ExpertQuantization::kNone ? 6 : is_wint2 ? 36 : 24) * world_size;
   config.moe_intermediate_size = 1024;
   config.moe_layer_end = 6;
   config.expert_quantization = experts;
   config.dense_is_wint8 = experts != ExpertQuantization::kNone;
-  config.last_wint4_layer = experts == ExpertQuantization::kW4W2 ? 1 : -1;
+  config.last_wint4_layer = -1;
   return config;
 }
 
@@ -89,19 +91,22 @@ TEST_P(LoadingMemory, IsOneLayerAboveWhatStays) {
   GTEST_SKIP() << "a sanitizer keeps memory of its own";
 #endif
   ReturnLargePiecesAtOnce();  // as a worker does
-  const ModelConfig config = BigLayers(GetParam().experts);
+  const ModelConfig config = BigLayers(GetParam().experts, GetParam().world_size);
   const testing::TempDir dir;
   testing::WriteSparseSafetensors(dir.path() / "model.safetensors", ShapesOf(config));
   const auto backend = kernels::cpu::CreateCpuBackend({.num_threads = 2});
+  const int world_size = GetParam().world_size;
+  const int rank = world_size - 1;
   for (const int num_threads : {1, 8}) {
     ReturnFreeMemory();
     if (!ResetPeak()) GTEST_SKIP() << "no /proc/self/clear_refs here";
     const int64_t before = StatusBytes("VmRSS");
     const auto checkpoint = Checkpoint::Open(dir.path(), config, KOrderChoice::kAuto);
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+    // Of all ranks: a page of a file holds columns of each of them.
     std::map<int, int64_t> layers;
     for (const MatrixRef& ref : AllMatrices(config)) {
-      layers[ref.layer] += (*checkpoint)->BytesOf(ref, 0, 1).on_disk;
+      layers[ref.layer] += (*checkpoint)->BytesOf(ref, /*rank=*/0, /*world_size=*/1).on_disk;
     }
     int64_t largest = 0;
     for (const auto& [layer, bytes] : layers) largest = std::max(largest, bytes);
@@ -111,7 +116,7 @@ TEST_P(LoadingMemory, IsOneLayerAboveWhatStays) {
     std::vector<std::unique_ptr<kernels::WeightMatrix>> loaded;
     {
       const auto source =
-          MakeCheckpointSource(config, **checkpoint, backend.get(), 0, 1, num_threads);
+          MakeCheckpointSource(config, **checkpoint, backend.get(), rank, world_size, num_threads);
       for (const MatrixRef& ref : AllMatrices(config)) {
         auto matrix = source->NextMatrix(ref);
         ASSERT_TRUE(matrix.ok()) << matrix.status();
@@ -128,9 +133,12 @@ TEST_P(LoadingMemory, IsOneLayerAboveWhatStays) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Formats, LoadingMemory,
-                         ::testing::Values(Case{"Bfloat16", ExpertQuantization::kNone},
-                                           Case{"Wint8", ExpertQuantization::kWint8},
-                                           Case{"Wint4", ExpertQuantization::kWint4}),
+                         ::testing::Values(Case{"Bfloat16", ExpertQuantization::kNone, 1},
+                                           Case{"Wint8", ExpertQuantization::kWint8, 1},
+                                           Case{"Wint4", ExpertQuantization::kWint4, 1},
+                                           Case{"Wint2", ExpertQuantization::kW4W2, 1},
+                                           Case{"Wint2OfTwoRanks", ExpertQuantization::kW4W2, 2},
+                                           Case{"Wint2OfFourRanks", ExpertQuantization::kW4W2, 4}),
                          [](const auto& info) { return info.param.name; });
 
 }  // namespace

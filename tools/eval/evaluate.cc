@@ -17,7 +17,7 @@
 #include "common/mutex.h"
 #include "common/progress.h"
 #include "common/status_macros.h"
-#include "tools/eval/error_text.h"
+#include "tools/text/error_text.h"
 
 namespace wintserve::eval {
 namespace {
@@ -139,9 +139,9 @@ class Evaluation {
       : options_(options), endpoint_(endpoint), stop_(stop) {}
 
   absl::Status Connect(ServedModel* model) {
-    // A wrong URL is told at once; a server that was there may come back.
+    // A wrong URL is told at once; a server that loads its model, or that was there, is waited for.
     Endpoint impatient = endpoint_;
-    impatient.retry_seconds = 0;
+    impatient.retry_connecting = false;
     ASSIGN_OR_RETURN(HttpClient client, HttpClient::Create(impatient, stop_));
     ASSIGN_OR_RETURN(*model, FindModel(client, options_.served_model_name));
     if (options_.NeedsTokenizer()) {
@@ -174,7 +174,7 @@ class Evaluation {
     RETURN_IF_ERROR(Send(task, task.sequences.size(), [&](HttpClient& client, size_t index) {
       const ScoredSequence& sequence = task.sequences[index];
       const auto logprobs = PromptLogprobs(client, model_, sequence.ids);
-      if (!logprobs.ok()) return AtPlace(sequence.place, logprobs.status());
+      if (!logprobs.ok()) return tools::AtPlace(sequence.place, logprobs.status());
       nats[index] = NatsOf(sequence, *logprobs);
       return absl::OkStatus();
     }));
@@ -187,7 +187,7 @@ class Evaluation {
     RETURN_IF_ERROR(Send(task, task.exact.size(), [&](HttpClient& client, size_t index) {
       const ExactItem& item = task.exact[index];
       auto text = GreedyAnswer(client, model_, item.prompt, options_.raw, options_.max_tokens);
-      if (!text.ok()) return AtPlace(item.place, text.status());
+      if (!text.ok()) return tools::AtPlace(item.place, text.status());
       texts[index] = *std::move(text);
       return absl::OkStatus();
     }));

@@ -11,7 +11,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/strip.h"
-#include "tools/eval/error_text.h"
+#include "tools/text/error_text.h"
 
 namespace wintserve::eval {
 namespace {
@@ -29,17 +29,17 @@ std::string MessageOf(const std::string& body) {
   if (value.is_object()) {
     const json error = value.value("error", json());
     for (const json* place : {&error, &value}) {
-      if (place->is_string()) return OneLine(place->get<std::string>(), kMessageBytes);
+      if (place->is_string()) return tools::OneLine(place->get<std::string>(), kMessageBytes);
       if (!place->is_object()) continue;
       for (const char* name : {"message", "detail"}) {
         const auto found = place->find(name);
         if (found == place->end() || found->is_null()) continue;
-        return OneLine(found->is_string() ? found->get<std::string>() : found->dump(),
-                       kMessageBytes);
+        return tools::OneLine(found->is_string() ? found->get<std::string>() : found->dump(),
+                              kMessageBytes);
       }
     }
   }
-  return body.empty() ? "no message" : OneLine(body, kShownBytes);
+  return body.empty() ? "no message" : tools::OneLine(body, kShownBytes);
 }
 
 bool IsWorthRepeating(int status) {
@@ -127,11 +127,12 @@ absl::StatusOr<json> HttpClient::Send(const char* method, const std::string& pat
     if (!result) {
       status = absl::UnavailableError(
           fmt::format("{}: no answer ({})", what, httplib::to_string(result.error())));
+      if (!endpoint_.retry_connecting) return status;
     } else if (result->status == 200) {
       json answer = json::parse(result->body, nullptr, /*allow_exceptions=*/false);
       if (answer.is_object()) return answer;
       return absl::InternalError(fmt::format("{}: the answer is no JSON object: {}", what,
-                                             OneLine(result->body, kShownBytes)));
+                                             tools::OneLine(result->body, kShownBytes)));
     } else {
       status = absl::Status(
           CodeOf(result->status),

@@ -16,15 +16,17 @@ struct Endpoint {
   // "http://127.0.0.1:8180"; https and a path in front of "/v1" are possible, a "/v1" or "/" at its
   // end is cut off.
   std::string url;
-  std::string api_key;        // empty: none is sent
-  int retry_seconds = 60;     // how long one request is repeated
-  int timeout_seconds = 600;  // without a byte
+  std::string api_key;           // empty: none is sent
+  int retry_seconds = 60;        // how long one request is repeated
+  int timeout_seconds = 600;     // without a byte
+  bool retry_connecting = true;  // also where nobody listens, not only where a server is busy
 };
 
 // One connection, kept open. Threading: one thread.
 //
 // A request is sent again after 429, 502, 503 and 504 (when Retry-After says, or after 1, 2, 4, …
-// at most 30 s) and after a connection that failed, until retry_seconds are over. Errors carry the
+// at most 30 s) and, with retry_connecting, after a connection that failed, until retry_seconds are
+// over. Errors carry the
 // server's own message:
 //   INVALID_ARGUMENT    400 or 422, or no URL      PERMISSION_DENIED   401 or 403
 //   NOT_FOUND           404                        INTERNAL            other answers, or no JSON

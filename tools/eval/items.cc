@@ -3,57 +3,26 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <string_view>
 #include <utility>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
-#include "common/json_depth.h"
 #include "common/read_file.h"
 #include "common/status_macros.h"
-#include "tools/eval/error_text.h"
+#include "tools/text/records.h"
 
 namespace wintserve::eval {
 namespace {
 
 using nlohmann::json;
 
-constexpr size_t kShownBytes = 60;
-
-// A value as it stands in an error, cut where it is long.
-std::string Shown(const json& value) {
-  return OneLine(value.dump(-1, ' ', false, json::error_handler_t::replace), kShownBytes);
-}
-
-absl::Status Wrong(const std::string& field, std::string_view must, const json& got) {
-  return absl::InvalidArgumentError(fmt::format("{}: must be {}, got {}", field, must, Shown(got)));
-}
-
-// The errors of these name a field; the caller puts file and line in front.
-absl::StatusOr<const json*> Field(const json& object, const std::string& name) {
-  const auto found = object.find(name);
-  if (found == object.end()) {
-    return absl::InvalidArgumentError(fmt::format("{}: is missing", name));
-  }
-  return &*found;
-}
-
-absl::StatusOr<std::string> Text(const json& value, const std::string& field) {
-  if (!value.is_string()) return Wrong(field, "a text", value);
-  return value.get<std::string>();
-}
-
-absl::StatusOr<std::string> TextField(const json& object, const std::string& name) {
-  ASSIGN_OR_RETURN(const json* value, Field(object, name));
-  return Text(*value, name);
-}
-
 // "prompt", or "question" as many published sets call it.
 absl::StatusOr<std::string> PromptOf(const json& object) {
   const bool is_question = !object.contains("prompt") && object.contains("question");
-  ASSIGN_OR_RETURN(std::string prompt, TextField(object, is_question ? "question" : "prompt"));
+  ASSIGN_OR_RETURN(std::string prompt,
+                   tools::TextField(object, is_question ? "question" : "prompt"));
   if (prompt.empty()) {
     return absl::InvalidArgumentError(
         fmt::format("{}: must not be empty", is_question ? "question" : "prompt"));
@@ -65,38 +34,11 @@ std::string Stripped(const std::string& text) {
   return std::string(absl::StripAsciiWhitespace(text));
 }
 
-absl::Status ForEachObject(
-    const std::string& path,
-    const std::function<absl::StatusOr<bool>(const std::string& place, const json&)>& take) {
-  // For its error, which says why a file cannot be opened.
-  std::ifstream file(path);
-  if (!file.good()) return ReadFile(path).status();
-  int64_t number = 0;
-  for (std::string line; std::getline(file, line);) {
-    ++number;
-    if (absl::StripAsciiWhitespace(line).empty()) continue;
-    const std::string place = fmt::format("{}:{}", path, number);
-    if (IsNestedTooDeep(line)) {
-      return absl::InvalidArgumentError(
-          fmt::format("{}: nested deeper than {} levels", place, kMaxJsonDepth));
-    }
-    const json object = json::parse(line, nullptr, /*allow_exceptions=*/false);
-    if (!object.is_object()) {
-      return absl::InvalidArgumentError(fmt::format("{}: is no JSON object", place));
-    }
-    const absl::StatusOr<bool> goes_on = take(place, object);
-    if (!goes_on.ok()) return AtPlace(place, goes_on.status());
-    if (!*goes_on) break;
-  }
-  if (file.bad()) return absl::DataLossError(fmt::format("{}: cannot be read to its end", path));
-  return absl::OkStatus();
-}
-
 template <typename Item>
 absl::StatusOr<std::vector<Item>> ReadItems(const std::string& path, int64_t limit,
                                             absl::StatusOr<Item> (*parse)(const json&)) {
   std::vector<Item> items;
-  RETURN_IF_ERROR(ForEachObject(
+  RETURN_IF_ERROR(tools::ForEachRecord(
       path, [&](const std::string& place, const json& object) -> absl::StatusOr<bool> {
         ASSIGN_OR_RETURN(Item item, parse(object));
         item.place = place;
@@ -108,24 +50,8 @@ absl::StatusOr<std::vector<Item>> ReadItems(const std::string& path, int64_t lim
 }
 
 absl::StatusOr<ChatItem> ParseChat(const json& object) {
-  ASSIGN_OR_RETURN(const json* messages, Field(object, "messages"));
-  if (!messages->is_array() || messages->empty()) {
-    return Wrong("messages", "a list of messages", *messages);
-  }
   ChatItem item;
-  for (size_t i = 0; i < messages->size(); ++i) {
-    const json& message = (*messages)[i];
-    const std::string name = fmt::format("messages[{}]", i);
-    if (!message.is_object()) return Wrong(name, "an object", message);
-    for (const char* field : {"role", "content"}) {
-      if (!message.contains(field)) {
-        return absl::InvalidArgumentError(fmt::format("{}.{}: is missing", name, field));
-      }
-    }
-    ASSIGN_OR_RETURN(std::string role, Text(message["role"], name + ".role"));
-    ASSIGN_OR_RETURN(std::string content, Text(message["content"], name + ".content"));
-    item.messages.push_back({std::move(role), std::move(content)});
-  }
+  ASSIGN_OR_RETURN(item.messages, tools::MessagesField(object));
   return item;
 }
 
@@ -145,26 +71,27 @@ absl::StatusOr<size_t> AnswerOf(const json& answer, const std::vector<std::strin
       if (letter < choices.size()) return letter;
     }
   }
-  return Wrong("answer",
-               fmt::format("an index from 0 to {}, a letter from A to {:c}, or one of the choices",
-                           choices.size() - 1, 'A' + static_cast<int>(choices.size()) - 1),
-               answer);
+  return tools::WrongField(
+      "answer",
+      fmt::format("an index from 0 to {}, a letter from A to {:c}, or one of the choices",
+                  choices.size() - 1, 'A' + static_cast<int>(choices.size()) - 1),
+      answer);
 }
 
 absl::StatusOr<ChoiceItem> ParseChoice(const json& object) {
   ChoiceItem item;
   ASSIGN_OR_RETURN(item.prompt, PromptOf(object));
-  ASSIGN_OR_RETURN(const json* choices, Field(object, "choices"));
+  ASSIGN_OR_RETURN(const json* choices, tools::Field(object, "choices"));
   if (!choices->is_array() || choices->size() < 2 || choices->size() > 26) {
-    return Wrong("choices", "a list of 2 to 26 texts", *choices);
+    return tools::WrongField("choices", "a list of 2 to 26 texts", *choices);
   }
   for (size_t i = 0; i < choices->size(); ++i) {
     const std::string name = fmt::format("choices[{}]", i);
-    ASSIGN_OR_RETURN(std::string choice, Text((*choices)[i], name));
+    ASSIGN_OR_RETURN(std::string choice, tools::Text((*choices)[i], name));
     if (choice.empty()) return absl::InvalidArgumentError(name + ": must not be empty");
     item.choices.push_back(std::move(choice));
   }
-  ASSIGN_OR_RETURN(const json* answer, Field(object, "answer"));
+  ASSIGN_OR_RETURN(const json* answer, tools::Field(object, "answer"));
   ASSIGN_OR_RETURN(item.answer, AnswerOf(*answer, item.choices));
   return item;
 }
@@ -172,11 +99,11 @@ absl::StatusOr<ChoiceItem> ParseChoice(const json& object) {
 absl::StatusOr<ExactItem> ParseExact(const json& object) {
   ExactItem item;
   ASSIGN_OR_RETURN(item.prompt, PromptOf(object));
-  ASSIGN_OR_RETURN(const json* answer, Field(object, "answer"));
+  ASSIGN_OR_RETURN(const json* answer, tools::Field(object, "answer"));
   const json answers = answer->is_array() ? *answer : json::array({*answer});
-  if (answers.empty()) return Wrong("answer", "a text or a list of texts", *answer);
+  if (answers.empty()) return tools::WrongField("answer", "a text or a list of texts", *answer);
   for (const json& one : answers) {
-    if (!one.is_string()) return Wrong("answer", "a text or a list of texts", *answer);
+    if (!one.is_string()) return tools::WrongField("answer", "a text or a list of texts", *answer);
     std::string text = Stripped(one.get<std::string>());
     if (text.empty()) return absl::InvalidArgumentError("answer: must not be empty");
     item.answers.push_back(std::move(text));
@@ -205,10 +132,11 @@ absl::Status ReadDocuments(const std::string& path,
     take(text);
     return absl::OkStatus();
   }
-  return ForEachObject(path, [&](const std::string&, const json& object) -> absl::StatusOr<bool> {
-    ASSIGN_OR_RETURN(const std::string text, TextField(object, "text"));
-    return take(text);
-  });
+  return tools::ForEachRecord(
+      path, [&](const std::string&, const json& object) -> absl::StatusOr<bool> {
+        ASSIGN_OR_RETURN(const std::string text, tools::TextField(object, "text"));
+        return take(text);
+      });
 }
 
 }  // namespace wintserve::eval

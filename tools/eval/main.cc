@@ -19,6 +19,7 @@
 #include "api_server/text/tokenizer.h"
 #include "common/check.h"
 #include "common/exit_code.h"
+#include "common/sibling_path.h"
 #include "common/status_macros.h"
 #include "common/unique_fd.h"
 #include "tools/eval/evaluate.h"
@@ -102,11 +103,9 @@ class Waiter {
 };
 
 absl::StatusOr<LocalServerOptions> ServerOptions(const Options& options) {
-  std::error_code error;
-  const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
-  if (error) return absl::InternalError("cannot read /proc/self/exe: " + error.message());
-  return LocalServerOptions{(self.parent_path() / "wintserve").string(), options.model,
-                            options.server_flags, options.server_log, options.api_key};
+  ASSIGN_OR_RETURN(const std::filesystem::path program, SiblingPath("wintserve"));
+  return LocalServerOptions{program.string(), options.model, options.server_flags,
+                            options.server_log, options.api_key};
 }
 
 // What a user does who interrupts: no report, and no server that stays.

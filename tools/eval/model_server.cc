@@ -14,6 +14,9 @@ namespace {
 
 using nlohmann::json;
 
+// What vLLM says, whose JSON has no infinity, of a token whose probability is 0.
+constexpr double kLogprobOfZero = -9999;
+
 // The object at choices[0], or null.
 json FirstChoice(const json& answer) {
   const auto choices = answer.find("choices");
@@ -66,6 +69,12 @@ absl::StatusOr<std::vector<double>> ReadLogprobs(const json& answer, std::span<c
           fmt::format("the answer has {} as the log-probability of token {}", values[i].dump(), i));
     }
     result[i] = values[i].get<double>();
+    if (result[i] <= kLogprobOfZero) {
+      return absl::InternalError(fmt::format(
+          "the answer has {} as the log-probability of token {} (id {}), as of one that "
+          "the model never gives; a mean over it would say nothing",
+          values[i].dump(), i, ids[i]));
+    }
   }
   return result;
 }
@@ -103,11 +112,15 @@ absl::StatusOr<std::vector<double>> AskForLogprobs(HttpClient& client, const Ser
 absl::StatusOr<ServedModel> FindModel(HttpClient& client, const std::string& wanted) {
   ASSIGN_OR_RETURN(const json answer, client.Get("/v1/models"));
   std::vector<std::string> names;
+  int num_whole = 0;
   std::optional<ServedModel> found;
   for (const json& entry : answer.value("data", json::array())) {
     if (!entry.is_object() || !entry.contains("id") || !entry["id"].is_string()) continue;
     names.push_back(entry["id"].get<std::string>());
-    if (!wanted.empty() && names.back() != wanted) continue;
+    // vLLM lists adapters among the models, with the name of the one that they change.
+    const bool is_adapter = entry.value("parent", json()).is_string();
+    num_whole += is_adapter ? 0 : 1;
+    if (wanted.empty() ? is_adapter : names.back() != wanted) continue;
     ServedModel model;
     model.name = names.back();
     const json length = entry.value("max_model_len", json());
@@ -117,11 +130,11 @@ absl::StatusOr<ServedModel> FindModel(HttpClient& client, const std::string& wan
   if (names.empty()) {
     return absl::NotFoundError(fmt::format("{}/v1/models lists no model", client.url()));
   }
-  if (!found.has_value()) {
+  if (!wanted.empty() && !found.has_value()) {
     return absl::NotFoundError(fmt::format("--served-model-name: {} has no model '{}'; it has: {}",
                                            client.url(), wanted, absl::StrJoin(names, ", ")));
   }
-  if (wanted.empty() && names.size() > 1) {
+  if (wanted.empty() && num_whole != 1) {
     return absl::NotFoundError(fmt::format("--served-model-name: is needed, {} has several: {}",
                                            client.url(), absl::StrJoin(names, ", ")));
   }
@@ -141,8 +154,9 @@ absl::Status FindPromptForm(HttpClient& client, ServedModel* model) {
       return absl::OkStatus();
     }
     const absl::StatusCode code = logprobs.status().code();
-    const bool is_refusal =
-        code == absl::StatusCode::kInvalidArgument || code == absl::StatusCode::kInternal;
+    const bool is_refusal = code == absl::StatusCode::kInvalidArgument ||
+                            code == absl::StatusCode::kNotFound ||
+                            code == absl::StatusCode::kInternal;
     if (!is_refusal) return logprobs.status();
     // Of each way to ask what stands against its last, most modest form.
     const bool is_last = form.kind == Kind::kPromptLogprobs || form.logprobs == 1;
@@ -179,18 +193,18 @@ absl::StatusOr<std::string> GreedyAnswer(HttpClient& client, const ServedModel& 
   ASSIGN_OR_RETURN(const json answer,
                    client.Post(raw ? "/v1/completions" : "/v1/chat/completions", body));
   const json choice = FirstChoice(answer);
-  json text;
-  if (choice.is_object()) {
-    const json message = choice.value("message", json());
-    text = raw                   ? choice.value("text", json())
-           : message.is_object() ? message.value("content", json())
-                                 : json();
+  const json text = raw ? Member(choice, "text") : Member(Member(choice, "message"), "content");
+  if (text.is_string()) return text.get<std::string>();
+  const json reason = Member(choice, "finish_reason");
+  if (reason == "length") {
+    return absl::InternalError(fmt::format(
+        "the model wrote {} tokens and had not begun its answer (choices[0].{} is {}); raise "
+        "--max-tokens, or have the server not let it think",
+        max_tokens, raw ? "text" : "message.content", text.dump()));
   }
-  if (!text.is_string()) {
-    return absl::InternalError(
-        fmt::format("the answer has no choices[0].{}", raw ? "text" : "message.content"));
-  }
-  return text.get<std::string>();
+  return absl::InternalError(
+      fmt::format("the answer has no choices[0].{}{}", raw ? "text" : "message.content",
+                  reason.is_string() ? " (finish_reason " + reason.dump() + ")" : std::string()));
 }
 
 }  // namespace wintserve::eval

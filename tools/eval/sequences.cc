@@ -8,7 +8,8 @@
 
 #include "common/check.h"
 #include "common/status_macros.h"
-#include "tools/eval/error_text.h"
+#include "tools/text/encode_text.h"
+#include "tools/text/error_text.h"
 
 namespace wintserve::eval {
 namespace {
@@ -18,14 +19,9 @@ void Append(const std::vector<int32_t>& ids, bool is_scored, ScoredSequence* seq
   sequence->is_scored.insert(sequence->is_scored.end(), ids.size(), is_scored);
 }
 
-// The id of the marker that begins a text, -1 if there is none.
-int32_t BeginId(const Tokenizer& tokenizer) {
-  return tokenizer.IdOf(tokenizer.chat_tokens().cls_token);
-}
-
 ScoredSequence MakeWindow(const std::string& path, int64_t index, std::span<const int32_t> ids,
                           const Tokenizer& tokenizer) {
-  const int32_t begin_id = BeginId(tokenizer);
+  const int32_t begin_id = tools::BeginId(tokenizer);
   ScoredSequence window;
   window.place = fmt::format("{}: window {}", path, index);
   window.ids.assign(ids.begin(), ids.end());
@@ -55,12 +51,9 @@ absl::StatusOr<std::vector<ScoredSequence>> ReadWindows(const std::string& path,
     windows.push_back(MakeWindow(path, std::ssize(windows), ids, tokenizer));
   };
   const auto window_size = static_cast<size_t>(context_tokens);
-  const int32_t begin_id = BeginId(tokenizer);
   RETURN_IF_ERROR(ReadDocuments(path, [&](const std::string& text) {
-    const std::vector<int32_t> ids = tokenizer.Encode(text);
-    if (begin_id >= 0) rest.push_back(begin_id);
+    const std::vector<int32_t> ids = tools::EncodeDocument(text, tokenizer);
     rest.insert(rest.end(), ids.begin(), ids.end());
-    rest.push_back(tokenizer.eos_id());
     size_t begin = 0;
     for (; rest.size() - begin >= window_size && !is_enough(); begin += window_size) {
       add(std::span(rest).subspan(begin, window_size));
@@ -76,32 +69,27 @@ absl::StatusOr<std::vector<ScoredSequence>> ReadWindows(const std::string& path,
 }
 
 absl::StatusOr<ScoredSequence> EncodeChat(const ChatItem& item, const Tokenizer& tokenizer) {
-  ScoredSequence sequence;
-  sequence.place = item.place;
-  size_t num_encoded = 0;  // bytes of the chat, as it is rendered up to here
-  for (size_t i = 0; i < item.messages.size(); ++i) {
-    const ChatMessage& message = item.messages[i];
-    if (message.role != "assistant") continue;
-    const std::vector<ChatMessage> before(item.messages.begin(),
-                                          item.messages.begin() + static_cast<std::ptrdiff_t>(i));
-    const absl::StatusOr<std::string> prompt =
-        RenderErnieChat(before, /*add_generation_prompt=*/true, tokenizer.chat_tokens());
-    if (!prompt.ok()) return AtPlace(item.place, prompt.status());
-    if (message.content.empty()) {
-      return absl::InvalidArgumentError(
-          fmt::format("{}: messages[{}].content: an answer must not be empty", item.place, i));
-    }
-    Append(tokenizer.Encode(prompt->substr(num_encoded)), /*is_scored=*/false, &sequence);
-    Append(tokenizer.Encode(message.content), /*is_scored=*/true, &sequence);
-    if (i + 1 == item.messages.size()) {
-      Append({tokenizer.eos_id()}, /*is_scored=*/true, &sequence);
-    }
-    sequence.num_bytes += std::ssize(message.content);
-    num_encoded = prompt->size() + message.content.size();
-  }
-  if (sequence.ids.empty()) {
+  absl::StatusOr<std::vector<tools::ChatPart>> parts = tools::EncodeChat(item.messages, tokenizer);
+  if (!parts.ok()) return tools::AtPlace(item.place, parts.status());
+  // What comes after the last answer says nothing about any.
+  while (!parts->empty() && parts->back().answer == tools::ChatPart::kNotAnAnswer)
+    parts->pop_back();
+  if (parts->empty()) {
     return absl::InvalidArgumentError(
         fmt::format("{}: messages: none has the role 'assistant'", item.place));
+  }
+  ScoredSequence sequence;
+  sequence.place = item.place;
+  for (const tools::ChatPart& part : *parts) {
+    const bool is_answer = part.answer != tools::ChatPart::kNotAnAnswer;
+    Append(part.ids, /*is_scored=*/is_answer, &sequence);
+    if (!is_answer) continue;
+    const std::string& answer = item.messages[part.answer].content;
+    if (answer.empty()) {
+      return absl::InvalidArgumentError(fmt::format(
+          "{}: messages[{}].content: an answer must not be empty", item.place, part.answer));
+    }
+    sequence.num_bytes += std::ssize(answer);
   }
   return sequence;
 }

@@ -21,22 +21,18 @@ struct ScoredSequence {
   int64_t NumScored() const;
 };
 
-// The documents of a file, each as the tokenizer encodes it with the marker that begins a text
-// (cls_token of tokenizer_config.json, where the vocabulary has it) in front and </s> behind,
-// joined and cut into windows of `context_tokens` ids. All ids of a window but its first one are
-// scored, the markers among them. The last window holds the rest; of a single id there is none.
-// limit: that many windows at most, 0: all. INVALID_ARGUMENT: the file (see ReadDocuments), or no
-// document in it.
+// The documents of a file, each encoded as tools::EncodeDocument says, joined and cut into windows
+// of `context_tokens` ids. All ids of a window but its first one are scored, the markers among
+// them. The last window holds the rest; of a single id there is none. limit: that many windows at
+// most, 0: all. INVALID_ARGUMENT: the file (see ReadDocuments), or no document in it.
 absl::StatusOr<std::vector<ScoredSequence>> ReadWindows(const std::string& path,
                                                         const Tokenizer& tokenizer,
                                                         int context_tokens, int64_t limit);
 
-// A chat as the chat template renders it, every answer of the assistant scored. Text is encoded
-// from the end of one answer to the beginning of the next, and each answer alone, so that the ids
-// are those of a prompt with the ids of an answer that the model could have given; the last
-// message, if it is an answer, ends with </s>, which is scored, the ones before it with the
-// template's separator, which is not. INVALID_ARGUMENT: no answer, an empty one, or a role that the
-// template has no words for.
+// A chat up to its last answer, encoded as tools::EncodeChat says, every answer of the assistant
+// scored. The last message, if it is an answer, ends with </s>, which is scored, the ones before it
+// with the template's separator, which is not. INVALID_ARGUMENT: no answer, an empty one, or a role
+// that the template has no words for.
 absl::StatusOr<ScoredSequence> EncodeChat(const ChatItem& item, const Tokenizer& tokenizer);
 
 // One sequence for each choice: the prompt, as the user's message of the chat template or (raw) as

@@ -125,7 +125,7 @@ TEST(EvalWindows, AreNoMoreThanTheLimitAndNothingBehindThemIsRead) {
   EXPECT_EQ(MarkedWindows(ReadWindows(file.path(), FakeTokenizer(), 4, 2).value()),
             "a[b][c][d]|e[f][g][</s>]|");
   EXPECT_THAT(MessageOf(ReadWindows(file.path(), FakeTokenizer(), 4, 3).status()),
-              HasSubstr(":2: is no JSON object"));
+              HasSubstr(":2: must be a JSON object in UTF-8"));
 }
 
 TEST(EvalWindows, OfAFileWithoutTextAreRefused) {

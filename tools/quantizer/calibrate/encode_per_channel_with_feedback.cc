@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <memory>
 #include <numeric>
 
@@ -9,6 +8,7 @@
 #include "fmt/format.h"
 #include "kernels/formats/bf16.h"
 #include "tools/quantizer/calibrate/channel_group.h"
+#include "tools/quantizer/calibrate/column_encoder.h"
 #include "tools/quantizer/calibrate/encoder_checks.h"
 #include "tools/quantizer/calibrate/error_feedback.h"
 
@@ -20,20 +20,19 @@ using formats::WeightFormat;
 
 constexpr int kNumWint4Scales = 2 * kTileStrips;  // tried for a column
 
-struct Workspace {
-  explicit Workspace(int64_t k) : tile(k), codes(kTileStrips) {
+struct ChannelWorkspace : TileWorkspace {
+  explicit ChannelWorkspace(int64_t k) : TileWorkspace(k), codes(kTileStrips) {
     for (auto& strip : codes) strip.resize(k * kStripColumns);
   }
-  ColumnTile tile;
   std::vector<std::vector<int32_t>> codes;  // [kTileStrips][k, 16], in encoding order
-  ColumnScales scales = {};
   GroupBlock block;
-  float group[kGroupRows * kTileColumns];
-  float group_gradient[kGroupRows * kTileColumns];
 };
 
+// The Format of a ColumnEncoder whose variants are the scales that a column starts from.
 class ChannelFeedbackEncoder {
  public:
+  using Workspace = ChannelWorkspace;
+
   ChannelFeedbackEncoder(WeightFormat format, FloatMatrix target, const FeedbackFactor& factor,
                          const FeedbackOptions& options, kernels::cpu::ThreadPool& pool)
       : target_(target),
@@ -41,9 +40,7 @@ class ChannelFeedbackEncoder {
         options_(options),
         pool_(pool),
         num_groups_(target.k / kGroupRows),
-        largest_code_(format == WeightFormat::kWint4 ? 7.0f : 127.0f),
-        workspaces_(pool.num_threads()),
-        column_error_(target.n) {
+        largest_code_(format == WeightFormat::kWint4 ? 7.0f : 127.0f) {
     result_.matrix = MakeHostMatrix(format, target.k, target.n);
     scale_factors_ = {1.0f};
     if (format == WeightFormat::kWint8) return;  // fine enough not to cut off what is largest
@@ -54,16 +51,17 @@ class ChannelFeedbackEncoder {
   }
 
   FeedbackResult Encode() {
-    RunFeedback();
-    RunSweeps();
+    ColumnEncoder<ChannelFeedbackEncoder> columns(target_, factor_, options_, pool_, *this);
+    columns.RunFeedback(scale_factors_.size());
+    columns.RunSweeps(SweepTiles(), result_);
     return std::move(result_);
   }
 
  private:
-  Workspace& WorkspaceOf(int thread) {
-    auto& workspace = workspaces_[thread];
-    if (workspace == nullptr) workspace = std::make_unique<Workspace>(target_.k);
-    return *workspace;
+  friend class ColumnEncoder<ChannelFeedbackEncoder>;
+
+  std::unique_ptr<Workspace> MakeWorkspace() const {
+    return std::make_unique<Workspace>(target_.k);
   }
 
   ChannelStrip StripOf(Workspace& workspace, int strip, int64_t group) const {
@@ -92,47 +90,7 @@ class ChannelFeedbackEncoder {
     return cost;
   }
 
-  // Every scale factor with the columns of an item, which are as few as fill a tile together.
-  void RunFeedback() {
-    const auto num_factors = static_cast<int64_t>(scale_factors_.size());
-    const int64_t item_columns =
-        (kTileStrips + num_factors - 1) / num_factors * int64_t{kStripColumns};
-    const int64_t num_items = (target_.n + item_columns - 1) / item_columns;
-    pool_.Run(num_items, target_.k * target_.k * target_.n, [&](int64_t item, int thread) {
-      const int64_t first_column = item * item_columns;
-      std::fill_n(column_error_.begin() + first_column,
-                  std::min(item_columns, target_.n - first_column),
-                  std::numeric_limits<double>::infinity());
-      const int64_t num_strips = item_columns / kStripColumns * num_factors;
-      for (int64_t begin = 0; begin < num_strips; begin += kTileStrips) {
-        RunFeedbackTile(first_column, begin, WorkspaceOf(thread));
-      }
-    });
-  }
-
-  // Strips from `begin` on of an item: strip i has scale factor i % num_factors.
-  void RunFeedbackTile(int64_t first_column, int64_t begin, Workspace& workspace) {
-    const auto num_factors = static_cast<int64_t>(scale_factors_.size());
-    std::vector<int64_t> columns(kTileColumns);
-    std::array<float, kTileColumns> factors;
-    for (int i = 0; i < kTileColumns; ++i) {
-      const int64_t strip = begin + i / kStripColumns;
-      const int64_t column = first_column + strip / num_factors * kStripColumns + i % kStripColumns;
-      columns[i] = column < target_.n ? column : -1;
-      factors[i] = scale_factors_[strip % num_factors];
-    }
-    LoadWeights(target_, factor_, columns, workspace.tile);
-    SetFirstScales(factors, workspace);
-    const ColumnSums cost = EncodeTile(workspace);
-    for (int i = 0; i < kTileColumns; ++i) {
-      const int64_t column = columns[i];
-      if (column < 0 || cost[i] >= column_error_[column]) continue;
-      column_error_[column] = cost[i];
-      StoreColumn(workspace, i);
-    }
-  }
-
-  void SetFirstScales(const std::array<float, kTileColumns>& factors, Workspace& workspace) const {
+  void SetFirstScales(Workspace& workspace) const {
     std::array<float, kTileColumns> largest = {};
     const float* row = workspace.tile.weights.data();
     for (int64_t i = 0; i < target_.k; ++i, row += kTileColumns) {
@@ -141,7 +99,8 @@ class ChannelFeedbackEncoder {
       }
     }
     for (int column = 0; column < kTileColumns; ++column) {
-      const float scale = largest[column] / largest_code_ * factors[column];
+      const float factor = scale_factors_[workspace.variant[column / kStripColumns]];
+      const float scale = largest[column] / largest_code_ * factor;
       const float unit = workspace.tile.unit[column];
       workspace.scales[column] =
           scale < SmallestScale(unit)
@@ -182,54 +141,17 @@ class ChannelFeedbackEncoder {
     }
   }
 
-  void RunSweeps() {
-    const int64_t num_tiles = (target_.n + kTileColumns - 1) / kTileColumns;
-    const int num_steps = options_.num_sweeps + 1;
-    std::vector<std::vector<double>> errors(num_tiles, std::vector<double>(num_steps));
-    std::vector<double> zero_errors(num_tiles);
-    pool_.Run(num_tiles, target_.k * target_.k * target_.n, [&](int64_t item, int thread) {
-      SweepColumns(item * kTileColumns, WorkspaceOf(thread), errors[item], zero_errors[item]);
-    });
-    for (int step = 0; step < num_steps; ++step) {
-      double sum = 0;
-      for (const auto& tile_errors : errors) sum += tile_errors[step];
-      result_.errors.push_back(sum * factor_.unit());
+  std::vector<SweepTile> SweepTiles() const {
+    std::vector<SweepTile> tiles;
+    for (int64_t first = 0; first < target_.n; first += kTileColumns) {
+      SweepTile& tile = tiles.emplace_back();
+      tile.columns.resize(std::min<int64_t>(kTileColumns, target_.n - first));
+      std::iota(tile.columns.begin(), tile.columns.end(), first);
     }
-    result_.zero_error =
-        std::accumulate(zero_errors.begin(), zero_errors.end(), 0.0) * factor_.unit();
+    return tiles;
   }
 
-  void SweepColumns(int64_t first_column, Workspace& workspace, std::vector<double>& errors,
-                    double& zero_error) {
-    ColumnTile& tile = workspace.tile;
-    std::vector<int64_t> columns(std::min<int64_t>(kTileColumns, target_.n - first_column));
-    std::iota(columns.begin(), columns.end(), first_column);
-    LoadWeights(target_, factor_, columns, tile);
-    for (int i = 0; i < kTileColumns; ++i) LoadColumn(workspace, i);
-    const auto decode = [&](const ColumnScales& scales, float* decoded) {
-      Decode(workspace, scales, decoded);
-    };
-    decode(workspace.scales, tile.decoded.data());
-    const ColumnSums zero_errors = ZeroErrors(factor_, tile);
-    zero_error = Total(zero_errors);
-    StartGradient(factor_, tile);
-    errors[0] = Total(Errors(tile));
-    for (int sweep = 1; sweep <= options_.num_sweeps; ++sweep) {
-      errors[sweep] = errors[sweep - 1];
-      if (sweep > 1 && !(errors[sweep - 1] < errors[sweep - 2] * (1 - options_.least_gain)))
-        continue;
-      if (options_.refit_scale) {
-        RefitScales(factor_, zero_errors, decode, workspace.scales, tile);
-      }
-      Sweep(workspace);
-      errors[sweep] = Total(Errors(tile));
-    }
-    for (int i = 0; i < kTileColumns; ++i) {
-      if (tile.columns[i] >= 0) StoreColumn(workspace, i);
-    }
-  }
-
-  void Sweep(Workspace& workspace) const {
+  void Sweep(int /*number*/, Workspace& workspace) const {
     ColumnTile& tile = workspace.tile;
     LazyGradient gradient(factor_, tile);
     for (int64_t group = 0; group < num_groups_; ++group) {
@@ -257,8 +179,6 @@ class ChannelFeedbackEncoder {
   const int64_t num_groups_;
   const float largest_code_;
   std::vector<float> scale_factors_;
-  std::vector<std::unique_ptr<Workspace>> workspaces_;  // one a thread
-  std::vector<double> column_error_;                    // [n], after the feedback
   FeedbackResult result_;
 };
 

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -9,7 +8,7 @@
 #include "common/status_macros.h"
 #include "fmt/format.h"
 #include "kernels/formats/bf16.h"
-#include "tools/quantizer/calibrate/column_tile.h"
+#include "tools/quantizer/calibrate/column_encoder.h"
 #include "tools/quantizer/calibrate/encoder_checks.h"
 #include "tools/quantizer/calibrate/error_feedback.h"
 #include "tools/quantizer/calibrate/wint2_group.h"
@@ -33,23 +32,21 @@ struct StripCodes {
   std::vector<int32_t> local_scale;  // [k / 64, 16]
 };
 
-// What a thread needs. The tables are of one group or set at a time, one for each map.
-struct Workspace {
-  Workspace(int64_t k, size_t num_maps) : tile(k), tables(num_maps) {
+// The tables are of one group or set at a time, one for each map.
+struct Wint2Workspace : TileWorkspace {
+  Wint2Workspace(int64_t k, size_t num_maps) : TileWorkspace(k), tables(num_maps) {
     for (int strip = 0; strip < kTileStrips; ++strip) codes.emplace_back(k);
   }
-  ColumnTile tile;
   std::vector<SetTables> tables;
   std::vector<StripCodes> codes;  // [kTileStrips]
-  ColumnScales scales = {};
-  std::array<size_t, kTileStrips> map = {};
   GroupFactor factor;
-  float group[kGroupRows * kTileColumns];
-  float group_gradient[kGroupRows * kTileColumns];
 };
 
+// The Format of a ColumnEncoder whose variants are the code maps.
 class Wint2FeedbackEncoder {
  public:
+  using Workspace = Wint2Workspace;
+
   Wint2FeedbackEncoder(FloatMatrix target, const FeedbackFactor& factor,
                        const FeedbackOptions& options, kernels::cpu::ThreadPool& pool)
       : target_(target),
@@ -57,37 +54,35 @@ class Wint2FeedbackEncoder {
         options_(options),
         pool_(pool),
         num_groups_(target.k / kGroupRows),
-        workspaces_(pool.num_threads()),
-        column_map_(target.n),
-        column_error_(target.n) {
+        column_map_(target.n) {
     result_.matrix = MakeHostMatrix(WeightFormat::kWint2, target.k, target.n);
     for (const CodeMap& map : options.maps) codebooks_.emplace_back(map);
     result_.matrix.k_order = factor.options().k_order;
   }
 
   absl::StatusOr<FeedbackResult> Encode() {
+    ColumnEncoder<Wint2FeedbackEncoder> columns(target_, factor_, options_, pool_, *this);
     if (factor_.is_identity()) {
       RETURN_IF_ERROR(RoundToNearest());
     } else {
-      RunFeedback();
+      columns.RunFeedback(codebooks_.size());
     }
-    RunSweeps();
+    MakeSets();
+    columns.RunSweeps(SweepTiles(), result_);
     return std::move(result_);
   }
 
  private:
-  Workspace& WorkspaceOf(int thread) {
-    auto& workspace = workspaces_[thread];
-    if (workspace == nullptr) {
-      workspace = std::make_unique<Workspace>(target_.k, codebooks_.size());
-    }
-    return *workspace;
+  friend class ColumnEncoder<Wint2FeedbackEncoder>;
+
+  std::unique_ptr<Workspace> MakeWorkspace() const {
+    return std::make_unique<Workspace>(target_.k, codebooks_.size());
   }
 
   Wint2Strip StripOf(Workspace& workspace, int strip, int64_t group) const {
     const int column = strip * kStripColumns;
     StripCodes& codes = workspace.codes[strip];
-    return {.codebook = &codebooks_[workspace.map[strip]],
+    return {.codebook = &codebooks_[workspace.variant[strip]],
             .weights = workspace.tile.weights.data() + group * kGroupRows * kTileColumns + column,
             .super_scale = workspace.scales.data() + column,
             .local_scale_radius = options_.local_scale_radius,
@@ -99,8 +94,8 @@ class Wint2FeedbackEncoder {
   template <typename Fill>
   void ForEachMap(const Workspace& workspace, const Fill& fill) const {
     for (size_t map = 0; map < codebooks_.size(); ++map) {
-      const auto used = std::find(workspace.map.begin(), workspace.map.end(), map);
-      if (used != workspace.map.end()) fill(map);
+      const auto used = std::find(workspace.variant.begin(), workspace.variant.end(), map);
+      if (used != workspace.variant.end()) fill(map);
     }
   }
 
@@ -121,7 +116,7 @@ class Wint2FeedbackEncoder {
       }
     }
     for (int column = 0; column < kTileColumns; ++column) {
-      const CodeMap& map = codebooks_[workspace.map[column / kStripColumns]].map();
+      const CodeMap& map = codebooks_[workspace.variant[column / kStripColumns]].map();
       const float scale = std::sqrt(largest[column]) * map.scale_per_sigma / kFirstLargestScale;
       const float unit = workspace.tile.unit[column];
       workspace.scales[column] =
@@ -145,7 +140,7 @@ class Wint2FeedbackEncoder {
       });
       for (int strip = 0; strip < kTileStrips; ++strip) {
         const int column = strip * kStripColumns;
-        FeedbackGroup(workspace.factor, workspace.tables[workspace.map[strip]].feedback,
+        FeedbackGroup(workspace.factor, workspace.tables[workspace.variant[strip]].feedback,
                       StripOf(workspace, strip, group), workspace.group + column,
                       errors + first * kTileColumns + column, cost.data() + column);
       }
@@ -172,46 +167,6 @@ class Wint2FeedbackEncoder {
     return absl::OkStatus();
   }
 
-  // Every map with the columns of an item, which are as few as fill a tile together.
-  void RunFeedback() {
-    const auto num_maps = static_cast<int64_t>(codebooks_.size());
-    const int64_t item_columns = (kTileStrips + num_maps - 1) / num_maps * int64_t{kStripColumns};
-    const int64_t num_items = (target_.n + item_columns - 1) / item_columns;
-    pool_.Run(num_items, target_.k * target_.k * target_.n, [&](int64_t item, int thread) {
-      Workspace& workspace = WorkspaceOf(thread);
-      std::fill_n(column_error_.begin() + item * item_columns,
-                  std::min(item_columns, target_.n - item * item_columns),
-                  std::numeric_limits<double>::infinity());
-      const int64_t num_strips = item_columns / kStripColumns * num_maps;
-      for (int64_t begin = 0; begin < num_strips; begin += kTileStrips) {
-        RunFeedbackTile(item * item_columns, begin,
-                        std::min<int64_t>(begin + kTileStrips, num_strips), workspace);
-      }
-    });
-  }
-
-  // Strips [begin, end) of an item: strip i has map i % num_maps.
-  void RunFeedbackTile(int64_t first_column, int64_t begin, int64_t end, Workspace& workspace) {
-    const auto num_maps = static_cast<int64_t>(codebooks_.size());
-    std::vector<int64_t> columns(kTileColumns, -1);
-    for (int64_t i = begin; i < end; ++i) {
-      workspace.map[i - begin] = static_cast<size_t>(i % num_maps);
-      for (int column = 0; column < kStripColumns; ++column) {
-        const int64_t wanted = first_column + i / num_maps * kStripColumns + column;
-        if (wanted < target_.n) columns[(i - begin) * kStripColumns + column] = wanted;
-      }
-    }
-    LoadWeights(target_, factor_, columns, workspace.tile);
-    SetFirstScales(workspace);
-    const ColumnSums cost = EncodeTile(workspace);
-    for (int i = 0; i < kTileColumns; ++i) {
-      const int64_t column = columns[i];
-      if (column < 0 || cost[i] >= column_error_[column]) continue;
-      column_error_[column] = cost[i];
-      StoreColumn(workspace, i);
-    }
-  }
-
   void StoreColumn(const Workspace& workspace, int i) {
     HostMatrix& matrix = result_.matrix;
     const int64_t n = matrix.n;
@@ -228,7 +183,7 @@ class Wint2FeedbackEncoder {
       matrix.local_scale[row * n + column] =
           static_cast<uint8_t>(codes.local_scale[group * kStripColumns + lane]);
     }
-    const size_t map = workspace.map[i / kStripColumns];
+    const size_t map = workspace.variant[i / kStripColumns];
     column_map_[column] = map;
     matrix.channel_scale[column] = workspace.scales[i] * workspace.tile.unit[i];
     matrix.code_scale[column] = codebooks_[map].map().code_scale;
@@ -265,11 +220,6 @@ class Wint2FeedbackEncoder {
   }
 
   // Columns in tiles whose strips have one map each.
-  struct SweepTile {
-    std::vector<int64_t> columns;  // [kTileColumns], -1: padding
-    std::array<size_t, kTileStrips> map = {};
-  };
-
   std::vector<SweepTile> SweepTiles() const {
     std::vector<SweepTile> tiles;
     int num_strips = kTileStrips;  // of the last tile
@@ -282,7 +232,7 @@ class Wint2FeedbackEncoder {
             tiles.push_back({.columns = std::vector<int64_t>(kTileColumns, -1)});
             num_strips = 0;
           }
-          tiles.back().map[num_strips++] = map;
+          tiles.back().variant[num_strips++] = map;
           lane = 0;
         }
         tiles.back().columns[(num_strips - 1) * kStripColumns + lane++] = column;
@@ -324,58 +274,14 @@ class Wint2FeedbackEncoder {
     }
   }
 
-  void RunSweeps() {
-    MakeSets();
-    const std::vector<SweepTile> tiles = SweepTiles();
-    const int num_steps = options_.num_sweeps + 1;
-    std::vector<std::vector<double>> errors(tiles.size(), std::vector<double>(num_steps));
-    std::vector<double> zero_errors(tiles.size());
-    pool_.Run(static_cast<int64_t>(tiles.size()), target_.k * target_.k * target_.n,
-              [&](int64_t item, int thread) {
-                SweepColumns(tiles[item], WorkspaceOf(thread), errors[item], zero_errors[item]);
-              });
-    for (int step = 0; step < num_steps; ++step) {
-      double sum = 0;
-      for (const auto& tile_errors : errors) sum += tile_errors[step];
-      result_.errors.push_back(sum * factor_.unit());
-    }
-    result_.zero_error =
-        std::accumulate(zero_errors.begin(), zero_errors.end(), 0.0) * factor_.unit();
-  }
-
-  void SweepColumns(const SweepTile& columns, Workspace& workspace, std::vector<double>& errors,
-                    double& zero_error) {
-    ColumnTile& tile = workspace.tile;
-    workspace.map = columns.map;
-    LoadWeights(target_, factor_, columns.columns, tile);
-    for (int i = 0; i < kTileColumns; ++i) LoadColumn(workspace, i);
-    const auto decode = [&](const ColumnScales& scales, float* decoded) {
-      Decode(workspace, scales, decoded);
-    };
-    decode(workspace.scales, tile.decoded.data());
-    const ColumnSums zero_errors = ZeroErrors(factor_, tile);
-    zero_error = Total(zero_errors);
-    StartGradient(factor_, tile);
-    errors[0] = Total(Errors(tile));
-    for (int sweep = 1; sweep <= options_.num_sweeps; ++sweep) {
-      errors[sweep] = errors[sweep - 1];
-      if (sweep > 1 && !(errors[sweep - 1] < errors[sweep - 2] * (1 - options_.least_gain)))
-        continue;
-      if (options_.refit_scale) {
-        RefitScales(factor_, zero_errors, decode, workspace.scales, tile);
-      }
-      Sweep(groups_, workspace);
-      for (int i = 0; i < options_.num_mixed_searches; ++i) {
-        Sweep(mixed_sets_[(sweep - 1) * options_.num_mixed_searches + i], workspace);
-      }
-      errors[sweep] = Total(Errors(tile));
-    }
-    for (int i = 0; i < kTileColumns; ++i) {
-      if (tile.columns[i] >= 0) StoreColumn(workspace, i);
+  void Sweep(int number, Workspace& workspace) const {
+    SweepSets(groups_, workspace);
+    for (int i = 0; i < options_.num_mixed_searches; ++i) {
+      SweepSets(mixed_sets_[number * options_.num_mixed_searches + i], workspace);
     }
   }
 
-  void Sweep(const std::vector<BlockSet>& sets, Workspace& workspace) const {
+  void SweepSets(const std::vector<BlockSet>& sets, Workspace& workspace) const {
     ColumnTile& tile = workspace.tile;
     LazyGradient gradient(factor_, tile);
     for (const BlockSet& set : sets) {
@@ -387,7 +293,7 @@ class Wint2FeedbackEncoder {
       bool any_changed = false;
       for (int strip = 0; strip < kTileStrips; ++strip) {
         const int column = strip * kStripColumns;
-        any_changed |= SweepSet(set, workspace.tables[workspace.map[strip]],
+        any_changed |= SweepSet(set, workspace.tables[workspace.variant[strip]],
                                 StripOf(workspace, strip, 0), workspace.group_gradient + column,
                                 tile.decoded.data() + column, workspace.group + column);
       }
@@ -402,9 +308,7 @@ class Wint2FeedbackEncoder {
   kernels::cpu::ThreadPool& pool_;
   const int64_t num_groups_;
   std::vector<Codebook> codebooks_;
-  std::vector<std::unique_ptr<Workspace>> workspaces_;  // one a thread
-  std::vector<size_t> column_map_;                      // [n]
-  std::vector<double> column_error_;                    // [n], after the feedback
+  std::vector<size_t> column_map_;  // [n]
   std::vector<BlockSet> groups_;
   std::vector<std::vector<BlockSet>> mixed_sets_;  // [num_sweeps * num_mixed_searches]
   FeedbackResult result_;

@@ -166,4 +166,20 @@ inline std::vector<std::vector<float>> ServedLogits(const ModelConfig& config,
   return logits;
 }
 
+inline std::unique_ptr<CalibratedQuantizer> Create(const SmallCheckpoint& checkpoint,
+                                                   std::vector<TokenSequence> sequences,
+                                                   std::unique_ptr<MatrixEncoder> encoder,
+                                                   kernels::cpu::ThreadPool* pool,
+                                                   const CalibrationOptions& options = {}) {
+  auto quantizer =
+      CalibratedQuantizer::Create(checkpoint.config(), checkpoint.get(), std::move(sequences),
+                                  std::move(encoder), options, pool);
+  CHECK(quantizer.ok(), "{}", quantizer.status().ToString());
+  return *std::move(quantizer);
+}
+
+inline std::unique_ptr<MatrixEncoder> Encoder(TestEncoder::Function function) {
+  return std::make_unique<TestEncoder>(std::move(function));
+}
+
 }  // namespace wintserve::quantizer

@@ -25,15 +25,11 @@ struct CalibrationText {
   int64_t num_tokens = 0;
 };
 
-// A file named *.jsonl holds a record a line, each an object with either
-//   "text"      a string, a document: what begins a chat, the text and the token that ends
-//               generation, or
-//   "messages"  a chat, [{"role", "content"}, …], rendered with the chat template. What the model
-//               has to say itself, the assistant's contents, is encoded apart from what is around
-//               it, as generation gives it, and the last message, if it is the assistant's, ends
-//               with the token that ends generation.
-// Other keys are ignored, and so are blank lines. A record makes one sequence, cut to
-// max_sequence_tokens.
+// A file named *.jsonl holds a record a line (tools/text/records.h), each an object with either
+//   "text"      a string, a document, or
+//   "messages"  a chat, [{"role", "content"}, …]
+// encoded as tools/text/encode_text.h says. Other keys are ignored. A record makes one sequence,
+// cut to max_sequence_tokens; an empty text makes none.
 // Any other file is plain text: its tokens alone, in pieces of max_sequence_tokens, each a record.
 // Errors: NOT_FOUND or what else errno says of the file; INVALID_ARGUMENT for a line that is no
 // such record, as FILE:LINE: FIELD: what is wrong, and for a file without a token.

@@ -4,17 +4,16 @@
 #include <fmt/format.h>
 #include <sys/file.h>
 #include <sys/stat.h>
-#include <sys/statvfs.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
-#include <cstring>
 #include <optional>
 
 #include "common/check.h"
 #include "common/read_file.h"
 #include "common/status_macros.h"
+#include "tools/quantizer/output/disk.h"
 
 namespace wintserve::quantizer {
 namespace {
@@ -22,13 +21,8 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr char kJournal[] = "quantize-journal.json";
+constexpr int64_t kStatBlockBytes = 512;        // of st_blocks, on any file system
 constexpr int64_t kSmallFilesBytes = 32 << 20;  // tokenizer, index and the like, about
-
-absl::Status SystemError(int error, const fs::path& path, std::string_view what) {
-  const std::string text = fmt::format("{}: {}: {}", path.string(), what, std::strerror(error));
-  const bool is_full = error == ENOSPC || error == EDQUOT || error == EFBIG;
-  return is_full ? absl::ResourceExhaustedError(text) : absl::UnknownError(text);
-}
 
 // A path's last part, whether it was given with a slash at its end or not.
 fs::path WithoutSlash(const fs::path& path) {
@@ -36,42 +30,6 @@ fs::path WithoutSlash(const fs::path& path) {
   fs::path absolute = fs::absolute(path, error).lexically_normal();
   if (error) absolute = path.lexically_normal();
   return absolute.has_filename() ? absolute : absolute.parent_path();
-}
-
-absl::Status SyncDirectory(const fs::path& path) {
-  const UniqueFd directory(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (!directory.valid() || ::fsync(directory.get()) != 0) {
-    return SystemError(errno, path, "cannot be synchronised");
-  }
-  return absl::OkStatus();
-}
-
-absl::Status WriteAll(int fd, std::span<const uint8_t> bytes, int64_t offset,
-                      const fs::path& path) {
-  while (!bytes.empty()) {
-    const ssize_t written = ::pwrite(fd, bytes.data(), bytes.size(), offset);
-    if (written < 0 && errno == EINTR) continue;
-    if (written < 0) return SystemError(errno, path, "cannot be written");
-    bytes = bytes.subspan(written);
-    offset += written;
-  }
-  return absl::OkStatus();
-}
-
-// The whole file, on the disk before it takes its name.
-absl::Status WriteAtomically(const fs::path& path, std::string_view text) {
-  const fs::path unnamed = path.string() + ".new";
-  {
-    const UniqueFd file(::open(unnamed.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
-    if (!file.valid()) return SystemError(errno, unnamed, "cannot be made");
-    RETURN_IF_ERROR(WriteAll(
-        file.get(), {reinterpret_cast<const uint8_t*>(text.data()), text.size()}, 0, unnamed));
-    if (::fsync(file.get()) != 0) return SystemError(errno, unnamed, "cannot be synchronised");
-  }
-  if (::rename(unnamed.c_str(), path.c_str()) != 0) {
-    return SystemError(errno, path, "cannot be replaced");
-  }
-  return SyncDirectory(path.parent_path());
 }
 
 struct Journal {
@@ -99,6 +57,15 @@ std::optional<Journal> ParseJournal(const std::string& text) {
   return journal;
 }
 
+// Whether there is nothing but what WriteJournal may leave before it is done.
+bool HoldsNothing(const fs::path& partial) {
+  std::error_code error;
+  const fs::directory_iterator entries(partial, error);
+  return !error && std::all_of(begin(entries), end(entries), [&](const fs::directory_entry& entry) {
+    return entry.path() == UnnamedPath(partial / kJournal);
+  });
+}
+
 // "--scheme was wint2 and is wint4, …"
 std::string Differences(const RunIdentity& before, const RunIdentity& now) {
   const auto find = [](const RunIdentity& identity, const std::string& name) {
@@ -122,20 +89,6 @@ std::string Differences(const RunIdentity& before, const RunIdentity& now) {
   return text;
 }
 
-absl::Status CheckSpace(const fs::path& directory, int64_t needed_bytes) {
-  struct statvfs info = {};
-  if (::statvfs(directory.c_str(), &info) != 0) {
-    return SystemError(errno, directory, "cannot be asked for its free space");
-  }
-  const int64_t free_bytes =
-      static_cast<int64_t>(info.f_bavail) * static_cast<int64_t>(info.f_frsize);
-  if (free_bytes >= needed_bytes) return absl::OkStatus();
-  constexpr double kGib = 1 << 30;
-  return absl::ResourceExhaustedError(fmt::format(
-      "{}: {:.2f} GiB are free, the output needs {:.2f} GiB", directory.string(),
-      static_cast<double>(free_bytes) / kGib, static_cast<double>(needed_bytes) / kGib));
-}
-
 }  // namespace
 
 fs::path OutputDir::PartialPath(const fs::path& output) {
@@ -149,6 +102,7 @@ absl::StatusOr<OutputDir> OutputDir::Open(const fs::path& output, const OutputPl
   dir.partial_ = PartialPath(output);
   dir.identity_ = std::move(identity);
   dir.num_steps_ = static_cast<int64_t>(plan.steps.size());
+  for (const PlannedFile& file : plan.files) dir.file_bytes_.push_back(file.size_bytes);
   std::error_code error;
   if (fs::exists(fs::symlink_status(dir.output_, error))) {
     return absl::AlreadyExistsError(fmt::format(
@@ -158,7 +112,7 @@ absl::StatusOr<OutputDir> OutputDir::Open(const fs::path& output, const OutputPl
     RETURN_IF_ERROR(dir.Resume(overwrite_partial));
   }
   if (!dir.lock_.valid()) RETURN_IF_ERROR(dir.Begin(plan));
-  RETURN_IF_ERROR(dir.OpenFiles(plan));
+  RETURN_IF_ERROR(dir.WithNeeds(dir.OpenFiles(plan)));
   return dir;
 }
 
@@ -170,6 +124,10 @@ absl::Status OutputDir::Resume(bool overwrite_partial) {
   };
   const absl::StatusOr<std::string> text = ReadFile(partial_ / kJournal);
   if (!text.ok()) {
+    if (HoldsNothing(partial_)) {  // a run that ended before its first journal
+      lock_.Reset();
+      return absl::OkStatus();
+    }
     return refuse(
         "is there already and is no output of `wintserve quantize`; remove it, or name "
         "another output");
@@ -202,7 +160,7 @@ absl::Status OutputDir::Begin(const OutputPlan& plan) {
   fs::create_directories(parent, error);
   if (error) return SystemError(error.value(), parent, "cannot be made");
   RETURN_IF_ERROR(CheckSpace(parent, plan.file_bytes() + kSmallFilesBytes));
-  if (::mkdir(partial_.c_str(), 0777) != 0) {
+  if (::mkdir(partial_.c_str(), 0777) != 0 && (errno != EEXIST || !HoldsNothing(partial_))) {
     return SystemError(errno, partial_, "cannot be made");
   }
   RETURN_IF_ERROR(SyncDirectory(parent));
@@ -255,11 +213,12 @@ absl::Status OutputDir::OpenFiles(const OutputPlan& plan) {
     is_dirty_.push_back(true);
   }
   const std::string index = plan.IndexJson();
-  return index.empty() ? absl::OkStatus() : WriteText("model.safetensors.index.json", index);
+  if (index.empty()) return absl::OkStatus();
+  return WriteAtomically(partial_ / "model.safetensors.index.json", index);
 }
 
 absl::Status OutputDir::WriteText(const std::string& name, const std::string& text) {
-  return WriteAtomically(partial_ / name, text);
+  return WithNeeds(WriteAtomically(partial_ / name, text));
 }
 
 absl::Status OutputDir::CopyFile(const fs::path& source) {
@@ -271,7 +230,8 @@ absl::Status OutputDir::WriteTensor(const PlannedTensor& tensor, std::span<const
   CHECK(static_cast<int64_t>(bytes.size()) == tensor.size_bytes, "{}", tensor.name);
   const int fd = files_[tensor.file].get();
   is_dirty_[tensor.file] = true;
-  RETURN_IF_ERROR(WriteAll(fd, bytes, tensor.offset, partial_ / file_names_[tensor.file]));
+  RETURN_IF_ERROR(
+      WithNeeds(WriteAll(fd, bytes, tensor.offset, partial_ / file_names_[tensor.file])));
   // The disk may begin now, while the next matrix is made, so that Commit has less to wait for.
   ::sync_file_range(fd, tensor.offset, tensor.size_bytes, SYNC_FILE_RANGE_WRITE);
   return absl::OkStatus();
@@ -283,7 +243,8 @@ absl::Status OutputDir::Commit(int64_t num_steps, const nlohmann::json& notes) {
     if (!is_dirty_[i]) continue;
     if (::fsync(files_[i].get()) != 0) {
       // The system tells of pages that it could not write once, and takes them for written.
-      sync_error_ = SystemError(errno, partial_ / file_names_[i], "cannot be synchronised");
+      sync_error_ =
+          WithNeeds(SystemError(errno, partial_ / file_names_[i], "cannot be synchronised"));
       return sync_error_;
     }
     is_dirty_[i] = false;
@@ -296,7 +257,21 @@ absl::Status OutputDir::WriteJournal(int64_t num_steps, const nlohmann::json& no
   for (const auto& [name, value] : identity_) run.push_back({name, value});
   const nlohmann::json journal = {
       {"run", std::move(run)}, {"steps_done", num_steps}, {"notes", notes}};
-  return WriteAtomically(partial_ / kJournal, journal.dump(2) + "\n");
+  return WithNeeds(WriteAtomically(partial_ / kJournal, journal.dump(2) + "\n"));
+}
+
+absl::Status OutputDir::WithNeeds(const absl::Status& status) const {
+  if (!absl::IsResourceExhausted(status)) return status;
+  int64_t missing_bytes = 0;
+  for (size_t i = 0; i < file_bytes_.size(); ++i) {
+    struct stat info = {};
+    const bool is_there = i < files_.size() && ::fstat(files_[i].get(), &info) == 0;
+    const int64_t there = is_there ? int64_t{info.st_blocks} * kStatBlockBytes : 0;
+    missing_bytes += std::max<int64_t>(0, file_bytes_[i] - there);
+  }
+  return absl::ResourceExhaustedError(fmt::format(
+      "{}; the output needs {} more; once there is room, the same command goes on",
+      std::string(status.message()), missing_bytes == 0 ? "a little" : SizeText(missing_bytes)));
 }
 
 void OutputDir::RemoveIfNothingIsDone() {

@@ -24,6 +24,9 @@ using RunIdentity = std::vector<std::pair<std::string, std::string>>;
 
 // Owns the files and a lock on the directory. Threading: one thread.
 //
+// A full disk is an error with the file, what is free and what the output lacks; nothing that was
+// committed is lost by it.
+//
 // A journal in the directory names the run's identity and how many steps are on the disk. Whatever
 // ends the process, or the machine, leaves a directory that another run of the same identity goes
 // on from. The directory is renamed in one step, so OUTPUT is whole or not there.
@@ -69,11 +72,14 @@ class OutputDir {
   absl::Status OpenFiles(const OutputPlan& plan);
   absl::Status Lock();
   absl::Status WriteJournal(int64_t num_steps, const nlohmann::json& notes);
+  // An error of missing space says how much the output lacks.
+  absl::Status WithNeeds(const absl::Status& status) const;
 
   std::filesystem::path output_;
   std::filesystem::path partial_;
   RunIdentity identity_;
-  UniqueFd lock_;  // the directory
+  UniqueFd lock_;                    // the directory
+  std::vector<int64_t> file_bytes_;  // of every file, as planned
   std::vector<UniqueFd> files_;
   std::vector<std::string> file_names_;
   std::vector<bool> is_dirty_;  // by file: written since the last Commit

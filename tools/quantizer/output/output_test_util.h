@@ -77,6 +77,68 @@ inline absl::StatusOr<Totals> RunJob(const std::filesystem::path& model,
                   .stop = job.stop});
 }
 
+// Counts steps in numbers of the caller's, and does something before one of them.
+class Watched final : public MatrixQuantizer {
+ public:
+  Watched(MatrixQuantizer* inner, int* num_made, int* num_replayed, int at,
+          std::function<void()> before)
+      : inner_(inner),
+        num_made_(num_made),
+        num_replayed_(num_replayed),
+        at_(at),
+        before_(std::move(before)) {}
+
+  absl::StatusOr<formats::HostMatrix> Next(const MatrixRef& ref, StoredFormat format) override {
+    if (*num_made_ + *num_replayed_ == at_) before_();
+    ++*num_made_;
+    return inner_->Next(ref, format);
+  }
+  absl::Status Replay(const MatrixRef& ref, formats::HostMatrix done) override {
+    ++*num_replayed_;
+    return inner_->Replay(ref, std::move(done));
+  }
+  const formats::HostMatrix* source() const override { return inner_->source(); }
+
+ private:
+  MatrixQuantizer* const inner_;
+  int* const num_made_;
+  int* const num_replayed_;
+  const int at_;
+  const std::function<void()> before_;
+};
+
+// A small model, and runs that make its output, watched step by step.
+class ConversionTest : public ::testing::Test {
+ protected:
+  // output: relative to dir_.
+  explicit ConversionTest(const std::filesystem::path& output = "out") : output_(output) {
+    const ModelConfig config = wintserve::testing::SmallConfig();
+    WriteModel(Model(), config,
+               wintserve::testing::MakeTensors(config, TestLayout::kHuggingFace, 3));
+    num_matrices_ = static_cast<int>(AllMatrices(config).size());
+  }
+
+  std::filesystem::path Model() const { return dir_.path() / "model"; }
+  std::filesystem::path Output() const { return dir_.path() / output_; }
+  std::filesystem::path Partial() const { return OutputDir::PartialPath(Output()); }
+
+  // The run, with its steps counted and `before` done before matrix `at`.
+  absl::StatusOr<Totals> Run(
+      Job job = {}, int at = -1, std::function<void()> before = [] {}) {
+    num_made_ = num_replayed_ = 0;
+    job.wrap = [&](MatrixQuantizer* inner) -> std::unique_ptr<MatrixQuantizer> {
+      return std::make_unique<Watched>(inner, &num_made_, &num_replayed_, at, before);
+    };
+    return RunJob(Model(), Output(), job);
+  }
+
+  const TempDir dir_;
+  const std::filesystem::path output_;
+  int num_matrices_ = 0;
+  int num_made_ = 0;
+  int num_replayed_ = 0;
+};
+
 // Name -> bytes of every file.
 inline std::map<std::string, std::string> FilesOf(const std::filesystem::path& dir) {
   std::map<std::string, std::string> files;

@@ -30,65 +30,10 @@ using testing::FilesOf;
 using ::testing::HasSubstr;
 using testing::Job;
 using testing::RunJob;
-using testing::TempDir;
-using testing::TestLayout;
-using testing::WriteModel;
-using wintserve::testing::MakeTensors;
-using wintserve::testing::SmallConfig;
 
-// Counts steps, and does something before one of them.
-class Watched final : public MatrixQuantizer {
- public:
-  Watched(MatrixQuantizer* inner, int* num_made, int* num_replayed, int at,
-          std::function<void()> before)
-      : inner_(inner),
-        num_made_(num_made),
-        num_replayed_(num_replayed),
-        at_(at),
-        before_(std::move(before)) {}
-
-  absl::StatusOr<formats::HostMatrix> Next(const MatrixRef& ref, StoredFormat format) override {
-    if (*num_made_ + *num_replayed_ == at_) before_();
-    ++*num_made_;
-    return inner_->Next(ref, format);
-  }
-  absl::Status Replay(const MatrixRef& ref, formats::HostMatrix done) override {
-    ++*num_replayed_;
-    return inner_->Replay(ref, std::move(done));
-  }
-  const formats::HostMatrix* source() const override { return inner_->source(); }
-
- private:
-  MatrixQuantizer* const inner_;
-  int* const num_made_;
-  int* const num_replayed_;
-  const int at_;
-  const std::function<void()> before_;
-};
-
-class Resume : public ::testing::Test {
+class Resume : public testing::ConversionTest {
  protected:
-  Resume() {
-    const ModelConfig config = SmallConfig();
-    WriteModel(Model(), config, MakeTensors(config, TestLayout::kHuggingFace, 3));
-    num_matrices_ = static_cast<int>(AllMatrices(config).size());
-  }
-
-  std::filesystem::path Model() const { return dir_.path() / "model"; }
-  std::filesystem::path Output() const { return dir_.path() / "out"; }
-  std::filesystem::path Partial() const { return OutputDir::PartialPath(Output()); }
-
-  // The run, with its steps counted and `before` done before matrix `at`.
-  absl::StatusOr<Totals> Run(
-      Job job = {}, int at = -1, std::function<void()> before = [] {}) {
-    num_made_ = num_replayed_ = 0;
-    job.wrap = [&](MatrixQuantizer* inner) -> std::unique_ptr<MatrixQuantizer> {
-      return std::make_unique<Watched>(inner, &num_made_, &num_replayed_, at, before);
-    };
-    return RunJob(Model(), Output(), job);
-  }
-
-  // The same in a process that ends with SIGKILL before matrix `at`.
+  // A run in a process that ends with SIGKILL before matrix `at`.
   void RunAndKill(int at) {
     const pid_t child = ::fork();
     ASSERT_GE(child, 0);
@@ -105,11 +50,6 @@ class Resume : public ::testing::Test {
     EXPECT_FALSE(result.ok());
     return std::string(result.status().message());
   }
-
-  const TempDir dir_;
-  int num_matrices_ = 0;
-  int num_made_ = 0;
-  int num_replayed_ = 0;
 };
 
 TEST_F(Resume, AKilledRunGoesOnAndWritesTheSameBytes) {

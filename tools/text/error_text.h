@@ -8,7 +8,7 @@
 
 #include "absl/status/status.h"
 
-namespace wintserve::eval {
+namespace wintserve::tools {
 
 // At most so many bytes of `text`, cut between characters of UTF-8 with "…" behind, and blanks in
 // place of control characters.
@@ -31,4 +31,4 @@ inline absl::Status AtPlace(std::string_view place, const absl::Status& status) 
   return {status.code(), fmt::format("{}: {}", place, std::string(status.message()))};
 }
 
-}  // namespace wintserve::eval
+}  // namespace wintserve::tools
