@@ -155,7 +155,7 @@ class ChannelFeedbackEncoder {
     ColumnTile& tile = workspace.tile;
     LazyGradient gradient(factor_, tile);
     for (int64_t group = 0; group < num_groups_; ++group) {
-      workspace.block.Fill(factor_.hessian(), target_.k, group);
+      workspace.block.Fill(factor_.hessian(), factor_.hessian_stride(), group);
       std::array<int32_t, kGroupRows> rows;
       std::iota(rows.begin(), rows.end(), static_cast<int32_t>(group * kGroupRows));
       gradient.Get(rows, workspace.group_gradient);

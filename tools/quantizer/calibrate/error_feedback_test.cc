@@ -131,7 +131,7 @@ TEST_P(ErrorFeedback, GainsWhatTheFactorOfCorrelatedInputsPromises) {
   double with_feedback = 0;
   double without = 0;
   for (int64_t row = 0; row < 256; ++row) {
-    without += factor->hessian()[row * 256 + row];
+    without += factor->hessian()[row * factor->hessian_stride() + row];
     for (int64_t i = row / block * block; i <= row; ++i) {
       with_feedback += std::pow(factor->factor()[row * 256 + i], 2);
     }
