@@ -101,6 +101,7 @@ ColumnScales BestScales(const ColumnSums& zero_errors, const ColumnScales& scale
   MultiplyByUnits(tile, decoded_dots);
   ColumnScales best = scales;
   for (int column = 0; column < kTileColumns; ++column) {
+    if (!tile.is_open[column / kStripColumns]) continue;
     const double error = weight_dots[column] - decoded_dots[column];
     // q^T H q, with q = w - e.
     const double power = zero_errors[column] - 2 * weight_dots[column] + error;

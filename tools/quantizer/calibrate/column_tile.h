@@ -42,6 +42,8 @@ struct ColumnTile {
 
   int64_t k;
   std::array<int64_t, kTileColumns> columns;  // of the matrix; -1: padding
+  // Strips whose codes and scales may change.
+  std::array<bool, kTileStrips> is_open = {};
   // Power of two that weights, decoded values, scales and gradient of the column are divided by, so
   // that no square overflows or vanishes. Errors are those of the matrix itself.
   ColumnScales unit;
@@ -98,8 +100,9 @@ class LazyGradient {
 // Writes the decoded values that the tile's codes have with these scales.
 using DecodeFunction = absl::FunctionRef<void(const ColumnScales& scales, float* decoded)>;
 
-// Moves every column's scale to the bf16 value nearest to that of least error while the codes stay,
-// where this lowers the error, and brings decoded and gradient up to date. Uses scratch.
+// Moves the scale of every column of an open strip to the bf16 value nearest to that of least error
+// while the codes stay, where this lowers the error, and brings decoded and gradient up to date.
+// Uses scratch.
 //   zero_errors  of ZeroErrors
 void RefitScales(const FeedbackFactor& factor, const ColumnSums& zero_errors, DecodeFunction decode,
                  ColumnScales& scales, ColumnTile& tile);

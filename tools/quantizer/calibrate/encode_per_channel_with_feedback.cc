@@ -143,9 +143,12 @@ class ChannelFeedbackEncoder {
 
   std::vector<SweepTile> SweepTiles() const {
     std::vector<SweepTile> tiles;
-    for (int64_t first = 0; first < target_.n; first += kTileColumns) {
+    const int num_strips = SweepStrips(target_.n, pool_.num_threads());
+    const int64_t tile_columns = num_strips * int64_t{kStripColumns};
+    for (int64_t first = 0; first < target_.n; first += tile_columns) {
       SweepTile& tile = tiles.emplace_back();
-      tile.columns.resize(std::min<int64_t>(kTileColumns, target_.n - first));
+      tile.num_strips = num_strips;
+      tile.columns.resize(std::min(tile_columns, target_.n - first));
       std::iota(tile.columns.begin(), tile.columns.end(), first);
     }
     return tiles;
@@ -162,6 +165,7 @@ class ChannelFeedbackEncoder {
       bool any_changed = false;
       for (int strip = 0; strip < kTileStrips; ++strip) {
         const int column = strip * kStripColumns;
+        if (!tile.is_open[strip]) continue;
         any_changed |= SweepChannelGroup(
             workspace.block, StripOf(workspace, strip, group), workspace.group_gradient + column,
             tile.decoded.data() + group * kGroupRows * kTileColumns + column,
