@@ -127,9 +127,9 @@ HWY_EXPORT(DecodeChannelGroup);
 
 }  // namespace
 
-void GroupBlock::Fill(const float* matrix, int64_t k, int64_t group) {
+void GroupBlock::Fill(const float* matrix, int64_t stride, int64_t group) {
   for (int row = 0; row < kGroupRows; ++row) {
-    const float* from = matrix + (group * kGroupRows + row) * k + group * kGroupRows;
+    const float* from = matrix + (group * kGroupRows + row) * stride + group * kGroupRows;
     std::copy_n(from, kGroupRows, values[row]);
     inverse_diagonal[row] = 1 / from[row];
   }

@@ -18,8 +18,8 @@ struct ChannelStrip {
 struct GroupBlock {
   float values[kGroupRows][kGroupRows];
   float inverse_diagonal[kGroupRows];
-  // matrix [k, k]
-  void Fill(const float* matrix, int64_t k, int64_t group);
+  // matrix: its rows lie `stride` apart.
+  void Fill(const float* matrix, int64_t stride, int64_t group);
 };
 
 // Encodes the group after those before it.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <utility>
@@ -31,9 +32,17 @@ struct TileWorkspace {
 
 // Columns that are swept together.
 struct SweepTile {
-  std::vector<int64_t> columns;  // at most kTileColumns; -1: padding
+  std::vector<int64_t> columns;  // at most num_strips * kStripColumns; -1: padding
+  int num_strips = kTileStrips;
   std::array<size_t, kTileStrips> variant = {};
 };
+
+// Strips of a tile of n columns that are swept by so many threads: as many as read the hessian
+// together while each thread has a tile. What becomes of a strip does not depend on it.
+constexpr int SweepStrips(int64_t n, int num_threads) {
+  return static_cast<int>(
+      std::clamp<int64_t>(n / (kStripColumns * int64_t{num_threads}), 1, kTileStrips));
+}
 
 // Feedback and sweeps over all columns of a matrix, by the threads of a pool.
 //
@@ -46,7 +55,8 @@ struct SweepTile {
 //                                 for padding
 //   StoreColumn(workspace, i)     the same, to the matrix; never of padding
 //   Decode(workspace, scales, decoded)  as DecodeFunction
-//   Sweep(number, workspace)      descent over the tile's codes, the number-th from 0 on
+//   Sweep(number, workspace)      descent over the codes of the tile's open strips, the number-th
+//                                 from 0 on
 // all of which threads call at once, for different columns.
 template <typename Format>
 class ColumnEncoder {
@@ -80,24 +90,41 @@ class ColumnEncoder {
   // Sweeps tiles that together have every column once. Sets result's errors and zero_error.
   void RunSweeps(const std::vector<SweepTile>& tiles, FeedbackResult& result) {
     const int num_steps = options_.num_sweeps + 1;
-    std::vector<std::vector<double>> errors(tiles.size(), std::vector<double>(num_steps));
-    std::vector<double> zero_errors(tiles.size());
+    std::vector<TileErrors> errors(tiles.size());
+    for (TileErrors& of_tile : errors) of_tile.strips.resize(num_steps);
     pool_.Run(static_cast<int64_t>(tiles.size()), target_.k * target_.k * target_.n,
               [&](int64_t item, int thread) {
-                zero_errors[item] = SweepColumns(tiles[item], WorkspaceOf(thread), errors[item]);
+                SweepColumns(tiles[item], WorkspaceOf(thread), errors[item]);
               });
-    for (int step = 0; step < num_steps; ++step) {
+    // Strip by strip, in the same order whichever of them share a tile.
+    const auto total = [&](const auto& strips_of) {
       double sum = 0;
-      for (const auto& tile_errors : errors) sum += tile_errors[step];
-      result.errors.push_back(sum * factor_.unit());
+      for (const TileErrors& of_tile : errors) {
+        for (const double error : strips_of(of_tile)) sum += error;
+      }
+      return sum * factor_.unit();
+    };
+    for (int step = 0; step < num_steps; ++step) {
+      result.errors.push_back(
+          total([step](const TileErrors& of_tile) { return of_tile.strips[step]; }));
     }
-    double zero_error = 0;
-    for (const double error : zero_errors) zero_error += error;
-    result.zero_error = zero_error * factor_.unit();
+    result.zero_error = total([](const TileErrors& of_tile) { return of_tile.zero; });
   }
 
  private:
   using Workspace = typename Format::Workspace;
+  using StripSums = std::array<double, kTileStrips>;
+
+  struct TileErrors {
+    std::vector<StripSums> strips;  // [num_sweeps + 1]: before and after each sweep
+    StripSums zero = {};            // if everything decoded to zero
+  };
+
+  static StripSums SumStrips(const ColumnSums& columns) {
+    StripSums sums = {};
+    for (int i = 0; i < kTileColumns; ++i) sums[i / kStripColumns] += columns[i];
+    return sums;
+  }
 
   Workspace& WorkspaceOf(int thread) {
     auto& workspace = workspaces_[thread];
@@ -125,6 +152,7 @@ class ColumnEncoder {
   void RunFeedbackTile(const SweepTile& tile, Workspace& workspace,
                        std::vector<double>& column_error) {
     workspace.variant = tile.variant;
+    workspace.tile.is_open.fill(true);
     LoadWeights(target_, factor_, tile.columns, workspace.tile);
     format_.SetFirstScales(workspace);
     const ColumnSums error = format_.EncodeTile(workspace);
@@ -136,9 +164,7 @@ class ColumnEncoder {
     }
   }
 
-  // Sets errors [num_sweeps + 1] to the sums over the tile's columns before and after each sweep.
-  // Returns the sum of their errors if everything decoded to zero.
-  double SweepColumns(const SweepTile& columns, Workspace& workspace, std::vector<double>& errors) {
+  void SweepColumns(const SweepTile& columns, Workspace& workspace, TileErrors& errors) {
     ColumnTile& tile = workspace.tile;
     workspace.variant = columns.variant;
     LoadWeights(target_, factor_, columns.columns, tile);
@@ -148,23 +174,36 @@ class ColumnEncoder {
     };
     decode(workspace.scales, tile.decoded.data());
     const ColumnSums zero_errors = ZeroErrors(factor_, tile);
+    errors.zero = SumStrips(zero_errors);
     StartGradient(factor_, tile);
-    errors[0] = Total(Errors(tile));
+    errors.strips[0] = SumStrips(Errors(tile));
     for (int sweep = 1; sweep <= options_.num_sweeps; ++sweep) {
-      errors[sweep] = errors[sweep - 1];
-      if (sweep > 1 && !(errors[sweep - 1] < errors[sweep - 2] * (1 - options_.least_gain))) {
-        continue;
-      }
+      errors.strips[sweep] = errors.strips[sweep - 1];
+      if (!OpenStrips(columns.num_strips, sweep, errors, tile)) continue;
       if (options_.refit_scale) {
         RefitScales(factor_, zero_errors, decode, workspace.scales, tile);
       }
+      std::fill(std::begin(workspace.group), std::end(workspace.group), 0.0f);  // closed strips'
       format_.Sweep(sweep - 1, workspace);
-      errors[sweep] = Total(Errors(tile));
+      const StripSums after = SumStrips(Errors(tile));
+      for (int strip = 0; strip < kTileStrips; ++strip) {
+        if (tile.is_open[strip]) errors.strips[sweep][strip] = after[strip];
+      }
     }
     for (int i = 0; i < kTileColumns; ++i) {
       if (tile.columns[i] >= 0) format_.StoreColumn(workspace, i);
     }
-    return Total(zero_errors);
+  }
+
+  // Opens those of the tile's strips that this sweep goes over. Returns whether there are any.
+  bool OpenStrips(int num_strips, int sweep, const TileErrors& errors, ColumnTile& tile) const {
+    for (int strip = 0; strip < kTileStrips; ++strip) {
+      tile.is_open[strip] =
+          strip < num_strips &&
+          (sweep == 1 || errors.strips[sweep - 1][strip] <
+                             errors.strips[sweep - 2][strip] * (1 - options_.least_gain));
+    }
+    return std::find(tile.is_open.begin(), tile.is_open.end(), true) != tile.is_open.end();
   }
 
   const FloatMatrix target_;

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <numeric>
 
 #include "kernels/formats/bf16.h"
+#include "tools/quantizer/calibrate/row_changes.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "tools/quantizer/calibrate/column_tile.cc"
@@ -58,9 +58,28 @@ void AddDots(const float* a, const float* b, int64_t num_rows, ColumnSums& sums)
   }
 }
 
-void MultiplyHessian(const FeedbackFactor& factor, const float* panel, float* out) {
-  const int64_t k = factor.k();
-  AddProduct(factor.hessian(), k, k, k, panel, out);
+// Changes that are added together: H's lines at them and they themselves stay in the first-level
+// cache while they pass all rows.
+constexpr int64_t kPendingRows = 4 * kGroupRows;
+
+// gradient [factor.k(), kTileColumns] += H times the changes.
+void AddChanges(const FeedbackFactor& factor, const RowChanges& changes, float* gradient) {
+  changes.Prefetch(factor, 0);
+  for (int64_t row = 0; row < factor.k(); row += kProductRows) {
+    if (row + kProductRows < factor.k()) changes.Prefetch(factor, row + kProductRows);
+    changes.AddProduct(factor, row, gradient + row * kTileColumns);
+  }
+}
+
+// gradient += H panel, both [factor.k(), kTileColumns].
+void MultiplyHessian(const FeedbackFactor& factor, const float* panel, float* gradient) {
+  RowChanges changes;
+  for (int64_t row = 0; row < factor.k(); ++row) {
+    changes.Add(static_cast<int32_t>(row), panel + row * kTileColumns);
+    if (changes.num_rows() < kPendingRows && row + 1 < factor.k()) continue;
+    AddChanges(factor, changes, gradient);
+    changes.Clear();
+  }
 }
 
 // Sums of squares in units of the matrix.
@@ -82,6 +101,7 @@ ColumnScales BestScales(const ColumnSums& zero_errors, const ColumnScales& scale
   MultiplyByUnits(tile, decoded_dots);
   ColumnScales best = scales;
   for (int column = 0; column < kTileColumns; ++column) {
+    if (!tile.is_open[column / kStripColumns]) continue;
     const double error = weight_dots[column] - decoded_dots[column];
     // q^T H q, with q = w - e.
     const double power = zero_errors[column] - 2 * weight_dots[column] + error;
@@ -172,64 +192,29 @@ ColumnSums Errors(const ColumnTile& tile) {
 }
 
 LazyGradient::LazyGradient(const FeedbackFactor& factor, ColumnTile& tile)
-    : factor_(factor), tile_(tile) {}
+    : factor_(factor), tile_(tile), pending_(std::make_unique<RowChanges>()) {}
 
-std::pair<const float*, int64_t> LazyGradient::Part(std::span<const int32_t> rows) {
-  const int64_t k = tile_.k;
-  const auto is_step = [](int32_t a, int32_t b) { return b != a + 1; };
-  if (std::adjacent_find(pending_.begin(), pending_.end(), is_step) == pending_.end() &&
-      std::adjacent_find(rows.begin(), rows.end(), is_step) == rows.end()) {
-    return {factor_.hessian() + rows[0] * k + pending_[0], k};
-  }
-  // Rows that lie side by side are copied together: cache lines, mostly.
-  std::vector<std::pair<int32_t, int32_t>> runs;  // first row, number of rows
-  for (const int32_t row : pending_) {
-    if (!runs.empty() && row == runs.back().first + runs.back().second) {
-      ++runs.back().second;
-    } else {
-      runs.emplace_back(row, 1);
-    }
-  }
-  packed_.resize(rows.size() * pending_.size());
-  float* to = packed_.data();
-  for (const int32_t row : rows) {
-    const float* from = factor_.hessian() + row * k;
-    for (const auto& [first, length] : runs) to = std::copy_n(from + first, length, to);
-  }
-  return {packed_.data(), static_cast<int64_t>(pending_.size())};
-}
+LazyGradient::~LazyGradient() = default;
 
 void LazyGradient::Get(Rows rows, float* gradient) {
   for (int i = 0; i < kGroupRows; ++i) {
     std::copy_n(tile_.gradient.data() + int64_t{rows[i]} * kTileColumns, kTileColumns,
                 gradient + i * kTileColumns);
   }
-  if (pending_.empty()) return;
-  const auto [part, stride] = Part(rows);
-  AddProduct(part, stride, kGroupRows, static_cast<int64_t>(pending_.size()), pending_delta_.data(),
-             gradient);
+  for (int i = 0; i < kGroupRows; i += kProductRows) {
+    pending_->AddProduct(factor_, rows[i], gradient + i * kTileColumns);
+  }
 }
 
 void LazyGradient::Add(Rows rows, const float* delta) {
-  pending_.insert(pending_.end(), rows.begin(), rows.end());
-  pending_delta_.insert(pending_delta_.end(), delta, delta + kGroupRows * kTileColumns);
-  if (pending_.size() == kPendingRows) Flush();
+  for (int i = 0; i < kGroupRows; ++i) pending_->Add(rows[i], delta + i * kTileColumns);
+  if (pending_->num_rows() + kGroupRows > kPendingRows) Flush();
 }
 
 void LazyGradient::Flush() {
-  if (pending_.empty()) return;
-  constexpr int64_t kRows = 256;  // whose part of H stays in the second-level cache
-  std::vector<int32_t> rows;
-  for (int64_t begin = 0; begin < tile_.k; begin += kRows) {
-    rows.resize(std::min(kRows, tile_.k - begin));
-    std::iota(rows.begin(), rows.end(), static_cast<int32_t>(begin));
-    const auto [part, stride] = Part(rows);
-    AddProduct(part, stride, static_cast<int64_t>(rows.size()),
-               static_cast<int64_t>(pending_.size()), pending_delta_.data(),
-               tile_.gradient.data() + begin * kTileColumns);
-  }
-  pending_.clear();
-  pending_delta_.clear();
+  if (pending_->num_rows() == 0) return;
+  AddChanges(factor_, *pending_, tile_.gradient.data());
+  pending_->Clear();
 }
 
 void RefitScales(const FeedbackFactor& factor, const ColumnSums& zero_errors, DecodeFunction decode,

@@ -8,8 +8,8 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <span>
-#include <utility>
 #include <vector>
 
 #include "absl/functional/function_ref.h"
@@ -42,6 +42,8 @@ struct ColumnTile {
 
   int64_t k;
   std::array<int64_t, kTileColumns> columns;  // of the matrix; -1: padding
+  // Strips whose codes and scales may change.
+  std::array<bool, kTileStrips> is_open = {};
   // Power of two that weights, decoded values, scales and gradient of the column are divided by, so
   // that no square overflows or vanishes. Errors are those of the matrix itself.
   ColumnScales unit;
@@ -70,39 +72,37 @@ void StartGradient(const FeedbackFactor& factor, ColumnTile& tile);
 // e^T H e of each column, from gradient.
 ColumnSums Errors(const ColumnTile& tile);
 
+class RowChanges;
+
 // Keeps a tile's gradient while codes change, 64 rows at a time. What a change does to all other
-// rows is added for 256 rows together, as each time all of H and of the gradient pass through the
+// rows is added for about 256 rows together, as each time all of the gradient passes through the
 // caches.
 class LazyGradient {
  public:
   // Both must outlive this, and the tile's gradient is incomplete until Flush.
   LazyGradient(const FeedbackFactor& factor, ColumnTile& tile);
+  ~LazyGradient();
 
   using Rows = std::span<const int32_t, kGroupRows>;
-  // gradient [kGroupRows, kTileColumns] of these rows as all changes so far make it.
+  // gradient [kGroupRows, kTileColumns] of these rows as all changes so far make it. REQUIRES: as
+  // in Add, rows come in runs of 16 side by side, each of which begins at a multiple of 16.
   void Get(Rows rows, float* gradient);
   // delta [kGroupRows, kTileColumns] = old - new decoded of these rows.
   void Add(Rows rows, const float* delta);
   void Flush();
 
  private:
-  static constexpr size_t kPendingRows = 4 * kGroupRows;
-
-  // part [rows.size(), pending_.size()] of H, in packed_ unless it lies there side by side.
-  std::pair<const float*, int64_t> Part(std::span<const int32_t> rows);
-
   const FeedbackFactor& factor_;
   ColumnTile& tile_;
-  std::vector<int32_t> pending_;      // rows
-  std::vector<float> pending_delta_;  // [pending_.size(), kTileColumns]
-  std::vector<float> packed_;
+  std::unique_ptr<RowChanges> pending_;
 };
 
 // Writes the decoded values that the tile's codes have with these scales.
 using DecodeFunction = absl::FunctionRef<void(const ColumnScales& scales, float* decoded)>;
 
-// Moves every column's scale to the bf16 value nearest to that of least error while the codes stay,
-// where this lowers the error, and brings decoded and gradient up to date. Uses scratch.
+// Moves the scale of every column of an open strip to the bf16 value nearest to that of least error
+// while the codes stay, where this lowers the error, and brings decoded and gradient up to date.
+// Uses scratch.
 //   zero_errors  of ZeroErrors
 void RefitScales(const FeedbackFactor& factor, const ColumnSums& zero_errors, DecodeFunction decode,
                  ColumnScales& scales, ColumnTile& tile);

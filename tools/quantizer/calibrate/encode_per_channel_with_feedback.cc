@@ -143,9 +143,12 @@ class ChannelFeedbackEncoder {
 
   std::vector<SweepTile> SweepTiles() const {
     std::vector<SweepTile> tiles;
-    for (int64_t first = 0; first < target_.n; first += kTileColumns) {
+    const int num_strips = SweepStrips(target_.n, pool_.num_threads());
+    const int64_t tile_columns = num_strips * int64_t{kStripColumns};
+    for (int64_t first = 0; first < target_.n; first += tile_columns) {
       SweepTile& tile = tiles.emplace_back();
-      tile.columns.resize(std::min<int64_t>(kTileColumns, target_.n - first));
+      tile.num_strips = num_strips;
+      tile.columns.resize(std::min(tile_columns, target_.n - first));
       std::iota(tile.columns.begin(), tile.columns.end(), first);
     }
     return tiles;
@@ -155,13 +158,14 @@ class ChannelFeedbackEncoder {
     ColumnTile& tile = workspace.tile;
     LazyGradient gradient(factor_, tile);
     for (int64_t group = 0; group < num_groups_; ++group) {
-      workspace.block.Fill(factor_.hessian(), target_.k, group);
+      workspace.block.Fill(factor_.hessian(), factor_.hessian_stride(), group);
       std::array<int32_t, kGroupRows> rows;
       std::iota(rows.begin(), rows.end(), static_cast<int32_t>(group * kGroupRows));
       gradient.Get(rows, workspace.group_gradient);
       bool any_changed = false;
       for (int strip = 0; strip < kTileStrips; ++strip) {
         const int column = strip * kStripColumns;
+        if (!tile.is_open[strip]) continue;
         any_changed |= SweepChannelGroup(
             workspace.block, StripOf(workspace, strip, group), workspace.group_gradient + column,
             tile.decoded.data() + group * kGroupRows * kTileColumns + column,

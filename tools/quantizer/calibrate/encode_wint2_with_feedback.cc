@@ -90,12 +90,15 @@ class Wint2FeedbackEncoder {
             .local_scale = codes.local_scale.data() + group * kStripColumns};
   }
 
-  // Calls fill(map) for every map that a strip of the tile has.
+  // Calls fill(map) for every map that an open strip of the tile has.
   template <typename Fill>
   void ForEachMap(const Workspace& workspace, const Fill& fill) const {
     for (size_t map = 0; map < codebooks_.size(); ++map) {
-      const auto used = std::find(workspace.variant.begin(), workspace.variant.end(), map);
-      if (used != workspace.variant.end()) fill(map);
+      bool is_used = false;
+      for (int strip = 0; strip < kTileStrips; ++strip) {
+        is_used |= workspace.tile.is_open[strip] && workspace.variant[strip] == map;
+      }
+      if (is_used) fill(map);
     }
   }
 
@@ -222,20 +225,21 @@ class Wint2FeedbackEncoder {
   // Columns in tiles whose strips have one map each.
   std::vector<SweepTile> SweepTiles() const {
     std::vector<SweepTile> tiles;
-    int num_strips = kTileStrips;  // of the last tile
+    const int tile_strips = SweepStrips(target_.n, pool_.num_threads());
     for (size_t map = 0; map < codebooks_.size(); ++map) {
       int lane = kStripColumns;  // columns of the last strip
       for (int64_t column = 0; column < target_.n; ++column) {
         if (column_map_[column] != map) continue;
         if (lane == kStripColumns) {
-          if (num_strips == kTileStrips) {
-            tiles.push_back({.columns = std::vector<int64_t>(kTileColumns, -1)});
-            num_strips = 0;
+          if (tiles.empty() || tiles.back().num_strips == tile_strips) {
+            tiles.push_back({.columns = std::vector<int64_t>(tile_strips * kStripColumns, -1),
+                             .num_strips = 0});
           }
-          tiles.back().variant[num_strips++] = map;
+          tiles.back().variant[tiles.back().num_strips++] = map;
           lane = 0;
         }
-        tiles.back().columns[(num_strips - 1) * kStripColumns + lane++] = column;
+        SweepTile& tile = tiles.back();
+        tile.columns[(tile.num_strips - 1) * kStripColumns + lane++] = column;
       }
     }
     return tiles;
@@ -293,6 +297,7 @@ class Wint2FeedbackEncoder {
       bool any_changed = false;
       for (int strip = 0; strip < kTileStrips; ++strip) {
         const int column = strip * kStripColumns;
+        if (!tile.is_open[strip]) continue;
         any_changed |= SweepSet(set, workspace.tables[workspace.variant[strip]],
                                 StripOf(workspace, strip, 0), workspace.group_gradient + column,
                                 tile.decoded.data() + column, workspace.group + column);

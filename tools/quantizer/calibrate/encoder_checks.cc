@@ -1,7 +1,4 @@
 #include "tools/quantizer/calibrate/encoder_checks.h"
-
-#include <numeric>
-
 #include "common/status_macros.h"
 #include "fmt/format.h"
 
@@ -34,7 +31,5 @@ absl::Status CheckTarget(FloatMatrix target, int64_t row_multiple, int64_t colum
   }
   return CheckWeights(target, pool);
 }
-
-double Total(const ColumnSums& sums) { return std::accumulate(sums.begin(), sums.end(), 0.0); }
 
 }  // namespace wintserve::quantizer::calibrate

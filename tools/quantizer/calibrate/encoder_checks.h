@@ -1,4 +1,4 @@
-// What the encoders with error feedback check and count alike.
+// What the encoders with error feedback check alike.
 #pragma once
 
 #include "absl/status/status.h"
@@ -11,7 +11,5 @@ namespace wintserve::quantizer::calibrate {
 absl::Status CheckTarget(FloatMatrix target, int64_t row_multiple, int64_t column_multiple,
                          const FeedbackFactor& factor, const FeedbackOptions& options,
                          kernels::cpu::ThreadPool& pool);
-
-double Total(const ColumnSums& sums);
 
 }  // namespace wintserve::quantizer::calibrate

@@ -32,7 +32,7 @@ struct FeedbackOptions {
   double damping = 0.03;
   bool important_first = true;
   formats::KOrder k_order = formats::KOrder::kMma64;
-  // Sweeps after the feedback, at most. 64 columns that go together get no more after one that
+  // Sweeps after the feedback, at most. 16 columns that go together get no more after one that
   // lowered their error by less than least_gain of it. 0 or more; at least 0, below 1.
   int num_sweeps = 4;
   // WINT2: how often after each sweep all bytes are searched once more, 16 together, of which four

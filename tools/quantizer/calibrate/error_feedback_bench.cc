@@ -59,9 +59,9 @@ BENCHMARK(Wint2)
     ->Args({256, 384, 4})
     ->Args({2048, 512, 0})
     ->Args({2048, 512, 4})
-    ->Args({8192, 256, 0})
+    ->Args({8192, 64, 0})
     ->Args({3584, 256, 4})
-    ->Args({8192, 256, 4})
+    ->Args({8192, 64, 4})
     ->Unit(benchmark::kMillisecond)
     ->UseRealTime();
 
@@ -99,7 +99,7 @@ BENCHMARK(Target)
     ->Args({384, 512})
     ->Args({2048, 512})
     ->Args({4096, 512})
-    ->Args({8192, 256})
+    ->Args({8192, 64})
     ->Unit(benchmark::kMillisecond)
     ->UseRealTime();
 

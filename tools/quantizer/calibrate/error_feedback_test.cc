@@ -131,7 +131,7 @@ TEST_P(ErrorFeedback, GainsWhatTheFactorOfCorrelatedInputsPromises) {
   double with_feedback = 0;
   double without = 0;
   for (int64_t row = 0; row < 256; ++row) {
-    without += factor->hessian()[row * 256 + row];
+    without += factor->hessian()[row * factor->hessian_stride() + row];
     for (int64_t i = row / block * block; i <= row; ++i) {
       with_feedback += std::pow(factor->factor()[row * 256 + i], 2);
     }
@@ -194,14 +194,22 @@ TEST_P(ErrorFeedback, DoesNotDependOnTheNumberOfThreads) {
   std::mt19937 rng(17);
   const FloatArray w = GaussianMatrix(128, 100, rng);
   const Moments moments = MomentsOf(CorrelatedInputs(300, 128, 1.0, rng));
-  const FeedbackResult one = Encode(GetParam(), w, moments, {}, 1);
-  const FeedbackResult three = Encode(GetParam(), w, moments, {}, 3);
-  EXPECT_EQ(one.errors, three.errors);
-  EXPECT_EQ(one.matrix.codes_u8, three.matrix.codes_u8);
-  EXPECT_EQ(one.matrix.codes_i8, three.matrix.codes_i8);
-  EXPECT_EQ(one.matrix.local_scale, three.matrix.local_scale);
-  EXPECT_EQ(one.matrix.channel_scale, three.matrix.channel_scale);
-  EXPECT_EQ(one.matrix.code_zp, three.matrix.code_zp);
+  // So much gain that some columns are swept once and others more often.
+  for (const double least_gain : {0.001, 0.05}) {
+    const FeedbackOptions options = {.least_gain = least_gain};
+    const FeedbackResult one = Encode(GetParam(), w, moments, options, 1);
+    // Tiles of 64, 32 and 16 columns.
+    for (const int num_threads : {3, 8}) {
+      const FeedbackResult several = Encode(GetParam(), w, moments, options, num_threads);
+      EXPECT_EQ(one.errors, several.errors);
+      EXPECT_EQ(one.zero_error, several.zero_error);
+      EXPECT_EQ(one.matrix.codes_u8, several.matrix.codes_u8);
+      EXPECT_EQ(one.matrix.codes_i8, several.matrix.codes_i8);
+      EXPECT_EQ(one.matrix.local_scale, several.matrix.local_scale);
+      EXPECT_EQ(one.matrix.channel_scale, several.matrix.channel_scale);
+      EXPECT_EQ(one.matrix.code_zp, several.matrix.code_zp);
+    }
+  }
 }
 
 TEST_P(ErrorFeedback, KeepsWithinTheFormat) {

@@ -97,17 +97,18 @@ void FeedbackFactor::SetOrder(const Moments& moments) {
 void FeedbackFactor::SetHessian(const Moments& moments, kernels::cpu::ThreadPool& pool) {
   double sum = 0;
   for (int64_t row = 0; row < k_; ++row) sum += moments.hessian[row * k_ + row];
-  hessian_.resize(k_ * k_);
+  hessian_ = calibrate::LargeArray(k_ * hessian_stride());
   is_identity_ = !(sum > 0);
   unit_ = sum > 0 ? sum / static_cast<double>(k_) : 1;
   const auto damping = static_cast<float>(options_.damping);
   pool.Run(k_, k_ * k_, [&](int64_t row, int) {
     const float* from = moments.hessian.data() + int64_t{true_row_[row]} * k_;
-    float* to = hessian_.data() + row * k_;
+    float* to = hessian_.data() + row * hessian_stride();
     if (!is_identity_) {
       for (int64_t i = 0; i < k_; ++i) to[i] = static_cast<float>(from[true_row_[i]] / unit_);
       to[row] += damping;
     } else {
+      std::fill_n(to, k_, 0.0f);
       to[row] = 1;
     }
   });
@@ -118,7 +119,7 @@ absl::Status FeedbackFactor::Factorize(kernels::cpu::ThreadPool& pool) {
   // in reverse order.
   Eigen::MatrixXd reversed(k_, k_);
   pool.Run(k_, k_ * k_, [&](int64_t column, int) {
-    const float* row = hessian_.data() + (k_ - 1 - column) * k_;
+    const float* row = hessian_.data() + (k_ - 1 - column) * hessian_stride();
     for (int64_t i = column; i < k_; ++i) reversed(i, column) = row[k_ - 1 - i];
   });
   if (!calibrate::FactorInPlace(reversed, pool)) {

@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/formats/matrix.h"
+#include "tools/quantizer/calibrate/large_array.h"
 #include "tools/quantizer/calibrate/moments.h"
 
 namespace wintserve::quantizer {
@@ -57,8 +58,10 @@ class FeedbackFactor {
   std::span<const int32_t> true_row() const { return true_row_; }
   std::span<const int32_t> stored_row() const { return stored_row_; }
 
-  // [k, k] in encoding order, row-major: (hessian + damping mean(diag) I) / unit().
+  // [k, k] in encoding order, row-major: (hessian + damping mean(diag) I) / unit(). Its rows are
+  // hessian_stride() apart and begin at cache lines, those side by side in other sets of a cache.
   const float* hessian() const { return hessian_.data(); }
+  int64_t hessian_stride() const { return k_ + kStridePadding; }
   // [k, k] M, lower triangular, with M^T M = hessian(). The error e^T hessian() e of a column is so
   // the sum over positions i of (M_ii e_i + sum over j < i of M_ij e_j)^2: what is added at
   // position i depends on errors made before, for which the choice at i can make up. (Solving for
@@ -66,6 +69,8 @@ class FeedbackFactor {
   const float* factor() const { return factor_.data(); }
 
  private:
+  static constexpr int64_t kStridePadding = 16;  // a cache line
+
   FeedbackFactor() = default;
 
   void SetOrder(const Moments& moments);
@@ -78,7 +83,7 @@ class FeedbackFactor {
   bool is_identity_ = false;
   std::vector<int32_t> true_row_;
   std::vector<int32_t> stored_row_;
-  std::vector<float> hessian_;
+  calibrate::LargeArray hessian_;
   std::vector<float> factor_;
 };
 

@@ -15,8 +15,16 @@ using formats::WeightFormat;
 using kernels::cpu::ThreadPool;
 using testing::HasSubstr;
 
-Eigen::MatrixXd AsMatrix(const float* data, int64_t k) {
-  return Eigen::Map<const FloatArray>(data, k, k).cast<double>();
+Eigen::MatrixXd AsMatrix(const float* data, int64_t k, int64_t stride) {
+  return Eigen::Map<const FloatArray, 0, Eigen::OuterStride<>>(data, k, k, {stride}).cast<double>();
+}
+
+Eigen::MatrixXd Hessian(const FeedbackFactor& factor) {
+  return AsMatrix(factor.hessian(), factor.k(), factor.hessian_stride());
+}
+
+Eigen::MatrixXd Factor(const FeedbackFactor& factor) {
+  return AsMatrix(factor.factor(), factor.k(), factor.k());
 }
 
 FeedbackFactor MakeFactor(const Moments& moments, const FactorOptions& options) {
@@ -39,7 +47,7 @@ TEST_P(FeedbackFactorOrder, FactorsTheDampedHessianOfTheEncodingOrder) {
   const Moments moments = MomentsOf(CorrelatedInputs(300, kInputs, 1.0, rng));
   const FeedbackFactor factor = MakeFactor(moments, GetParam().options);
 
-  const Eigen::MatrixXd h = AsMatrix(moments.hessian.data(), kInputs);
+  const Eigen::MatrixXd h = AsMatrix(moments.hessian.data(), kInputs, kInputs);
   const double mean = h.diagonal().mean();
   EXPECT_DOUBLE_EQ(factor.unit(), mean);
   Eigen::MatrixXd wanted(kInputs, kInputs);
@@ -51,8 +59,8 @@ TEST_P(FeedbackFactorOrder, FactorsTheDampedHessianOfTheEncodingOrder) {
   }
   // Two roundings to float32 of each entry.
   const double rounding = std::ldexp(1.0, -23);
-  EXPECT_LE((AsMatrix(factor.hessian(), kInputs) - wanted).norm(), rounding * wanted.norm());
-  const Eigen::MatrixXd m = AsMatrix(factor.factor(), kInputs);
+  EXPECT_LE((Hessian(factor) - wanted).norm(), rounding * wanted.norm());
+  const Eigen::MatrixXd m = Factor(factor);
   EXPECT_TRUE(m.isLowerTriangular(0));
   // M is rounded to float32 as well: twice ||M|| times its error, and ||M||^2 = trace(H).
   EXPECT_LE((m.transpose() * m - wanted).norm(), 2 * rounding * m.squaredNorm());
@@ -102,10 +110,10 @@ TEST(FeedbackFactor, FactorsManyRowsAlikeOnAnyNumberOfThreads) {
   const auto factor = FeedbackFactor::Make(moments, {}, one);
   const auto other = FeedbackFactor::Make(moments, {}, three);
   ASSERT_TRUE(factor.ok() && other.ok());
-  const Eigen::MatrixXd h = AsMatrix(factor->hessian(), kInputs);
-  const Eigen::MatrixXd m = AsMatrix(factor->factor(), kInputs);
+  const Eigen::MatrixXd h = Hessian(*factor);
+  const Eigen::MatrixXd m = Factor(*factor);
   EXPECT_LE((m.transpose() * m - h).norm(), std::ldexp(1.0, -22) * m.squaredNorm());
-  EXPECT_EQ(m, AsMatrix(other->factor(), kInputs));
+  EXPECT_EQ(m, Factor(*other));
 }
 
 TEST(FeedbackFactor, PutsTheRowsWithTheLargestInputsFirst) {
@@ -127,8 +135,8 @@ TEST(FeedbackFactor, PutsTheRowsWithTheLargestInputsFirst) {
 TEST(FeedbackFactor, TakesAHessianOfZerosForTheIdentity) {
   const FeedbackFactor factor = MakeFactor(MakeMoments(64, false), {});
   EXPECT_EQ(factor.unit(), 1);
-  EXPECT_TRUE(AsMatrix(factor.hessian(), 64).isIdentity(0));
-  EXPECT_TRUE(AsMatrix(factor.factor(), 64).isIdentity(0));
+  EXPECT_TRUE(Hessian(factor).isIdentity(0));
+  EXPECT_TRUE(Factor(factor).isIdentity(0));
 }
 
 // Fewer rows than inputs, and inputs that are always zero.
@@ -137,7 +145,7 @@ TEST(FeedbackFactor, FactorsASingularHessian) {
   FloatArray x = CorrelatedInputs(10, 128, 1.0, rng);
   x.col(5).setZero();
   const FeedbackFactor factor = MakeFactor(MomentsOf(x), {.damping = kSmallestDamping});
-  const Eigen::MatrixXd m = AsMatrix(factor.factor(), 128);
+  const Eigen::MatrixXd m = Factor(factor);
   EXPECT_TRUE(m.allFinite());
   EXPECT_GT(m.diagonal().minCoeff(), 0);
 }

@@ -274,7 +274,7 @@ void BlockSet::Fill(const FeedbackFactor& whole,
     rows_[i] = blocks[i / kWeightsOfByte] * kWeightsOfByte + i % kWeightsOfByte;
   }
   for (int i = 0; i < kGroupRows; ++i) {
-    const float* row = whole.hessian() + rows_[i] * whole.k();
+    const float* row = whole.hessian() + rows_[i] * whole.hessian_stride();
     for (int j = 0; j < kGroupRows; ++j) hessian[i][j] = row[rows_[j]];
   }
   FactorSet(hessian, factor.factor);
