@@ -1,4 +1,5 @@
 #include "tools/quantizer/calibrate/encoder_checks.h"
+
 #include "common/status_macros.h"
 #include "fmt/format.h"
 
