@@ -109,6 +109,22 @@ absl::Status ReadExperts(const JsonObject& json, ModelConfig& config) {
   return absl::OkStatus();
 }
 
+// "remove_tail_layer", as training writes it, says how many of the layers the file does not have:
+// true or a number.
+absl::Status ReadNumLayers(const JsonObject& json, ModelConfig& config) {
+  ASSIGN_OR_RETURN(config.num_layers, json.Int("num_hidden_layers", 1, kMaxLayers));
+  int num_removed = 0;
+  if (const absl::StatusOr<bool> is_one = json.BoolOr("remove_tail_layer", false); is_one.ok()) {
+    num_removed = *is_one ? 1 : 0;
+  } else {
+    ASSIGN_OR_RETURN(num_removed, json.Int("remove_tail_layer", 0, config.num_layers - 1));
+  }
+  config.num_layers -= num_removed;
+  if (config.num_layers < 1)
+    return json.Refuse("remove_tail_layer", "false, as there is one layer");
+  return absl::OkStatus();
+}
+
 absl::Status ReadWint2(const JsonObject& quantization, ModelConfig& config) {
   ASSIGN_OR_RETURN(const JsonObject moe, quantization.ObjectOrEmpty("moe_quant_config"));
   // Nested wins; the top-level key of the documented example means the same.
@@ -244,7 +260,7 @@ absl::StatusOr<ModelConfig> Parse(const std::string& text, const std::string& fi
   }
   ASSIGN_OR_RETURN(config.vocab_size, json.Int("vocab_size", 1, kMaxSize));
   ASSIGN_OR_RETURN(config.hidden_size, json.Int("hidden_size", 1, kMaxSize));
-  ASSIGN_OR_RETURN(config.num_layers, json.Int("num_hidden_layers", 1, kMaxLayers));
+  RETURN_IF_ERROR(ReadNumLayers(json, config));
   RETURN_IF_ERROR(ReadAttention(json, config));
   ASSIGN_OR_RETURN(config.intermediate_size, json.Int("intermediate_size", 1, kMaxSize));
   ASSIGN_OR_RETURN(config.max_position_embeddings,

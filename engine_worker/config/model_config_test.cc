@@ -111,6 +111,15 @@ TEST_P(AcceptedConfig, IsRead) {
 INSTANTIATE_TEST_SUITE_P(
     All, AcceptedConfig,
     testing::Values(
+        Variant{"ALayerThatIsRemovedIsNotThere", R"({"remove_tail_layer": true})",
+                [](const ModelConfig& c) {
+                  EXPECT_EQ(c.num_layers, 53);
+                  EXPECT_EQ(c.moe_layer_end, 52);
+                }},
+        Variant{"SeveralLayersThatAreRemovedAreNotThere", R"({"remove_tail_layer": 2})",
+                [](const ModelConfig& c) { EXPECT_EQ(c.num_layers, 52); }},
+        Variant{"NoLayerThatIsRemoved", R"({"remove_tail_layer": false})",
+                [](const ModelConfig& c) { EXPECT_EQ(c.num_layers, 54); }},
         Variant{"AbsentLayerEndMeansTheLastLayer", R"({"moe_layer_end_index": null})",
                 [](const ModelConfig& c) { EXPECT_EQ(c.moe_layer_end, 53); }},
         Variant{"LayerEndMinusOneMeansTheLastLayer", R"({"moe_layer_end_index": -1})",
@@ -305,6 +314,12 @@ INSTANTIATE_TEST_SUITE_P(
         Refusal{"DenseScheme",
                 R"({"quantization_config": {"dense_quant_type": "wint4"}})",
                 {"quantization_config.dense_quant_type is \"wint4\"", "\"wint8\""}},
+        Refusal{"AllLayersRemoved",
+                R"({"remove_tail_layer": 54})",
+                {"remove_tail_layer is 54", "0 to 53"}},
+        Refusal{"TheOnlyLayerRemoved",
+                R"({"num_hidden_layers": 1, "remove_tail_layer": true})",
+                {"remove_tail_layer is true", "false"}},
         Refusal{"ExpertScheme",
                 R"({"quantization_config": {"moe_quant_type": "w2"}})",
                 {"quantization_config.moe_quant_type is \"w2\"", "\"w4w2\""}},
