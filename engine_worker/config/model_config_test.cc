@@ -2,11 +2,12 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
+
+#include "common/temp_dir_test_util.h"
 
 namespace wintserve {
 namespace {
@@ -40,21 +41,8 @@ json PlainConfig() {
   return config;
 }
 
-class TempDir {
- public:
-  TempDir() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "wintserve_XXXXXX").string();
-    path_ = ::mkdtemp(pattern.data());
-  }
-  ~TempDir() { std::filesystem::remove_all(path_); }
-  const std::filesystem::path& path() const { return path_; }
-
- private:
-  std::filesystem::path path_;
-};
-
 absl::StatusOr<ModelConfig> LoadText(const std::string& text) {
-  const TempDir dir;
+  const wintserve::testing::TempDir dir;
   std::ofstream(dir.path() / "config.json") << text;
   return LoadModelConfig(dir.path());
 }
@@ -98,7 +86,7 @@ struct Variant {
   void (*check)(const ModelConfig&);
 };
 
-class AcceptedConfig : public testing::TestWithParam<Variant> {};
+class AcceptedConfig : public ::testing::TestWithParam<Variant> {};
 
 TEST_P(AcceptedConfig, IsRead) {
   json config = PlainConfig();
@@ -110,7 +98,7 @@ TEST_P(AcceptedConfig, IsRead) {
 
 INSTANTIATE_TEST_SUITE_P(
     All, AcceptedConfig,
-    testing::Values(
+    ::testing::Values(
         Variant{"ALayerThatIsRemovedIsNotThere", R"({"remove_tail_layer": true})",
                 [](const ModelConfig& c) {
                   EXPECT_EQ(c.num_layers, 53);
@@ -238,7 +226,7 @@ struct Refusal {
   std::vector<const char*> pieces;  // of the error: key, value, what is allowed
 };
 
-class RefusedConfig : public testing::TestWithParam<Refusal> {};
+class RefusedConfig : public ::testing::TestWithParam<Refusal> {};
 
 TEST_P(RefusedConfig, NamesFileKeyValueAndWhatIsAllowedOnOneLine) {
   json config = Wint2Config();
@@ -255,7 +243,7 @@ TEST_P(RefusedConfig, NamesFileKeyValueAndWhatIsAllowedOnOneLine) {
 
 INSTANTIATE_TEST_SUITE_P(
     All, RefusedConfig,
-    testing::Values(
+    ::testing::Values(
         Refusal{"UnknownArchitecture",
                 R"({"architectures": ["LlamaForCausalLM"]})",
                 {"architectures", "LlamaForCausalLM", "Ernie4_5_MoeForCausalLM"}},
@@ -378,7 +366,7 @@ struct Fit {
   const char* error;  // a piece, or null if it fits
 };
 
-class TensorParallelFit : public testing::TestWithParam<Fit> {};
+class TensorParallelFit : public ::testing::TestWithParam<Fit> {};
 
 TEST_P(TensorParallelFit, IsDecidedByWhatMustSplitEvenly) {
   json config = Wint2Config();
@@ -396,7 +384,7 @@ TEST_P(TensorParallelFit, IsDecidedByWhatMustSplitEvenly) {
 
 INSTANTIATE_TEST_SUITE_P(
     All, TensorParallelFit,
-    testing::Values(
+    ::testing::Values(
         Fit{"One", "{}", 1, nullptr}, Fit{"Four", "{}", 4, nullptr},
         Fit{"EightGivesSevenGroupsARank", "{}", 8, nullptr},
         Fit{"SixteenSplitsAGroup", R"({"vocab_size": 103424})", 16,

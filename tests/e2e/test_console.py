@@ -1,55 +1,25 @@
 """What a terminal shows of a server that loads, and what everything else gets."""
 import fcntl
-import json
-import math
 import os
 import re
-import shutil
 import struct
 import termios
 import threading
 
 import pytest
 
-from server import DEVICE, ROOT
+from made_model import write_model
+from server import DEVICE
 
-TINY = ROOT / "tests/data/tiny-bf16"
 COLUMNS = 100
 
 # The model has to take a good part of a second, which is more than it takes a GPU's machine.
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the model is too small for a bar")
 
 
-def write_empty_model(directory, layers=4, hidden=1024, width=1024, experts=16):
+def write_empty_model(directory):
     """A model of 400 MiB whose weights are all zero: a file with nothing on the disk, which takes time to load."""
-    directory.mkdir()
-    for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(TINY / name, directory)
-    config = json.loads((TINY / "config.json").read_text())
-    config.update(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-                  head_dim=64, intermediate_size=256, moe_intermediate_size=width, moe_num_experts=experts, moe_k=2,
-                  moe_num_shared_experts=0, moe_layer_start_index=0, moe_layer_end_index=layers - 1)
-    (directory / "config.json").write_text(json.dumps(config))
-    shapes = {"model.embed_tokens.weight": [config["vocab_size"], hidden], "model.norm.weight": [hidden]}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = shapes[prefix + "post_attention_layernorm.weight"] = [hidden]
-        shapes |= {f"{prefix}self_attn.{name}_proj.weight": shape for name, shape in
-                   (("q", [256, hidden]), ("k", [128, hidden]), ("v", [128, hidden]), ("o", [hidden, 256]))}
-        shapes[prefix + "mlp.gate.weight"] = [experts, hidden]
-        shapes[prefix + "mlp.moe_statics.e_score_correction_bias"] = [1, experts]
-        for expert in range(experts):
-            shapes |= {f"{prefix}mlp.experts.{expert}.{name}_proj.weight": shape for name, shape in
-                       (("gate", [width, hidden]), ("up", [width, hidden]), ("down", [hidden, width]))}
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    with open(directory / "model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
+    write_model(directory, lambda name, shape: None, layers=4, hidden=1024, width=1024, experts=16)
     return directory
 
 

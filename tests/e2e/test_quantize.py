@@ -1,16 +1,14 @@
 """`wintserve quantize` as a user runs it, and what it makes, served."""
 import array
 import json
+import math
 import random
-import shutil
 import signal
-import struct
 import subprocess
 import time
 
+from made_model import TINY, write_model
 from server import BIN, DEVICE, POET, ROOT
-
-TINY = ROOT / "tests/data/tiny-bf16"
 
 
 def quantize(*args, **kwargs):
@@ -36,48 +34,20 @@ def bf16(values):
     return array.array("H", (word >> 16 for word in array.array("I", array.array("f", values).tobytes()))).tobytes()
 
 
-def write_random_model(directory, layers=2, hidden=256, width=256, experts=32, vocab=8192):
-    """A model in the Hugging Face layout with tiny-bf16's tokenizer; most of it is experts."""
-    directory.mkdir()
-    for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(TINY / name, directory)
-    config = json.loads((TINY / "config.json").read_text())
-    config.update(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-                  head_dim=64, intermediate_size=256, moe_intermediate_size=width, moe_num_experts=experts, moe_k=2,
-                  moe_num_shared_experts=0, moe_layer_start_index=0, moe_layer_end_index=layers - 1)
-    (directory / "config.json").write_text(json.dumps(config))
-
+def write_random_model(directory, layers=2, hidden=256, width=256, experts=32):
     rng = random.Random(5)
     normals = [rng.gauss(0, hidden ** -0.5) for _ in range(4099)]  # repeated: quick, and no column twice alike
 
-    def weights(rows, columns):
-        count = rows * columns
+    def weights(name, shape):
+        if "norm" in name:
+            return bf16([1.0] * hidden)
+        if "bias" in name:
+            return None
+        count = math.prod(shape)
         begin = rng.randrange(4099)
-        repeated = bf16(normals[begin:] + normals[:begin]) * (count // 4099 + 1)
-        return ([rows, columns], repeated[:2 * count])
+        return (bf16(normals[begin:] + normals[:begin]) * (count // 4099 + 1))[:2 * count]
 
-    ones = ([hidden], bf16([1.0] * hidden))
-    tensors = {"model.embed_tokens.weight": weights(vocab, hidden), "model.norm.weight": ones}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        tensors[prefix + "input_layernorm.weight"] = tensors[prefix + "post_attention_layernorm.weight"] = ones
-        for name, rows in (("q_proj", 256), ("k_proj", 128), ("v_proj", 128), ("o_proj", hidden)):
-            tensors[f"{prefix}self_attn.{name}.weight"] = weights(rows, 256 if name == "o_proj" else hidden)
-        tensors[prefix + "mlp.gate.weight"] = weights(experts, hidden)
-        tensors[prefix + "mlp.moe_statics.e_score_correction_bias"] = ([1, experts], bf16([0.0] * experts))
-        for expert in range(experts):
-            for name in ("gate_proj", "up_proj"):
-                tensors[f"{prefix}mlp.experts.{expert}.{name}.weight"] = weights(width, hidden)
-            tensors[f"{prefix}mlp.experts.{expert}.down_proj.weight"] = weights(hidden, width)
-    header, end = {}, 0
-    for name, (shape, data) in tensors.items():
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + len(data)]}
-        end += len(data)
-    text = json.dumps(header).encode()
-    with open(directory / "model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, data in tensors.values():
-            file.write(data)
+    write_model(directory, weights, layers, hidden, width, experts)
 
 
 def test_a_quantised_model_answers_nearly_as_before(tmp_path):
