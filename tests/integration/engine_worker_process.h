@@ -68,16 +68,21 @@ class Supervisor {
       const auto packet = ReceivePacket(peer->get(), 5000);
       proto::SupervisorRequest request;
       if (!packet.ok() || !request.ParseFromString(packet->bytes)) continue;
-      const proto::GroupMemory& wanted = request.group_memory();
-      if (!memories.contains(wanted.group_epoch())) {
-        auto memory = MappedMemory::Create("group", static_cast<int64_t>(wanted.size_bytes()));
-        CHECK(memory.ok());
-        memories[wanted.group_epoch()] = *std::move(memory);
-      }
       proto::SupervisorReply reply;
       reply.set_text("ok");
-      CHECK(SendPacket(peer->get(), reply.SerializeAsString(), memories[wanted.group_epoch()].fd())
-                .ok());
+      int fd = -1;
+      // The other request that comes tells of a load that takes long, as on a busy machine.
+      if (request.has_group_memory()) {
+        const proto::GroupMemory& wanted = request.group_memory();
+        if (!memories.contains(wanted.group_epoch())) {
+          auto memory = MappedMemory::Create("group", static_cast<int64_t>(wanted.size_bytes()));
+          CHECK(memory.ok(), "{}", memory.status().ToString());
+          memories[wanted.group_epoch()] = *std::move(memory);
+        }
+        fd = memories[wanted.group_epoch()].fd();
+      }
+      const bool is_sent = SendPacket(peer->get(), reply.SerializeAsString(), fd).ok();
+      CHECK(is_sent || !request.has_group_memory());  // nobody waits long for the others
     }
   }
 
