@@ -38,6 +38,7 @@ struct Preparation {
   std::vector<int> moved;  // room for one number each
   int first_free = 3;      // above every child_fd
   int output_fd = -1;
+  bool keeps_stdout = false;
   int status_fd = -1;
   pid_t parent = -1;
 };
@@ -53,16 +54,18 @@ struct Preparation {
 // number may be another one's source.
 void PlaceDescriptors(Preparation* preparation) {
   const auto& descriptors = *preparation->descriptors;
-  if (preparation->output_fd >= 0) {
-    for (const int stream : {STDOUT_FILENO, STDERR_FILENO}) {
-      if (::dup2(preparation->output_fd, stream) < 0) Fail(preparation->status_fd, "dup2");
-    }
-  }
   preparation->status_fd =
       ::fcntl(preparation->status_fd, F_DUPFD_CLOEXEC, preparation->first_free);
   for (size_t i = 0; i < descriptors.size(); ++i) {
     preparation->moved[i] = ::fcntl(descriptors[i].fd, F_DUPFD_CLOEXEC, preparation->first_free);
     if (preparation->moved[i] < 0) Fail(preparation->status_fd, "dup");
+  }
+  // Now that they may be our own streams no more.
+  if (preparation->output_fd >= 0) {
+    for (const int stream : {STDOUT_FILENO, STDERR_FILENO}) {
+      if (stream == STDOUT_FILENO && preparation->keeps_stdout) continue;
+      if (::dup2(preparation->output_fd, stream) < 0) Fail(preparation->status_fd, "dup2");
+    }
   }
   if (::close_range(3, ~0U, CLOSE_RANGE_CLOEXEC) != 0) Fail(preparation->status_fd, "close_range");
   for (size_t i = 0; i < descriptors.size(); ++i) {
@@ -123,6 +126,7 @@ absl::StatusOr<ChildProcess> ChildProcess::Spawn(const ChildOptions& options) {
   }
   CHECK(options.output_fd == -1 || options.output_fd >= 3, "output_fd={}", options.output_fd);
   preparation.output_fd = options.output_fd;
+  preparation.keeps_stdout = options.keeps_stdout;
   preparation.parent = ::getpid();
 
   int pipe_fds[2];

@@ -31,7 +31,8 @@ struct ChildOptions {
   std::vector<std::string> environment;  // "NAME=value", beside what is inherited
   // Which variables of our own environment the child gets, by name; null: all.
   bool (*inherits)(std::string_view name) = nullptr;
-  int output_fd = -1;  // the child's stdout and stderr; -1: ours
+  int output_fd = -1;         // the child's stdout and stderr; -1: ours
+  bool keeps_stdout = false;  // its stdout is ours all the same
 };
 
 // Move-only; a default-made or moved-from object stands for no process. Destruction stops the child

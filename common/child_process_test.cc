@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <filesystem>
 #include <string>
 
 namespace wintserve {
@@ -133,6 +134,30 @@ TEST(ChildProcess, BothOutputStreamsMayGoElsewhere) {
   char text[64] = {};
   EXPECT_GT(::pread(file.get(), text, sizeof(text) - 1, 0), 0);
   EXPECT_STREQ(text, "out\nerr\n4\n") << "3 is the directory that ls reads";
+}
+
+TEST(ChildProcess, OurOwnStreamMayHaveAnotherNumber) {
+  const UniqueFd file(::memfd_create("output", MFD_CLOEXEC));
+  ChildOptions options = Shell("readlink /proc/$$/fd/3");
+  options.output_fd = file.get();
+  options.descriptors = {{STDERR_FILENO, 3}};
+  ChildProcess child = MustSpawn(options);
+  EXPECT_EQ(ExitCode(&child), 0);
+  char text[4096] = {};
+  EXPECT_GT(::pread(file.get(), text, sizeof(text) - 1, 0), 0);
+  EXPECT_EQ(text, std::filesystem::read_symlink("/proc/self/fd/2").string() + "\n");
+}
+
+TEST(ChildProcess, StderrAloneMayGoElsewhere) {
+  const UniqueFd file(::memfd_create("output", MFD_CLOEXEC));
+  ChildOptions options = Shell("target=$(readlink /proc/$$/fd/1); echo \"$target\" >&2");
+  options.output_fd = file.get();
+  options.keeps_stdout = true;
+  ChildProcess child = MustSpawn(options);
+  EXPECT_EQ(ExitCode(&child), 0);
+  char text[4096] = {};
+  EXPECT_GT(::pread(file.get(), text, sizeof(text) - 1, 0), 0);
+  EXPECT_EQ(text, std::filesystem::read_symlink("/proc/self/fd/1").string() + "\n");
 }
 
 TEST(ChildProcess, HasAFreshSignalStateGroupInputAndItsEnvironment) {
