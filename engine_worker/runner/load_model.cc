@@ -214,20 +214,14 @@ struct OpenedWeights {
   std::string origin;  // for the log
 };
 
-int64_t BytesOnDisk(const Checkpoint& checkpoint, const MatrixRef& ref, const Collective& group) {
-  return checkpoint.BytesOf(ref, group.rank(), group.world_size()).on_disk;
-}
-
-// Tells how far the files are: the events, and the log every few seconds. There a bar would be
+// Tells how far loading is: the events, and the log every few seconds. There a bar would be
 // taken for lines; the ranks have the same to do, so that one of them tells it for all.
 class ToldLoading {
  public:
-  ToldLoading(const ModelConfig& config, const Checkpoint& checkpoint, const Collective& group,
+  ToldLoading(const ModelConfig& config, const WeightSource& source, const Collective& group,
               const LoadEvents& events)
-      : config_(config), checkpoint_(checkpoint), group_(group), events_(events) {
-    for (const MatrixRef& ref : AllMatrices(config)) {
-      total_bytes_ += BytesOnDisk(checkpoint, ref, group);
-    }
+      : config_(config), source_(source), events_(events) {
+    for (const MatrixRef& ref : AllMatrices(config)) total_bytes_ += source.BytesOf(ref);
     events_.on_bytes(0, total_bytes_);
     if (group.rank() != 0) return;
     const int world_size = group.world_size();
@@ -239,7 +233,7 @@ class ToldLoading {
   }
 
   void OnMatrix(const MatrixRef& ref) {
-    const int64_t bytes = BytesOnDisk(checkpoint_, ref, group_);
+    const int64_t bytes = source_.BytesOf(ref);
     done_bytes_ += bytes;
     events_.on_bytes(done_bytes_, total_bytes_);
     if (!log_.has_value()) return;
@@ -251,8 +245,7 @@ class ToldLoading {
 
  private:
   const ModelConfig& config_;
-  const Checkpoint& checkpoint_;
-  const Collective& group_;
+  const WeightSource& source_;
   const LoadEvents& events_;
   int64_t total_bytes_ = 0;
   int64_t done_bytes_ = 0;
@@ -274,6 +267,7 @@ class ReportingSource final : public WeightSource {
     on_matrix_(ref);
     return matrix;
   }
+  int64_t BytesOf(const MatrixRef& ref) const override { return source_->BytesOf(ref); }
   absl::StatusOr<std::vector<float>> LoadVector(VectorRole role, int layer) const override {
     auto vector = source_->LoadVector(role, layer);
     on_progress_();
@@ -312,11 +306,9 @@ absl::StatusOr<std::unique_ptr<Model>> LoadWeights(const ServeOptions& options,
   const auto begin = std::chrono::steady_clock::now();
   ASSIGN_OR_RETURN(OpenedWeights opened, OpenWeights(options, config, backend, *group));
   events.on_progress();
-  std::optional<ToldLoading> told;
-  if (opened.checkpoint != nullptr) told.emplace(config, *opened.checkpoint, *group, events);
-  ReportingSource source(std::move(opened.source), events.on_progress, [&](const MatrixRef& ref) {
-    if (told.has_value()) told->OnMatrix(ref);
-  });
+  std::optional<ToldLoading> told(std::in_place, config, *opened.source, *group, events);
+  ReportingSource source(std::move(opened.source), events.on_progress,
+                         [&](const MatrixRef& ref) { told->OnMatrix(ref); });
   ASSIGN_OR_RETURN(std::unique_ptr<Model> model,
                    LoadErnie45(config, &source, backend, group->world_size() == 1 ? nullptr : group,
                                ModelOptionsOf(options)));

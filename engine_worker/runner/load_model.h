@@ -26,8 +26,8 @@ struct LoadedModel {
 struct LoadEvents {
   // After each tensor that is loaded and each further stage.
   std::function<void()> on_progress = [] {};
-  // How much of the rank's part of the files has been loaded: none of it at first, then after each
-  // matrix, all of it in the end. Not for dummy weights, which are in no file.
+  // How much of the rank's part of the files has been loaded, or of dummy weights has been filled:
+  // none of it at first, then after each matrix, all of it in the end.
   std::function<void(int64_t done_bytes, int64_t total_bytes)> on_bytes = [](int64_t, int64_t) {};
 };
 

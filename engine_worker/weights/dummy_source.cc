@@ -34,6 +34,18 @@ WeightFormat FormatOf(StoredFormat stored, MatrixRole role) {
                                                                       : WeightFormat::kBfloat16);
 }
 
+// In the CUDA layouts; those of the CPU differ by little.
+int64_t BytesOfDummy(const DummyMatrix& matrix, MatrixRole role) {
+  switch (role) {
+    case MatrixRole::kEmbedding:
+      return matrix.k * matrix.n * static_cast<int64_t>(sizeof(uint16_t));
+    case MatrixRole::kRouter:
+      return matrix.k * matrix.n * static_cast<int64_t>(sizeof(float));
+    default:
+      return kernels::plan::LayOutDummyWeights(matrix, role == MatrixRole::kGateUp).size_bytes();
+  }
+}
+
 class DummySource final : public WeightSource {
  public:
   DummySource(const ModelConfig& config, const DummyWeightOptions& options,
@@ -47,6 +59,10 @@ class DummySource final : public WeightSource {
   absl::StatusOr<std::unique_ptr<kernels::WeightMatrix>> NextMatrix(const MatrixRef& ref) override {
     return backend_->MakeDummy(DescribeDummyMatrix(config_, ref, rank_, world_size_),
                                UseOf(ref.role));
+  }
+
+  int64_t BytesOf(const MatrixRef& ref) const override {
+    return BytesOfDummy(DescribeDummyMatrix(config_, ref, rank_, world_size_), ref.role);
   }
 
   absl::StatusOr<std::vector<float>> LoadVector(VectorRole role, int layer) const override {
@@ -135,18 +151,10 @@ std::unique_ptr<WeightSource> MakeDummySource(const ModelConfig& config,
 int64_t CudaWeightBytes(const ModelConfig& config, int rank, int world_size) {
   int64_t bytes = 0;
   for (const MatrixRef& ref : AllMatrices(config)) {
-    const DummyMatrix matrix = DescribeDummyMatrix(config, ref, rank, world_size);
     if (ref.role == MatrixRole::kHead && !config.tie_word_embeddings_is_set) {
       continue;  // on no account more than there will be
     }
-    if (ref.role == MatrixRole::kEmbedding) {
-      bytes += matrix.k * matrix.n * static_cast<int64_t>(sizeof(uint16_t));
-    } else if (ref.role == MatrixRole::kRouter) {
-      bytes += matrix.k * matrix.n * static_cast<int64_t>(sizeof(float));
-    } else {
-      bytes +=
-          kernels::plan::LayOutDummyWeights(matrix, ref.role == MatrixRole::kGateUp).size_bytes();
-    }
+    bytes += BytesOfDummy(DescribeDummyMatrix(config, ref, rank, world_size), ref.role);
   }
   return bytes;
 }

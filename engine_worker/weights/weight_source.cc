@@ -15,11 +15,16 @@ class CheckpointSource final : public WeightSource {
                    kernels::Backend* backend, int rank, int world_size, int num_threads)
       : checkpoint_(checkpoint),
         backend_(backend),
+        rank_(rank),
+        world_size_(world_size),
         matrices_(checkpoint, AllMatrices(config), rank, world_size, num_threads) {}
 
   absl::StatusOr<std::unique_ptr<kernels::WeightMatrix>> NextMatrix(const MatrixRef& ref) override {
     ASSIGN_OR_RETURN(const formats::HostMatrix host, matrices_.Next(ref));
     return backend_->Pack(host, UseOf(ref.role));
+  }
+  int64_t BytesOf(const MatrixRef& ref) const override {
+    return checkpoint_.BytesOf(ref, rank_, world_size_).on_disk;
   }
   absl::StatusOr<std::vector<float>> LoadVector(VectorRole role, int layer) const override {
     return checkpoint_.LoadVector(role, layer);
@@ -34,6 +39,8 @@ class CheckpointSource final : public WeightSource {
  private:
   const Checkpoint& checkpoint_;
   kernels::Backend* const backend_;
+  const int rank_;
+  const int world_size_;
   MatrixReader matrices_;
 };
 

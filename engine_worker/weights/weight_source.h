@@ -1,6 +1,7 @@
 // Where a model's weights come from: a checkpoint, or nowhere (dummy_source.h).
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -20,6 +21,9 @@ class WeightSource {
   // REQUIRES: `ref` is the next one.
   virtual absl::StatusOr<std::unique_ptr<kernels::WeightMatrix>> NextMatrix(
       const MatrixRef& ref) = 0;
+  // How much of the work of loading `ref` is: about the bytes of the files that NextMatrix reads,
+  // or those that it fills where there are none.
+  virtual int64_t BytesOf(const MatrixRef& ref) const = 0;
   // As Checkpoint::LoadVector.
   virtual absl::StatusOr<std::vector<float>> LoadVector(VectorRole role, int layer) const = 0;
   virtual bool has_router_bias() const = 0;
