@@ -206,6 +206,9 @@ int Main(int argc, char** argv) {
   if (!llm.ok()) return Fail(llm.status());
   if (instance->mode != "generate") return Serve(*instance, llm->get(), registry, &start);
   start.Started();
+  // A terminal may be set to stop who writes there in the background, where the launcher's children
+  // are.
+  ::signal(SIGTTOU, SIG_IGN);
   return Generate(*instance, llm->get());
 }
 

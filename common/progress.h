@@ -35,6 +35,10 @@ std::string ProgressLine(const ProgressState& state);
 // Parts that do not fit are left out, the note first. utf8: false draws with '#' and '-'.
 std::string ProgressBar(const ProgressState& state, int columns, bool utf8);
 
+// Environment variable: the number of a descriptor on which `wintserve serve` shows how far loading
+// is, as Progress would, for the program that has started it and passes it the descriptor.
+inline constexpr char kLoadingFdVariable[] = "WINTSERVE_LOADING_FD";
+
 struct ProgressOptions {
   std::string label;
   int64_t total = 0;  // 0: not known

@@ -67,6 +67,7 @@ Child MakeChild(ChildRole role, int rank, const Instance& instance, const Reserv
   switch (role) {
     case ChildRole::kApiServer:
       child.name = "api server";
+      child.keeps_stdout = instance.mode == "generate";  // the answer, as it is
       child.instance.http_fd = ports.http.valid() ? kHttpFd : -1;
       child.instance.metrics_fd = ports.metrics.valid() ? kMetricsFd : -1;
       break;
@@ -103,6 +104,7 @@ absl::Status SpawnChild(const ReservedPorts& ports, Child* child) {
   if (instance.http_fd >= 0) options.descriptors.push_back({ports.http.get(), kHttpFd});
   ASSIGN_OR_RETURN(const UniqueFd output, child->output.Open());
   options.output_fd = output.get();
+  options.keeps_stdout = child->keeps_stdout;
   if (instance.metrics_fd >= 0) options.descriptors.push_back({ports.metrics.get(), kMetricsFd});
   child->start_signs = MakeStartPulse();
   if (!child->start_signs.valid()) return absl::ErrnoToStatus(errno, "eventfd");

@@ -31,6 +31,7 @@ struct Child {
   Clock::time_point started;
   UniqueFd start_signs;  // what `start_watch` looks at
   StartWatch start_watch;
+  bool keeps_stdout = false;  // what it writes there goes where ours goes, not to the log
   int num_starts = 0;
   bool stopped = false;                           // we asked it to end, or ended it
   bool hung = false;                              // while it started, so that we ended it
@@ -39,7 +40,7 @@ struct Child {
 };
 
 // The child of that role (of that rank, an engine worker) for an instance with these ports. `log`
-// must live longer; null: the child has our own stdout and stderr.
+// must live longer.
 Child MakeChild(ChildRole role, int rank, const Instance& instance, const ReservedPorts& ports,
                 InstanceLog* log);
 

@@ -17,7 +17,6 @@ constexpr int kMaxLastReads = 16;
 }  // namespace
 
 absl::StatusOr<UniqueFd> ChildOutput::Open() {
-  if (log_ == nullptr) return UniqueFd();
   int fds[2];
   if (::pipe2(fds, O_CLOEXEC) != 0) return absl::ErrnoToStatus(errno, "pipe");
   reader_.Reset(fds[0]);

@@ -1,4 +1,4 @@
-// What one child writes to stdout and stderr, as lines.
+// What one child writes to its console, as lines.
 #pragma once
 
 #include <string>
@@ -14,10 +14,10 @@ namespace wintserve {
 class ChildOutput {
  public:
   ChildOutput() = default;
-  // `log` must live longer; null: no pipe, the child has our own streams.
+  // `log` must live longer.
   ChildOutput(std::string name, InstanceLog* log) : name_(std::move(name)), log_(log) {}
 
-  // The end that a process about to start gets; -1 without a log. Finish comes before the next.
+  // The end that a process about to start gets. Finish comes before the next.
   absl::StatusOr<UniqueFd> Open();
 
   // To be polled for input; -1: there is nothing to wait for.

@@ -55,14 +55,19 @@ std::string_view ColourOf(std::string_view line) {
 }  // namespace
 
 absl::StatusOr<InstanceLog> InstanceLog::Open(const std::string& log_dir,
-                                              const std::vector<std::string>& names) {
+                                              const std::vector<std::string>& names,
+                                              LoadingPlace loading_place) {
   UniqueFd console(::fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3));
   if (!console.valid()) return absl::ErrnoToStatus(errno, "stderr");
   InstanceLog log;
   log.in_colour_ = ShowsColours(console.get());
-  if (CanMoveCursor(console.get())) log.terminal_fd_ = console.get();
+  const bool is_elsewhere = loading_place.fd.valid();
+  const int loading_fd = is_elsewhere ? loading_place.fd.get() : console.get();
+  if (CanMoveCursor(loading_fd)) log.terminal_fd_ = loading_fd;
   log.is_utf8_ = IsUtf8Terminal();
+  log.in_own_lines_ = is_elsewhere || loading_place.in_own_lines;
   log.console_ = std::make_unique<LineSink>(std::move(console));
+  if (is_elsewhere) log.loading_ = std::make_unique<LineSink>(std::move(loading_place.fd));
   if (log_dir.empty()) return log;
   RETURN_IF_ERROR(MakeDirectory(log_dir));
   for (const std::string& name : names) {
@@ -74,9 +79,12 @@ absl::StatusOr<InstanceLog> InstanceLog::Open(const std::string& log_dir,
 
 void InstanceLog::Write(const std::string& name, std::string_view line) {
   if (const auto file = files_.find(name); file != files_.end()) file->second->Write(line);
-  if (IsLoadingLine(line) && console_->has_row()) return;
+  const bool is_said_there = console_->has_row() || tells_loading_in_own_lines();
+  if (loading_ == nullptr && is_said_there && IsLoadingLine(line)) return;
   WriteConsole(fmt::format("[{}] ", name), line);
 }
+
+bool InstanceLog::tells_loading_in_own_lines() const { return in_own_lines_ && terminal_fd_ < 0; }
 
 std::optional<InstanceLog::RowShape> InstanceLog::row_shape() const {
   if (terminal_fd_ < 0) return std::nullopt;

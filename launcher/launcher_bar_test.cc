@@ -148,6 +148,87 @@ TEST_F(BarTest, AFileGetsTheLinesAndNoEscapeSequence) {
   EXPECT_THAT(Stderr(), Not(HasSubstr("###")));
 }
 
+// `wintserve generate`, whose answer goes to stdout.
+class GenerateBarTest : public BarTest {
+ protected:
+  void StartGenerating(const std::string& stderr_path) {
+    stderr_ = stderr_path;
+    Start({"generate", "--model", Model(), "--prompt", "x"},
+          {{"api_server", "says:the answer"}, {"engine_worker_0", "load:run"}});
+  }
+};
+
+TEST_F(GenerateBarTest, StderrHasItIfThatIsATerminal) {
+  TestTerminal terminal(70);
+  StartGenerating(terminal.path());
+  std::string bytes = terminal.ReadUntil("\rloading #########");
+  bytes += terminal.ReadUntil("loads something\n");
+  bytes += terminal.ReadUntil("\033[K");
+  EXPECT_THAT(Screen(bytes).back(), ContainsRegex("^loading #+-+   50%  50.0/100.0 MiB"));
+  EndLoading();
+  bytes += terminal.ReadUntil("\r\033[K");
+  Stop();
+  bytes += terminal.ReadUntilSilent(std::chrono::milliseconds(100));
+  EXPECT_THAT(Screen(bytes), Each(Not(HasSubstr("###"))));
+  EXPECT_THAT(bytes, Not(HasSubstr("the answer")));
+  EXPECT_EQ(Stdout(), "the answer\n");
+}
+
+TEST_F(GenerateBarTest, ElsewhereItGetsLinesThoughTheLogIsOfWarnings) {
+  TestTerminal terminal;  // for TERM
+  StartGenerating("");
+  ASSERT_TRUE(EventuallySays("\nloading: 50.0 of 100.0 MiB (50%)\n")) << Stderr();
+  EndLoading();
+  Stop();
+  EXPECT_THAT(Stderr(), Not(HasSubstr(": loading:"))) << "it is said twice";
+  EXPECT_THAT(Stderr(), Not(HasSubstr("\033")));
+  EXPECT_EQ(Stdout(), "the answer\n");
+}
+
+// Who starts a server for itself shows how far that is loaded.
+class LoadingFdTest : public BarTest {
+ protected:
+  void StartWithLoadingFd(const std::string& path) {
+    environment_.push_back("WINTSERVE_LOADING_FD=9");
+    before_exec_ = fmt::format("exec 9>>{};", path);
+    StartLoading("");
+  }
+};
+
+TEST_F(LoadingFdTest, ATerminalGetsTheBarAndNothingElse) {
+  TestTerminal terminal(70);
+  StartWithLoadingFd(terminal.path());
+  std::string bytes = terminal.ReadUntil("\rloading 2 ranks #########");
+  ASSERT_TRUE(EventuallySays(kLoadingLine)) << "a log has the lines";
+  EXPECT_EQ(Reported("engine-worker-0", "fds"), Reported("cache-manager", "fds"));
+  EndLoading();
+  bytes += terminal.ReadUntil("\r\033[K");
+  Stop();
+  bytes += terminal.ReadUntilSilent(std::chrono::milliseconds(100));
+  EXPECT_EQ(Screen(bytes), std::vector<std::string>{""});
+  EXPECT_THAT(Stderr(), Not(HasSubstr("###")));
+}
+
+TEST_F(LoadingFdTest, AFileGetsLines) {
+  const fs::path path = dir_ / "loading";
+  StartWithLoadingFd(path.string());
+  ASSERT_TRUE(Eventually([&] { return ReadFile(path).ends_with("\n"); })) << Stderr();
+  EXPECT_EQ(ReadFile(path), "loading 2 ranks: 100.0 of 200.0 MiB (50%)\n");
+  ASSERT_TRUE(EventuallySays(kLoadingLine));
+  Stop();
+}
+
+TEST_F(LoadingFdTest, OneThatIsNotOpenIsRefused) {
+  for (const char* text : {"99", "2", "-1", "x", ""}) {
+    environment_ = {fmt::format("WINTSERVE_LOADING_FD={}", text)};
+    StartServing();
+    EXPECT_EQ(ExitCode(), kExitUsage);
+    EXPECT_EQ(Stderr(), fmt::format("error: WINTSERVE_LOADING_FD: must be the number of an open "
+                                    "descriptor, from 3 on (got '{}')\n",
+                                    text));
+  }
+}
+
 TEST_F(BarTest, WithoutColoursThereIsStillABar) {
   TestTerminal terminal(70);
   ::setenv("NO_COLOR", "1", 1);

@@ -7,6 +7,7 @@
 // "talk:BEHAVIOUR": 20,000 lines of 100 bytes on stderr before; "load:BEHAVIOUR" (of engine
 // workers): a line about loading and another one on stderr, and reports that half of 100 MiB are
 // there, until there is a file "loaded" in the directory above; then those that all is there.
+// "says:TEXT" writes it to stdout and runs.
 // "abort" leaves a line without end there (mode "serve").
 #include <fcntl.h>
 #include <fmt/format.h>
@@ -14,6 +15,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -113,6 +115,10 @@ int main(int argc, char** argv) {
     const auto directory = std::filesystem::path(path).parent_path().parent_path();
     if (!Load(*instance, signals, directory / "loaded")) return 0;
     behaviour = behaviour.substr(5);
+  }
+  if (behaviour.starts_with("says:")) {
+    fmt::print("{}\n", behaviour.substr(5));
+    std::fflush(stdout);
   }
   if (behaviour == "abort") {
     if (instance->mode == "serve") fmt::print(stderr, "last words");

@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "common/check.h"
-#include "common/progress.h"
 #include "launcher/client/load_reporter.h"
 
 namespace wintserve {
@@ -17,7 +16,7 @@ void LoadingBar::Report(int rank, int64_t done_bytes, int64_t total_bytes, Time 
   if (is_new && done_bytes == total_bytes) return;
   if (ranks_.empty()) {
     begin_ = now;
-    next_row_ = now + kInterval;  // by then the others have told, too
+    next_row_ = now + interval_;  // by then the others have told, too
   }
   Rank& known = ranks_[rank];
   if (is_new) known.done_before = done_bytes;
@@ -43,24 +42,36 @@ std::optional<LoadingBar::Time> LoadingBar::next_time() const {
   return ranks_.empty() ? std::nullopt : std::optional(next_row_);
 }
 
-std::string LoadingBar::Row(Time now, int columns, bool utf8) {
+bool LoadingBar::Advance(Time now, std::string* label, ProgressState* state) {
   is_shown_ = AnyLoads(now);
   if (!is_shown_) {
     ranks_.clear();
-    return "";
+    return false;
   }
-  next_row_ = now + kInterval;
-  const std::string label = Label();
-  ProgressState state = {.label = label,
-                         .noun = "",
-                         .note = "",
-                         .seconds = std::chrono::duration<double>(now - begin_).count()};
+  next_row_ = now + interval_;
+  *label = Label();
+  *state = {.label = *label,
+            .noun = "",
+            .note = "",
+            .seconds = std::chrono::duration<double>(now - begin_).count()};
   for (const auto& [number, rank] : ranks_) {
-    state.done += rank.done_bytes;
-    state.total += rank.total_bytes;
-    state.done_before += rank.done_before;
+    state->done += rank.done_bytes;
+    state->total += rank.total_bytes;
+    state->done_before += rank.done_before;
   }
-  return ProgressBar(state, columns, utf8);
+  return true;
+}
+
+std::string LoadingBar::Row(Time now, int columns, bool utf8) {
+  std::string label;
+  ProgressState state;
+  return Advance(now, &label, &state) ? ProgressBar(state, columns, utf8) : "";
+}
+
+std::string LoadingBar::Line(Time now) {
+  std::string label;
+  ProgressState state;
+  return Advance(now, &label, &state) ? ProgressLine(state) : "";
 }
 
 std::string LoadingBar::Label() const {

@@ -53,6 +53,24 @@ TEST(LoadingBar, RanksAreAddedUpAndTheFirstWhoHasLoadedCountsOn) {
   EXPECT_EQ(bar.next_time(), std::nullopt);
 }
 
+TEST(LoadingBar, MaySayItInLines) {
+  LoadingBar bar(2, LoadingBar::kLineInterval);
+  bar.Report(0, 1 * kGib, 8 * kGib, kStart);
+  bar.Report(1, 3 * kGib, 8 * kGib, kStart);
+  EXPECT_FALSE(bar.IsDue(kStart + milliseconds(4999))) << "short loads are silent";
+  for (int second = 1; second <= 5; ++second) {
+    bar.Report(0, 1 * kGib, 8 * kGib, kStart + seconds(second));
+    bar.Report(1, 8 * kGib, 8 * kGib, kStart + seconds(second));
+  }
+  EXPECT_TRUE(bar.IsDue(kStart + seconds(5)));
+  EXPECT_EQ(bar.Line(kStart + seconds(5)),
+            "loading 2 ranks: 9.0 of 16.0 GiB (56%), 1.00 GiB/s, 7 s left");
+  EXPECT_FALSE(bar.IsDue(kStart + milliseconds(5100)));
+  bar.Report(0, 8 * kGib, 8 * kGib, kStart + seconds(6));
+  EXPECT_EQ(bar.Line(kStart + seconds(6)), "") << "what has loaded is not told";
+  EXPECT_EQ(bar.next_time(), std::nullopt);
+}
+
 TEST(LoadingBar, AReplacementIsNamedAndBeginsAnew) {
   LoadingBar bar(4);
   for (const int rank : {0, 1, 2, 3}) bar.Report(rank, kGib, 2 * kGib, kStart);
@@ -107,9 +125,9 @@ TEST(LoadingBar, IsDrawnAFewTimesASecondHoweverOftenWorkersTell) {
     if (!bar.IsDue(now)) continue;
     ++num_rows;
     EXPECT_NE(RowOf(&bar, now), "");
-    EXPECT_EQ(bar.next_time(), now + LoadingBar::kInterval);
+    EXPECT_EQ(bar.next_time(), now + LoadingBar::kRowInterval);
   }
-  EXPECT_EQ(num_rows, seconds(10) / LoadingBar::kInterval - 1);
+  EXPECT_EQ(num_rows, seconds(10) / LoadingBar::kRowInterval - 1);
 }
 
 TEST(LoadingBar, FitsTheTerminalWhateverItsWidth) {

@@ -9,13 +9,17 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "common/config/command_line.h"
 #include "common/config/serve_options_json.h"
 #include "common/exit_code.h"
 #include "common/log.h"
+#include "common/progress.h"
 #include "common/status_macros.h"
+#include "common/unique_fd.h"
 #include "launcher/child.h"
 #include "launcher/instance_log.h"
 #include "launcher/instance_token.h"
@@ -111,9 +115,29 @@ absl::Status Settle(Instance* instance, Place* place, std::string* warning) {
   return absl::OkStatus();
 }
 
-// Serves until everything has ended, with its lines where --log-dir says.
-int Serve(Instance instance, Supervisor::Surroundings surroundings) {
-  auto log = InstanceLog::Open(instance.options.log_dir, LogNames(instance.options));
+// Where whoever has started us wants to see how far loading is; invalid: nobody said. Call before
+// any descriptor is opened.
+absl::StatusOr<UniqueFd> TakeLoadingFd() {
+  const char* const text = ::getenv(kLoadingFdVariable);
+  if (text == nullptr) return UniqueFd();
+  int fd = -1;
+  if (!absl::SimpleAtoi(text, &fd) || fd <= STDERR_FILENO ||
+      ::fcntl(fd, F_SETFD, FD_CLOEXEC) != 0) {
+    return absl::InvalidArgumentError(
+        fmt::format("{}: must be the number of an open descriptor, from 3 on (got '{}')",
+                    kLoadingFdVariable, text));
+  }
+  ::unsetenv(kLoadingFdVariable);  // it is not for our children
+  return UniqueFd(fd);
+}
+
+// Runs until everything has ended. What is logged goes to our stderr and where --log-dir says; the
+// answer of `wintserve generate` goes to stdout as it is.
+int Supervise(Instance instance, Supervisor::Surroundings surroundings, UniqueFd loading_fd) {
+  // Of an answer the log says nothing below the level of warnings.
+  const bool in_own_lines = instance.mode == "generate";
+  auto log = InstanceLog::Open(instance.options.log_dir, LogNames(instance.options),
+                               {.fd = std::move(loading_fd), .in_own_lines = in_own_lines});
   if (!log.ok()) return Fail(log.status());
   surroundings.log = &*log;
   const std::string level = instance.options.log_level;
@@ -124,7 +148,7 @@ int Serve(Instance instance, Supervisor::Surroundings surroundings) {
   return exit_code;
 }
 
-int RunInstance(CommandLine command) {
+int RunInstance(CommandLine command, UniqueFd loading_fd) {
   InitLog(kLauncherLogName, command.options.log_level);
   std::vector<std::string> warnings = std::move(command.notes);
   Instance instance;
@@ -147,12 +171,12 @@ int RunInstance(CommandLine command) {
     if (!server.ok()) return Fail(kExitInternal, std::string(server.status().message()));
     surroundings.server.emplace(*std::move(server));
   }
-  if (*command.verb == Verb::kServe) return Serve(std::move(instance), std::move(surroundings));
-  // The answer goes to stdout as it is.
-  LOG_INFO("effective config: {}", EffectiveConfig(instance.options));
-  instance.mode = "generate";
-  instance.generate_json = command.generate.ToJson();
-  return Supervisor(std::move(instance), std::move(surroundings)).Run();
+  if (*command.verb == Verb::kGenerate) {
+    instance.mode = "generate";
+    instance.options.log_dir.clear();  // FD_LOG_DIR is a server's
+    instance.generate_json = command.generate.ToJson();
+  }
+  return Supervise(std::move(instance), std::move(surroundings), std::move(loading_fd));
 }
 
 void Hide(char* text, size_t length) { std::memset(text, '*', length); }
@@ -173,6 +197,8 @@ void HideKeys(const std::vector<std::string>& keys, char** argv) {
 
 int Main(int argc, char** argv) {
   OpenMissingStandardStreams();
+  absl::StatusOr<UniqueFd> loading_fd = TakeLoadingFd();
+  if (!loading_fd.ok()) return Fail(loading_fd.status());
   BlockSupervisedSignals();
   CommandLine command = ParseCommandLine({argv + 1, argv + argc}, ::getenv);
   if (!command.error.empty()) fmt::print(stderr, "{}\n", command.error);
@@ -182,7 +208,7 @@ int Main(int argc, char** argv) {
   }
   if (!command.verb.has_value()) return command.exit_code;
   HideKeys(command.options.api_keys, argv);
-  return RunInstance(std::move(command));
+  return RunInstance(std::move(command), *std::move(loading_fd));
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ std::string BecomeSibling(const std::string& program, std::vector<std::string> a
   for (std::string& argument : argv) pointers.push_back(argument.data());
   pointers.push_back(nullptr);
   // Both outlive an exec.
-  for (const int number : {SIGPIPE, SIGXFSZ}) ::signal(number, SIG_DFL);
+  for (const int number : {SIGPIPE, SIGTTOU, SIGXFSZ}) ::signal(number, SIG_DFL);
   sigset_t none;
   ::sigemptyset(&none);
   ::pthread_sigmask(SIG_SETMASK, &none, nullptr);

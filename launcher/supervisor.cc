@@ -66,6 +66,8 @@ void BlockSupervisedSignals() {
   ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   // Who reads our stderr may go away before us.
   ::signal(SIGPIPE, SIG_IGN);
+  // Who shows how far we load may have given us his terminal, of which we are in the background.
+  ::signal(SIGTTOU, SIG_IGN);
   // A limit on the size of files is a full disk to us.
   ::signal(SIGXFSZ, SIG_IGN);
 }
@@ -77,7 +79,9 @@ Supervisor::Supervisor(Instance instance, Surroundings surroundings)
       log_(surroundings.log),
       shared_(surroundings.shared),
       started_(Clock::now()),
-      loading_(instance_.options.tensor_parallel_size) {
+      loading_(instance_.options.tensor_parallel_size, log_->tells_loading_in_own_lines()
+                                                           ? LoadingBar::kLineInterval
+                                                           : LoadingBar::kRowInterval) {
   const sigset_t signals = SupervisedSignals();
   signal_fd_.Reset(::signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK));
   CHECK(signal_fd_.valid(), "signalfd: errno={}", errno);
@@ -255,8 +259,8 @@ void Supervisor::KillUnwantedWorkers() {
 void Supervisor::ShowLoading() {
   if (!server_.has_value()) return;
   const std::vector<SupervisorServer::LoadReport> reports = server_->TakeLoadReports();
-  const auto shape = log_ == nullptr ? std::nullopt : log_->row_shape();
-  if (!shape.has_value()) return;
+  const auto shape = log_->row_shape();
+  if (!shape.has_value() && !log_->tells_loading_in_own_lines()) return;
   const auto now = Clock::now();
   for (const SupervisorServer::LoadReport& report : reports) {
     for (const Child& child : children_) {
@@ -267,7 +271,12 @@ void Supervisor::ShowLoading() {
     }
   }
   if (stopping_) loading_.Clear();
-  if (loading_.IsDue(now)) log_->ShowLoadingRow(loading_.Row(now, shape->columns, shape->utf8));
+  if (!loading_.IsDue(now)) return;
+  if (shape.has_value()) {
+    log_->ShowLoadingRow(loading_.Row(now, shape->columns, shape->utf8));
+  } else if (const std::string line = loading_.Line(now); !line.empty()) {
+    log_->WriteLoadingLine(line);
+  }
 }
 
 bool Supervisor::IsReplaceable(const Child& child, const ChildExit& how) const {

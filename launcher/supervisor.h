@@ -34,7 +34,7 @@
 namespace wintserve {
 
 // Blocks the signals that a Supervisor answers, so that one that comes before Run is not lost, and
-// ignores SIGPIPE and SIGXFSZ. Call first in main, before any thread starts.
+// ignores SIGPIPE, SIGTTOU and SIGXFSZ. Call first in main, before any thread starts.
 void BlockSupervisedSignals();
 
 // Threading: the main thread only (children die with the thread that spawned them).
@@ -43,8 +43,8 @@ class Supervisor {
   struct Surroundings {
     ReservedPorts ports;                     // stay reserved until the Supervisor goes
     std::optional<SupervisorServer> server;  // with --role api the other launcher has it
-    InstanceLog* log = nullptr;   // must live longer; null: the children write where we do
-    SharedDir* shared = nullptr;  // must live longer; with --role api and engine only
+    InstanceLog* log = nullptr;              // must live longer
+    SharedDir* shared = nullptr;             // must live longer; with --role api and engine only
   };
 
   // Starts what instance.options.role says. `instance` as the API server gets it, but for the
@@ -67,7 +67,7 @@ class Supervisor {
   void KillHangingCacheManager();
   void KillThoseThatHangAtTheirStart();
   void KillUnwantedWorkers();
-  // Draws the bar on the console, or takes it away.
+  // Draws the bar, or takes it away, or writes a line.
   void ShowLoading();
   // Whether the end of this child is no end of the instance.
   bool IsReplaceable(const Child& child, const ChildExit& how) const;
@@ -106,7 +106,7 @@ class Supervisor {
   std::vector<std::pair<const Child*, ChildExit>> ended_;
   Clock::time_point judge_time_;
 
-  LoadingBar loading_;  // fed where there is a console that shows it
+  LoadingBar loading_;  // fed where it is shown
   OomKills oom_kills_;
   std::mt19937_64 random_{std::random_device{}()};  // so that not all come back at once
 

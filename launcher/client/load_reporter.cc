@@ -9,8 +9,10 @@
 namespace wintserve {
 namespace {
 
-// The next report makes up for one that does not come through.
+// The next report makes up for one that does not come through, but none for the last, without which
+// the bar would stay for a while.
 constexpr int64_t kTimeoutMs = 200;
+constexpr int64_t kLastTimeoutMs = 2000;
 
 }  // namespace
 
@@ -61,10 +63,11 @@ void LoadReporter::Run() {
       if (is_over && !(is_loaded && has_told)) return;
     }
     if (notice.total_bytes == 0) continue;
-    const absl::Status told =
-        TellLoadProgress(place_.supervisor_socket, place_.token, notice, kTimeoutMs);
+    const bool is_last = notice.done_bytes == notice.total_bytes;
+    const absl::Status told = TellLoadProgress(place_.supervisor_socket, place_.token, notice,
+                                               is_last ? kLastTimeoutMs : kTimeoutMs);
     if (!told.ok()) LOG_DEBUG("the launcher is not told: {}", std::string(told.message()));
-    if (notice.done_bytes == notice.total_bytes) return;
+    if (is_last) return;
     has_told = true;
   }
 }

@@ -21,7 +21,7 @@ bool IsLoadingLine(std::string_view log_line);
 // Owns a thread that tells what it knows every interval, the first time after one, so that short
 // loads are silent, and the last time when all is done. Without a launcher in reach nothing is told
 // and nothing is logged. Threading: any thread; nothing blocks but the destructor, for at most
-// 0.4 s if a report is under way and the launcher does not answer.
+// 0.4 s if a report is under way and the launcher does not answer, or 4 s if that is the last.
 class LoadReporter {
  public:
   struct Place {
