@@ -17,6 +17,7 @@
 
 #include "absl/strings/escaping.h"
 #include "common/check.h"
+#include "common/progress.h"
 #include "common/status_macros.h"
 
 namespace wintserve::eval {
@@ -26,6 +27,7 @@ namespace {
 constexpr int64_t kStopGraceMs = 20000;
 constexpr off_t kTailBytes = 4096;
 constexpr int kTailLines = 12;
+constexpr int kLoadingFd = 3;  // its number in the server
 
 // Nobody holds it between here and the server's own bind; Start says what becomes of that.
 absl::StatusOr<int> FreeLoopbackPort() {
@@ -80,6 +82,10 @@ absl::StatusOr<LocalServer> LocalServer::Start(const LocalServerOptions& options
   }
   // Not a flag, which every user of the machine can read.
   child.environment = {"FD_API_KEY=" + server.api_key_};
+  if (options.loading_fd >= 0) {
+    child.descriptors.push_back({options.loading_fd, kLoadingFd});
+    child.environment.push_back(fmt::format("{}={}", kLoadingFdVariable, kLoadingFd));
+  }
   child.output_fd = server.log_.get();
   ASSIGN_OR_RETURN(server.process_, ChildProcess::Spawn(child));
   return server;

@@ -17,6 +17,7 @@ struct LocalServerOptions {
   std::vector<std::string> flags;
   std::string log_path;  // empty: a file without a name, for LogTail
   std::string api_key;   // empty: a random one
+  int loading_fd = -1;   // a descriptor that shows how far loading is; -1: only the log does
 };
 
 // Listens on loopback, on free ports, and asks for a key, so that nobody else is served. Dies with

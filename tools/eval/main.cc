@@ -104,8 +104,12 @@ class Waiter {
 
 absl::StatusOr<LocalServerOptions> ServerOptions(const Options& options) {
   ASSIGN_OR_RETURN(const std::filesystem::path program, SiblingPath("wintserve"));
-  return LocalServerOptions{program.string(), options.model, options.server_flags,
-                            options.server_log, options.api_key};
+  return LocalServerOptions{.program = program.string(),
+                            .model = options.model,
+                            .flags = options.server_flags,
+                            .log_path = options.server_log,
+                            .api_key = options.api_key,
+                            .loading_fd = STDERR_FILENO};
 }
 
 // What a user does who interrupts: no report, and no server that stays.
