@@ -92,6 +92,24 @@ def wait_for(condition, timeout_s, what):
         time.sleep(0.02)
 
 
+def processes_of(id):
+    """{pid: name} of every live process that was started with that WINTSERVE_E2E_ID in its environment."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            if f"WINTSERVE_E2E_ID={id}".encode() not in (entry / "environ").read_bytes():
+                continue
+            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            argv0 = (entry / "cmdline").read_bytes().split(b"\0")[0].decode()
+        except OSError:
+            continue
+        if state != "Z":
+            found[int(entry.name)] = os.path.basename(argv0)
+    return found
+
+
 class Server:
     """`wintserve serve` on free ports with a runtime directory of its own, or that of another one before it.
     prefix: of the command, for example of a name space; log: where the output goes, by default into a file;
@@ -145,21 +163,7 @@ class Server:
         return self
 
     def processes(self):
-        """{pid: name} of every live process of this instance, by the mark in its environment."""
-        found = {}
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit():
-                continue
-            try:
-                if f"WINTSERVE_E2E_ID={self.id}".encode() not in (entry / "environ").read_bytes():
-                    continue
-                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-                argv0 = (entry / "cmdline").read_bytes().split(b"\0")[0].decode()
-            except OSError:
-                continue
-            if state != "Z":
-                found[int(entry.name)] = os.path.basename(argv0)
-        return found
+        return processes_of(self.id)
 
     def pids_of(self, name):
         return sorted(pid for pid, found in self.processes().items() if found == name)
