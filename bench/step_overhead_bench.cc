@@ -6,11 +6,9 @@
 //   wait_*  of that, from the worker's StepDone until it has the next plan: the device would idle
 #include <benchmark/benchmark.h>
 #include <prometheus/registry.h>
-#include <stdlib.h>
 
 #include <algorithm>
 #include <chrono>
-#include <filesystem>
 #include <thread>
 
 #include "api_server/llm/llm_factory.h"
@@ -19,6 +17,7 @@
 #include "common/check.h"
 #include "common/log.h"
 #include "common/mutex.h"
+#include "common/temp_dir_test_util.h"
 #include "tests/fakes/fake_cache.h"
 #include "tests/fakes/fake_tokenizer.h"
 #include "tests/fakes/fake_worker.h"
@@ -144,12 +143,11 @@ void Report(const char* name, std::vector<double> samples, benchmark::State* sta
 void StepOverhead(benchmark::State& state) {
   const int num_sequences = static_cast<int>(state.range(0));
   InitLog("bench", "warning");
-  std::string directory = (std::filesystem::temp_directory_path() / "bench_XXXXXX").string();
-  CHECK(::mkdtemp(directory.data()) != nullptr, "{}", directory);
+  const TempDir directory;
   FakeCache cache;
   LlmOptions options;
-  options.model_path = directory;
-  options.work_queue_socket = directory + "/q.sock";
+  options.model_path = directory.path().string();
+  options.work_queue_socket = (directory.path() / "q.sock").string();
   options.token = "secret";
   options.max_model_len = kTokens + 100;
   options.max_num_seqs = num_sequences;
@@ -165,7 +163,6 @@ void StepOverhead(benchmark::State& state) {
   for (auto _ : state) GenerateAll(llm->get(), num_sequences);
   llm->reset();
   worker.Join();
-  std::filesystem::remove_all(directory);
   Report("turn", std::move(worker.turns_us), &state);
   Report("wait", std::move(worker.waits_us), &state);
 }

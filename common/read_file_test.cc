@@ -3,26 +3,29 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <fstream>
+#include <string>
+
+#include "common/temp_dir_test_util.h"
 
 namespace wintserve {
 namespace {
 
 using ::testing::HasSubstr;
 
-std::filesystem::path Write(const std::string& content) {
-  const auto path = std::filesystem::path(testing::TempDir()) / "read_file_test";
-  std::ofstream(path, std::ios::binary) << content;
-  return path;
+// What ReadFile gives of a file with this in it.
+std::string ReadBack(const std::string& content) {
+  const TempDir dir;
+  WriteFile(dir.path() / "file", content);
+  return ReadFile(dir.path() / "file").value();
 }
 
 TEST(ReadFile, ReturnsEveryByteOfAFileLongerThanOneRead) {
   std::string content(200'000, '\0');
   for (size_t i = 0; i < content.size(); ++i) content[i] = static_cast<char>(i * 31 % 257);
-  EXPECT_EQ(*ReadFile(Write(content)), content);
+  EXPECT_EQ(ReadBack(content), content);
 }
 
-TEST(ReadFile, AnEmptyFileIsNoError) { EXPECT_EQ(*ReadFile(Write("")), ""); }
+TEST(ReadFile, AnEmptyFileIsNoError) { EXPECT_EQ(ReadBack(""), ""); }
 
 TEST(ReadFile, NamesTheFileThatDoesNotExist) {
   const auto content = ReadFile("no/such/file");

@@ -10,7 +10,7 @@
 
 #include "common/check.h"
 
-namespace wintserve::testing {
+namespace wintserve {
 
 // Removed with everything in it on destruction.
 class TempDir {
@@ -39,4 +39,4 @@ inline void WriteFile(const std::filesystem::path& path, std::string_view bytes)
   CHECK(file.good(), "{}", path.string());
 }
 
-}  // namespace wintserve::testing
+}  // namespace wintserve

@@ -12,9 +12,10 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <filesystem>
 #include <thread>
 #include <vector>
+
+#include "common/temp_dir_test_util.h"
 
 namespace wintserve {
 namespace {
@@ -25,8 +26,6 @@ constexpr int64_t kPatienceMs = 20'000;
 
 class UnixSocketTest : public testing::Test {
  protected:
-  ~UnixSocketTest() override { ::unlink(path_.c_str()); }
-
   void Listen() {
     auto listener = ListenUnix(path_);
     ASSERT_TRUE(listener.ok()) << listener.status();
@@ -43,9 +42,8 @@ class UnixSocketTest : public testing::Test {
     return absl::OkStatus();
   }
 
-  const std::string path_ =
-      (std::filesystem::path(testing::TempDir()) / fmt::format("unix_socket_test_{}", ::getpid()))
-          .string();
+  const TempDir directory_;
+  const std::string path_ = (directory_.path() / "socket").string();
   UniqueFd listener_;
   std::vector<UniqueFd> waiting_;
 };
@@ -132,7 +130,9 @@ bool IsClosedToNobody(const std::string& path) {
 TEST_F(UnixSocketTest, APeerOfAnotherUserIsClosedAndTheWaitGoesOn) {
   if (::geteuid() != 0) GTEST_SKIP() << "only root can become another user";
   Listen();
-  ASSERT_EQ(::chmod(path_.c_str(), 0666), 0);  // or it could not connect at all
+  // Or it could not connect at all.
+  ASSERT_EQ(::chmod(directory_.path().c_str(), 0711), 0);
+  ASSERT_EQ(::chmod(path_.c_str(), 0666), 0);
   absl::StatusOr<UniqueFd> accepted = absl::UnknownError("nobody came");
   std::thread accepting([&] { accepted = AcceptUnix(listener_.get()); });
   EXPECT_TRUE(IsClosedToNobody(path_));
@@ -150,8 +150,8 @@ TEST_F(UnixSocketTest, TheSocketIsForItsUserAlone) {
 }
 
 TEST(PrivateDirectory, IsOursAloneAndNoLink) {
-  std::string path = testing::TempDir() + "private_XXXXXX";
-  ASSERT_NE(::mkdtemp(path.data()), nullptr);
+  const TempDir dir;
+  const std::string path = dir.path().string();
   EXPECT_TRUE(CheckPrivateDirectory(path).ok());
   const auto error = [](const std::string& of) {
     const absl::Status status = CheckPrivateDirectory(of);
@@ -173,7 +173,6 @@ TEST(PrivateDirectory, IsOursAloneAndNoLink) {
     ASSERT_EQ(::chown(path.c_str(), 65534, 0), 0);
     EXPECT_EQ(error(path), "runtime directory: " + path + ": belongs to user 65534, not to 0");
   }
-  ::rmdir(path.c_str());
 }
 
 // Both ends of a connection.

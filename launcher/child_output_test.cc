@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "common/read_file.h"
+#include "common/temp_dir_test_util.h"
 
 namespace wintserve {
 namespace {
@@ -23,17 +24,11 @@ using ::testing::StartsWith;
 class ChildOutputTest : public ::testing::Test {
  protected:
   ChildOutputTest() {
-    std::string path = ::testing::TempDir() + "child_output_test.XXXXXX";
-    EXPECT_NE(::mkdtemp(path.data()), nullptr);
-    dir_ = path;
     const UniqueFd file(::open((dir_ / "console").c_str(), O_WRONLY | O_CREAT | O_APPEND, 0600));
     stderr_.Reset(::dup(STDERR_FILENO));
     ::dup2(file.get(), STDERR_FILENO);
   }
-  ~ChildOutputTest() override {
-    RestoreStderr();
-    fs::remove_all(dir_);
-  }
+  ~ChildOutputTest() override { RestoreStderr(); }
 
   void RestoreStderr() {
     if (stderr_.valid()) ::dup2(stderr_.get(), STDERR_FILENO);
@@ -53,7 +48,8 @@ class ChildOutputTest : public ::testing::Test {
     ASSERT_EQ(::write(fd.get(), text.data(), text.size()), std::ssize(text));
   }
 
-  fs::path dir_;
+  const TempDir temp_dir_;
+  const fs::path dir_ = temp_dir_.path();
   UniqueFd stderr_;
   std::optional<InstanceLog> log_;
 

@@ -21,6 +21,7 @@
 
 #include "common/child_process.h"
 #include "common/exit_code.h"
+#include "common/temp_dir_test_util.h"
 
 namespace wintserve::testing_launcher {
 
@@ -54,19 +55,13 @@ inline bool Eventually(const std::function<bool()>& condition, int64_t timeout_m
 class LauncherTest : public ::testing::Test {
  protected:
   LauncherTest() {
-    std::string path = ::testing::TempDir() + "launcher_test.XXXXXX";
-    EXPECT_NE(::mkdtemp(path.data()), nullptr);
-    dir_ = path;
     for (const char* name : {"bin", "reports", "run", "model"}) fs::create_directory(dir_ / name);
     fs::permissions(dir_ / "run", fs::perms::owner_all);
     std::ofstream(dir_ / "model" / "config.json") << "{}";
     fs::copy_file(g_wintserve, dir_ / "bin" / "wintserve");
     for (const char* name : kChildren) fs::copy_file(g_test_child, dir_ / "bin" / name);
   }
-  ~LauncherTest() override {
-    launcher_ = ChildProcess();
-    fs::remove_all(dir_);
-  }
+  ~LauncherTest() override { launcher_ = ChildProcess(); }
 
   // behaviours: see launcher_test_child.cc, by "api_server", "cache_manager", "engine_worker_0".
   // environment_: beside ours.
@@ -185,7 +180,8 @@ class LauncherTest : public ::testing::Test {
     return Eventually([&] { return Stderr().find(text) != std::string::npos; }, timeout_ms);
   }
 
-  fs::path dir_;
+  const TempDir temp_dir_;
+  const fs::path dir_ = temp_dir_.path();
   std::vector<std::string> environment_;  // "NAME=value", of the launcher
   std::string before_exec_;               // for the shell: ends with ;
   std::string stderr_;          // where the launcher's goes instead of the file: path or &-

@@ -2,8 +2,9 @@
 
 #include <gtest/gtest.h>
 
-#include <fstream>
 #include <string>
+
+#include "common/temp_dir_test_util.h"
 
 namespace wintserve {
 namespace {
@@ -12,18 +13,10 @@ namespace fs = std::filesystem;
 
 class OomKillsTest : public ::testing::Test {
  protected:
-  OomKillsTest() {
-    std::string name = ::testing::TempDir() + "oom_kills_XXXXXX";
-    root_ = ::mkdtemp(name.data());
-  }
-  ~OomKillsTest() override { fs::remove_all(root_); }
+  void Write(const fs::path& path, const std::string& text) const { WriteFile(root_ / path, text); }
 
-  void Write(const fs::path& path, const std::string& text) const {
-    fs::create_directories((root_ / path).parent_path());
-    std::ofstream(root_ / path) << text;
-  }
-
-  fs::path root_;
+  const TempDir temp_dir_;
+  const fs::path root_ = temp_dir_.path();
 };
 
 TEST_F(OomKillsTest, OfOurOwnGroup) {

@@ -9,11 +9,11 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <filesystem>
 #include <fstream>
 
 #include "common/descriptor_shares.h"
 #include "common/exit_code.h"
+#include "common/temp_dir_test_util.h"
 
 namespace wintserve {
 namespace {
@@ -209,8 +209,8 @@ TEST(RaiseDescriptorLimit, RaisesToTheHardLimitAndWarnsWhenThatIsTooLow) {
 }
 
 TEST(CheckModelAndDevice, SaysWhatIsMissing) {
-  std::string dir = ::testing::TempDir() + "preflight_test.XXXXXX";
-  ASSERT_NE(::mkdtemp(dir.data()), nullptr);
+  const TempDir temp_dir;
+  const std::string dir = temp_dir.path().string();
   std::ofstream(dir + "/file") << "";
   struct Case {
     const char* model;
@@ -238,7 +238,6 @@ TEST(CheckModelAndDevice, SaysWhatIsMissing) {
   EXPECT_TRUE(CheckModelAndDevice(options).ok());
   options.tokenizer = dir + "/missing";
   EXPECT_THAT(CheckModelAndDevice(options).text, ::testing::StartsWith("--tokenizer: "));
-  std::filesystem::remove_all(dir);
 }
 
 }  // namespace

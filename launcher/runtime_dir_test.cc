@@ -10,6 +10,7 @@
 #include <fstream>
 
 #include "common/captured_log_test_util.h"
+#include "common/temp_dir_test_util.h"
 
 namespace wintserve {
 namespace {
@@ -18,14 +19,8 @@ namespace fs = std::filesystem;
 
 class RuntimeDirTest : public ::testing::Test {
  protected:
-  RuntimeDirTest() {
-    std::string path = ::testing::TempDir() + "runtime_dir_test.XXXXXX";
-    EXPECT_NE(::mkdtemp(path.data()), nullptr);
-    parent_ = path;
-  }
-  ~RuntimeDirTest() override { fs::remove_all(parent_); }
-
-  std::string parent_;
+  const TempDir temp_dir_;
+  const std::string parent_ = temp_dir_.path().string();
 };
 
 TEST_F(RuntimeDirTest, IsPrivateAndRemovedWithItsSockets) {

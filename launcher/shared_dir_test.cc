@@ -8,6 +8,8 @@
 #include <fstream>
 #include <optional>
 
+#include "common/temp_dir_test_util.h"
+
 namespace wintserve {
 namespace {
 
@@ -16,22 +18,15 @@ using ::testing::HasSubstr;
 
 class SharedDirTest : public ::testing::Test {
  protected:
-  SharedDirTest() {
-    std::string path = ::testing::TempDir() + "shared_dir_test.XXXXXX";
-    EXPECT_NE(::mkdtemp(path.data()), nullptr);
-    parent_ = path;
-    path_ = path + "/run";
-  }
-  ~SharedDirTest() override { fs::remove_all(parent_); }
-
   SharedDir MustOpen(const std::string& role) {
     auto dir = SharedDir::Open(path_, role);
     EXPECT_TRUE(dir.ok()) << dir.status();
     return *std::move(dir);
   }
 
-  std::string parent_;
-  std::string path_;
+  const TempDir temp_dir_;
+  const std::string parent_ = temp_dir_.path().string();
+  const std::string path_ = parent_ + "/run";
   std::string warning_;
 };
 

@@ -2,9 +2,10 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include <fstream>
+
+#include "common/temp_dir_test_util.h"
 
 namespace wintserve {
 namespace {
@@ -15,17 +16,12 @@ using testing::IsEmpty;
 
 class GenerationConfigTest : public testing::Test {
  protected:
-  GenerationConfigTest() {
-    std::string path = (std::filesystem::temp_directory_path() / "generation_XXXXXX").string();
-    EXPECT_NE(::mkdtemp(path.data()), nullptr);
-    directory_ = path;
-  }
-  ~GenerationConfigTest() override { std::filesystem::remove_all(directory_); }
   absl::StatusOr<GenerationConfig> Load(const std::string& text) {
     std::ofstream(directory_ / "generation_config.json") << text;
     return LoadGenerationConfig(directory_);
   }
-  std::filesystem::path directory_;
+  const TempDir temp_dir_;
+  const std::filesystem::path directory_ = temp_dir_.path();
 };
 
 TEST_F(GenerationConfigTest, ReadsTheDefaultsOfTheDemoModel) {

@@ -6,10 +6,8 @@
 #include <gtest/gtest.h>
 #include <prometheus/registry.h>
 #include <prometheus/text_serializer.h>
-#include <stdlib.h>
 
 #include <chrono>
-#include <filesystem>
 #include <map>
 #include <memory>
 #include <string>
@@ -18,6 +16,7 @@
 
 #include "api_server/llm/llm_factory.h"
 #include "common/mutex.h"
+#include "common/temp_dir_test_util.h"
 #include "tests/fakes/fake_cache.h"
 #include "tests/fakes/fake_tokenizer.h"
 #include "tests/fakes/fake_worker.h"
@@ -117,12 +116,9 @@ class Gate {
 class LlmTest : public testing::Test {
  protected:
   LlmTest() {
-    std::string path = (std::filesystem::temp_directory_path() / "llm_XXXXXX").string();
-    EXPECT_NE(::mkdtemp(path.data()), nullptr);
-    directory_ = path;
-    options_.model_path = path;
+    options_.model_path = directory_.path().string();
     options_.model_name = "fake";
-    options_.work_queue_socket = path + "/q.sock";
+    options_.work_queue_socket = (directory_.path() / "q.sock").string();
     options_.token = "secret";
     options_.max_model_len = 200;
     options_.max_num_seqs = 4;
@@ -137,7 +133,6 @@ class LlmTest : public testing::Test {
   ~LlmTest() override {
     llm_.reset();
     workers_.clear();
-    std::filesystem::remove_all(directory_);
   }
 
   void Create() {
@@ -223,7 +218,7 @@ class LlmTest : public testing::Test {
     return text.substr(value, text.find('\n', value) - value);
   }
 
-  std::filesystem::path directory_;
+  const TempDir directory_;
   LlmOptions options_;
   std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
   FakeTokenizer tokenizer_;

@@ -1,11 +1,10 @@
 #include "api_server/llm/model_digest.h"
 
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
-#include <filesystem>
 #include <fstream>
 
+#include "common/temp_dir_test_util.h"
 #include "tests/fakes/fake_tokenizer.h"
 
 namespace wintserve {
@@ -19,8 +18,8 @@ class OtherTokenizer : public FakeTokenizer {
 };
 
 TEST(ModelDigest, TellsConfigurationsAndVocabulariesApart) {
-  std::string path = (std::filesystem::temp_directory_path() / "digest_XXXXXX").string();
-  ASSERT_NE(::mkdtemp(path.data()), nullptr);
+  const TempDir dir;
+  const std::string path = dir.path().string();
   const auto write = [&](const char* text) { std::ofstream(path + "/config.json") << text; };
   const std::string without = ModelDigest(path, FakeTokenizer());
   write("{\"rope_theta\": 10000}");
@@ -30,7 +29,6 @@ TEST(ModelDigest, TellsConfigurationsAndVocabulariesApart) {
   EXPECT_NE(one, ModelDigest(path, OtherTokenizer()));
   write("{\"rope_theta\": 500000}");
   EXPECT_NE(one, ModelDigest(path, FakeTokenizer()));
-  std::filesystem::remove_all(path);
 }
 
 }  // namespace

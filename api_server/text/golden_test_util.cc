@@ -1,7 +1,5 @@
 #include "api_server/text/golden_test_util.h"
 
-#include <stdlib.h>
-
 #include <fstream>
 
 #include "common/check.h"
@@ -49,20 +47,12 @@ const Tokenizer& PoetTokenizer() {
 }
 
 TokenizerDir::TokenizerDir(std::string_view tokenizer_config) {
-  std::string pattern = (std::filesystem::temp_directory_path() / "tokenizer_XXXXXX").string();
-  CHECK(::mkdtemp(pattern.data()) != nullptr, "{}", pattern);
-  path_ = pattern;
-  std::filesystem::copy("models/poet/tokenizer.model", path_);
+  std::filesystem::copy("models/poet/tokenizer.model", path());
   Write("tokenizer_config.json", tokenizer_config);
 }
 
-TokenizerDir::~TokenizerDir() {
-  std::error_code ignored;
-  std::filesystem::remove_all(path_, ignored);
-}
-
 void TokenizerDir::Write(const char* name, std::string_view content) const {
-  std::ofstream(path_ / name, std::ios::binary) << content;
+  std::ofstream(path() / name, std::ios::binary) << content;
 }
 
 }  // namespace wintserve

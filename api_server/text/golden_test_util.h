@@ -12,6 +12,7 @@
 
 #include "api_server/text/chat_template.h"
 #include "api_server/text/tokenizer.h"
+#include "common/temp_dir_test_util.h"
 
 namespace wintserve {
 
@@ -44,15 +45,12 @@ const Tokenizer& PoetTokenizer();
 class TokenizerDir {
  public:
   explicit TokenizerDir(std::string_view tokenizer_config);
-  ~TokenizerDir();
-  TokenizerDir(const TokenizerDir&) = delete;
-  TokenizerDir& operator=(const TokenizerDir&) = delete;
 
   void Write(const char* name, std::string_view content) const;
-  const std::filesystem::path& path() const { return path_; }
+  const std::filesystem::path& path() const { return dir_.path(); }
 
  private:
-  std::filesystem::path path_;
+  const TempDir dir_;
 };
 
 }  // namespace wintserve

@@ -13,7 +13,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <filesystem>
 #include <thread>
 #include <vector>
 
@@ -22,6 +21,7 @@
 #include "api_server/work_queue/server/work_queue_server.h"
 #include "common/captured_log_test_util.h"
 #include "common/log_limit.h"
+#include "common/temp_dir_test_util.h"
 #include "common/transport/raw_call_test_util.h"
 #include "common/transport/test_certificates_test_util.h"
 #include "common/unique_fd.h"
@@ -46,16 +46,6 @@ int FreePort() {
 
 class WorkQueueAccess : public testing::Test {
  protected:
-  WorkQueueAccess() {
-    std::string path = (std::filesystem::temp_directory_path() / "work_queue_XXXXXX").string();
-    EXPECT_NE(::mkdtemp(path.data()), nullptr);
-    directory_ = path;
-  }
-  ~WorkQueueAccess() override {
-    server_.reset();
-    std::filesystem::remove_all(directory_);
-  }
-
   void Start(const TlsIdentity& tls = {}) {
     WorkQueueEvents events;
     events.on_hello = [this](const WorkerHello&) { ++num_attached_; };
@@ -77,7 +67,7 @@ class WorkQueueAccess : public testing::Test {
     ASSERT_TRUE(server.ok()) << server.status();
     server_ = *std::move(server);
   }
-  std::string socket() const { return directory_ + "/q.sock"; }
+  std::string socket() const { return (directory_.path() / "q.sock").string(); }
   std::string unix_target() const { return "unix:" + socket(); }
 
   // A good worker gets in, and a plan to it.
@@ -94,7 +84,7 @@ class WorkQueueAccess : public testing::Test {
     EXPECT_TRUE(std::holds_alternative<ReceivedPlan>(*event));
   }
 
-  std::string directory_;
+  const TempDir directory_;
   int port_ = 0;
   std::string port_target_;
   std::atomic<int> num_attached_ = 0;

@@ -8,13 +8,13 @@
 
 #include <algorithm>
 #include <chrono>
-#include <filesystem>
 #include <thread>
 
 #include "api_server/work_queue/client/work_queue_client.h"
 #include "api_server/work_queue/plan_codec.h"
 #include "api_server/work_queue/server/work_queue_server.h"
 #include "common/mutex.h"
+#include "common/temp_dir_test_util.h"
 #include "common/unique_fd.h"
 
 namespace wintserve {
@@ -25,20 +25,6 @@ using testing::ElementsAre;
 using testing::HasSubstr;
 
 constexpr int64_t kTimeoutMs = 10'000;
-
-class TemporaryDirectory {
- public:
-  TemporaryDirectory() {
-    std::string path = (std::filesystem::temp_directory_path() / "work_queue_XXXXXX").string();
-    EXPECT_NE(::mkdtemp(path.data()), nullptr);
-    path_ = path;
-  }
-  ~TemporaryDirectory() { std::filesystem::remove_all(path_); }
-  std::string operator/(const char* name) const { return (path_ / name).string(); }
-
- private:
-  std::filesystem::path path_;
-};
 
 // Events as lines of text, to be waited for.
 class EventLog {
@@ -107,7 +93,7 @@ class WorkQueueTest : public testing::Test {
   void StartServer(uint32_t world_size) { StartServer(world_size, LogTo(&log_)); }
   void StartServer(uint32_t world_size, WorkQueueEvents events) {
     auto server = WorkQueueServer::Start(
-        {.unix_socket = directory_ / "q.sock", .token = token_, .world_size = world_size},
+        {.unix_socket = PathOf("q.sock"), .token = token_, .world_size = world_size},
         std::move(events));
     ASSERT_TRUE(server.ok()) << server.status();
     server_ = *std::move(server);
@@ -115,9 +101,11 @@ class WorkQueueTest : public testing::Test {
   absl::StatusOr<std::unique_ptr<WorkQueueClient>> Attach(const WorkerHello& hello) {
     return WorkQueueClient::Attach(target(), token_, hello, kTimeoutMs);
   }
-  std::string target() const { return "unix:" + (directory_ / "q.sock"); }
+  std::string target() const { return "unix:" + PathOf("q.sock"); }
 
-  TemporaryDirectory directory_;
+  std::string PathOf(const char* name) const { return (directory_.path() / name).string(); }
+
+  const TempDir directory_;
   const std::string token_ = std::string("\x00\x01\xff binary", 10);
   EventLog log_;
   std::unique_ptr<WorkQueueServer> server_;
@@ -283,15 +271,15 @@ TEST_F(WorkQueueTest, CloseWakesNext) {
 }
 
 TEST_F(WorkQueueTest, AttachSaysThatNobodyListens) {
-  auto client = WorkQueueClient::Attach("unix:" + (directory_ / "none.sock"), token_,
-                                        HelloOfRank(0, 1), /*timeout_ms=*/50);
+  auto client = WorkQueueClient::Attach("unix:" + PathOf("none.sock"), token_, HelloOfRank(0, 1),
+                                        /*timeout_ms=*/50);
   EXPECT_EQ(client.status().code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(std::string(client.status().message()), HasSubstr("no API server at unix:"));
 }
 
 TEST_F(WorkQueueTest, StartNamesAnAddressThatCannotBeBound) {
-  auto server = WorkQueueServer::Start(
-      {.unix_socket = directory_ / "missing/q.sock", .token = token_}, LogTo(&log_));
+  auto server = WorkQueueServer::Start({.unix_socket = PathOf("missing/q.sock"), .token = token_},
+                                       LogTo(&log_));
   EXPECT_EQ(server.status().code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(std::string(server.status().message()), HasSubstr("missing/q.sock"));
 }
@@ -322,8 +310,7 @@ TEST_F(WorkQueueTest, ListensBesideASocketThatReservesItsPort) {
   const ReservedPort reserved;
   const std::string address = fmt::format("127.0.0.1:{}", reserved.port());
   auto server = WorkQueueServer::Start(
-      {.unix_socket = directory_ / "q.sock", .tcp_address = address, .token = token_},
-      LogTo(&log_));
+      {.unix_socket = PathOf("q.sock"), .tcp_address = address, .token = token_}, LogTo(&log_));
   ASSERT_TRUE(server.ok()) << server.status();
   auto client = WorkQueueClient::Attach(address, token_, HelloOfRank(0, 1), kTimeoutMs);
   EXPECT_TRUE(client.ok()) << client.status();
@@ -398,11 +385,9 @@ TEST_F(WorkQueueTest, EchoesAThousandPlansInOrder) {
 // The owner of the server acts on events in their order: what it sends before it has seen a Hello
 // is not for the stream that came with it.
 TEST_F(WorkQueueTest, AStreamIsSentNothingBeforeItIsAccepted) {
-  auto server = WorkQueueServer::Start({.unix_socket = directory_ / "q.sock",
-                                        .token = token_,
-                                        .world_size = 1,
-                                        .wait_for_accept = true},
-                                       LogTo(&log_));
+  auto server = WorkQueueServer::Start(
+      {.unix_socket = PathOf("q.sock"), .token = token_, .world_size = 1, .wait_for_accept = true},
+      LogTo(&log_));
   ASSERT_TRUE(server.ok()) << server.status();
   server_ = *std::move(server);
   auto first = Attach(HelloOfRank(0, 1));

@@ -2,14 +2,13 @@
 
 #include <gtest/gtest.h>
 
-#include <fstream>
 #include <map>
 #include <string>
 
+#include "common/temp_dir_test_util.h"
+
 namespace wintserve {
 namespace {
-
-namespace fs = std::filesystem;
 
 struct Machine {
   const char* name;
@@ -20,17 +19,11 @@ struct Machine {
 class AvailableMemory : public testing::TestWithParam<Machine> {};
 
 TEST_P(AvailableMemory, IsTheLeastOfTheMachineAndItsCgroups) {
-  const fs::path root =
-      fs::path(testing::TempDir()) / ("available_memory_" + std::string(GetParam().name));
-  fs::remove_all(root);
-  for (const auto& [path, text] : GetParam().files) {
-    fs::create_directories((root / path).parent_path());
-    std::ofstream(root / path) << text;
-  }
-  const auto available = AvailableMemoryBytes(root);
+  const TempDir root;
+  for (const auto& [path, text] : GetParam().files) WriteFile(root.path() / path, text);
+  const auto available = AvailableMemoryBytes(root.path());
   ASSERT_TRUE(available.ok()) << available.status();
   EXPECT_EQ(*available, GetParam().available_bytes);
-  fs::remove_all(root);
 }
 
 constexpr const char kMeminfo[] = "MemTotal:  100 kB\nMemFree: 5 kB\nMemAvailable:     64 kB\n";

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "common/temp_dir_test_util.h"
 #include "common/transport/queue_transport.h"
 #include "common/transport/raw_call_test_util.h"
 #include "common/unique_fd.h"
@@ -31,15 +32,7 @@ constexpr int64_t kMaxConnections = 3;
 // there.
 class QueueListenerTest : public testing::Test {
  protected:
-  QueueListenerTest() {
-    std::string path = (std::filesystem::temp_directory_path() / "listener_XXXXXX").string();
-    EXPECT_NE(::mkdtemp(path.data()), nullptr);
-    directory_ = path;
-  }
-  ~QueueListenerTest() override {
-    Stop();
-    std::filesystem::remove_all(directory_);
-  }
+  ~QueueListenerTest() override { Stop(); }
 
   void Start() {
     auto tcp = QueueListener::Tcp("127.0.0.1:0", kMaxConnections);
@@ -65,7 +58,7 @@ class QueueListenerTest : public testing::Test {
     server_.reset();
   }
 
-  std::string path() const { return directory_ + "/q.sock"; }
+  std::string path() const { return (directory_.path() / "q.sock").string(); }
   std::string target() const { return fmt::format("127.0.0.1:{}", tcp_->port()); }
 
   UniqueFd Connect() const {
@@ -82,7 +75,7 @@ class QueueListenerTest : public testing::Test {
         .status.error_code();
   }
 
-  std::string directory_;
+  const TempDir directory_;
   UnknownMethods methods_{"token"};
   std::unique_ptr<QueueListener> tcp_;
   std::unique_ptr<QueueListener> unix_;

@@ -5,9 +5,10 @@
 #include <gtest/gtest.h>
 #include <stdlib.h>
 
-#include <filesystem>
 #include <fstream>
 #include <string>
+
+#include "common/temp_dir_test_util.h"
 
 namespace wintserve {
 
@@ -16,14 +17,10 @@ namespace wintserve {
 class TestCertificates {
  public:
   TestCertificates() {
-    std::string path = (std::filesystem::temp_directory_path() / "certificates_XXXXXX").string();
-    EXPECT_NE(::mkdtemp(path.data()), nullptr);
-    directory_ = path;
     MakeCa("ca");
     Make("server");
     Make("client");
   }
-  ~TestCertificates() { std::filesystem::remove_all(directory_); }
 
   std::string path(const std::string& name) const { return directory_ + "/" + name; }
   std::string certificate(const std::string& name) const { return path(name + ".pem"); }
@@ -77,7 +74,8 @@ class TestCertificates {
   }
 
  private:
-  std::string directory_;
+  const TempDir temp_dir_;
+  const std::string directory_ = temp_dir_.path().string();
 };
 
 }  // namespace wintserve

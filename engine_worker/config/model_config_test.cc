@@ -3,7 +3,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -42,7 +41,7 @@ json PlainConfig() {
 }
 
 absl::StatusOr<ModelConfig> LoadText(const std::string& text) {
-  const wintserve::testing::TempDir dir;
+  const TempDir dir;
   std::ofstream(dir.path() / "config.json") << text;
   return LoadModelConfig(dir.path());
 }

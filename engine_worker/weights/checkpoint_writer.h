@@ -13,6 +13,9 @@
 
 namespace wintserve::testing {
 
+using wintserve::TempDir;
+using wintserve::WriteFile;
+
 struct TestTensor {
   std::string type;  // "BF16"
   std::vector<int64_t> shape;

@@ -2,72 +2,43 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <poll.h>
-#include <stdlib.h>
-#include <sys/socket.h>
 
-#include <filesystem>
 #include <optional>
 #include <string>
 #include <thread>
 
-#include "common/unix_socket.h"
-#include "proto/supervisor.pb.h"
+#include "launcher/client/supervisor_socket_test_util.h"
 
 namespace wintserve {
 namespace {
 
 using std::chrono::milliseconds;
 
-constexpr int64_t kTimeoutMs = 10'000;
 constexpr milliseconds kOften(5);
 
-// A launcher's socket, served by hand from the test's thread.
 class LoadReporterTest : public testing::Test {
  protected:
-  LoadReporterTest() {
-    std::string path = (std::filesystem::temp_directory_path() / "load_reporter_XXXXXX").string();
-    EXPECT_NE(::mkdtemp(path.data()), nullptr);
-    directory_ = path;
-    auto listener = ListenUnix(this->path());
-    EXPECT_TRUE(listener.ok()) << listener.status();
-    listener_ = *std::move(listener);
-  }
-  ~LoadReporterTest() override { std::filesystem::remove_all(directory_); }
+  LoadReporterTest() { launcher_.Listen(); }
 
-  std::string path() const { return (directory_ / "supervisor.sock").string(); }
-  LoadReporter::Place Place() const { return {path(), "secret", 3, 0xfedcba9876543210}; }
+  LoadReporter::Place Place() const {
+    return {launcher_.path(), TestSupervisorSocket::kToken, 3, 0xfedcba9876543210};
+  }
 
   // The next report, answered with that.
   proto::LoadProgress Serve(uint32_t status_code = 0) {
-    auto peer = AcceptUnix(listener_.get());
-    EXPECT_TRUE(peer.ok()) << peer.status();
-    const auto packet = ReceivePacket(peer->get(), kTimeoutMs);
-    EXPECT_TRUE(packet.ok()) << packet.status();
-    proto::SupervisorRequest request;
-    EXPECT_TRUE(request.ParseFromString(packet->bytes));
-    EXPECT_EQ(request.token(), "secret");
+    const auto [connection, request] = launcher_.Serve(status_code);
     EXPECT_TRUE(request.has_load_progress());
     EXPECT_EQ(request.load_progress().rank(), 3u);
     EXPECT_EQ(request.load_progress().worker_id(), 0xfedcba9876543210);
-    proto::SupervisorReply reply;
-    reply.set_status_code(status_code);
-    reply.set_text("a reason");
-    EXPECT_TRUE(SendPacket(peer->get(), reply.SerializeAsString()).ok());
     return request.load_progress();
   }
-  bool SomebodyCalls(milliseconds within) {
-    pollfd wait = {listener_.get(), POLLIN, 0};
-    return ::poll(&wait, 1, static_cast<int>(within.count())) > 0;
-  }
 
-  std::filesystem::path directory_;
-  UniqueFd listener_;
+  TestSupervisorSocket launcher_;
 };
 
 TEST_F(LoadReporterTest, TellsWhatItKnowsAgainAndAgainAndAtLastThatAllIsLoaded) {
   LoadReporter reporter(Place(), kOften);
-  EXPECT_FALSE(SomebodyCalls(10 * kOften)) << "it knows nothing yet";
+  EXPECT_FALSE(launcher_.SomebodyCalls(10 * kOften)) << "it knows nothing yet";
   reporter.Set(0, 1000);
   for (int i = 0; i < 3; ++i) {
     const proto::LoadProgress report = Serve(/*status_code=*/i == 1 ? 3 : 0);
@@ -81,7 +52,7 @@ TEST_F(LoadReporterTest, TellsWhatItKnowsAgainAndAgainAndAtLastThatAllIsLoaded) 
   reporter.Set(1000, 1000);
   for (int i = 0; i < 3 && done_bytes < 1000; ++i) done_bytes = Serve().done_bytes();
   EXPECT_EQ(done_bytes, 1000u);
-  EXPECT_FALSE(SomebodyCalls(20 * kOften)) << "there is no more to tell";
+  EXPECT_FALSE(launcher_.SomebodyCalls(20 * kOften)) << "there is no more to tell";
 }
 
 TEST_F(LoadReporterTest, TellsThatAllIsLoadedThoughItGoesAtOnce) {
@@ -104,12 +75,12 @@ TEST_F(LoadReporterTest, ALoadThatIsShortIsSilent) {
     reporter.Set(0, 1000);
     reporter.Set(1000, 1000);
   }
-  EXPECT_FALSE(SomebodyCalls(milliseconds(0)));
+  EXPECT_FALSE(launcher_.SomebodyCalls(milliseconds(0)));
 }
 
 TEST_F(LoadReporterTest, ALauncherThatDoesNotAnswerOrIsGoneHoldsUpNobodyForLong) {
   for (const bool is_there : {true, false}) {
-    if (!is_there) listener_.Reset();
+    if (!is_there) launcher_.Close();
     auto reporter = std::make_optional<LoadReporter>(Place(), milliseconds(1));
     reporter->Set(1, 1000);
     std::this_thread::sleep_for(milliseconds(50));  // a report is under way

@@ -3,15 +3,11 @@
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>
-#include <sys/socket.h>
 
 #include <chrono>
-#include <filesystem>
 #include <thread>
 
-#include "common/unix_socket.h"
-#include "proto/supervisor.pb.h"
+#include "launcher/client/supervisor_socket_test_util.h"
 
 namespace wintserve {
 namespace {
@@ -20,22 +16,8 @@ using testing::ElementsAre;
 
 constexpr int64_t kTimeoutMs = 10'000;
 
-// A launcher's socket, served by hand from the test's thread.
 class WorkerWatchTest : public testing::Test {
  protected:
-  WorkerWatchTest() {
-    std::string path = (std::filesystem::temp_directory_path() / "worker_watch_XXXXXX").string();
-    EXPECT_NE(::mkdtemp(path.data()), nullptr);
-    directory_ = path;
-  }
-  ~WorkerWatchTest() override { std::filesystem::remove_all(directory_); }
-
-  std::string path() const { return (directory_ / "supervisor.sock").string(); }
-  void Listen() {
-    auto listener = ListenUnix(path());
-    ASSERT_TRUE(listener.ok()) << listener.status();
-    listener_ = *std::move(listener);
-  }
   WorkerWatchEvents Events() {
     return {.on_watching = [this](bool watching) { Add(watching ? "watching" : "lost"); },
             .on_exit =
@@ -55,20 +37,6 @@ class WorkerWatchTest : public testing::Test {
                      [&]() NO_THREAD_SAFETY_ANALYSIS { return lines_.size() >= count; });
     return lines_;
   }
-  // A connection and what it asks for, answered.
-  std::pair<UniqueFd, proto::SupervisorRequest> Serve() {
-    auto peer = AcceptUnix(listener_.get());
-    EXPECT_TRUE(peer.ok()) << peer.status();
-    const auto packet = ReceivePacket(peer->get(), kTimeoutMs);
-    EXPECT_TRUE(packet.ok()) << packet.status();
-    proto::SupervisorRequest request;
-    EXPECT_TRUE(request.ParseFromString(packet->bytes));
-    EXPECT_EQ(request.token(), "secret");
-    proto::SupervisorReply reply;
-    reply.set_text("ok");
-    EXPECT_TRUE(SendPacket(peer->get(), reply.SerializeAsString()).ok());
-    return {*std::move(peer), request};
-  }
   static void TellExit(int fd, uint32_t rank, uint64_t worker_id) {
     proto::WorkerExit notice;
     notice.set_rank(rank);
@@ -78,18 +46,17 @@ class WorkerWatchTest : public testing::Test {
     EXPECT_TRUE(SendPacket(fd, notice.SerializeAsString()).ok());
   }
 
-  std::filesystem::path directory_;
-  UniqueFd listener_;
+  TestSupervisorSocket launcher_;
   Mutex mutex_;
   CondVar changed_;
   std::vector<std::string> lines_;
 };
 
 TEST_F(WorkerWatchTest, TellsEveryExitAndComesBackWhenTheConnectionBreaks) {
-  Listen();
-  WorkerWatch watch(path(), "secret", Events());
+  launcher_.Listen();
+  WorkerWatch watch(launcher_.path(), TestSupervisorSocket::kToken, Events());
   {
-    const auto [connection, request] = Serve();
+    const auto [connection, request] = launcher_.Serve();
     EXPECT_TRUE(request.has_watch_workers());
     TellExit(connection.get(), 0, 7);
     TellExit(connection.get(), 1, 8);
@@ -97,7 +64,7 @@ TEST_F(WorkerWatchTest, TellsEveryExitAndComesBackWhenTheConnectionBreaks) {
                                         "exit 1 8 signal 9 code 0 true"));
   }
   EXPECT_EQ(WaitFor(4).back(), "lost");
-  const auto [connection, request] = Serve();
+  const auto [connection, request] = launcher_.Serve();
   EXPECT_TRUE(request.has_watch_workers());
   EXPECT_EQ(WaitFor(5).back(), "watching");
   TellExit(connection.get(), 1, 9);
@@ -105,12 +72,12 @@ TEST_F(WorkerWatchTest, TellsEveryExitAndComesBackWhenTheConnectionBreaks) {
 }
 
 TEST_F(WorkerWatchTest, HasAWorkerEndedWhileItWatches) {
-  Listen();
-  WorkerWatch watch(path(), "secret", Events());
-  const auto watching = Serve();
+  launcher_.Listen();
+  WorkerWatch watch(launcher_.path(), TestSupervisorSocket::kToken, Events());
+  const auto watching = launcher_.Serve();
   WaitFor(1);
   watch.EndWorker(1, 0xabc, /*at_fault=*/true);
-  const auto [connection, request] = Serve();
+  const auto [connection, request] = launcher_.Serve();
   ASSERT_TRUE(request.has_end_worker());
   EXPECT_EQ(request.end_worker().rank(), 1u);
   EXPECT_EQ(request.end_worker().worker_id(), 0xabcu);
@@ -121,23 +88,23 @@ TEST_F(WorkerWatchTest, HasAWorkerEndedWhileItWatches) {
 
 TEST_F(WorkerWatchTest, ALauncherThatIsNotThereIsWaitedForAndStoppingIsQuick) {
   {
-    WorkerWatch watch(path(), "secret", Events());
+    WorkerWatch watch(launcher_.path(), TestSupervisorSocket::kToken, Events());
     watch.EndWorker(0, 1, /*at_fault=*/false);
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
-    Listen();
-    while (!Serve().second.has_watch_workers()) {
+    launcher_.Listen();
+    while (!launcher_.Serve().second.has_watch_workers()) {
     }
     EXPECT_EQ(WaitFor(1).front(), "watching");
   }
   const auto start = std::chrono::steady_clock::now();
-  { WorkerWatch watch((directory_ / "nobody.sock").string(), "secret", Events()); }
+  { WorkerWatch watch(launcher_.path() + ".nobody", "secret", Events()); }
   EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
 }
 
 TEST_F(WorkerWatchTest, WhatIsNoExitEndsTheConnection) {
-  Listen();
-  WorkerWatch watch(path(), "secret", Events());
-  const auto connection = Serve();
+  launcher_.Listen();
+  WorkerWatch watch(launcher_.path(), TestSupervisorSocket::kToken, Events());
+  const auto connection = launcher_.Serve();
   WaitFor(1);
   EXPECT_TRUE(SendPacket(connection.first.get(), "rubbish").ok());
   EXPECT_EQ(WaitFor(2).back(), "lost");

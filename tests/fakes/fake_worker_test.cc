@@ -5,13 +5,13 @@
 #include <gtest/gtest.h>
 #include <stdlib.h>
 
-#include <filesystem>
 #include <map>
 #include <numeric>
 
 #include "api_server/work_queue/server/work_queue_server.h"
 #include "common/check.h"
 #include "common/mutex.h"
+#include "common/temp_dir_test_util.h"
 
 namespace wintserve {
 namespace {
@@ -25,10 +25,7 @@ constexpr uint64_t kGroupEpoch = 5;
 class FakeWorkerTest : public testing::Test {
  protected:
   void SetUp() override {
-    std::string path = (std::filesystem::temp_directory_path() / "fake_worker_XXXXXX").string();
-    CHECK(::mkdtemp(path.data()) != nullptr);
-    directory_ = path;
-    const std::string socket = (directory_ / "q.sock").string();
+    const std::string socket = (directory_.path() / "q.sock").string();
     auto server = WorkQueueServer::Start({.unix_socket = socket, .token = "t"}, Events());
     CHECK(server.ok(), "{}", server.status().ToString());
     server_ = *std::move(server);
@@ -45,7 +42,6 @@ class FakeWorkerTest : public testing::Test {
   ~FakeWorkerTest() override {
     worker_.reset();
     server_.reset();
-    std::filesystem::remove_all(directory_);
   }
 
   void Configure(uint64_t group_epoch) {
@@ -149,7 +145,7 @@ class FakeWorkerTest : public testing::Test {
   std::unique_ptr<FakeWorker> worker_;
 
  private:
-  std::filesystem::path directory_;
+  const TempDir directory_;
   uint64_t group_epoch_ = 0;
   uint64_t pool_epoch_ = 0;
   uint64_t step_ = 0;

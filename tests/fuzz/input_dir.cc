@@ -3,23 +3,10 @@
 #include <fcntl.h>
 #include <unistd.h>
 
-#include <cstdlib>
-
 #include "common/check.h"
 #include "common/unique_fd.h"
 
 namespace wintserve {
-
-InputDir::InputDir() {
-  std::string path = (std::filesystem::temp_directory_path() / "wintserve-fuzz-XXXXXX").string();
-  CHECK(::mkdtemp(path.data()) != nullptr, "{}", path);
-  path_ = path;
-}
-
-InputDir::~InputDir() {
-  std::error_code ignored;
-  std::filesystem::remove_all(path_, ignored);
-}
 
 std::filesystem::path InputDir::Write(const std::string& name, std::string_view bytes) const {
   return WriteWithZeros(name, bytes, 0);
@@ -27,7 +14,7 @@ std::filesystem::path InputDir::Write(const std::string& name, std::string_view 
 
 std::filesystem::path InputDir::WriteWithZeros(const std::string& name, std::string_view bytes,
                                                size_t num_zeros) const {
-  const std::filesystem::path file = path_ / name;
+  const std::filesystem::path file = path() / name;
   std::filesystem::create_directories(file.parent_path());
   const UniqueFd fd(::open(file.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600));
   CHECK(fd.valid(), "{}", file.string());
@@ -37,7 +24,7 @@ std::filesystem::path InputDir::WriteWithZeros(const std::string& name, std::str
 }
 
 void InputDir::Clear() const {
-  for (const auto& entry : std::filesystem::directory_iterator(path_)) {
+  for (const auto& entry : std::filesystem::directory_iterator(path())) {
     std::filesystem::remove_all(entry.path());
   }
 }

@@ -5,18 +5,15 @@
 #include <string>
 #include <string_view>
 
+#include "common/temp_dir_test_util.h"
+
 namespace wintserve {
 
 // A directory of its own in the system's directory for temporary files; gone at the end of the
 // process, unless that crashes.
 class InputDir {
  public:
-  InputDir();
-  ~InputDir();
-  InputDir(const InputDir&) = delete;
-  InputDir& operator=(const InputDir&) = delete;
-
-  const std::filesystem::path& path() const { return path_; }
+  const std::filesystem::path& path() const { return dir_.path(); }
   // Returns the file's path.
   std::filesystem::path Write(const std::string& name, std::string_view bytes) const;
   // `bytes`, then num_zeros zeros that cost no memory.
@@ -26,7 +23,7 @@ class InputDir {
   void Clear() const;
 
  private:
-  std::filesystem::path path_;
+  const TempDir dir_;
 };
 
 }  // namespace wintserve

@@ -12,7 +12,6 @@
 
 #include <chrono>
 #include <cstdint>
-#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
@@ -25,6 +24,7 @@
 #include "common/mapped_memory.h"
 #include "common/mutex.h"
 #include "common/status_macros.h"
+#include "common/temp_dir_test_util.h"
 
 namespace wintserve {
 
@@ -79,9 +79,7 @@ struct BoundPort {
 class CacheManagerProcess : public testing::Test {
  protected:
   void SetUp() override {
-    std::string directory = testing::TempDir() + "/cache_manager_XXXXXX";
-    ASSERT_NE(::mkdtemp(directory.data()), nullptr);
-    instance_.runtime_dir = directory;
+    instance_.runtime_dir = directory_.path().string();
     instance_.token = std::string("\0\xff\x80 token of exactly 32 bytes..", 32);
     instance_.options.cache_queue_port = BoundPort().port;  // free again once this line is over
   }
@@ -91,7 +89,6 @@ class CacheManagerProcess : public testing::Test {
       ::kill(pid_, SIGKILL);
       WaitForExit();
     }
-    std::filesystem::remove_all(instance_.runtime_dir);
   }
 
   // Starts the binary with these arguments, its stderr into a pipe.
@@ -190,6 +187,7 @@ class CacheManagerProcess : public testing::Test {
     return MappedMemory::FromParts(std::move(shared));
   }
 
+  const TempDir directory_;
   Instance instance_;
   pid_t pid_ = -1;
   UniqueFd stderr_;

@@ -14,7 +14,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
-#include <filesystem>
 #include <fstream>
 #include <map>
 #include <memory>
@@ -32,6 +31,7 @@
 #include "common/check.h"
 #include "common/config/instance.h"
 #include "common/mutex.h"
+#include "common/temp_dir_test_util.h"
 #include "common/unix_socket.h"
 #include "proto/supervisor.pb.h"
 
@@ -196,9 +196,7 @@ class Inbox {
 class EngineWorkerProcess : public testing::Test {
  protected:
   EngineWorkerProcess() {
-    std::string pattern = testing::TempDir() + "/engine_worker.XXXXXX";
-    CHECK(::mkdtemp(pattern.data()) != nullptr);
-    instance_.runtime_dir = pattern;
+    instance_.runtime_dir = directory_.path().string();
     instance_.token = std::string(32, 't');
     instance_.options.model = "models/poet";
   }
@@ -209,7 +207,6 @@ class EngineWorkerProcess : public testing::Test {
       ::waitpid(child, nullptr, 0);
     }
     server_.reset();
-    std::filesystem::remove_all(instance_.runtime_dir);
   }
 
   // Everything that a worker expects to find, and the workers.
@@ -363,6 +360,7 @@ class EngineWorkerProcess : public testing::Test {
     return std::string(std::istreambuf_iterator<char>(file), {});
   }
 
+  const TempDir directory_;
   Instance instance_;
   Inbox inbox_;
   std::optional<Supervisor> supervisor_;
