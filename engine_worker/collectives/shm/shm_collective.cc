@@ -44,10 +44,14 @@ absl::Status Aborted() {
 
 int64_t SlotStride(int64_t slot_bytes) { return kCacheLineBytes + slot_bytes; }
 
-// sum may be a; b overlaps neither.
-void Add(const float* a, const float* __restrict b, int64_t count, float* sum) {
-#pragma GCC ivdep
+// Two, each without overlaps: of one for both, where sum may be a, compilers would have to be told
+// in words of their own that it is only ever the same.
+void SetToSum(const float* __restrict a, const float* __restrict b, int64_t count,
+              float* __restrict sum) {
   for (int64_t i = 0; i < count; ++i) sum[i] = a[i] + b[i];
+}
+void AddTo(float* __restrict sum, const float* __restrict b, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) sum[i] += b[i];
 }
 
 // Sleeps until condition(*word), at most timeout_ms. Returns condition(*word).
@@ -237,8 +241,8 @@ absl::Status ShmCollective::AllReduceSum(float* data, int64_t count) {
     RETURN_IF_ERROR(
         Exchange(Operation::kAllReduceSum, count * sizeof(float), sum, size * sizeof(float)));
     // Rank order, starting with the first two: the same additions on every rank.
-    Add(payload<float>(0), payload<float>(1), size, sum);
-    for (int peer = 2; peer < world_size(); ++peer) Add(sum, payload<float>(peer), size, sum);
+    SetToSum(payload<float>(0), payload<float>(1), size, sum);
+    for (int peer = 2; peer < world_size(); ++peer) AddTo(sum, payload<float>(peer), size);
     ++round_;
   }
   return absl::OkStatus();
