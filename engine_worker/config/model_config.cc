@@ -5,9 +5,9 @@
 #include <algorithm>
 
 #include "common/json_depth.h"
-#include "common/read_file.h"
 #include "common/status_macros.h"
 #include "engine_worker/config/json_object.h"
+#include "engine_worker/config/model_files.h"
 
 namespace wintserve {
 namespace {
@@ -280,7 +280,7 @@ absl::StatusOr<ModelConfig> Parse(const std::string& text, const std::string& fi
 
 absl::StatusOr<ModelConfig> LoadModelConfig(const std::filesystem::path& dir) {
   const std::filesystem::path path = dir / "config.json";
-  ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  ASSIGN_OR_RETURN(const std::string text, ReadModelText(path));
   return Parse(text, path.string());
 }
 

@@ -51,7 +51,8 @@ struct ModelConfig {
 };
 
 // Reads dir/config.json. Errors name the file, the key, the value and what is allowed:
-// NOT_FOUND no such file; INVALID_ARGUMENT malformed, missing or inconsistent.
+// NOT_FOUND no such file; DATA_LOSS it cannot be read; INVALID_ARGUMENT malformed, missing or
+// inconsistent.
 absl::StatusOr<ModelConfig> LoadModelConfig(const std::filesystem::path& dir);
 
 // OK if every matrix divides over world_size ranks (heads, vocabulary, expert width in 64-groups).

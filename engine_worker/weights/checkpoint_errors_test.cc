@@ -321,6 +321,24 @@ TEST(CheckpointErrors, ADirectoryWithoutAModelIsNotFound) {
               Not(HasSubstr("pdparams")));
 }
 
+TEST(CheckpointErrors, ADirectoryThatHoldsPartOfAModelSaysWhatIsThere) {
+  const TempDir shards;
+  testing::WriteFile(shards.path() / "model-00001-of-00002.safetensors", "");
+  EXPECT_THAT(ErrorOf(shards.path(), SmallConfig(), absl::StatusCode::kNotFound),
+              HasSubstr("is there, but model-00001-of-00002.safetensors: is the index missing?"));
+  const TempDir rank;
+  std::filesystem::create_directory(rank.path() / "rank1");
+  EXPECT_THAT(ErrorOf(rank.path(), SmallConfig(), absl::StatusCode::kNotFound),
+              HasSubstr("is there, but rank1: a model that is split for several ranks has rank0"));
+}
+
+TEST(CheckpointErrors, AModelThatIsALinkToNothingIsNamedWithItsTarget) {
+  const TempDir dir;
+  std::filesystem::create_symlink("../blobs/abc", dir.path() / "model.safetensors");
+  EXPECT_THAT(ErrorOf(dir.path(), SmallConfig(), absl::StatusCode::kNotFound),
+              HasSubstr("/model.safetensors: a link to ../blobs/abc, which is not there"));
+}
+
 TEST(CheckpointErrors, RankDirectoriesMustBeNumberedAndFitTheModel) {
   const TempDir gap;
   for (const char* rank : {"rank0", "rank2"})

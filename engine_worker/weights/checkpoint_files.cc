@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "common/status_macros.h"
+#include "engine_worker/config/model_files.h"
 #include "engine_worker/weights/checkpoint.h"
 #include "engine_worker/weights/matrix_loader.h"
 
@@ -151,12 +152,10 @@ class Checker {
 
 // The directories to open: the checkpoint's own, or rank0 … of a pre-sharded one.
 absl::StatusOr<std::vector<std::filesystem::path>> FindShardDirs(const std::filesystem::path& dir) {
+  ASSIGN_OR_RETURN(const auto entries, ListModelDir(dir));
   std::error_code error;
-  if (!std::filesystem::is_directory(dir, error)) {
-    return absl::NotFoundError(fmt::format("{}: no such directory", dir.string()));
-  }
   std::set<std::string> names;
-  for (const auto& entry : std::filesystem::directory_iterator(dir, error)) {
+  for (const auto& entry : entries) {
     const std::string name = entry.path().filename().string();
     if (name.starts_with("rank") && entry.is_directory(error)) names.insert(name);
   }

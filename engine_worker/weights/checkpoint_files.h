@@ -24,8 +24,9 @@ struct CheckpointFiles {
 };
 
 // Finds and maps the files and tells their layout; the tensors are not looked at yet.
-// NOT_FOUND: no directory, no model, no shard. DATA_LOSS: a corrupt file, directories rank* that
-// are not numbered from 0 or too many for the model, or names of no known layout.
+// NOT_FOUND: no directory, no model, no shard. DATA_LOSS: a corrupt file or one that cannot be
+// read, directories rank* that are not numbered from 0 or too many for the model, or names of no
+// known layout.
 absl::StatusOr<CheckpointFiles> OpenCheckpointFiles(const std::filesystem::path& dir,
                                                     const ModelConfig& config);
 

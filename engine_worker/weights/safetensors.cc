@@ -1,10 +1,8 @@
 #include "engine_worker/weights/safetensors.h"
 
-#include <fcntl.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -16,7 +14,7 @@
 
 #include "common/json_depth.h"
 #include "common/status_macros.h"
-#include "common/unique_fd.h"
+#include "engine_worker/config/model_files.h"
 
 namespace wintserve {
 namespace {
@@ -215,23 +213,16 @@ absl::StatusOr<SafetensorsFile> SafetensorsFile::Open(const std::filesystem::pat
 }
 
 absl::Status SafetensorsFile::Map() {
-  const UniqueFd fd(::open(path_.c_str(), O_RDONLY | O_CLOEXEC));
-  struct stat info = {};
-  if (!fd.valid() || ::fstat(fd.get(), &info) != 0) {
-    const int error = errno;
-    return error == ENOENT ? absl::NotFoundError(fmt::format("{}: no such file", path_.string()))
-                           : Corrupt(fmt::format("cannot be opened: {}", std::strerror(error)));
-  }
-  if (!S_ISREG(info.st_mode)) return Corrupt("not a regular file");
-  if (info.st_size < static_cast<int64_t>(kLengthBytes)) {
+  ASSIGN_OR_RETURN(const ModelFile file, OpenModelFile(path_));
+  if (file.size_bytes < static_cast<int64_t>(kLengthBytes)) {
     return Corrupt(
-        fmt::format("found {} bytes, expected a header (is the file truncated?)", info.st_size));
+        fmt::format("found {} bytes, expected a header (is the file truncated?)", file.size_bytes));
   }
-  void* mapping = ::mmap(nullptr, info.st_size, PROT_READ, MAP_PRIVATE, fd.get(), 0);
+  void* mapping = ::mmap(nullptr, file.size_bytes, PROT_READ, MAP_PRIVATE, file.fd.get(), 0);
   if (mapping == MAP_FAILED) {
     return Corrupt(fmt::format("cannot be mapped: {}", std::strerror(errno)));
   }
-  bytes_ = {static_cast<const uint8_t*>(mapping), static_cast<size_t>(info.st_size)};
+  bytes_ = {static_cast<const uint8_t*>(mapping), static_cast<size_t>(file.size_bytes)};
   return absl::OkStatus();
 }
 

@@ -2,12 +2,14 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <utility>
 
 #include "common/json_depth.h"
-#include "common/read_file.h"
 #include "common/status_macros.h"
+#include "engine_worker/config/model_files.h"
 
 namespace wintserve {
 namespace {
@@ -15,26 +17,32 @@ namespace {
 constexpr char kSingleFile[] = "model.safetensors";
 constexpr char kIndexFile[] = "model.safetensors.index.json";
 
-bool Exists(const std::filesystem::path& path) {
-  std::error_code error;
-  return std::filesystem::exists(path, error);
-}
-
-bool HasPaddleParameters(const std::filesystem::path& dir) {
-  std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator(dir, error)) {
-    // FastDeploy's own writes the last one beside weights of either kind.
-    if (entry.path().extension() == ".pdparams" &&
-        entry.path().filename() != "scheduler.pdparams") {
-      return true;
-    }
+// Why a directory with neither of the two files is no model, as far as what it holds tells.
+std::string WhatIsThereInstead(const std::set<std::string>& names) {
+  const auto first = [&](const auto& is_one) {
+    const auto it = std::find_if(names.begin(), names.end(), is_one);
+    return it == names.end() ? std::string() : *it;
+  };
+  // FastDeploy's own writes the last one beside weights of either kind.
+  const std::string pdparams = first([](const std::string& name) {
+    return name.ends_with(".pdparams") && name != "scheduler.pdparams";
+  });
+  if (!pdparams.empty()) {
+    return "; *.pdparams files are not supported: take the safetensors release of the model, or "
+           "save it again with save_pretrained(..., safe_serialization=True)";
   }
-  return false;
+  const std::string shard =
+      first([](const std::string& name) { return name.ends_with(".safetensors"); });
+  if (!shard.empty()) return fmt::format(", but {}: is the index missing?", shard);
+  const std::string rank = first([](const std::string& name) { return name.starts_with("rank"); });
+  if (rank.empty()) return "";
+  return fmt::format(", but {}: a model that is split for several ranks has rank0, rank1 and so on",
+                     rank);
 }
 
 // Tensor name -> file name, both as the index has them.
 absl::StatusOr<std::map<std::string, std::string>> ReadIndex(const std::filesystem::path& path) {
-  ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  ASSIGN_OR_RETURN(const std::string text, ReadModelText(path));
   const auto corrupt = [&](std::string_view message) {
     return absl::DataLossError(fmt::format("{}: {}", path.string(), message));
   };
@@ -72,7 +80,10 @@ const TensorSet::Entry* TensorSet::Find(std::string_view name) const {
 absl::StatusOr<TensorSet> TensorSet::Open(const std::filesystem::path& dir) {
   TensorSet set;
   set.dir_ = dir;
-  if (Exists(dir / kSingleFile)) {
+  ASSIGN_OR_RETURN(const auto entries, ListModelDir(dir));
+  std::set<std::string> names;
+  for (const auto& entry : entries) names.insert(entry.path().filename().string());
+  if (names.contains(kSingleFile)) {
     ASSIGN_OR_RETURN(SafetensorsFile file, SafetensorsFile::Open(dir / kSingleFile));
     set.files_.push_back(std::move(file));
     for (const auto& [name, view] : set.files_.front().tensors()) {
@@ -80,16 +91,12 @@ absl::StatusOr<TensorSet> TensorSet::Open(const std::filesystem::path& dir) {
     }
     return set;
   }
-  if (Exists(dir / kIndexFile)) {
+  if (names.contains(kIndexFile)) {
     RETURN_IF_ERROR(set.OpenSharded(dir / kIndexFile));
     return set;
   }
-  return absl::NotFoundError(
-      fmt::format("{}: neither {} nor {} is there{}", dir.string(), kSingleFile, kIndexFile,
-                  HasPaddleParameters(dir)
-                      ? "; *.pdparams files are not supported: take the safetensors release of the "
-                        "model, or save it again with save_pretrained(..., safe_serialization=True)"
-                      : ""));
+  return absl::NotFoundError(fmt::format("{}: neither {} nor {} is there{}", dir.string(),
+                                         kSingleFile, kIndexFile, WhatIsThereInstead(names)));
 }
 
 absl::Status TensorSet::OpenSharded(const std::filesystem::path& index_path) {

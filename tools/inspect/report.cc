@@ -6,23 +6,22 @@
 #include <filesystem>
 
 #include "common/status_macros.h"
+#include "engine_worker/config/model_files.h"
 #include "engine_worker/weights/checkpoint.h"
 #include "engine_worker/weights/layout.h"
 
 namespace wintserve::inspect {
 namespace {
 
-// Whether a directory holds anything that weights come in.
-bool HasWeights(const std::string& dir) {
-  std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator(dir, error)) {
+// Whether anything of it is what weights come in.
+bool HasWeights(const std::vector<std::filesystem::directory_entry>& entries) {
+  return std::any_of(entries.begin(), entries.end(), [](const auto& entry) {
     const std::filesystem::path& path = entry.path();
-    const bool is_rank = path.filename().string().starts_with("rank") && entry.is_directory(error);
-    const bool is_file = path.extension() == ".safetensors" || path.extension() == ".pdparams" ||
-                         path.filename() == "model.safetensors.index.json";
-    if (is_rank || is_file) return true;
-  }
-  return false;
+    std::error_code error;
+    return path.extension() == ".safetensors" || path.extension() == ".pdparams" ||
+           path.filename() == "model.safetensors.index.json" ||
+           (path.filename().string().starts_with("rank") && entry.is_directory(error));
+  });
 }
 
 void CheckFiles(Report& report) {
@@ -88,13 +87,10 @@ int64_t Report::total_file_bytes() const {
 absl::StatusOr<Report> Inspect(const InspectOptions& options) {
   Report report;
   report.dir = options.dir;
-  std::error_code error;
-  if (!std::filesystem::is_directory(options.dir, error)) {
-    return absl::NotFoundError(fmt::format("{}: no such directory", options.dir));
-  }
+  ASSIGN_OR_RETURN(const auto entries, ListModelDir(options.dir));
   ASSIGN_OR_RETURN(report.config, LoadModelConfig(options.dir));
   report.head_is_tied = report.config.tie_word_embeddings;
-  if (HasWeights(options.dir)) {
+  if (HasWeights(entries)) {
     ASSIGN_OR_RETURN(report.opened, OpenCheckpointFiles(options.dir, report.config));
     CheckFiles(report);
     RETURN_IF_ERROR(CollectKOrder(report));

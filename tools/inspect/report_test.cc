@@ -274,6 +274,7 @@ TEST(Inspect, WhatCannotBeReadIsAnErrorThatNamesIt) {
     return std::string(Inspect({.dir = path}).status().message());
   };
   EXPECT_THAT(error((dir.path() / "none").string()), HasSubstr("none: no such directory"));
+  EXPECT_THAT(error("models/poet/config.json"), HasSubstr("config.json: not a directory"));
   EXPECT_THAT(error(dir.path().string()), HasSubstr("config.json"));
   testing::WriteFile(dir.path() / "config.json", testing::ConfigJson(SmallConfig()));
   EXPECT_EQ(error(dir.path().string()), "");  // the shape alone
