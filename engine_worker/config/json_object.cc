@@ -4,20 +4,24 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <cmath>
+#include <limits>
 
+#include "common/json_depth.h"
 #include "common/status_macros.h"
 
 namespace wintserve {
 namespace {
 
 constexpr size_t kMaxShownValue = 80;
+constexpr size_t kMaxShownError = 200;
 
-// `value` as JSON on one line, cut if long.
-std::string Show(const nlohmann::json& value) {
-  std::string text = value.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
-  if (text.size() > kMaxShownValue) text = text.substr(0, kMaxShownValue) + "...";
-  return text;
+// What the parser says, which quotes the file's own bytes.
+std::string ShowParseError(std::string_view what) {
+  what.remove_prefix(std::min(what.find("] ") + 2, what.size()));  // "[json.exception...] "
+  std::string text(what.substr(0, kMaxShownError));
+  std::replace_if(
+      text.begin(), text.end(), [](char c) { return c < ' ' || c > '~'; }, '?');
+  return text.size() < what.size() ? text + "..." : text;
 }
 
 const nlohmann::json& EmptyObject() {
@@ -26,6 +30,29 @@ const nlohmann::json& EmptyObject() {
 }
 
 }  // namespace
+
+absl::StatusOr<nlohmann::json> ParseJsonObject(std::string_view text) {
+  if (IsNestedTooDeep(text)) {
+    return absl::InvalidArgumentError(fmt::format("nested deeper than {} levels", kMaxJsonDepth));
+  }
+  // The parser would take it for the end, and whatever follows for nothing.
+  if (text.find('\0') != text.npos)
+    return absl::InvalidArgumentError("not valid JSON: a zero byte");
+  nlohmann::json root;
+  try {
+    root = nlohmann::json::parse(text.begin(), text.end());
+  } catch (const nlohmann::json::exception& error) {
+    return absl::InvalidArgumentError("not valid JSON: " + ShowParseError(error.what()));
+  }
+  if (!root.is_object()) return absl::InvalidArgumentError("not a JSON object");
+  return root;
+}
+
+std::string ShowJson(const nlohmann::json& value) {
+  std::string text = value.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
+  if (text.size() > kMaxShownValue) text = text.substr(0, kMaxShownValue) + "...";
+  return text;
+}
 
 const nlohmann::json* JsonObject::Find(std::string_view key) const {
   const auto it = object_->find(key);
@@ -39,7 +66,7 @@ absl::Status JsonObject::Refuse(std::string_view key, std::string_view allowed) 
         fmt::format("{}: {}{} is missing; allowed: {}", file_, path_, key, allowed));
   }
   return absl::InvalidArgumentError(
-      fmt::format("{}: {}{} is {}; allowed: {}", file_, path_, key, Show(*value), allowed));
+      fmt::format("{}: {}{} is {}; allowed: {}", file_, path_, key, ShowJson(*value), allowed));
 }
 
 absl::StatusOr<int> JsonObject::ToInt(std::string_view key, const nlohmann::json& value, int min,
@@ -82,9 +109,12 @@ absl::StatusOr<std::vector<int>> JsonObject::IntOrList(std::string_view key, int
 
 absl::StatusOr<float> JsonObject::PositiveFloat(std::string_view key) const {
   const nlohmann::json* value = Find(key);
-  const float number = value != nullptr && value->is_number() ? value->get<float>() : std::nanf("");
-  if (!std::isfinite(number) || number <= 0) return Refuse(key, "a number above 0");
-  return number;
+  const double number = value != nullptr && value->is_number() ? value->get<double>() : 0;
+  constexpr double kMax = std::numeric_limits<float>::max();
+  if (!(number <= kMax && static_cast<float>(number) > 0)) {
+    return Refuse(key, fmt::format("a number above 0 that a float32 holds, {:.3g} at most", kMax));
+  }
+  return static_cast<float>(number);
 }
 
 absl::StatusOr<float> JsonObject::PositiveFloatOr(std::string_view key, float fallback) const {

@@ -12,6 +12,13 @@
 
 namespace wintserve {
 
+// The object that `text` is, or an error that lacks the name of the file: "not valid JSON: parse
+// error at line 3, column 5: ...", on one line.
+absl::StatusOr<nlohmann::json> ParseJsonObject(std::string_view text);
+
+// `value` as JSON on one line of printable ASCII, cut if long.
+std::string ShowJson(const nlohmann::json& value);
+
 // Views `object`, which must outlive it. `path` is the object's place in the file: "" for the root,
 // "quantization_config." below it.
 class JsonObject {
@@ -28,7 +35,7 @@ class JsonObject {
   absl::StatusOr<int> IntOr(std::string_view key, int min, int max, int fallback) const;
   // A whole number, or a list of at least one.
   absl::StatusOr<std::vector<int>> IntOrList(std::string_view key, int min, int max) const;
-  // A finite number above zero.
+  // A number above zero that a float32 holds.
   absl::StatusOr<float> PositiveFloat(std::string_view key) const;
   absl::StatusOr<float> PositiveFloatOr(std::string_view key, float fallback) const;
   absl::StatusOr<bool> BoolOr(std::string_view key, bool fallback) const;

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "common/json_depth.h"
 #include "common/status_macros.h"
 #include "engine_worker/config/json_object.h"
 #include "engine_worker/config/model_files.h"
@@ -15,6 +14,8 @@ namespace {
 constexpr int kMaxSize = 1 << 24;  // of a dimension or a vocabulary: products fit 64 bits easily
 constexpr int kMaxLayers = 1 << 12;
 constexpr int kMaxExperts = 1 << 12;
+// A few tensors each, which a text of a few bytes must not make us list by the million.
+constexpr int kMaxExpertsOfAllLayers = 1 << 17;
 constexpr int kDefaultLastWint4Layer = 6;
 constexpr int kWint2GroupRows = 64;
 
@@ -88,6 +89,10 @@ absl::Status ReadExperts(const JsonObject& json, ModelConfig& config) {
     ASSIGN_OR_RETURN(ends, json.IntOrList("moe_layer_end_index", -1, kMaxLayers));
   }
   config.num_experts = experts.front();
+  if (int64_t{config.num_experts} * config.num_layers > kMaxExpertsOfAllLayers) {
+    return json.Refuse("moe_num_experts", fmt::format("at most {} together in {} layers",
+                                                      kMaxExpertsOfAllLayers, config.num_layers));
+  }
   config.moe_intermediate_size = widths.front();
   config.moe_layer_start = *std::min_element(starts.begin(), starts.end());
   const int last_layer = config.num_layers - 1;
@@ -113,15 +118,16 @@ absl::Status ReadExperts(const JsonObject& json, ModelConfig& config) {
 // true or a number.
 absl::Status ReadNumLayers(const JsonObject& json, ModelConfig& config) {
   ASSIGN_OR_RETURN(config.num_layers, json.Int("num_hidden_layers", 1, kMaxLayers));
-  int num_removed = 0;
-  if (const absl::StatusOr<bool> is_one = json.BoolOr("remove_tail_layer", false); is_one.ok()) {
-    num_removed = *is_one ? 1 : 0;
-  } else {
-    ASSIGN_OR_RETURN(num_removed, json.Int("remove_tail_layer", 0, config.num_layers - 1));
+  const absl::StatusOr<bool> is_one = json.BoolOr("remove_tail_layer", false);
+  const int num_removed =
+      is_one.ok() ? int{*is_one}
+                  : json.Int("remove_tail_layer", 0, kMaxLayers).value_or(config.num_layers);
+  if (num_removed >= config.num_layers) {
+    return json.Refuse(
+        "remove_tail_layer",
+        fmt::format("false, true or a number less than num_hidden_layers {}", config.num_layers));
   }
   config.num_layers -= num_removed;
-  if (config.num_layers < 1)
-    return json.Refuse("remove_tail_layer", "false, as there is one layer");
   return absl::OkStatus();
 }
 
@@ -136,11 +142,12 @@ absl::Status ReadWint2(const JsonObject& quantization, ModelConfig& config) {
   ASSIGN_OR_RETURN(const std::string first_type,
                    wint4.ChoiceOr("quant_type", {"wint4", "wint8", kBfloat16}, "wint4"));
   config.first_experts_are_plain = first_type == kBfloat16;
+  const bool first_are_wint8 = first_type == "wint8";
   RETURN_IF_ERROR(wint4.ChoiceOr("quant_granularity", {"per_channel"}, "per_channel").status());
   ASSIGN_OR_RETURN(config.last_wint4_layer,
                    wint4.IntOr("quant_end_layer", -1, kMaxLayers, kDefaultLastWint4Layer));
   const bool is_for_all_layers = config.last_wint4_layer >= config.moe_layer_end;
-  if (first_type == "wint8" && !is_for_all_layers) {
+  if (first_are_wint8 && !is_for_all_layers) {
     return wint4.Refuse("quant_type",
                         fmt::format("\"wint4\", as quant_end_layer {} leaves layers to wint2",
                                     config.last_wint4_layer));
@@ -159,8 +166,8 @@ absl::Status ReadWint2(const JsonObject& quantization, ModelConfig& config) {
   }
   config.expert_quantization = !is_for_all_layers || config.first_experts_are_plain
                                    ? ExpertQuantization::kW4W2
-                               : first_type == "wint8" ? ExpertQuantization::kWint8
-                                                       : ExpertQuantization::kWint4;
+                               : first_are_wint8 ? ExpertQuantization::kWint8
+                                                 : ExpertQuantization::kWint4;
   return absl::OkStatus();
 }
 
@@ -240,17 +247,12 @@ absl::Status CheckTiles(const std::string& file, const ModelConfig& config) {
 }
 
 absl::StatusOr<ModelConfig> Parse(const std::string& text, const std::string& file) {
-  if (IsNestedTooDeep(text)) {
-    return absl::InvalidArgumentError(fmt::format(
-        "{}: nested deeper than {} levels; allowed: one JSON object", file, kMaxJsonDepth));
+  const absl::StatusOr<nlohmann::json> root = ParseJsonObject(text);
+  if (!root.ok()) {
+    return absl::InvalidArgumentError(fmt::format("{}: {}; allowed: one JSON object", file,
+                                                  std::string(root.status().message())));
   }
-  const nlohmann::json root = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (!root.is_object()) {
-    return absl::InvalidArgumentError(
-        fmt::format("{}: {}; allowed: one JSON object", file,
-                    root.is_discarded() ? "not valid JSON" : "not an object"));
-  }
-  const JsonObject json(root, file, "");
+  const JsonObject json(*root, file, "");
   ModelConfig config;
   ASSIGN_OR_RETURN(config.architecture, json.FirstString("architectures"));
   if (config.architecture == kDenseFirstRelease) config.architecture = kDense;

@@ -12,7 +12,9 @@ namespace wintserve {
 namespace {
 
 using nlohmann::json;
+using ::testing::AllOf;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 // The 300B model's configuration, 2-bit.
 json Wint2Config() {
@@ -268,6 +270,18 @@ INSTANTIATE_TEST_SUITE_P(
                 {"head_dim is missing", "hidden_size 8192"}},
         Refusal{"NoRopeTheta", R"({"rope_theta": null})", {"rope_theta is missing"}},
         Refusal{"ZeroRopeTheta", R"({"rope_theta": 0})", {"rope_theta is 0", "above 0"}},
+        Refusal{"NumberBeyondFloat32",
+                R"({"rms_norm_eps": 1e300})",
+                {"rms_norm_eps is 1e+300", "that a float32 holds"}},
+        Refusal{"NumberThatIsZeroInFloat32",
+                R"({"rms_norm_eps": 1e-300})",
+                {"rms_norm_eps is 1e-300", "that a float32 holds"}},
+        Refusal{"ExpertsByTheMillion",
+                R"({"num_hidden_layers": 4096, "moe_num_experts": 4096})",
+                {"moe_num_experts is 4096", "at most 131072 together in 4096 layers"}},
+        Refusal{"LayersRemovedByName",
+                R"({"remove_tail_layer": "last"})",
+                {"remove_tail_layer is \"last\"", "false, true or a number less than"}},
         Refusal{"RopeScaling",
                 R"({"rope_scaling": {"type": "yarn"}})",
                 {"rope_scaling is", "yarn", "null"}},
@@ -303,7 +317,7 @@ INSTANTIATE_TEST_SUITE_P(
                 {"quantization_config.dense_quant_type is \"wint4\"", "\"wint8\""}},
         Refusal{"AllLayersRemoved",
                 R"({"remove_tail_layer": 54})",
-                {"remove_tail_layer is 54", "0 to 53"}},
+                {"remove_tail_layer is 54", "less than num_hidden_layers 54"}},
         Refusal{"TheOnlyLayerRemoved",
                 R"({"num_hidden_layers": 1, "remove_tail_layer": true})",
                 {"remove_tail_layer is true", "false"}},
@@ -349,6 +363,18 @@ TEST(ModelConfig, TextThatIsNoJsonObjectIsRefused) {
     EXPECT_EQ(loaded.status().code(), absl::StatusCode::kInvalidArgument) << text;
     EXPECT_THAT(std::string(loaded.status().message()), HasSubstr("config.json: not ")) << text;
   }
+}
+
+TEST(ModelConfig, WhereTheTextIsNoJsonIsTold) {
+  const auto comma = LoadText("{\n  \"a\": 1,\n}");
+  EXPECT_THAT(std::string(comma.status().message()),
+              AllOf(HasSubstr("not valid JSON: parse error at line 3, column 1: "),
+                    HasSubstr("; allowed: one JSON object")));
+  const auto huge = LoadText("{\"a\": 1e999}");
+  EXPECT_THAT(std::string(huge.status().message()), HasSubstr("number overflow parsing '1e999'"));
+  const auto binary = LoadText("\xff\x1b" + std::string(1'000'000, '\x01'));
+  EXPECT_THAT(std::string(binary.status().message()), Not(HasSubstr("\xff")));
+  EXPECT_THAT(std::string(binary.status().message()), Not(HasSubstr("\x1b")));
 }
 
 TEST(ModelConfig, EveryTruncationOfTheFileIsAnErrorNotACrash) {

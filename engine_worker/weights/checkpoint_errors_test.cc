@@ -272,7 +272,7 @@ TEST_F(ShardedCheckpoint, ATensorInTwoShardsIsNamed) {
 
 TEST_F(ShardedCheckpoint, FileNamesThatLeaveTheDirectoryAreRefused) {
   for (const char* file :
-       {"../a.safetensors", "/etc/passwd", "sub/a.safetensors", "..", ".", "", "a\\b"}) {
+       {"../a.safetensors", "/etc/passwd", "sub/a.safetensors", "..", ".", "", "a\\b", "a\nb"}) {
     Write();
     nlohmann::json map = weight_map_;
     map.begin().value() = file;
@@ -281,6 +281,13 @@ TEST_F(ShardedCheckpoint, FileNamesThatLeaveTheDirectoryAreRefused) {
     EXPECT_THAT(message, HasSubstr("expected a file name in this directory")) << file;
     EXPECT_THAT(message, HasSubstr("model.safetensors.index.json: tensor")) << file;
   }
+}
+
+TEST_F(ShardedCheckpoint, ANameThatMovesTheCursorIsShownEscaped) {
+  Write();
+  WriteIndex(R"({"weight_map": {"w\u001b[31m": "a.safetensors"}})");
+  EXPECT_THAT(ErrorOf(dir_.path(), config_),
+              HasSubstr(R"(index.json: tensor "w\u001b[31m": found a name of 6 bytes)"));
 }
 
 TEST_F(ShardedCheckpoint, AMissingShardIsNotFoundAndNamed) {

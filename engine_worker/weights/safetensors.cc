@@ -12,14 +12,16 @@
 #include <set>
 #include <utility>
 
-#include "common/json_depth.h"
 #include "common/status_macros.h"
+#include "engine_worker/config/json_object.h"
 #include "engine_worker/config/model_files.h"
 
 namespace wintserve {
 namespace {
 
 constexpr size_t kLengthBytes = 8;
+constexpr size_t kMaxNameBytes = 512;
+constexpr size_t kMaxDimensions = 8;
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the limit of the format's own library
 
 struct TypeInfo {
@@ -34,6 +36,12 @@ constexpr TypeInfo kTypes[] = {
     {TensorType::kF32, "F32", 4},   {TensorType::kU64, "U64", 8}, {TensorType::kI64, "I64", 8},
     {TensorType::kF64, "F64", 8},
 };
+
+std::string AllTypeNames() {
+  std::vector<std::string_view> names;
+  for (const TypeInfo& info : kTypes) names.push_back(info.name);
+  return fmt::format("{}", fmt::join(names, ", "));
+}
 
 const TypeInfo& InfoOf(TensorType type) { return kTypes[static_cast<size_t>(type)]; }
 
@@ -74,39 +82,27 @@ class DuplicateFinder final : public nlohmann::json_sax<nlohmann::json> {
   std::string duplicate_;  // the last one
 };
 
-// JSON object with unique keys, or an error text.
-struct ParsedHeader {
-  nlohmann::json json;
-  std::string error;
-};
-
-ParsedHeader ParseJson(std::string_view text) {
-  ParsedHeader parsed;
-  if (IsNestedTooDeep(text)) {
-    parsed.error = fmt::format("the header is nested deeper than {} levels", kMaxJsonDepth);
-    return parsed;
+// An object with unique plain names, or an error without the file's name.
+absl::StatusOr<nlohmann::json> ParseHeaderJson(std::string_view text) {
+  absl::StatusOr<nlohmann::json> header = ParseJsonObject(text);
+  if (!header.ok()) {
+    return absl::DataLossError(
+        fmt::format("the header is {}", std::string(header.status().message())));
   }
-  parsed.json =
-      nlohmann::json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
-  if (parsed.json.is_discarded()) {
-    parsed.error = "the header is not valid JSON";
-    return parsed;
-  }
-  if (!parsed.json.is_object()) {
-    parsed.error = "the header is not a JSON object";
-    return parsed;
+  for (const auto& [name, entry] : header->items()) {
+    if (!IsPlainName(name)) return absl::DataLossError(NotAPlainName(name));
   }
   DuplicateFinder finder;
   nlohmann::json::sax_parse(text.begin(), text.end(), &finder);
   if (!finder.duplicate().empty()) {
-    parsed.error = fmt::format("tensor {} is listed twice", finder.duplicate());
+    return absl::DataLossError(fmt::format("tensor {} is listed twice", finder.duplicate()));
   }
-  return parsed;
+  return header;
 }
 
-// A list of whole numbers in 0 … 2^63-1.
+// A list of a few whole numbers in 0 … 2^63-1.
 std::optional<std::vector<int64_t>> ToSizes(const nlohmann::json& value) {
-  if (!value.is_array()) return std::nullopt;
+  if (!value.is_array() || value.size() > kMaxDimensions) return std::nullopt;
   std::vector<int64_t> sizes;
   for (const nlohmann::json& element : value) {
     if (!element.is_number_unsigned() || element.get<uint64_t>() > INT64_MAX) return std::nullopt;
@@ -140,17 +136,18 @@ ParsedTensor ParseTensor(const nlohmann::json& entry, std::span<const uint8_t> d
     return dtype.is_string() && dtype.get<std::string>() == info.name;
   });
   if (type == std::end(kTypes)) {
-    return error(fmt::format("found dtype {}, expected one of the known types", dtype.dump()));
+    return error(
+        fmt::format("found dtype {}, expected one of {}", ShowJson(dtype), AllTypeNames()));
   }
   const auto shape = ToSizes(entry["shape"]);
   if (!shape) {
-    return error(fmt::format("found shape {}, expected a list of whole numbers from 0",
-                             entry["shape"].dump()));
+    return error(fmt::format("found shape {}, expected a list of at most {} whole numbers from 0",
+                             ShowJson(entry["shape"]), kMaxDimensions));
   }
   const auto offsets = ToSizes(entry["data_offsets"]);
   if (!offsets || offsets->size() != 2 || (*offsets)[0] > (*offsets)[1]) {
-    return error(
-        fmt::format("found data_offsets {}, expected [begin, end]", entry["data_offsets"].dump()));
+    return error(fmt::format("found data_offsets {}, expected [begin, end]",
+                             ShowJson(entry["data_offsets"])));
   }
   const auto [begin, end] = std::pair((*offsets)[0], (*offsets)[1]);
   if (end > static_cast<int64_t>(data.size())) {
@@ -177,6 +174,16 @@ void Advise(std::span<const uint8_t> data, int advice) {
 }
 
 }  // namespace
+
+bool IsPlainName(std::string_view name) {
+  return !name.empty() && name.size() <= kMaxNameBytes &&
+         std::all_of(name.begin(), name.end(), [](char c) { return c >= ' ' && c <= '~'; });
+}
+
+std::string NotAPlainName(std::string_view name) {
+  return fmt::format("tensor {}: found a name of {} bytes, expected 1 to {} of printable ASCII",
+                     ShowJson(name), name.size(), kMaxNameBytes);
+}
 
 std::string_view TensorTypeName(TensorType type) { return InfoOf(type).name; }
 int64_t TensorTypeBytes(TensorType type) { return InfoOf(type).bytes; }
@@ -237,10 +244,10 @@ absl::Status SafetensorsFile::ParseHeader() {
                     json_bytes, std::min(available, kMaxHeaderBytes)));
   }
   header_bytes_ = kLengthBytes + json_bytes;
-  const ParsedHeader parsed =
-      ParseJson({reinterpret_cast<const char*>(bytes_.data()) + kLengthBytes, json_bytes});
-  if (!parsed.error.empty()) return Corrupt(parsed.error);
-  for (const auto& [name, entry] : parsed.json.items()) {
+  const absl::StatusOr<nlohmann::json> parsed =
+      ParseHeaderJson({reinterpret_cast<const char*>(bytes_.data()) + kLengthBytes, json_bytes});
+  if (!parsed.ok()) return Corrupt(std::string(parsed.status().message()));
+  for (const auto& [name, entry] : parsed->items()) {
     if (name == "__metadata__") continue;
     ParsedTensor tensor = ParseTensor(entry, data());
     if (!tensor.error.empty()) return Corrupt(fmt::format("tensor {}: {}", name, tensor.error));

@@ -34,6 +34,12 @@ enum class TensorType {
 std::string_view TensorTypeName(TensorType type);
 int64_t TensorTypeBytes(TensorType type);
 
+// Whether a tensor may have this name: as it goes into messages, it is short and has no characters
+// that move a terminal's cursor.
+bool IsPlainName(std::string_view name);
+// What is wrong with one that is not plain, without the file's name.
+std::string NotAPlainName(std::string_view name);
+
 // `data` may be unaligned: nothing in the format aligns a tensor to its element.
 struct TensorView {
   TensorType type = TensorType::kU8;

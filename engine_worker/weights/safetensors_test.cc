@@ -13,6 +13,7 @@ namespace {
 
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 std::string File(const std::string& header, const std::string& data, uint64_t length_delta = 0) {
   const uint64_t length = header.size() + length_delta;
@@ -71,6 +72,12 @@ struct Corruption {
 
 std::string OneTensor(const std::string& entry) { return File("{\"w\":" + entry + "}", "1234"); }
 
+std::string Repeated(const std::string& piece, int count) {
+  std::string text;
+  for (int i = 0; i < count; ++i) text += piece;
+  return text;
+}
+
 class CorruptFile : public ::testing::TestWithParam<Corruption> {};
 
 TEST_P(CorruptFile, IsDataLossAndNamesFileAndTensor) {
@@ -79,6 +86,8 @@ TEST_P(CorruptFile, IsDataLossAndNamesFileAndTensor) {
   const std::string message(status.message());
   EXPECT_THAT(message, HasSubstr("model.safetensors: "));
   for (const char* piece : GetParam().pieces) EXPECT_THAT(message, HasSubstr(piece));
+  EXPECT_LT(message.size(), 600u) << "without the file's name it is a line or two";
+  EXPECT_THAT(message, Not(HasSubstr("\n")));
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -98,6 +107,24 @@ INSTANTIATE_TEST_SUITE_P(
         Corruption{"HeaderCutShort", File(R"({"w":{"dtype")", ""), {"not valid JSON"}},
         Corruption{"HeaderIsAList", File("[]", ""), {"not a JSON object"}},
         Corruption{"EntryIsANumber", OneTensor("7"), {"tensor w:", "not an object"}},
+        Corruption{"ZeroBytesBehindTheHeader",
+                   File(std::string("{}\0\0", 4), ""),
+                   {"the header is not valid JSON: a zero byte"}},
+        Corruption{"NameThatMovesTheCursor",
+                   File(R"({"w\u001b[31m\n":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}})", ""),
+                   {R"(tensor "w\u001b[31m\n": found a name of 7 bytes)", "printable ASCII"}},
+        Corruption{"NameOfAMegabyte",
+                   File("{\"" + std::string(1'000'000, 'w') + "\":7}", ""),
+                   {"www...: found a name of 1000000 bytes, expected 1 to 512"}},
+        Corruption{"NoName", File(R"({"":7})", ""), {"tensor \"\": found a name of 0 bytes"}},
+        Corruption{"TypeOfAMegabyte",
+                   OneTensor("{\"dtype\":\"" + std::string(1'000'000, 'F') +
+                             R"(","shape":[1],"data_offsets":[0,4]})"),
+                   {"FFF..., expected one of BOOL, U8, "}},
+        Corruption{"ShapeOfAThousandDimensions",
+                   OneTensor(R"({"dtype":"F32","data_offsets":[0,4],"shape":[1)" +
+                             Repeated(",1", 999) + "]}"),
+                   {"1,1..., expected a list of at most 8 whole numbers"}},
         Corruption{"NoShape",
                    OneTensor(R"({"dtype":"F32","data_offsets":[0,4]})"),
                    {"tensor w:", "shape is missing"}},

@@ -7,8 +7,8 @@
 #include <set>
 #include <utility>
 
-#include "common/json_depth.h"
 #include "common/status_macros.h"
+#include "engine_worker/config/json_object.h"
 #include "engine_worker/config/model_files.h"
 
 namespace wintserve {
@@ -40,30 +40,33 @@ std::string WhatIsThereInstead(const std::set<std::string>& names) {
                      rank);
 }
 
+// A shard lies beside its index: nothing in a checkpoint may name a file elsewhere.
+bool IsFileName(std::string_view name) {
+  const auto is_wrong = [](unsigned char c) {
+    return c < ' ' || c == 0x7F || c == '/' || c == '\\';
+  };
+  return !name.empty() && name != "." && name != ".." &&
+         std::none_of(name.begin(), name.end(), is_wrong);
+}
+
 // Tensor name -> file name, both as the index has them.
 absl::StatusOr<std::map<std::string, std::string>> ReadIndex(const std::filesystem::path& path) {
   ASSIGN_OR_RETURN(const std::string text, ReadModelText(path));
   const auto corrupt = [&](std::string_view message) {
     return absl::DataLossError(fmt::format("{}: {}", path.string(), message));
   };
-  if (IsNestedTooDeep(text)) {
-    return corrupt(fmt::format("nested deeper than {} levels", kMaxJsonDepth));
-  }
-  const nlohmann::json root = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (!root.is_object()) return corrupt("not valid JSON, or not an object");
-  if (!root.contains("weight_map") || !root["weight_map"].is_object()) {
+  const absl::StatusOr<nlohmann::json> root = ParseJsonObject(text);
+  if (!root.ok()) return corrupt(std::string(root.status().message()));
+  const auto weight_map = root->find("weight_map");
+  if (weight_map == root->end() || !weight_map->is_object()) {
     return corrupt("weight_map is missing or not an object");
   }
   std::map<std::string, std::string> file_of_tensor;
-  for (const auto& [tensor, file] : root["weight_map"].items()) {
-    // A shard lies beside its index: nothing in a checkpoint may name a file elsewhere.
-    const bool is_plain =
-        file.is_string() && !file.get<std::string>().empty() && file.get<std::string>() != "." &&
-        file.get<std::string>() != ".." &&
-        file.get<std::string>().find_first_of(std::string_view("/\\\0", 3)) == std::string::npos;
-    if (!is_plain) {
+  for (const auto& [tensor, file] : weight_map->items()) {
+    if (!IsPlainName(tensor)) return corrupt(NotAPlainName(tensor));
+    if (!file.is_string() || !IsFileName(file.get_ref<const std::string&>())) {
       return corrupt(fmt::format("tensor {}: found file {}, expected a file name in this directory",
-                                 tensor, file.dump()));
+                                 tensor, ShowJson(file)));
     }
     file_of_tensor[tensor] = file.get<std::string>();
   }
