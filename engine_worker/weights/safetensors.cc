@@ -200,6 +200,7 @@ void AdviseReading(std::span<const uint8_t> data, Reading reading) {
 SafetensorsFile::SafetensorsFile(SafetensorsFile&& other) noexcept
     : path_(std::move(other.path_)),
       bytes_(std::exchange(other.bytes_, {})),
+      named_(std::move(other.named_)),
       header_bytes_(other.header_bytes_),
       tensors_(std::move(other.tensors_)) {}
 
@@ -230,6 +231,7 @@ absl::Status SafetensorsFile::Map() {
     return Corrupt(fmt::format("cannot be mapped: {}", std::strerror(errno)));
   }
   bytes_ = {static_cast<const uint8_t*>(mapping), static_cast<size_t>(file.size_bytes)};
+  named_ = NamedMapping(bytes_, path_);
   return absl::OkStatus();
 }
 

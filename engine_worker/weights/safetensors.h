@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "engine_worker/weights/unreadable_page.h"
 
 namespace wintserve {
 
@@ -60,7 +61,8 @@ void AdviseReading(std::span<const uint8_t> data, Reading reading);
 
 // Ownership: the mapping; views point into it.
 // Threading: thread-safe after Open.
-// A file that is shortened while it is mapped kills the process (SIGBUS), as with every mapping.
+// A file that cannot be read after all, or is shortened meanwhile, ends the process with a line
+// that names it (NamedMapping).
 class SafetensorsFile {
  public:
   // NOT_FOUND: no such file. DATA_LOSS: truncated, or a header that is malformed, names a tensor
@@ -87,6 +89,7 @@ class SafetensorsFile {
 
   std::filesystem::path path_;
   std::span<const uint8_t> bytes_;
+  NamedMapping named_;
   size_t header_bytes_ = 0;
   std::map<std::string, TensorView, std::less<>> tensors_;
 };

@@ -3,9 +3,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <csignal>
+#include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <random>
 
+#include "common/exit_code.h"
 #include "engine_worker/weights/checkpoint_writer.h"
 
 namespace wintserve {
@@ -180,6 +184,36 @@ INSTANTIATE_TEST_SUITE_P(
                         "1"),
                    {"tensor a is listed twice"}}),
     [](const auto& info) { return info.param.name; });
+
+// Large enough for its last page not to be the one that parsing the header has read.
+int SumOfAFileThatIsShortened() {
+  const testing::TempDir dir;
+  const std::string header = R"({"w":{"dtype":"U8","shape":[1000000],"data_offsets":[0,1000000]}})";
+  testing::WriteFile(dir.path() / "f", File(header, std::string(1'000'000, '\1')));
+  const auto file = SafetensorsFile::Open(dir.path() / "f");
+  std::filesystem::resize_file(dir.path() / "f", 4096);
+  const auto data = file->tensors().at("w").data;
+  return std::accumulate(data.begin(), data.end(), 0);
+}
+
+TEST(SafetensorsFileDeathTest, AFileThatIsShortenedEndsTheProcessByName) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(std::exit(SumOfAFileThatIsShortened() % 2),
+              ::testing::ExitedWithCode(kExitCheckpoint),
+              "^error: .*/f: a part of it cannot be read: .*shortened\n$");
+}
+
+TEST(SafetensorsFileDeathTest, OtherBusErrorsAreWhatTheyWere) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto raise_with_a_file = [] {
+    ::signal(SIGBUS, SIG_DFL);  // a sanitizer has a handler of its own
+    const testing::TempDir dir;
+    testing::WriteFile(dir.path() / "f", File(kTwoTensors, "xyzABCD"));
+    const auto file = SafetensorsFile::Open(dir.path() / "f");
+    ::raise(SIGBUS);
+  };
+  EXPECT_EXIT(raise_with_a_file(), ::testing::KilledBySignal(SIGBUS), "");
+}
 
 TEST(SafetensorsFile, EveryTruncationIsRefused) {
   const std::string whole = File(kTwoTensors, "xyzABCD");
