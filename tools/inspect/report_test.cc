@@ -44,6 +44,15 @@ void Write(const TempDir& dir, const ModelConfig& config, const TestTensors& ten
   testing::WriteFile(dir.path() / file, testing::SafetensorsBytes(tensors));
 }
 
+// The keys of layer 1: its qkv becomes float32 as a whole when it is loaded.
+void WriteWithKeysInFloat32(const TempDir& dir) {
+  const ModelConfig config = SmallConfig();
+  TestTensors tensors = MakeTensors(config, TestLayout::kHuggingFace, 1);
+  testing::TestTensor& keys = tensors.at("model.layers.1.self_attn.k_proj.weight");
+  keys = testing::ConvertFloats(keys, "F32");
+  Write(dir, config, tensors);
+}
+
 TEST(Sizes, OfThe2BitReleaseOf300bAreTheKnownOnes) {
   const Report report = MustInspect(k300b);
   EXPECT_FALSE(report.opened.has_value());
@@ -87,7 +96,11 @@ TEST(Sizes, OnAGpuAreThoseThatAWorkerAsksItsMemoryFor) {
 
 TEST(Sizes, OnACpuAreThoseOfTheMatricesThatItPacks) {
   const auto backend = kernels::cpu::CreateCpuBackend({});
-  for (const char* dir : {"models/poet", "tests/data/tiny-bf16"}) {
+  const TempDir mixed;
+  WriteWithKeysInFloat32(mixed);
+  for (const std::string& dir :
+       {std::string("models/poet"), std::string("tests/data/tiny-bf16"), mixed.path().string()}) {
+    SCOPED_TRACE(dir);
     const Report report = MustInspect(dir);
     const auto checkpoint = Checkpoint::Open(dir, report.config, KOrderChoice::kAuto);
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
@@ -266,6 +279,17 @@ TEST(Inspect, MatricesInOtherFloatsAreNotForAGpu) {
   EXPECT_EQ(report.layers[0].attention, "F16");
   EXPECT_THAT(ToText(report, false), HasSubstr("Not for a GPU"));
   EXPECT_TRUE(nlohmann::json::parse(ToJson(report))["sizes"]["total"]["cuda_bytes"].is_null());
+}
+
+TEST(Inspect, OnePartOfAMatrixInAnotherFloatIsTold) {
+  const TempDir dir;
+  WriteWithKeysInFloat32(dir);
+  const Report report = MustInspect(dir.path().string());
+  EXPECT_EQ(report.layers[0].attention, "BF16");
+  EXPECT_EQ(report.layers[1].attention, "BF16 and F32");
+  EXPECT_EQ(report.layers[1].first, 1);
+  EXPECT_EQ(report.layers[1].last, 1);
+  EXPECT_TRUE(report.sizes.has_float32_matrices);
 }
 
 TEST(Inspect, WhatCannotBeReadIsAnErrorThatNamesIt) {

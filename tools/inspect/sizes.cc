@@ -1,5 +1,8 @@
 #include "tools/inspect/sizes.h"
 
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <set>
 
@@ -114,23 +117,24 @@ void AddMatrix(const ModelConfig& config, const CheckpointFiles* files, const Ma
                int rank, int world_size, ModelSizes& sizes) {
   const Layout layout = LayoutOf(config, files);
   const LogicalMatrix matrix = DescribeMatrix(layout, config, ref);
-  const StoredMatrix& stored = matrix.parts.front().stored;
-  int64_t k = 0, n = 0;
+  int64_t k = 0, n = 0, on_disk = 0;
+  bool is_float32 = ref.role == MatrixRole::kRouter;
   for (const MatrixPart& part : matrix.parts) {
     const formats::MatrixSlice slice = SliceOf(part, matrix.split, rank, world_size);
     k = slice.num_rows();
     n += slice.num_columns();
+    const TensorType plain = PlainType(files, part.stored, ref.role);
+    on_disk += NominalDiskBytes(part.stored.format, k, slice.num_columns(), plain);
+    is_float32 |= plain != TensorType::kBF16;  // one part makes all of them so
   }
-  const TensorType plain = PlainType(files, stored, ref.role);
-  const bool is_float32 = ref.role == MatrixRole::kRouter || plain != TensorType::kBF16;
   const WeightFormat format =
-      QuantizedFormat(stored.format)
+      QuantizedFormat(matrix.parts.front().stored.format)
           .value_or(is_float32 ? WeightFormat::kFloat32 : WeightFormat::kBfloat16);
   Size size;
   const bool is_tied = ref.role == MatrixRole::kHead && layout.head_is_tied;
   if (!is_tied) {
     size.num_parameters = k * n;
-    size.on_disk = NominalDiskBytes(stored.format, k, n, plain);
+    size.on_disk = on_disk;
   }
   size.on_cpu = CpuBytes(format, k, n, ref.role);
   if (format == WeightFormat::kFloat32 && ref.role != MatrixRole::kRouter) {
@@ -226,23 +230,32 @@ bool LayerRange::IsLike(const LayerRange& other) const {
 
 std::vector<LayerRange> LayerRanges(const ModelConfig& config, const CheckpointFiles* files) {
   const Layout layout = LayoutOf(config, files);
-  const auto format_of = [&](const MatrixRef& ref) {
-    const StoredMatrix stored = DescribeMatrix(layout, config, ref).parts.front().stored;
-    const auto quantized = QuantizedFormat(stored.format);
-    return std::string(quantized ? formats::FormatName(*quantized)
-                                 : TensorTypeName(PlainType(files, stored, ref.role)));
+  // Of all tensors of some matrices: "BF16", or "BF16 and F32" where they differ.
+  const auto formats_of = [&](const std::vector<MatrixRef>& refs) {
+    std::set<std::string_view> names;
+    for (const MatrixRef& ref : refs) {
+      for (const MatrixPart& part : DescribeMatrix(layout, config, ref).parts) {
+        const auto quantized = QuantizedFormat(part.stored.format);
+        names.insert(quantized ? formats::FormatName(*quantized)
+                               : TensorTypeName(PlainType(files, part.stored, ref.role)));
+      }
+    }
+    return fmt::format("{}", fmt::join(names, " and "));
+  };
+  const auto mlp = [&](int layer, int expert) {
+    return formats_of({{MatrixRole::kGateUp, layer, expert}, {MatrixRole::kDown, layer, expert}});
   };
   std::vector<LayerRange> ranges;
   for (int layer = 0; layer < config.num_layers; ++layer) {
     const bool is_moe = config.IsMoeLayer(layer);
     LayerRange range = {layer,
                         layer,
-                        format_of({MatrixRole::kQkv, layer}),
-                        format_of({MatrixRole::kGateUp, layer, is_moe ? 0 : kDenseMlp}),
+                        formats_of({{MatrixRole::kQkv, layer}, {MatrixRole::kOutput, layer}}),
+                        mlp(layer, is_moe ? 0 : kDenseMlp),
                         is_moe ? config.num_experts : 0,
                         ""};
     if (is_moe && config.num_shared_experts > 0) {
-      range.shared_experts = format_of({MatrixRole::kGateUp, layer, kSharedExperts});
+      range.shared_experts = mlp(layer, kSharedExperts);
     }
     if (!ranges.empty() && ranges.back().IsLike(range)) {
       ranges.back().last = layer;

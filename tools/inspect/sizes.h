@@ -57,8 +57,8 @@ int64_t ActiveParameters(const ModelConfig& config, const ModelSizes& whole);
 struct LayerRange {
   int first = 0;
   int last = 0;
-  std::string attention;       // format: "wint8", "BF16"
-  std::string mlp;             // of the dense MLP, or of the experts
+  std::string attention;       // format: "wint8", "BF16", "BF16 and F32"
+  std::string mlp;             // of the dense MLP, or of the first expert
   int num_experts = 0;         // 0: dense
   std::string shared_experts;  // empty without
 
