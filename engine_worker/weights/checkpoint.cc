@@ -216,6 +216,10 @@ absl::Status MappedCheckpoint::DecideKOrder(KOrderChoice choice) {
     LOG_WARNING(
         "the two checks of the K order contradict each other: if the model talks nonsense, "
         "try the other --k-order");
+  } else if (!evidence_.is_conclusive()) {
+    LOG_WARNING(
+        "nothing tells the K order of the WINT2 experts: if the model talks nonsense, try "
+        "--k-order natural");
   }
   return absl::OkStatus();
 }

@@ -124,7 +124,11 @@ void Add(const std::vector<double>& known, const std::vector<double>& stored,
   sums.num_values += static_cast<int64_t>(known.size());
 }
 
-constexpr double kSignificant = 4;
+// Whether a check says more than chance does.
+bool IsSignificant(const KOrderCorrelations& check) {
+  constexpr double kDeviations = 4;
+  return std::fabs(check.LeadOfNatural()) > kDeviations;
+}
 
 }  // namespace
 
@@ -134,24 +138,27 @@ double KOrderCorrelations::LeadOfNatural() const {
 
 KOrder KOrderEvidence::Decide() const {
   for (const KOrderCorrelations* check : {&neurons, &hidden}) {
-    const double lead = check->LeadOfNatural();
-    if (std::fabs(lead) > kSignificant) return lead > 0 ? KOrder::kNatural : KOrder::kMma64;
+    if (!IsSignificant(*check)) continue;
+    return check->LeadOfNatural() > 0 ? KOrder::kNatural : KOrder::kMma64;
   }
   return KOrder::kMma64;
 }
 
+bool KOrderEvidence::is_conclusive() const {
+  return IsSignificant(neurons) || IsSignificant(hidden);
+}
+
 bool KOrderEvidence::contradicts_itself() const {
-  const double first = neurons.LeadOfNatural(), second = hidden.LeadOfNatural();
-  return std::fabs(first) > kSignificant && std::fabs(second) > kSignificant &&
-         (first > 0) != (second > 0);
+  return IsSignificant(neurons) && IsSignificant(hidden) &&
+         (neurons.LeadOfNatural() > 0) != (hidden.LeadOfNatural() > 0);
 }
 
 std::string KOrderEvidence::Describe() const {
   return fmt::format(
-      "{} (norms of neurons correlate {:.3f} as mma64, {:.3f} as natural, those of hidden "
+      "{}{} (norms of neurons correlate {:.3f} as mma64, {:.3f} as natural, those of hidden "
       "dimensions {:.3f} and {:.3f}; {} experts of {} layers)",
-      Decide() == KOrder::kMma64 ? "mma64" : "natural", neurons.mma64, neurons.natural,
-      hidden.mma64, hidden.natural, num_experts, num_layers);
+      Decide() == KOrder::kMma64 ? "mma64" : "natural", is_conclusive() ? "" : " by default",
+      neurons.mma64, neurons.natural, hidden.mma64, hidden.natural, num_experts, num_layers);
 }
 
 void KOrderVote::Layer::AddExpert(const HostMatrix& gate_up, const HostMatrix& down) {

@@ -34,10 +34,12 @@ struct KOrderEvidence {
   // The first check where it says more than chance does (four deviations), else the second, else
   // mma64, as the released files are.
   formats::KOrder Decide() const;
+  // Whether a check says more than chance does; if not, Decide() is the default.
+  bool is_conclusive() const;
   // Both say more than chance does, and not the same.
   bool contradicts_itself() const;
   // "mma64 (norms of neurons correlate 0.96 as mma64, 0.01 as natural, those of hidden dimensions
-  // 0.41 and 0.02; 64 experts of 6 layers)"
+  // 0.41 and 0.02; 64 experts of 6 layers)"; "mma64 by default (..." where that tells nothing.
   std::string Describe() const;
 };
 

@@ -1,5 +1,6 @@
 #include "engine_worker/weights/k_order.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -15,6 +16,9 @@ namespace {
 
 using formats::HostMatrix;
 using formats::KOrder;
+using ::testing::HasSubstr;
+using ::testing::Not;
+using ::testing::StartsWith;
 
 constexpr int64_t kHidden = 128;
 constexpr int64_t kWidth = 256;
@@ -137,6 +141,8 @@ TEST_P(KOrderOfExperts, IsFoundFromTheNormsOfTheirNeurons) {
 TEST_P(KOrderOfExperts, IsFoundFromTheRouterWhereAllNeuronsAreAlike) {
   const KOrderEvidence evidence = EvidenceOf({.hidden = true}, GetParam(), GetParam(), 12);
   EXPECT_EQ(evidence.Decide(), GetParam());
+  EXPECT_TRUE(evidence.is_conclusive());
+  EXPECT_THAT(evidence.Describe(), Not(HasSubstr("by default")));
   EXPECT_LT(std::fabs(evidence.neurons.LeadOfNatural()), 4);
   EXPECT_EQ(evidence.hidden.num_values, 2 * kHidden);
   EXPECT_GT(Right(evidence.hidden), 0.5);
@@ -157,7 +163,10 @@ TEST(KOrderEvidence, TheNeuronsDecideWhereTheRouterSaysOtherwiseAndTheContradict
 
 TEST(KOrderEvidence, WhatChanceExplainsLeavesTheDefault) {
   EXPECT_EQ(KOrderVote().evidence().Decide(), KOrder::kMma64);
-  EXPECT_EQ(EvidenceOf({}, KOrder::kNatural, KOrder::kNatural, 3).Decide(), KOrder::kMma64);
+  const KOrderEvidence evidence = EvidenceOf({}, KOrder::kNatural, KOrder::kNatural, 3);
+  EXPECT_EQ(evidence.Decide(), KOrder::kMma64);
+  EXPECT_FALSE(evidence.is_conclusive());
+  EXPECT_THAT(evidence.Describe(), StartsWith("mma64 by default ("));
 }
 
 TEST(KOrderEvidence, DifferencesBetweenGroupsAloneTellNothing) {

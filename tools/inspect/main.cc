@@ -80,7 +80,7 @@ int Fail(const absl::Status& status) {
 }
 
 int Run(Arguments arguments) {
-  InitLog("inspect", "warning");
+  InitLog("inspect", "error");  // the report has all that loading would warn of
   if (arguments.fit.memory_gib > 0) {
     arguments.fit.on_cpu = arguments.device == "cpu";
     arguments.fit.kv_cache = arguments.kv_cache_dtype == "int8"

@@ -81,6 +81,7 @@ Json KOrderJson(const KOrderEvidence& k) {
           {"hidden_dimensions", CorrelationsJson(k.hidden)},
           {"experts", k.num_experts},
           {"layers", k.num_layers},
+          {"conclusive", k.is_conclusive()},
           {"contradictory", k.contradicts_itself()}};
 }
 

@@ -292,6 +292,16 @@ TEST(Inspect, OnePartOfAMatrixInAnotherFloatIsTold) {
   EXPECT_TRUE(report.sizes.has_float32_matrices);
 }
 
+TEST(Inspect, AKOrderThatNothingTellsIsTheDefaultAndSaysSo) {
+  const ModelConfig config = SmallWint2Config();
+  const TempDir dir;
+  Write(dir, config, MakeTensors(config, TestLayout::kPaddle, 1));
+  const Report report = MustInspect(dir.path().string());
+  EXPECT_THAT(ToText(report, false),
+              HasSubstr("mma64, the default: 2 experts of 1 layer tell no more than chance\n"));
+  EXPECT_EQ(nlohmann::json::parse(ToJson(report))["k_order"]["conclusive"], false);
+}
+
 TEST(Inspect, WhatCannotBeReadIsAnErrorThatNamesIt) {
   const TempDir dir;
   const auto error = [&](const std::string& path) {

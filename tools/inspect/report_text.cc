@@ -129,9 +129,12 @@ class TextWriter {
   void WriteKOrder() {
     if (!report_.k_order) return;
     const KOrderEvidence& k = *report_.k_order;
-    Row("K order", fmt::format("{}, by {} experts of {} layers",
-                               k.Decide() == formats::KOrder::kMma64 ? "mma64" : "natural",
-                               k.num_experts, k.num_layers));
+    const std::string sample =
+        fmt::format("{} of {}", Counted(k.num_experts, "expert"), Counted(k.num_layers, "layer"));
+    Row("K order",
+        fmt::format("{}, {}", k.Decide() == formats::KOrder::kMma64 ? "mma64" : "natural",
+                    k.is_conclusive() ? "by " + sample
+                                      : "the default: " + sample + " tell no more than chance"));
     const auto show = [&](const char* what, const KOrderCorrelations& c) {
       Row("", fmt::format("norms of {:<18} correlate {:+.3f} as mma64, {:+.3f} as natural; chance: "
                           "{:.3f}",
