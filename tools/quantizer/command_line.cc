@@ -37,6 +37,29 @@ CLI::Option* AddChoice(CLI::App* app, const std::string& name, Value* value,
       ->default_str(names.front());
 }
 
+// Of CLI::Range, which takes a value that is not a number for one in range.
+template <typename Value>
+CLI::Validator InRange(Value least, Value most) {
+  return CLI::Validator(
+      [least, most](const std::string& text) {
+        Value value = 0;
+        const bool is_in_range =
+            CLI::detail::lexical_cast(text, value) && value >= least && value <= most;
+        return is_in_range ? std::string()
+                           : fmt::format("Value {} not in range {} to {}", text, least, most);
+      },
+      "");
+}
+
+// An unset variable of a script.
+CLI::Validator IsGiven(const char* what) {
+  return CLI::Validator(
+      [what](const std::string& text) {
+        return text.empty() ? fmt::format("must name a {}, got nothing", what) : std::string();
+      },
+      "");
+}
+
 void AddScheme(CLI::App* app, SchemeOptions* scheme, formats::KOrder* k_order) {
   const std::string group = "Scheme";
   AddChoice<Scheme>(
@@ -83,11 +106,11 @@ void AddCalibration(CLI::App* app, MethodOptions* method) {
       "Text that the model is meant for: every matrix is made\nfor the inputs that it "
       "gets from it, with error feedback.\n*.jsonl: records with \"text\" or \"messages\"; "
       "any other\nfile: plain text. Without it weights are rounded alone");
-  file->type_name("FILE")->group(group);
+  file->check(IsGiven("file"))->type_name("FILE")->group(group);
   const auto add_number = [&](const std::string& name, auto* value, auto least, auto most,
                               const char* type, const std::string& help) {
     return app->add_option(name, *value, help)
-        ->check(CLI::Range(least, most).description(""))
+        ->check(InRange(least, most))
         ->capture_default_str()
         ->needs(file)
         ->type_name(type)
@@ -110,7 +133,7 @@ void AddCalibration(CLI::App* app, MethodOptions* method) {
   FeedbackEncoderOptions& feedback = method->feedback;
   add_number("--sweeps", &feedback.feedback.num_sweeps, 0, 100, "N",
              "Sweeps over the codes of a matrix after the feedback");
-  add_number("--damping", &feedback.feedback.damping, 0.0, 1e6, "X",
+  add_number("--damping", &feedback.feedback.damping, kSmallestDamping, 1e6, "X",
              "How much weights count that the inputs do not show, of\ntheir mean square");
   add_switch("asymmetric", &feedback.asymmetric,
              "Aim at the outputs of the unquantised model, not at\nthose of its weights for the "
@@ -129,30 +152,25 @@ void AddCalibration(CLI::App* app, MethodOptions* method) {
 
 void AddOperation(CLI::App* app, QuantizeOptions* options) {
   const std::string group = "Operation";
-  const CLI::Validator is_given(
-      [](const std::string& text) {
-        return text.empty() ? std::string("must name a directory, got nothing") : std::string();
-      },
-      "");
   app->set_help_flag("--help,-h", "Print this help")->group(group);
   app->add_option("--model", options->model, "The checkpoint to quantise")
       ->required()
-      ->check(is_given)
+      ->check(IsGiven("directory"))
       ->type_name("DIR")
       ->group(group);
   app->add_option("--output", options->output, "Where the quantised one goes; must not exist")
       ->required()
-      ->check(is_given)
+      ->check(IsGiven("directory"))
       ->type_name("DIR")
       ->group(group);
   app->add_option("--max-shard-gib", options->max_shard_gib,
                   "Largest file of tensors, in GiB; a matrix is never split")
-      ->check(CLI::Range(0.001, 1e6).description(""))
+      ->check(InRange(0.001, 1e6))
       ->capture_default_str()
       ->type_name("X")
       ->group(group);
   app->add_option("--threads", options->num_threads, "Threads that compute; by default one a core")
-      ->check(CLI::Range(1, kMaxThreads).description(""))
+      ->check(InRange(1, kMaxThreads))
       ->type_name("N")
       ->group(group);
   app->add_flag("--overwrite-partial", options->overwrite_partial,

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
+#include <string>
 #include <string_view>
 #include <thread>
 
@@ -41,6 +42,9 @@ void OnUnreadablePage(int /*number*/) {
   ::_exit(kExitCheckpoint);
 }
 
+// fmt::print ends the program where a disk is full. The checkpoint matters more than this.
+void Show(const std::string& text) { (void)std::fputs(text.c_str(), stdout); }
+
 void InstallHandlers() {
   struct sigaction action = {};
   action.sa_handler = OnStop;
@@ -56,14 +60,14 @@ void InstallHandlers() {
 int Main(int argc, char** argv) {
   const QuantizeCommand command = ParseQuantizeCommand(
       {argv + 1, argv + argc}, static_cast<int>(std::thread::hardware_concurrency()));
-  if (!command.print.empty()) fmt::print("{}", command.print);
+  Show(command.print);
   if (!command.error.empty()) fmt::print(stderr, "{}\n", command.error);
   if (!command.run) return command.error.empty() ? kExitOk : kExitUsage;
   InstallHandlers();
   InitLog("quantize", "warning");
   const QuantizeResult result = Quantize(command.options, &stop);
   if (!result.error.empty()) fmt::print(stderr, "error: {}\n", result.error);
-  fmt::print("{}", result.summary);
+  Show(result.summary);
   if (result.stopped) {
     // Whoever waits for us shall see that we were stopped.
     ::signal(stop_signal, SIG_DFL);

@@ -7,14 +7,44 @@
 #include <utility>
 
 #include "api_server/text/tokenizer.h"
-#include "common/read_file.h"
 #include "common/status_macros.h"
 #include "tools/quantizer/output/rounding_quantizer.h"
+#include "tools/text/line_reader.h"
+#include "tools/text/plain_text.h"
 
 namespace wintserve::quantizer {
 namespace {
 
 std::string YesOrNo(bool value) { return value ? "yes" : "no"; }
+
+// As LoadCalibrationText tells them apart.
+bool IsJsonl(const std::filesystem::path& path) { return path.extension() == ".jsonl"; }
+
+// Of all its bytes, also those that the limits leave out. A plain text is checked besides: whatever
+// else was named by mistake would be calibrated on without a word. (JSON says so itself.)
+absl::StatusOr<std::string> DigestOfText(const std::filesystem::path& path) {
+  constexpr size_t kPieceBytes = 1 << 20;
+  std::error_code error;
+  const auto status = std::filesystem::status(path, error);
+  if (std::filesystem::exists(status) && !std::filesystem::is_regular_file(status)) {
+    return absl::InvalidArgumentError(fmt::format(
+        "--calibration: {} must be a regular file, as it is read twice", path.string()));
+  }
+  ASSIGN_OR_RETURN(tools::LineReader reader, tools::LineReader::Open(path));
+  tools::Utf8Checker checker(path);
+  const std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state(XXH3_createState(),
+                                                                       &XXH3_freeState);
+  XXH3_64bits_reset(state.get());
+  std::string piece;
+  while (true) {
+    ASSIGN_OR_RETURN(const bool has_more, reader.Next(kPieceBytes, &piece));
+    if (!has_more) break;
+    XXH3_64bits_update(state.get(), piece.data(), piece.size());
+    if (!IsJsonl(path)) RETURN_IF_ERROR(checker.Add(piece));
+  }
+  if (!IsJsonl(path)) RETURN_IF_ERROR(checker.Finish());
+  return fmt::format("{:016x}", XXH3_64bits_digest(state.get()));
+}
 
 absl::StatusOr<Method> MakeCalibrated(const MethodOptions& options, const Source& source,
                                       kernels::cpu::ThreadPool* pool) {
@@ -56,12 +86,12 @@ absl::StatusOr<RunIdentity> IdentityOf(const MethodOptions& options) {
   const bool is_natural = options.k_order == formats::KOrder::kNatural;
   RunIdentity identity = {{"--k-order", is_natural ? "natural" : "mma64"}};
   if (options.calibration.empty()) return identity;
-  ASSIGN_OR_RETURN(const std::string text, ReadFile(options.calibration));
+  ASSIGN_OR_RETURN(const std::string digest, DigestOfText(options.calibration));
   const FeedbackEncoderOptions& feedback = options.feedback;
   const auto number = [](auto value) { return fmt::format("{}", value); };
   identity.insert(identity.end(),
-                  {{"the calibration file's digest",
-                    fmt::format("{:016x}", XXH3_64bits(text.data(), text.size()))},
+                  {{"the calibration file's digest", digest},
+                   {"its form", IsJsonl(options.calibration) ? "*.jsonl" : "plain text"},
                    {"--calibration-records", number(options.limits.max_records)},
                    {"--calibration-tokens", number(options.limits.max_tokens)},
                    {"--calibration-sequence", number(options.limits.max_sequence_tokens)},

@@ -30,8 +30,9 @@ struct MethodOptions {
 // 8 * (hidden + max(1.5 * hidden, heads * head_dim)) bytes: 26,214 of the 300B model.
 int64_t DefaultCalibrationTokens(const ModelConfig& config);
 
-// What the method's results depend on, besides the source and the scheme. Errors: a file that
-// cannot be read, by its name.
+// What the method's results depend on, besides the source and the scheme. Reads the calibration
+// file to its end, in little memory. Errors: a file that cannot be read, by its name;
+// INVALID_ARGUMENT: it is no regular file, or a plain text that is not UTF-8.
 absl::StatusOr<RunIdentity> IdentityOf(const MethodOptions& options);
 
 struct Method {

@@ -103,7 +103,20 @@ INSTANTIATE_TEST_SUITE_P(
         BadArguments{"Scheme", {"--scheme=int4"}, "--scheme: int4 not in {wint2,wint4,wint8}"},
         BadArguments{"Dense", {"--dense", "fp8"}, "--dense: fp8 not in {wint8,bf16}"},
         BadArguments{"NoThreads", {"--threads=0"}, "--threads: Value 0 not in range 1 to 1024"},
-        BadArguments{"NoShard", {"--max-shard-gib=0"}, "--max-shard-gib: Value 0"},
+        BadArguments{"NoShard",
+                     {"--max-shard-gib=0"},
+                     "--max-shard-gib: Value 0 not in range 0.001 to 1000000"},
+        BadArguments{"ShardThatIsNoNumber",
+                     {"--max-shard-gib=nan"},
+                     "--max-shard-gib: Value nan not in range 0.001 to 1000000"},
+        BadArguments{
+            "NoText", {"--calibration", ""}, "--calibration: must name a file, got nothing"},
+        BadArguments{"DampingThatIsNoNumber",
+                     {"--calibration=c", "--damping=nan"},
+                     "--damping: Value nan not in range 1e-06 to 1000000"},
+        BadArguments{"NoDamping",
+                     {"--calibration=c", "--damping=0"},
+                     "--damping: Value 0 not in range 1e-06 to 1000000"},
         BadArguments{"SweepsWithoutText", {"--sweeps=2"}, "--sweeps requires --calibration"},
         BadArguments{"ManySweeps",
                      {"--calibration=c", "--sweeps=101"},
@@ -255,6 +268,43 @@ TEST_F(QuantizeTiny, ATextThatCannotBeReadIsNamed) {
   EXPECT_EQ(Run({}).error, "") << "nothing is left of the wrong text";
 }
 
+// Files that would be read without an error, to no use.
+TEST_F(QuantizeTiny, WhatIsNoTextIsRefusedBeforeAnythingIsWritten) {
+  const auto error_of = [&](const std::string& file) {
+    const QuantizeCommand command = ParseQuantizeCommand(
+        {"--model=tests/data/tiny-bf16", "--scheme=wint4",
+         "--output=" + (dir_.path() / "out").string(), "--calibration=" + file},
+        2);
+    const QuantizeResult result = Quantize(command.options, &stop_);
+    EXPECT_EQ(result.exit_code, kExitUsage);
+    EXPECT_FALSE(std::filesystem::exists(dir_.path() / "out.partial"));
+    return result.error;
+  };
+  for (const std::string file : {"/dev/zero", "/dev/null", "/tmp"}) {
+    EXPECT_EQ(error_of(file),
+              "--calibration: " + file + " must be a regular file, as it is read twice");
+  }
+  const std::string text = (dir_.path() / "text.txt").string();
+  wintserve::testing::WriteFile(text, "春眠\ncaf\xE9");
+  EXPECT_EQ(error_of(text),
+            text + ":2: must be text in UTF-8, which byte 0xe9 at offset 10 is not");
+}
+
+TEST_F(QuantizeTiny, ATextThatIsReadInAnotherWayIsAnotherText) {
+  WriteText("春眠不觉晓");
+  stop_ = true;
+  EXPECT_TRUE(Run({}).stopped);
+  stop_ = false;
+  const std::string renamed = (dir_.path() / "text.txt").string();
+  std::filesystem::copy_file(Text(), renamed);
+  const QuantizeCommand command = ParseQuantizeCommand(
+      {"--model=tests/data/tiny-bf16", "--scheme=wint4",
+       "--output=" + (dir_.path() / "out").string(), "--calibration=" + renamed},
+      2);
+  EXPECT_THAT(Quantize(command.options, &stop_).error,
+              HasSubstr("its form was *.jsonl and is plain text"));
+}
+
 TEST_F(QuantizeModel, AnotherModelIsNotMistakenForTheOneThatWasBegun) {
   stop_ = true;
   EXPECT_TRUE(Run().stopped);
@@ -270,7 +320,14 @@ TEST_F(QuantizeModel, AnotherTokenizerIsAnotherModel) {
   stop_ = true;
   EXPECT_TRUE(Run().stopped);
   stop_ = false;
-  wintserve::testing::WriteFile(dir_.path() / "model" / "tokenizer_config.json", "{}");
+  const std::filesystem::path tokenizer = dir_.path() / "model" / "tokenizer_config.json";
+  wintserve::testing::WriteFile(tokenizer, "{}");
+  EXPECT_THAT(Run().error, HasSubstr("the model's digest was "));
+  EXPECT_TRUE(std::filesystem::remove_all(dir_.path() / "out.partial") > 0);
+  stop_ = true;
+  EXPECT_TRUE(Run().stopped);
+  stop_ = false;
+  std::filesystem::rename(tokenizer, tokenizer.parent_path() / "tokenizer.json");
   EXPECT_THAT(Run().error, HasSubstr("the model's digest was "));
 }
 

@@ -81,7 +81,9 @@ absl::StatusOr<Source> OpenSource(const fs::path& dir) {
   source.config.has_router_bias_is_set = true;
   source.companions = FindCompanions(dir);
   for (const fs::path& companion : source.companions) {
-    ASSIGN_OR_RETURN(const std::string content, ReadFile(companion));
+    ASSIGN_OR_RETURN(std::string content, ReadFile(companion));
+    // What a file is called decides what it is taken for. A name holds no zero.
+    content.insert(0, companion.filename().string() + '\0');
     source.companions_digest =
         XXH3_64bits_withSeed(content.data(), content.size(), source.companions_digest);
   }

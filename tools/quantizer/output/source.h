@@ -22,7 +22,7 @@ struct Source {
   std::unique_ptr<Checkpoint> checkpoint;
   std::vector<std::filesystem::path> companions;  // tokenizer, generation settings, licence
   uint64_t companions_digest =
-      0;                   // of their contents: the tokenizer makes the calibration's tokens
+      0;                   // names and contents: the tokenizer makes the calibration's tokens
   SkippedTensors skipped;  // not carried over: multi-token prediction, KV-cache scales and the like
 
   // Of config.json's text, the companions and the weights, as Checkpoint::digest.
