@@ -73,9 +73,10 @@ class Converter {
     const Layout layout = CanonicalLayout(*c_.target);
     for (int64_t i = 0; i < num_done_; ++i) {
       RETURN_IF_ERROR(CheckStop());
+      SetNote(fmt::format("taking up {}", LayerName(steps_[i].layer, c_.target->num_layers)));
+      RETURN_IF_ERROR(c_.output->CheckStep(i, steps_[i]));
       const auto* ref = std::get_if<MatrixRef>(&steps_[i].ref);
       if (ref == nullptr) continue;
-      SetNote(fmt::format("taking up {}", LayerName(steps_[i].layer, c_.target->num_layers)));
       ASSIGN_OR_RETURN(
           HostMatrix done,
           LoadMatrixSlice(set, DescribeMatrix(layout, *c_.target, *ref), /*rank=*/0,
@@ -93,6 +94,7 @@ class Converter {
       BeginLayer(step.layer);
       const bool is_matrix = std::holds_alternative<MatrixRef>(step.ref);
       RETURN_IF_ERROR(is_matrix ? MakeMatrix(step) : MakeVector(step));
+      c_.output->EndStep();
       ++num_done_;
       if (c_.progress != nullptr && is_matrix) c_.progress->Add(1);
       const bool ends_layer = num_done_ == num_steps || steps_[num_done_].layer != step.layer;
@@ -130,7 +132,7 @@ class Converter {
 
   absl::Status Commit() {
     last_commit_ = Clock::now();
-    return c_.output->Commit(num_done_, totals_.ToJson());
+    return c_.output->Commit(totals_.ToJson());
   }
 
   absl::Status CheckStop() const {

@@ -87,6 +87,17 @@ absl::Status WriteAll(int fd, std::span<const uint8_t> bytes, int64_t offset,
   return absl::OkStatus();
 }
 
+absl::Status ReadAll(int fd, std::span<uint8_t> bytes, int64_t offset, const fs::path& path) {
+  while (!bytes.empty()) {
+    const ssize_t size = ::pread(fd, bytes.data(), bytes.size(), offset);
+    if (size < 0 && errno == EINTR) continue;
+    if (size <= 0) return SystemError(size < 0 ? errno : EIO, path, "cannot be read");
+    bytes = bytes.subspan(size);
+    offset += size;
+  }
+  return absl::OkStatus();
+}
+
 absl::Status WriteAtomically(const fs::path& path, std::string_view text) {
   const fs::path unnamed = UnnamedPath(path);
   {

@@ -28,6 +28,10 @@ absl::Status SyncDirectory(const std::filesystem::path& path);
 absl::Status WriteAll(int fd, std::span<const uint8_t> bytes, int64_t offset,
                       const std::filesystem::path& path);
 
+// So many bytes, from `offset` on. Also an error: the file ends before.
+absl::Status ReadAll(int fd, std::span<uint8_t> bytes, int64_t offset,
+                     const std::filesystem::path& path);
+
 // Makes or replaces a whole file, which is on the disk before it takes its name. Until then it is
 // UnnamedPath(path), which an error may leave.
 absl::Status WriteAtomically(const std::filesystem::path& path, std::string_view text);

@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
+#include <iterator>
 #include <optional>
+#include <utility>
 
 #include "common/check.h"
 #include "common/read_file.h"
@@ -24,37 +26,23 @@ constexpr char kJournal[] = "quantize-journal.json";
 constexpr int64_t kStatBlockBytes = 512;        // of st_blocks, on any file system
 constexpr int64_t kSmallFilesBytes = 32 << 20;  // tokenizer, index and the like, about
 
-// A path's last part, whether it was given with a slash at its end or not.
-fs::path WithoutSlash(const fs::path& path) {
-  std::error_code error;  // no working directory: the path as it is
-  fs::path absolute = fs::absolute(path, error).lexically_normal();
-  if (error) absolute = path.lexically_normal();
-  return absolute.has_filename() ? absolute : absolute.parent_path();
+// Where the system would put it: ".." after a link is the parent of what it leads to, and neither a
+// slash nor a dot at the end is a name.
+fs::path Resolved(const fs::path& path) {
+  std::error_code error;
+  fs::path absolute = fs::absolute(path, error);
+  if (error) return path;  // no working directory: the first system call says so
+  while (absolute.has_relative_path() && (!absolute.has_filename() || absolute.filename() == ".")) {
+    absolute = absolute.parent_path();
+  }
+  const bool is_name = absolute.has_filename() && absolute.filename() != "..";
+  const fs::path parent = fs::weakly_canonical(is_name ? absolute.parent_path() : absolute, error);
+  if (error) return absolute.lexically_normal();
+  return is_name ? parent / absolute.filename() : parent;
 }
 
-struct Journal {
-  RunIdentity identity;
-  int64_t num_steps = 0;
-  nlohmann::json notes;
-};
-
-// Nothing if it is not one.
-std::optional<Journal> ParseJournal(const std::string& text) {
-  const auto json = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (!json.is_object() || !json.contains("run") || !json["run"].is_array() ||
-      !json.contains("steps_done") || !json["steps_done"].is_number_unsigned()) {
-    return std::nullopt;
-  }
-  Journal journal;
-  journal.num_steps = json["steps_done"].get<int64_t>();
-  journal.notes = json.value("notes", nlohmann::json());
-  for (const nlohmann::json& entry : json["run"]) {
-    if (!entry.is_array() || entry.size() != 2 || !entry[0].is_string() || !entry[1].is_string()) {
-      return std::nullopt;
-    }
-    journal.identity.emplace_back(entry[0], entry[1]);
-  }
-  return journal;
+fs::path ParentOf(const fs::path& path) {
+  return path.has_parent_path() ? path.parent_path() : fs::path(".");
 }
 
 // Whether there is nothing but what WriteJournal may leave before it is done.
@@ -66,41 +54,20 @@ bool HoldsNothing(const fs::path& partial) {
   });
 }
 
-// "--scheme was wint2 and is wint4, …"
-std::string Differences(const RunIdentity& before, const RunIdentity& now) {
-  const auto find = [](const RunIdentity& identity, const std::string& name) {
-    const auto it = std::find_if(identity.begin(), identity.end(),
-                                 [&](const auto& entry) { return entry.first == name; });
-    return it == identity.end() ? std::string("not given") : it->second;
-  };
-  std::vector<std::string> names;
-  for (const RunIdentity* identity : {&before, &now}) {
-    for (const auto& [name, value] : *identity) {
-      if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
-    }
-  }
-  std::string text;
-  for (const std::string& name : names) {
-    const std::string was = find(before, name);
-    const std::string is = find(now, name);
-    if (was == is) continue;
-    text += fmt::format("{}{} was {} and is {}", text.empty() ? "" : ", ", name, was, is);
-  }
-  return text;
-}
-
 }  // namespace
 
 fs::path OutputDir::PartialPath(const fs::path& output) {
-  return WithoutSlash(output).string() + ".partial";
+  return Resolved(output).string() + ".partial";
 }
 
 absl::StatusOr<OutputDir> OutputDir::Open(const fs::path& output, const OutputPlan& plan,
                                           RunIdentity identity, bool overwrite_partial) {
   OutputDir dir;
-  dir.output_ = WithoutSlash(output);
+  dir.output_ = Resolved(output);
   dir.partial_ = PartialPath(output);
   dir.identity_ = std::move(identity);
+  dir.digest_.reset(XXH3_createState());
+  XXH3_64bits_reset(dir.digest_.get());
   dir.num_steps_ = static_cast<int64_t>(plan.steps.size());
   for (const PlannedFile& file : plan.files) dir.file_bytes_.push_back(file.size_bytes);
   std::error_code error;
@@ -139,23 +106,26 @@ absl::Status OutputDir::Resume(bool overwrite_partial) {
     lock_.Reset();
     return absl::OkStatus();
   }
-  const std::optional<Journal> journal = ParseJournal(*text);
-  if (!journal.has_value() || journal->num_steps < 0 || journal->num_steps > num_steps_) {
-    return refuse(fmt::format("{} is damaged; --overwrite-partial begins anew", kJournal));
-  }
-  if (journal->identity != identity_) {
+  std::optional<Journal> journal = ParseJournal(*text);
+  const std::string differences =
+      journal.has_value() ? Differences(journal->identity, identity_) : "";
+  if (!differences.empty()) {
     return refuse(
         fmt::format("was begun by another run: {}; give the same to go on, or "
                     "--overwrite-partial to begin anew",
-                    Differences(journal->identity, identity_)));
+                    differences));
   }
-  num_steps_before_ = journal->num_steps;
-  notes_before_ = journal->notes;
+  if (!journal.has_value() || std::ssize(journal->digests) > num_steps_) {
+    return refuse(fmt::format("{} is damaged; --overwrite-partial begins anew", kJournal));
+  }
+  digests_ = std::move(journal->digests);
+  num_steps_before_ = std::ssize(digests_);
+  notes_before_ = std::move(journal->notes);
   return absl::OkStatus();
 }
 
 absl::Status OutputDir::Begin(const OutputPlan& plan) {
-  const fs::path parent = partial_.parent_path();
+  const fs::path parent = ParentOf(partial_);
   std::error_code error;
   fs::create_directories(parent, error);
   if (error) return SystemError(error.value(), parent, "cannot be made");
@@ -166,7 +136,7 @@ absl::Status OutputDir::Begin(const OutputPlan& plan) {
   RETURN_IF_ERROR(SyncDirectory(parent));
   RETURN_IF_ERROR(Lock());
   // First of all, so that whatever is there is known to be ours.
-  return WriteJournal(0, nullptr);
+  return WriteJournal(nullptr);
 }
 
 absl::Status OutputDir::Lock() {
@@ -228,6 +198,7 @@ absl::Status OutputDir::CopyFile(const fs::path& source) {
 
 absl::Status OutputDir::WriteTensor(const PlannedTensor& tensor, std::span<const uint8_t> bytes) {
   CHECK(static_cast<int64_t>(bytes.size()) == tensor.size_bytes, "{}", tensor.name);
+  CHECK(XXH3_64bits_update(digest_.get(), bytes.data(), bytes.size()) == XXH_OK);
   const int fd = files_[tensor.file].get();
   is_dirty_[tensor.file] = true;
   RETURN_IF_ERROR(
@@ -237,7 +208,32 @@ absl::Status OutputDir::WriteTensor(const PlannedTensor& tensor, std::span<const
   return absl::OkStatus();
 }
 
-absl::Status OutputDir::Commit(int64_t num_steps, const nlohmann::json& notes) {
+void OutputDir::EndStep() {
+  digests_.push_back(XXH3_64bits_digest(digest_.get()));
+  CHECK(std::ssize(digests_) <= num_steps_);
+  XXH3_64bits_reset(digest_.get());
+}
+
+absl::Status OutputDir::CheckStep(int64_t index, const PlannedStep& step) {
+  constexpr size_t kPieceBytes = 1 << 20;
+  std::vector<uint8_t> piece;
+  for (const PlannedTensor& tensor : step.tensors) {
+    const fs::path path = partial_ / file_names_[tensor.file];
+    for (int64_t done = 0; done < tensor.size_bytes; done += std::ssize(piece)) {
+      piece.resize(std::min<size_t>(kPieceBytes, tensor.size_bytes - done));
+      RETURN_IF_ERROR(ReadAll(files_[tensor.file].get(), piece, tensor.offset + done, path));
+      CHECK(XXH3_64bits_update(digest_.get(), piece.data(), piece.size()) == XXH_OK);
+    }
+  }
+  const uint64_t digest = XXH3_64bits_digest(digest_.get());
+  XXH3_64bits_reset(digest_.get());
+  if (digest == digests_[index]) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      fmt::format("{}: {} is not what the earlier run wrote; --overwrite-partial begins anew",
+                  partial_.string(), step.name));
+}
+
+absl::Status OutputDir::Commit(const nlohmann::json& notes) {
   if (!sync_error_.ok()) return sync_error_;
   for (size_t i = 0; i < files_.size(); ++i) {
     if (!is_dirty_[i]) continue;
@@ -249,15 +245,11 @@ absl::Status OutputDir::Commit(int64_t num_steps, const nlohmann::json& notes) {
     }
     is_dirty_[i] = false;
   }
-  return WriteJournal(num_steps, notes);
+  return WriteJournal(notes);
 }
 
-absl::Status OutputDir::WriteJournal(int64_t num_steps, const nlohmann::json& notes) {
-  nlohmann::json run = nlohmann::json::array();
-  for (const auto& [name, value] : identity_) run.push_back({name, value});
-  const nlohmann::json journal = {
-      {"run", std::move(run)}, {"steps_done", num_steps}, {"notes", notes}};
-  return WithNeeds(WriteAtomically(partial_ / kJournal, journal.dump(2) + "\n"));
+absl::Status OutputDir::WriteJournal(const nlohmann::json& notes) {
+  return WithNeeds(WriteAtomically(partial_ / kJournal, JournalText({identity_, digests_, notes})));
 }
 
 absl::Status OutputDir::WithNeeds(const absl::Status& status) const {
@@ -287,7 +279,7 @@ absl::Status OutputDir::Finish() {
       (errno != EINVAL || ::rename(partial_.c_str(), output_.c_str()) != 0)) {
     return SystemError(errno, partial_, fmt::format("cannot be renamed to {}", output_.string()));
   }
-  RETURN_IF_ERROR(SyncDirectory(output_.parent_path()));
+  RETURN_IF_ERROR(SyncDirectory(ParentOf(output_)));
   ::unlink((output_ / kJournal).c_str());
   return absl::OkStatus();
 }

@@ -8,6 +8,9 @@
 
 #include <atomic>
 #include <cerrno>
+#include <map>
+#include <string>
+#include <vector>
 
 #include "tools/quantizer/output/output_test_util.h"
 
@@ -44,6 +47,15 @@ class Resume : public testing::ConversionTest {
     int state = 0;
     ASSERT_EQ(::waitpid(child, &state, 0), child);
     ASSERT_TRUE(WIFSIGNALED(state) && WTERMSIG(state) == SIGKILL);
+  }
+
+  // Of those with tensors.
+  std::filesystem::path FirstFile() const {
+    std::filesystem::path first;
+    for (const auto& [name, bytes] : FilesOf(Partial())) {
+      if (name.starts_with("model-00001-of-")) first = Partial() / name;
+    }
+    return first;
   }
 
   std::string ErrorOf(const absl::StatusOr<Totals>& result) {
@@ -129,6 +141,24 @@ TEST_F(Resume, AnOutputThatAppearsMeanwhileIsNotReplaced) {
   EXPECT_EQ(num_made_, 0) << "everything was made already";
 }
 
+TEST_F(Resume, AnOutputIsWhereTheSystemLooksForIt) {
+  const auto& root = std::filesystem::canonical(dir_.path());
+  std::filesystem::create_directories(root / "real" / "deep");
+  std::filesystem::create_directory_symlink(root / "real" / "deep", root / "link");
+  for (const auto& [output, is] : std::map<std::string, std::string>{{"link/../out", "real/out"},
+                                                                     {"link/out", "real/deep/out"},
+                                                                     {"new/out/", "new/out"},
+                                                                     {"out/.", "out"},
+                                                                     {"out//", "out"},
+                                                                     {"none/../out", "out"},
+                                                                     {"link/..", "real"},
+                                                                     {"link", "link"},
+                                                                     {"link/", "link"}}) {
+    EXPECT_EQ(OutputDir::PartialPath(root / output), root / (is + ".partial")) << output;
+  }
+  EXPECT_EQ(OutputDir::PartialPath("/"), "/.partial");
+}
+
 TEST_F(Resume, ADirectoryOfSomebodyElseIsNotOverwritten) {
   wintserve::testing::WriteFile(Partial() / "precious", "mine");
   for (const bool overwrite : {false, true}) {
@@ -150,17 +180,62 @@ TEST_F(Resume, TwoProcessesDoNotWriteOneOutput) {
 
 TEST_F(Resume, ADamagedPartialOutputIsRefused) {
   RunAndKill(9);
-  std::filesystem::path file;
-  for (const auto& [name, bytes] : FilesOf(Partial())) {
-    if (name.starts_with("model-00001-of-")) file = Partial() / name;
-  }
+  const std::filesystem::path file = FirstFile();
   std::filesystem::resize_file(file, 1000);
   EXPECT_THAT(ErrorOf(Run()), AllOf(HasSubstr(file.string()), HasSubstr("--overwrite-partial")));
-  for (const char* journal : {"{}", R"({"run": [], "steps_done": 99})",
-                              R"({"run": [], "steps_done": 18446744073709551615})"}) {
-    wintserve::testing::WriteFile(Partial() / "quantize-journal.json", journal);
-    EXPECT_THAT(ErrorOf(Run()), HasSubstr("quantize-journal.json is damaged")) << journal;
+}
+
+TEST_F(Resume, ADamagedJournalIsRefused) {
+  RunAndKill(9);
+  const std::filesystem::path path = Partial() / "quantize-journal.json";
+  const nlohmann::json journal = nlohmann::json::parse(*ReadFile(path));
+  const auto with = [&](const char* name, const nlohmann::json& value) {
+    nlohmann::json changed = journal;
+    changed[name] = value;
+    return changed.dump();
+  };
+  std::vector<uint64_t> many(99, 1);
+  nlohmann::json twice = journal["run"];
+  twice.insert(twice.end(), journal["run"].begin(), journal["run"].end());
+  for (const std::string& damaged :
+       {std::string(), std::string("{}"), std::string("null"), journal.dump().substr(0, 50),
+        std::string(2'000'000, '['), with("run", {{1, 2}}), with("run", nullptr),
+        with("steps_done", 99), with("steps_done", "7"), with("steps_done", -1),
+        with("steps_done", uint64_t{1} << 63), with("digests", nullptr), with("digests", {"x"}),
+        nlohmann::json({{"run", journal["run"]}, {"steps_done", 99}, {"digests", many}}).dump()}) {
+    wintserve::testing::WriteFile(path, damaged);
+    EXPECT_EQ(ErrorOf(Run()), Partial().string() +
+                                  ": quantize-journal.json is damaged; --overwrite-partial begins "
+                                  "anew")
+        << damaged.substr(0, 100);
   }
+  wintserve::testing::WriteFile(path, with("run", twice));
+  EXPECT_TRUE(Run().ok()) << "nothing differs";
+}
+
+// Of a journal that claims too much the bytes are not there, and neither are they on a disk that
+// lost them.
+TEST_F(Resume, OnlyWhatTheEarlierRunWroteIsTakenUp) {
+  RunAndKill(9);
+  const std::filesystem::path path = Partial() / "quantize-journal.json";
+  nlohmann::json journal = nlohmann::json::parse(*ReadFile(path));
+  journal["steps_done"] = journal["steps_done"].get<int>() + 1;
+  journal["digests"].push_back(12345);
+  wintserve::testing::WriteFile(path, journal.dump());
+  const std::string refused = " is not what the earlier run wrote; --overwrite-partial begins anew";
+  EXPECT_THAT(ErrorOf(Run()), HasSubstr(refused));
+  EXPECT_EQ(num_made_, 0);
+
+  std::filesystem::remove_all(Partial());
+  RunAndKill(9);
+  const std::filesystem::path first = FirstFile();
+  std::string bytes = *ReadFile(first);
+  const uint64_t header_bytes =
+      static_cast<uint8_t>(bytes[0]) + 256 * static_cast<uint8_t>(bytes[1]);
+  bytes[8 + header_bytes] ^= 1;
+  wintserve::testing::WriteFile(first, bytes);
+  EXPECT_EQ(ErrorOf(Run()), Partial().string() + ": ernie.embed_tokens" + refused);
+  EXPECT_TRUE(Run({.overwrite_partial = true}).ok());
 }
 
 // A limit on the size of files stands in for a full disk.
