@@ -58,7 +58,7 @@ absl::StatusOr<FeedbackFactor> FeedbackFactor::Make(const Moments& moments,
                                                     kernels::cpu::ThreadPool& pool) {
   CHECK(options.format == WeightFormat::kWint2 || options.format == WeightFormat::kWint4 ||
         options.format == WeightFormat::kWint8);
-  RETURN_IF_ERROR(CheckMoments(moments));
+  RETURN_IF_ERROR(CheckMoments(moments, pool));
   const int64_t k = moments.k;
   if (k % kWint2GroupSize != 0) {
     return absl::InvalidArgumentError(
@@ -128,12 +128,13 @@ absl::Status FeedbackFactor::Factorize(kernels::cpu::ThreadPool& pool) {
                     "definite, so it is no sum of squares",
                     k_, options_.damping));
   }
-  factor_.resize(k_ * k_);
+  factor_ = calibrate::LargeArray(k_ * k_);
   pool.Run(k_, k_ * k_, [&](int64_t row, int) {
     // M[row][i] = L[k - 1 - i][k - 1 - row]: a column of L, from the end.
     const double* from = reversed.data() + (k_ - 1 - row) * k_;
     float* to = factor_.data() + row * k_;
     for (int64_t i = 0; i <= row; ++i) to[i] = static_cast<float>(from[k_ - 1 - i]);
+    std::fill(to + row + 1, to + k_, 0.0f);
   });
   return absl::OkStatus();
 }

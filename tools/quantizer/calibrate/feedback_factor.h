@@ -84,7 +84,7 @@ class FeedbackFactor {
   std::vector<int32_t> true_row_;
   std::vector<int32_t> stored_row_;
   calibrate::LargeArray hessian_;
-  std::vector<float> factor_;
+  calibrate::LargeArray factor_;
 };
 
 }  // namespace wintserve::quantizer

@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "kernels/cpu/thread_pool.h"
+#include "tools/quantizer/calibrate/large_array.h"
 
 namespace wintserve::quantizer {
 
@@ -18,11 +20,11 @@ namespace wintserve::quantizer {
 // Inputs are in true K order. Owns its arrays; thread-compatible.
 struct Moments {
   int64_t k = 0;
-  double weight = 0;                // sum of w
-  int64_t num_rows = 0;             // rows added
-  std::vector<float> hessian;       // [k, k] sum of w x_q x_q^T: symmetric, both halves filled
-  std::vector<float> cross;         // [k, k] sum of w x_q (x_f - x_q)^T, or empty: x_f = x_q
-  std::vector<float> cross_output;  // [k, n] sum of w x_q d^T, or empty: d = 0
+  double weight = 0;         // sum of w
+  int64_t num_rows = 0;      // rows added
+  LargeVector hessian;       // [k, k] sum of w x_q x_q^T: symmetric, both halves filled
+  LargeVector cross;         // [k, k] sum of w x_q (x_f - x_q)^T, or empty: x_f = x_q
+  LargeVector cross_output;  // [k, n] sum of w x_q d^T, or empty: d = 0
 };
 
 // k^2 zeros in `hessian`, and in `cross` if wanted. REQUIRES: k > 0.
@@ -30,9 +32,8 @@ Moments MakeMoments(int64_t k, bool with_cross);
 
 // OK if k > 0, the arrays have the sizes above (cross_output: any multiple of k), every value is
 // finite and no diagonal entry of the hessian is negative. Else InvalidArgument that names the
-// array and, for a value, its row and column. Reads everything once: k = 8192 takes a tenth of a
-// second.
-absl::Status CheckMoments(const Moments& moments);
+// array and, for a value, its row and column. Reads everything once.
+absl::Status CheckMoments(const Moments& moments, kernels::cpu::ThreadPool& pool);
 
 // The hessian's diagonal divided by `weight`: the mean square of every input [k], the importance
 // that quantizer::EncodeWint2 takes. All ones if no row was added. REQUIRES: CheckMoments is OK.
@@ -45,6 +46,7 @@ std::vector<float> InputImportance(const Moments& moments);
 // as imaginary rows want no extra output. So an expert with num_prior_rows rows of its own weighs
 // both alike, and one with none has the mean's. Nothing happens if mean.num_rows is 0. REQUIRES:
 // own.k == mean.k, num_prior_rows >= 0 and finite.
-void ShrinkTowards(const Moments& mean, double num_prior_rows, Moments& own);
+void ShrinkTowards(const Moments& mean, double num_prior_rows, kernels::cpu::ThreadPool& pool,
+                   Moments& own);
 
 }  // namespace wintserve::quantizer

@@ -35,7 +35,7 @@ struct Tile {
 
 absl::Status CheckArguments(FloatMatrix w, const Moments& moments, const TargetOptions& options,
                             kernels::cpu::ThreadPool& pool) {
-  RETURN_IF_ERROR(CheckMoments(moments));
+  RETURN_IF_ERROR(CheckMoments(moments, pool));
   RETURN_IF_ERROR(CheckWeights(w, pool));
   if (moments.k != w.k) {
     return absl::InvalidArgumentError(
@@ -82,11 +82,14 @@ void SetRightHandSide(FloatMatrix w, const Moments& moments, double mean, int64_
 
 }  // namespace
 
-absl::StatusOr<std::vector<float>> SolveTarget(FloatMatrix w, const Moments& moments,
-                                               const TargetOptions& options,
-                                               kernels::cpu::ThreadPool& pool) {
+absl::StatusOr<LargeVector> SolveTarget(FloatMatrix w, const Moments& moments,
+                                        const TargetOptions& options,
+                                        kernels::cpu::ThreadPool& pool) {
   RETURN_IF_ERROR(CheckArguments(w, moments, options, pool));
-  std::vector<float> target(w.data, w.data + w.k * w.n);
+  LargeVector target(w.k * w.n);
+  pool.Run(w.k, w.k * w.n, [&](int64_t row, int) {
+    std::copy_n(w.data + row * w.n, w.n, target.data() + row * w.n);
+  });
   const FloatMap hessian(moments.hessian.data(), w.k, w.k);
   const double mean = hessian.diagonal().cast<double>().mean();
   const bool has_correction = !moments.cross.empty() || !moments.cross_output.empty();

@@ -2,8 +2,6 @@
 // the unquantised model.
 #pragma once
 
-#include <vector>
-
 #include "absl/status/statusor.h"
 #include "kernels/cpu/thread_pool.h"
 #include "tools/quantizer/calibrate/moments.h"
@@ -31,8 +29,8 @@ inline constexpr double kSmallestRidge = 1e-6;
 // it does not depend on the number of threads. Errors: InvalidArgument if `moments` fails
 // CheckMoments or does not fit w's shape, if w has a value that is not finite, or if the ridge is
 // not finite or below kSmallestRidge.
-absl::StatusOr<std::vector<float>> SolveTarget(FloatMatrix w, const Moments& moments,
-                                               const TargetOptions& options,
-                                               kernels::cpu::ThreadPool& pool);
+absl::StatusOr<LargeVector> SolveTarget(FloatMatrix w, const Moments& moments,
+                                        const TargetOptions& options,
+                                        kernels::cpu::ThreadPool& pool);
 
 }  // namespace wintserve::quantizer

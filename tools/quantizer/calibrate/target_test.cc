@@ -115,7 +115,7 @@ TEST(SolveTarget, IsTheMatrixItselfWithoutDifferences) {
        {MomentsOf(GaussianMatrix(20, 8, rng)), MakeMoments(8, false), MakeMoments(8, true)}) {
     const auto target = SolveTarget(View(w), moments, {}, pool);
     ASSERT_TRUE(target.ok()) << target.status();
-    EXPECT_EQ(*target, std::vector<float>(w.data(), w.data() + w.size()));
+    EXPECT_EQ(*target, LargeVector(w.data(), w.data() + w.size()));
   }
 }
 
@@ -147,7 +147,7 @@ TEST(SolveTarget, NamesWhatDoesNotFit) {
   EXPECT_THAT(message(MakeMoments(7, true), 0.1), HasSubstr("of 7 inputs, the matrix has 8"));
   EXPECT_THAT(message(MakeMoments(8, true), 0), HasSubstr("ridge is 0"));
   Moments extra = MakeMoments(8, true);
-  extra.cross_output.resize(8 * 4);
+  extra.cross_output.assign(8 * 4, 0);
   EXPECT_THAT(message(extra, 0.1), HasSubstr("cross_output has 32 values, the matrix has 8 x 5"));
 }
 

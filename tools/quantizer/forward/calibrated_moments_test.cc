@@ -64,7 +64,7 @@ class ExactMoments {
   // A product of rounded factors (the weight of two and its root, two inputs) and num_rows
   // additions; d is a quotient of two residuals and two terms for each of four experts and of the
   // shared ones.
-  void ExpectNear(int which, const std::vector<float>& found, const std::string& place) const {
+  void ExpectNear(int which, const LargeVector& found, const std::string& place) const {
     ASSERT_EQ(std::ssize(found), which == 2 ? k_ * n_ : k_ * k_) << place;
     const double bound = (static_cast<double>(num_rows_) + 28) * kEpsilon;
     double largest = 0;
@@ -177,7 +177,7 @@ class MomentChecker {
         normed[which] = *states(which).Activate(gain.data(), rows.tokens, *gate_up_[which]);
         inputs[which] = normed[which].rows();
       } else {
-        normed[which] = *RowBuffer::Allocate(backend_.get(), rows.size(), config.hidden_size);
+        normed[which] = *RowBuffer::Allocate(rows.size(), config.hidden_size);
         states(which).Normalize(rows.tokens, gain.data(), normed[which].rows());
         inputs[which] = normed[which].rows();
       }
@@ -242,8 +242,7 @@ class MomentChecker {
     };
     const RowBuffer activations =
         *states(0).Activate(gain.data(), rows.tokens, *load(MatrixRole::kGateUp));
-    RowBuffer y =
-        *RowBuffer::Allocate(backend_.get(), rows.size(), checkpoint_.config().hidden_size);
+    RowBuffer y = *RowBuffer::Allocate(rows.size(), checkpoint_.config().hidden_size);
     backend_->Linear(activations.rows(), rows.size(), *load(MatrixRole::kDown), y.rows());
     return y;
   }

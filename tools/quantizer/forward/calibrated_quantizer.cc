@@ -14,6 +14,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/packed_matrix.h"
 #include "kernels/cpu/row_ops.h"
+#include "kernels/cpu/work_split.h"
 #include "tools/quantizer/forward/moment_sums.h"
 #include "tools/quantizer/forward/row_weights.h"
 
@@ -136,25 +137,32 @@ absl::StatusOr<std::vector<float>> CalibratedQuantizer::FinalNorm() const {
   if (!models_differ_ || !options_.solve_final_norm) return std::vector<float>();
   ASSIGN_OR_RETURN(std::vector<float> gain, checkpoint_.LoadVector(VectorRole::kFinalNorm, 0));
   const std::vector<float> ones(gain.size(), 1.0f);
+  const int64_t chunk_rows =
+      std::min(TokenStates::ChunkRows(config_.hidden_size), batches_.num_tokens());
   RowBuffer normed[2];
   for (RowBuffer& buffer : normed) {
-    ASSIGN_OR_RETURN(
-        buffer, RowBuffer::Allocate(backend_.get(), TokenStates::kChunkRows, config_.hidden_size));
+    ASSIGN_OR_RETURN(buffer, RowBuffer::Allocate(chunk_rows, config_.hidden_size));
   }
   std::vector<double> product(gain.size());
   std::vector<double> square(gain.size());
-  for (int64_t first = 0; first < batches_.num_tokens(); first += TokenStates::kChunkRows) {
-    const int64_t count = std::min(TokenStates::kChunkRows, batches_.num_tokens() - first);
+  for (int64_t first = 0; first < batches_.num_tokens(); first += chunk_rows) {
+    const int64_t count = std::min(chunk_rows, batches_.num_tokens() - first);
     states_[kUnquantized]->Normalize(first, count, gain.data(), normed[kUnquantized].rows());
     states_[kQuantized]->Normalize(first, count, ones.data(), normed[kQuantized].rows());
-    for (int64_t r = 0; r < count; ++r) {
-      const float* y = normed[kUnquantized].From(r).data;
-      const float* z = normed[kQuantized].From(r).data;
-      for (size_t c = 0; c < gain.size(); ++c) {
-        product[c] += double{z[c]} * y[c];
-        square[c] += double{z[c]} * z[c];
-      }
-    }
+    constexpr int64_t kItemColumns = 64;
+    pool_->Run(kernels::cpu::CeilDiv(config_.hidden_size, kItemColumns),
+               count * config_.hidden_size, [&](int64_t item, int) {
+                 const int64_t begin = item * kItemColumns;
+                 const int64_t end = std::min<int64_t>(begin + kItemColumns, config_.hidden_size);
+                 for (int64_t r = 0; r < count; ++r) {
+                   const float* y = normed[kUnquantized].From(r).data;
+                   const float* z = normed[kQuantized].From(r).data;
+                   for (int64_t c = begin; c < end; ++c) {
+                     product[c] += double{z[c]} * y[c];
+                     square[c] += double{z[c]} * z[c];
+                   }
+                 }
+               });
   }
   for (size_t c = 0; c < gain.size(); ++c) {
     if (square[c] > 0) gain[c] = static_cast<float>(product[c] / square[c]);
@@ -277,22 +285,21 @@ absl::StatusOr<Moments> CalibratedQuantizer::ExpertMoments(const MatrixRef& ref,
   RETURN_IF_ERROR(own.status());
   const auto k = static_cast<double>(own->k);
   if (static_cast<double>(own->num_rows) >= options_.poor_rows * k) return own;
-  ASSIGN_OR_RETURN(const Moments prior, PriorMoments(ref, needs));
+  Moments of_sample;
+  ASSIGN_OR_RETURN(const Moments* const prior, PriorMoments(ref, needs, &of_sample));
   // A row of the prior weighs as much as one of the expert's does on average.
   const double mean_weight =
       own->num_rows == 0 ? 1.0 : own->weight / static_cast<double>(own->num_rows);
-  const double mean_prior_weight = prior.weight / static_cast<double>(prior.num_rows);
-  ShrinkTowards(prior, options_.prior_rows * k * mean_weight / mean_prior_weight, *own);
+  const double mean_prior_weight = prior->weight / static_cast<double>(prior->num_rows);
+  ShrinkTowards(*prior, options_.prior_rows * k * mean_weight / mean_prior_weight, *pool_, *own);
   return own;
 }
 
-absl::StatusOr<Moments> CalibratedQuantizer::PriorMoments(const MatrixRef& ref,
-                                                          const MomentNeeds& needs) {
+absl::StatusOr<const Moments*> CalibratedQuantizer::PriorMoments(const MatrixRef& ref,
+                                                                 const MomentNeeds& needs,
+                                                                 Moments* of_sample) {
   const MomentNeeds prior_needs = {.hessian = true, .cross = needs.cross};
-  if (ref.role == MatrixRole::kGateUp) {
-    ASSIGN_OR_RETURN(const Moments* all, AllTokensMoments(prior_needs));
-    return *all;
-  }
+  if (ref.role == MatrixRole::kGateUp) return AllTokensMoments(prior_needs);
   // So many tokens as there are inputs, evenly spread.
   const int64_t num_samples = std::min(batches_.num_tokens(), source_.k);
   MlpStep sample;
@@ -305,7 +312,8 @@ absl::StatusOr<Moments> CalibratedQuantizer::PriorMoments(const MatrixRef& ref,
         sample.activations[which],
         states_[which]->Activate(gain_.data(), sample.rows.tokens, gate_up_.of(which)));
   }
-  return DownMoments(sample, prior_needs);
+  ASSIGN_OR_RETURN(*of_sample, DownMoments(sample, prior_needs));
+  return of_sample;
 }
 
 absl::StatusOr<const Moments*> CalibratedQuantizer::AllTokensMoments(const MomentNeeds& needs) {
@@ -322,8 +330,8 @@ absl::StatusOr<Moments> CalibratedQuantizer::NormedMoments(const TokenRows& rows
                                                            const MomentNeeds& needs) {
   RowBuffer normed[2];
   for (RowBuffer& buffer : normed) {
-    ASSIGN_OR_RETURN(
-        buffer, RowBuffer::Allocate(backend_.get(), TokenStates::kChunkRows, config_.hidden_size));
+    ASSIGN_OR_RETURN(buffer, RowBuffer::Allocate(GatherRows(config_.hidden_size, rows.size()),
+                                                 config_.hidden_size));
   }
   return Gather(rows, config_.hidden_size, needs, [&](Which which, int64_t first, int64_t count) {
     states_[which]->Normalize(std::span(rows.tokens).subspan(first, count), gain_.data(),
@@ -339,18 +347,24 @@ absl::StatusOr<Moments> CalibratedQuantizer::DownMoments(const MlpStep& step,
   });
 }
 
+// Rows of a call of Gather's inputs, so many that the sums do not depend on it.
+int64_t CalibratedQuantizer::GatherRows(int64_t k, int64_t num_rows) const {
+  static_assert(TokenStates::kChunkRows % MomentSums::kPartRows == 0);
+  return std::min(TokenStates::ChunkRows(std::max<int64_t>(k, config_.hidden_size)), num_rows);
+}
+
 absl::StatusOr<Moments> CalibratedQuantizer::Gather(const TokenRows& rows, int64_t k,
                                                     const MomentNeeds& needs, InputRows inputs) {
   const int64_t num_outputs = needs.cross_output ? config_.hidden_size : 0;
+  const int64_t chunk_rows = GatherRows(k, rows.size());
   MomentSums sums(k, num_outputs, pool_);
   RowBuffer repairs;
   if (needs.cross_output) {
-    ASSIGN_OR_RETURN(repairs,
-                     RowBuffer::Allocate(backend_.get(), TokenStates::kChunkRows, num_outputs));
+    ASSIGN_OR_RETURN(repairs, RowBuffer::Allocate(chunk_rows, num_outputs));
   }
   std::vector<float> weights;
-  for (int64_t first = 0; first < rows.size(); first += TokenStates::kChunkRows) {
-    const int64_t count = std::min(TokenStates::kChunkRows, rows.size() - first);
+  for (int64_t first = 0; first < rows.size(); first += chunk_rows) {
+    const int64_t count = std::min(chunk_rows, rows.size() - first);
     const ConstRows quantized = inputs(kQuantized, first, count);
     const ConstRows unquantized = needs.cross ? inputs(kUnquantized, first, count) : quantized;
     if (needs.cross_output) FillRepairs(rows, first, count, repairs.rows());
@@ -430,7 +444,7 @@ absl::StatusOr<CalibratedQuantizer::Packed> CalibratedQuantizer::Pack(const Matr
 absl::Status CalibratedQuantizer::BeginExperts(int layer) {
   experts_began_ = std::chrono::steady_clock::now();
   const int64_t columns = config_.hidden_size;
-  ASSIGN_OR_RETURN(shortfall_, RowBuffer::Allocate(backend_.get(), batches_.num_tokens(), columns));
+  ASSIGN_OR_RETURN(shortfall_, RowBuffer::Allocate(batches_.num_tokens(), columns));
   pool_->Run(batches_.num_tokens(), batches_.num_tokens() * columns, [&](int64_t t, int) {
     const float* x_f = states_[kUnquantized]->residual().row(t);
     const float* x_q = states_[kQuantized]->residual().row(t);
@@ -534,22 +548,30 @@ absl::Status CalibratedQuantizer::FinishLayer(int layer) {
     for (const Which which : kBoth) states_[which]->FinishMlp();
     shortfall_ = {};
   }
+  struct TokenSums {
+    double error = 0;
+    double square = 0;
+  };
+  std::vector<TokenSums> sums(batches_.num_tokens());
+  pool_->Run(batches_.num_tokens(), batches_.num_tokens() * config_.hidden_size,
+             [&](int64_t t, int) {
+               const float* x_f = states_[kUnquantized]->residual().row(t);
+               const float* x_q = states_[kQuantized]->residual().row(t);
+               TokenSums token;
+               for (int64_t c = 0; c < config_.hidden_size; ++c) {
+                 const double difference = double{x_q[c]} - double{x_f[c]};
+                 token.error += difference * difference;
+                 token.square += double{x_f[c]} * double{x_f[c]};
+               }
+               sums[t] = token;
+             });
   double error = 0;
   double square = 0;
   double token_errors = 0;
-  for (int64_t t = 0; t < batches_.num_tokens(); ++t) {
-    const float* x_f = states_[kUnquantized]->residual().row(t);
-    const float* x_q = states_[kQuantized]->residual().row(t);
-    double token_error = 0;
-    double token_square = 0;
-    for (int64_t c = 0; c < config_.hidden_size; ++c) {
-      const double difference = double{x_q[c]} - double{x_f[c]};
-      token_error += difference * difference;
-      token_square += double{x_f[c]} * double{x_f[c]};
-    }
-    error += token_error;
-    square += token_square;
-    if (token_square > 0) token_errors += token_error / token_square;
+  for (const TokenSums& token : sums) {
+    error += token.error;
+    square += token.square;
+    if (token.square > 0) token_errors += token.error / token.square;
   }
   drift_.push_back({layer, square > 0 ? error / square : 0,
                     token_errors / static_cast<double>(batches_.num_tokens())});

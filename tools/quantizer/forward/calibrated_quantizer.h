@@ -153,9 +153,12 @@ class CalibratedQuantizer final : public MatrixQuantizer {
   // Of gate-up, router and qkv, which take the normalised residual of `rows`.
   absl::StatusOr<Moments> NormedMoments(const TokenRows& rows, const MomentNeeds& needs);
   absl::StatusOr<Moments> DownMoments(const MlpStep& step, const MomentNeeds& needs);
-  // What an average row of the layer weighs for a poor expert.
-  absl::StatusOr<Moments> PriorMoments(const MatrixRef& ref, const MomentNeeds& needs);
+  // What an average row of the layer weighs for a poor expert: all_tokens_, or of_sample, which it
+  // sets.
+  absl::StatusOr<const Moments*> PriorMoments(const MatrixRef& ref, const MomentNeeds& needs,
+                                              Moments* of_sample);
   absl::StatusOr<const Moments*> AllTokensMoments(const MomentNeeds& needs);
+  int64_t GatherRows(int64_t k, int64_t num_rows) const;
   absl::StatusOr<Moments> Gather(const TokenRows& rows, int64_t k, const MomentNeeds& needs,
                                  InputRows inputs);
   // d of cross_output for `count` of `rows` from `first` on.

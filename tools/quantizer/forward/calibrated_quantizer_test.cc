@@ -27,7 +27,7 @@ std::vector<std::vector<float>> CalibratedLogits(const ModelConfig& config,
   const auto gain = *checkpoint.LoadVector(VectorRole::kFinalNorm, 0);
   const auto head = *backend->Pack(*checkpoint.LoadMatrix({MatrixRole::kHead}, 0, 1),
                                    kernels::MatrixUse::kLinear);
-  const RowBuffer normed = *RowBuffer::Allocate(backend, 1, config.hidden_size);
+  const RowBuffer normed = *RowBuffer::Allocate(1, config.hidden_size);
   std::vector<std::vector<float>> logits;
   int64_t last = -1;
   for (const TokenSequence& sequence : sequences) {
@@ -166,8 +166,8 @@ TEST(CalibratedQuantizer, TheFinalNormBringsTheHeadsInputsNearest) {
   const int64_t hidden = checkpoint.config().hidden_size;
   const auto backend = kernels::cpu::CreateCpuBackend({.num_threads = 1});
   const int64_t num_tokens = quantizer->quantized().num_tokens();
-  const RowBuffer wanted = *RowBuffer::Allocate(backend.get(), num_tokens, hidden);
-  const RowBuffer found = *RowBuffer::Allocate(backend.get(), num_tokens, hidden);
+  const RowBuffer wanted = *RowBuffer::Allocate(num_tokens, hidden);
+  const RowBuffer found = *RowBuffer::Allocate(num_tokens, hidden);
   quantizer->unquantized().Normalize(0, num_tokens, source.data(), wanted.rows());
   const auto error = [&](const std::vector<float>& gain, int64_t column) {
     quantizer->quantized().Normalize(0, num_tokens, gain.data(), found.rows());

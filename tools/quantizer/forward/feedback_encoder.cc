@@ -1,8 +1,8 @@
 #include "tools/quantizer/forward/feedback_encoder.h"
 
-#include <utility>
-#include <vector>
+#include <algorithm>
 
+#include "common/check.h"
 #include "common/status_macros.h"
 #include "kernels/formats/bf16.h"
 #include "tools/quantizer/encode/encode.h"
@@ -13,21 +13,40 @@ namespace {
 using formats::HostMatrix;
 using formats::WeightFormat;
 
-HostMatrix ToBfloat16(const std::vector<float>& values, int64_t k, int64_t n) {
+HostMatrix ToBfloat16(const LargeVector& values, int64_t k, int64_t n,
+                      kernels::cpu::ThreadPool* pool) {
   HostMatrix matrix = formats::MakeHostMatrix(WeightFormat::kBfloat16, k, n);
-  for (size_t i = 0; i < values.size(); ++i) {
-    matrix.values_bf16[i] = formats::FloatToBfloat16(values[i]);
-  }
+  pool->Run(k, k * n, [&](int64_t row, int) {
+    const float* const from = values.data() + row * n;
+    std::transform(from, from + n, matrix.values_bf16.begin() + row * n, formats::FloatToBfloat16);
+  });
   return matrix;
 }
 
-HostMatrix ToFloat32(std::vector<float> values, int64_t k, int64_t n) {
+HostMatrix ToFloat32(const LargeVector& values, int64_t k, int64_t n) {
   HostMatrix matrix;
   matrix.format = WeightFormat::kFloat32;
   matrix.k = k;
   matrix.n = n;
-  matrix.values_f32 = std::move(values);
+  matrix.values_f32.assign(values.begin(), values.end());
   return matrix;
+}
+
+// The weights of a matrix that is not quantised.
+LargeVector Widen(const HostMatrix& matrix, kernels::cpu::ThreadPool* pool) {
+  CHECK(matrix.format == WeightFormat::kFloat32 || matrix.format == WeightFormat::kBfloat16);
+  LargeVector weights(matrix.k * matrix.n);
+  pool->Run(matrix.k, matrix.k * matrix.n, [&](int64_t row, int) {
+    const int64_t first = row * matrix.n;
+    float* const to = weights.data() + first;
+    if (matrix.format == WeightFormat::kFloat32) {
+      std::copy_n(matrix.values_f32.begin() + first, matrix.n, to);
+    } else {
+      std::transform(matrix.values_bf16.begin() + first,
+                     matrix.values_bf16.begin() + first + matrix.n, to, formats::Bfloat16ToFloat);
+    }
+  });
+  return weights;
 }
 
 // Of a matrix that is stored unquantised.
@@ -60,13 +79,13 @@ absl::StatusOr<HostMatrix> FeedbackEncoder::Encode(const MatrixRef& ref, StoredF
   if (format == StoredFormat::kPlain && moments == nullptr && source.format == PlainFormat(ref)) {
     return source;
   }
-  std::vector<float> target = formats::DecodeToFloat(source);
+  LargeVector target = Widen(source, pool_);
   if (moments != nullptr && (!moments->cross.empty() || !moments->cross_output.empty())) {
     ASSIGN_OR_RETURN(target, SolveTarget({target.data(), k, n}, *moments, options_.target, *pool_));
   }
   if (format == StoredFormat::kPlain) {
-    return PlainFormat(ref) == WeightFormat::kFloat32 ? ToFloat32(std::move(target), k, n)
-                                                      : ToBfloat16(target, k, n);
+    return PlainFormat(ref) == WeightFormat::kFloat32 ? ToFloat32(target, k, n)
+                                                      : ToBfloat16(target, k, n, pool_);
   }
 
   const FloatMatrix weights = {target.data(), k, n};

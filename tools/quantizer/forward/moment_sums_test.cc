@@ -55,7 +55,7 @@ Moments Sum(const std::vector<Block>& blocks, int num_threads, bool has_weights 
 // Of entry (i, j): the sum over rows of weight x_q[i] y[j], and of its magnitudes.
 template <typename Right>
 void ExpectSum(const std::vector<Block>& blocks, int64_t num_columns, const Right& right,
-               const std::vector<float>& found) {
+               const LargeVector& found) {
   ASSERT_EQ(std::ssize(found), kInputs * num_columns);
   int64_t num_rows = 0;
   for (const Block& block : blocks) num_rows += block.num_rows;
@@ -102,7 +102,8 @@ TEST(MomentSums, AreTheProductsOfWeightedRows) {
     for (const float w : block.weights) weight += w;
   }
   EXPECT_DOUBLE_EQ(moments.weight, weight);
-  EXPECT_TRUE(CheckMoments(moments).ok());
+  ThreadPool pool(2);
+  EXPECT_TRUE(CheckMoments(moments, pool).ok());
 }
 
 TEST(MomentSums, TheHessianIsSymmetricToTheBit) {
@@ -119,12 +120,39 @@ TEST(MomentSums, EqualInputsHaveNoCross) {
   // One value in the last block.
   std::vector<Block> blocks = MakeBlocks(false);
   blocks.back().x_f.back() += 1;
-  const std::vector<float> cross = Sum(blocks, 2).cross;
+  const LargeVector cross = Sum(blocks, 2).cross;
   ASSERT_FALSE(cross.empty());
   for (int64_t i = 0; i < kInputs; ++i) {
     EXPECT_EQ(cross[i * kInputs], 0);
     EXPECT_NE(cross[i * kInputs + kInputs - 1], 0);
   }
+}
+
+// Rows of one call, and the same in calls of kPartRows each.
+TEST(MomentSums, ManyRowsAtOnceGiveTheBitsOfTheirParts) {
+  std::mt19937 rng(11);
+  constexpr int64_t kRows = 2 * MomentSums::kPartRows + 333;
+  Block whole{kRows, Random(kRows * kInputs, &rng), Random(kRows * kInputs, &rng),
+              Random(kRows * kOutputs, &rng), Random(kRows, &rng)};
+  for (float& weight : whole.weights) weight *= weight;
+  // A part in which the models are alike adds nothing to the cross.
+  const int64_t part_values = MomentSums::kPartRows * kInputs;
+  std::copy_n(whole.x_q.begin() + part_values, part_values, whole.x_f.begin() + part_values);
+  std::vector<Block> parts;
+  for (int64_t first = 0; first < kRows; first += MomentSums::kPartRows) {
+    const int64_t last = std::min(first + MomentSums::kPartRows, kRows);
+    const auto rows = [&](const std::vector<float>& values, int64_t columns) {
+      return std::vector<float>(values.begin() + first * columns, values.begin() + last * columns);
+    };
+    parts.push_back({last - first, rows(whole.x_q, kInputs), rows(whole.x_f, kInputs),
+                     rows(whole.d, kOutputs), rows(whole.weights, 1)});
+  }
+  const Moments at_once = Sum({whole}, 3);
+  const Moments in_parts = Sum(parts, 1);
+  EXPECT_EQ(at_once.hessian, in_parts.hessian);
+  EXPECT_EQ(at_once.cross, in_parts.cross);
+  EXPECT_EQ(at_once.cross_output, in_parts.cross_output);
+  EXPECT_EQ(at_once.weight, in_parts.weight);
 }
 
 TEST(MomentSums, WithoutWeightsEveryRowCountsOnce) {

@@ -10,10 +10,11 @@
 
 namespace wintserve::quantizer {
 
-using kernels::Buffer;
 using kernels::ConstRows;
 using kernels::Rows;
 using kernels::WeightMatrix;
+
+constexpr int64_t kFloatBytes = sizeof(float);
 
 TokenRows AllTokens(int64_t num_tokens) {
   TokenRows rows;
@@ -40,7 +41,7 @@ absl::StatusOr<std::unique_ptr<TokenStates>> TokenStates::Create(const ModelConf
   ASSIGN_OR_RETURN(states->kv_block_bytes_, backend->KvLayerBytes(states->attention_));
   ASSIGN_OR_RETURN(states->batch_, backend->CreateBatch(batches.limits()));
   ASSIGN_OR_RETURN(states->residual_,
-                   RowBuffer::Allocate(backend, batches.num_tokens(), config.hidden_size));
+                   RowBuffer::Allocate(batches.num_tokens(), config.hidden_size));
   return states;
 }
 
@@ -63,17 +64,16 @@ void TokenStates::Normalize(int64_t first, int64_t count, const float* gain, Row
 
 absl::Status TokenStates::Attend(const float* gain, const WeightMatrix& qkv_weights) {
   const int64_t batch_tokens = batches_.max_batch_tokens();
-  ASSIGN_OR_RETURN(attended_, RowBuffer::Allocate(backend_, num_tokens(),
-                                                  int64_t{config_.num_heads} * config_.head_dim));
-  ASSIGN_OR_RETURN(const RowBuffer normed,
-                   RowBuffer::Allocate(backend_, batch_tokens, config_.hidden_size));
+  ASSIGN_OR_RETURN(
+      attended_, RowBuffer::Allocate(num_tokens(), int64_t{config_.num_heads} * config_.head_dim));
+  ASSIGN_OR_RETURN(const RowBuffer normed, RowBuffer::Allocate(batch_tokens, config_.hidden_size));
   ASSIGN_OR_RETURN(const RowBuffer qkv,
-                   RowBuffer::Allocate(backend_, batch_tokens, attention_.qkv_columns()));
-  ASSIGN_OR_RETURN(const RowBuffer cos_sin,
-                   RowBuffer::Allocate(backend_, batch_tokens, config_.head_dim));
-  ASSIGN_OR_RETURN(const std::unique_ptr<Buffer> kv_pool,
-                   backend_->Allocate(batches_.max_blocks() * kv_block_bytes_));
-  const kernels::KvLayer kv = {kv_pool->data(), kv_block_bytes_, 0};
+                   RowBuffer::Allocate(batch_tokens, attention_.qkv_columns()));
+  ASSIGN_OR_RETURN(const RowBuffer cos_sin, RowBuffer::Allocate(batch_tokens, config_.head_dim));
+  ASSIGN_OR_RETURN(RowBuffer kv_pool,
+                   RowBuffer::Allocate(batches_.max_blocks(), kv_block_bytes_ / kFloatBytes));
+  kv_pool.FillWithZeros(pool_);  // as the backend reads whole blocks
+  const kernels::KvLayer kv = {kv_pool.rows().data, kv_block_bytes_, 0};
   for (const SequenceBatches::Range& range : batches_.ranges()) {
     backend_->SetBatch(batches_.MakeBatch(range), batch_.get());
     backend_->RopeAngles(*batch_, config_.head_dim, config_.rope_theta, config_.compression_ratio,
@@ -87,11 +87,10 @@ absl::Status TokenStates::Attend(const float* gain, const WeightMatrix& qkv_weig
 }
 
 absl::Status TokenStates::AddAttentionOutput(const WeightMatrix& output) {
-  ASSIGN_OR_RETURN(
-      const RowBuffer delta,
-      RowBuffer::Allocate(backend_, std::min(kChunkRows, num_tokens()), config_.hidden_size));
-  for (int64_t first = 0; first < num_tokens(); first += kChunkRows) {
-    const int64_t count = std::min(kChunkRows, num_tokens() - first);
+  const int64_t chunk_rows = std::min(ChunkRows(config_.hidden_size), num_tokens());
+  ASSIGN_OR_RETURN(const RowBuffer delta, RowBuffer::Allocate(chunk_rows, config_.hidden_size));
+  for (int64_t first = 0; first < num_tokens(); first += chunk_rows) {
+    const int64_t count = std::min(chunk_rows, num_tokens() - first);
     backend_->Linear(attended_.From(first), count, output, delta.rows());
     AddRows(delta.rows(), count, config_.hidden_size, residual_.From(first));
   }
@@ -102,31 +101,24 @@ absl::Status TokenStates::AddAttentionOutput(const WeightMatrix& output) {
 absl::Status TokenStates::Route(const float* gain, const WeightMatrix& router, const float* bias) {
   const kernels::RouterShape shape = {config_.num_experts, config_.num_experts_per_token,
                                       config_.moe_norm_min};
-  ASSIGN_OR_RETURN(mlp_sum_, RowBuffer::Allocate(backend_, num_tokens(), config_.hidden_size));
-  expert_ids_.resize(num_tokens() * shape.top_k);
-  expert_weights_.resize(num_tokens() * shape.top_k);
-  ASSIGN_OR_RETURN(
-      const RowBuffer normed,
-      RowBuffer::Allocate(backend_, std::min(kChunkRows, num_tokens()), config_.hidden_size));
-  for (int64_t first = 0; first < num_tokens(); first += kChunkRows) {
-    const int64_t count = std::min(kChunkRows, num_tokens() - first);
+  ASSIGN_OR_RETURN(mlp_sum_, RowBuffer::Allocate(num_tokens(), config_.hidden_size));
+  mlp_sum_.FillWithZeros(pool_);
+  routed_.assign(shape.num_experts, {});
+  const int64_t chunk_rows = std::min(ChunkRows(config_.hidden_size), num_tokens());
+  std::vector<int32_t> ids(chunk_rows * shape.top_k);
+  std::vector<float> weights(chunk_rows * shape.top_k);
+  ASSIGN_OR_RETURN(const RowBuffer normed, RowBuffer::Allocate(chunk_rows, config_.hidden_size));
+  for (int64_t first = 0; first < num_tokens(); first += chunk_rows) {
+    const int64_t count = std::min(chunk_rows, num_tokens() - first);
     Normalize(first, count, gain, normed.rows());
-    backend_->Route(normed.rows(), count, router, bias, shape,
-                    expert_ids_.data() + first * shape.top_k,
-                    expert_weights_.data() + first * shape.top_k);
+    backend_->Route(normed.rows(), count, router, bias, shape, ids.data(), weights.data());
+    for (int64_t i = 0; i < count * shape.top_k; ++i) {
+      TokenRows& rows = routed_[ids[i]];
+      rows.tokens.push_back(static_cast<int32_t>(first + i / shape.top_k));
+      rows.gates.push_back(weights[i]);
+    }
   }
   return absl::OkStatus();
-}
-
-TokenRows TokenStates::RoutedTo(int expert) const {
-  const int64_t top_k = config_.num_experts_per_token;
-  TokenRows rows;
-  for (int64_t i = 0; i < std::ssize(expert_ids_); ++i) {
-    if (expert_ids_[i] != expert) continue;
-    rows.tokens.push_back(static_cast<int32_t>(i / top_k));
-    rows.gates.push_back(expert_weights_[i]);
-  }
-  return rows;
 }
 
 absl::StatusOr<RowBuffer> TokenStates::Activate(const float* gain, std::span<const int32_t> tokens,
@@ -135,13 +127,13 @@ absl::StatusOr<RowBuffer> TokenStates::Activate(const float* gain, std::span<con
   const int64_t width = gate_up.n() / 2;
   CHECK(width % kTile == 0, "width={}", width);
   const int64_t num_rows = std::ssize(tokens);
-  const int64_t chunk_rows = std::min(kChunkRows, num_rows);
-  ASSIGN_OR_RETURN(RowBuffer activations, RowBuffer::Allocate(backend_, num_rows, width));
-  ASSIGN_OR_RETURN(const RowBuffer normed,
-                   RowBuffer::Allocate(backend_, chunk_rows, config_.hidden_size));
-  ASSIGN_OR_RETURN(const RowBuffer product, RowBuffer::Allocate(backend_, chunk_rows, 2 * width));
-  for (int64_t first = 0; first < num_rows; first += kChunkRows) {
-    const int64_t count = std::min(kChunkRows, num_rows - first);
+  const int64_t chunk_rows =
+      std::min(ChunkRows(std::max<int64_t>(2 * width, config_.hidden_size)), num_rows);
+  ASSIGN_OR_RETURN(RowBuffer activations, RowBuffer::Allocate(num_rows, width));
+  ASSIGN_OR_RETURN(const RowBuffer normed, RowBuffer::Allocate(chunk_rows, config_.hidden_size));
+  ASSIGN_OR_RETURN(const RowBuffer product, RowBuffer::Allocate(chunk_rows, 2 * width));
+  for (int64_t first = 0; first < num_rows; first += chunk_rows) {
+    const int64_t count = std::min(chunk_rows, num_rows - first);
     Normalize(tokens.subspan(first, count), gain, normed.rows());
     backend_->Linear(normed.rows(), count, gate_up, product.rows());
     // To the function a row is so many tiles of one row each, below each other.
@@ -156,11 +148,10 @@ absl::StatusOr<RowBuffer> TokenStates::Activate(const float* gain, std::span<con
 
 absl::Status TokenStates::Multiply(ConstRows inputs, int64_t num_rows, const WeightMatrix& matrix,
                                    absl::FunctionRef<void(int64_t i, const float* y)> sink) const {
-  ASSIGN_OR_RETURN(
-      const RowBuffer product,
-      RowBuffer::Allocate(backend_, std::min(kChunkRows, num_rows), config_.hidden_size));
-  for (int64_t first = 0; first < num_rows; first += kChunkRows) {
-    const int64_t count = std::min(kChunkRows, num_rows - first);
+  const int64_t chunk_rows = std::min(ChunkRows(config_.hidden_size), num_rows);
+  ASSIGN_OR_RETURN(const RowBuffer product, RowBuffer::Allocate(chunk_rows, config_.hidden_size));
+  for (int64_t first = 0; first < num_rows; first += chunk_rows) {
+    const int64_t count = std::min(chunk_rows, num_rows - first);
     backend_->Linear({inputs.row(first), inputs.stride}, count, matrix, product.rows());
     pool_->Run(count, count * config_.hidden_size,
                [&](int64_t r, int) { sink(first + r, product.From(r).data); });
@@ -172,8 +163,7 @@ void TokenStates::FinishMlp() {
   CHECK(!mlp_sum_.is_empty());
   AddRows(mlp_sum_.rows(), num_tokens(), config_.hidden_size, residual_.rows());
   mlp_sum_ = {};
-  expert_ids_.clear();
-  expert_weights_.clear();
+  routed_.clear();
 }
 
 void TokenStates::AddRows(ConstRows from, int64_t num_rows, int64_t columns, Rows to) const {

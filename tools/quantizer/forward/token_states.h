@@ -1,6 +1,7 @@
 // What the calibration tokens have become in one model, between two of its operators.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -41,8 +42,13 @@ TokenRows AllTokens(int64_t num_tokens);
 // Errors of every method that returns a Status: RESOURCE_EXHAUSTED, no memory.
 class TokenStates {
  public:
-  // Rows that are worked on at once.
+  // Rows of so many columns that are worked on at once: a multiple of kChunkRows, and of narrow
+  // rows so many more that a loop over them has work for tens of threads.
   static constexpr int64_t kChunkRows = 1024;
+  static constexpr int64_t ChunkRows(int64_t columns) {
+    constexpr int64_t kChunkFloats = int64_t{4} << 20;
+    return std::max<int64_t>(1, kChunkFloats / columns / kChunkRows) * kChunkRows;
+  }
 
   // INVALID_ARGUMENT: shapes that the backend does not have.
   static absl::StatusOr<std::unique_ptr<TokenStates>> Create(const ModelConfig& config,
@@ -68,8 +74,9 @@ class TokenStates {
 
   // bias: as of Backend::Route.
   absl::Status Route(const float* gain, const kernels::WeightMatrix& router, const float* bias);
-  // The tokens that are routed to an expert, with their routing weights.
-  TokenRows RoutedTo(int expert) const;
+  // The tokens that are routed to an expert, with their routing weights. Valid until FinishMlp.
+  // REQUIRES: Route was called in this layer.
+  const TokenRows& RoutedTo(int expert) const { return routed_[expert]; }
 
   // silu(gate) * up of `tokens`: [tokens, width], the inputs of a down matrix. gate_up is packed
   // as kLinear, its width a multiple of 32.
@@ -105,8 +112,7 @@ class TokenStates {
   RowBuffer residual_;
   RowBuffer attended_;
   RowBuffer mlp_sum_;
-  std::vector<int32_t> expert_ids_;  // [tokens, experts of a token]
-  std::vector<float> expert_weights_;
+  std::vector<TokenRows> routed_;  // [experts], between Route and FinishMlp
 };
 
 }  // namespace wintserve::quantizer
