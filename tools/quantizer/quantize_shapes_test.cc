@@ -1,7 +1,7 @@
 // One layer of random weights in a published model's shapes, quantised by the program, then loaded
 // by 1, 2 and 4 ranks that must agree. Its first argument is the program; --large: the published
 // shapes instead of a small one; --calibrate: a layer of the 300B's shape with calibration. Of a
-// large layer the environment may set EXPERTS, CALIBRATION_TOKENS and THREADS.
+// large layer the environment may set EXPERTS, CALIBRATION_TOKENS, SWEEPS and THREADS.
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -10,6 +10,7 @@
 #include <sys/wait.h>
 
 #include <array>
+#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
@@ -45,11 +46,14 @@ struct Shape {
 };
 
 // A number of the environment, for the large layers.
-int64_t Setting(const char* name, int64_t otherwise) {
+int64_t Setting(const char* name, int64_t otherwise, int64_t least = 1) {
   const char* text = std::getenv(name);
   if (text == nullptr) return otherwise;
-  const int64_t value = std::atoll(text);
-  CHECK(value > 0, "{} is '{}', must be a positive number", name, text);
+  int64_t value = 0;
+  const char* const end = text + std::strlen(text);
+  const auto [rest, error] = std::from_chars(text, end, value);
+  CHECK(error == std::errc() && rest == end && value >= least,
+        "{} is '{}', must be a number, at least {}", name, text, least);
   return value;
 }
 
@@ -346,15 +350,19 @@ TEST_P(CalibratedLayer, IsMadeWithinItsMemory) {
 
   const int64_t num_threads =
       shape.is_large ? Setting("THREADS", std::thread::hardware_concurrency()) : 2;
-  const Usage usage = Quantize(
-      model, dir.path() / "out", num_threads,
-      {"--calibration", text.string(), fmt::format("--calibration-tokens={}", num_tokens)});
+  const int64_t default_sweeps = FeedbackOptions().num_sweeps;
+  const int64_t num_sweeps =
+      shape.is_large ? Setting("SWEEPS", default_sweeps, /*least=*/0) : default_sweeps;
+  const Usage usage =
+      Quantize(model, dir.path() / "out", num_threads,
+               {"--calibration", text.string(), fmt::format("--calibration-tokens={}", num_tokens),
+                fmt::format("--sweeps={}", num_sweeps)});
   const int64_t bound = CalibrationMemoryBound(shape, config, num_tokens);
   fmt::print(
-      "{}, {} experts of which a token takes {}, {} tokens, {} threads: {} MiB at most, allowed {} "
-      "MiB; {:.1f} s, {:.0f} s of a core\n",
-      shape.name, config.num_experts, config.num_experts_per_token, num_tokens, num_threads,
-      usage.peak_bytes >> 20, bound >> 20, usage.seconds, usage.core_seconds);
+      "{}, {} experts of which a token takes {}, {} tokens, {} sweeps, {} threads: {} MiB at most, "
+      "allowed {} MiB; {:.1f} s, {:.0f} s of a core\n",
+      shape.name, config.num_experts, config.num_experts_per_token, num_tokens, num_sweeps,
+      num_threads, usage.peak_bytes >> 20, bound >> 20, usage.seconds, usage.core_seconds);
   EXPECT_LE(usage.peak_bytes, bound);
 
   const double norm = Norm(Logits(dir.path() / "out", 1));

@@ -17,8 +17,8 @@ using calibrate::kTileColumns;
 using kernels::ConstRows;
 using kernels::cpu::CeilDiv;
 
-// Rows of a product that one item of work takes: of their inputs and outputs the second-level cache
-// holds what a panel needs.
+// Rows of a product that one item of work takes at most: of their inputs and outputs the
+// second-level cache holds what a panel needs.
 constexpr int64_t kItemRows = 128;
 constexpr int64_t kBlock = 32;  // of a transposition
 
@@ -158,12 +158,14 @@ void MomentSums::AddProduct(int64_t num_columns, Wanted wanted, LargeVector* sum
   using Out = std::array<float, kItemRows * kTileColumns>;
   std::vector<Out> outs(pool_->num_threads());
   const int64_t num_tiles = CeilDiv(num_columns, kTileColumns);
-  const int64_t num_blocks = CeilDiv(k_, kItemRows);
+  const int64_t item_rows =
+      kernels::cpu::PickItemRows(num_tiles, k_, pool_->num_threads(), kItemRows);
+  const int64_t num_blocks = CeilDiv(k_, item_rows);
   pool_->Run(num_tiles * num_blocks, num_rows_ * k_ * num_columns, [&](int64_t item, int thread) {
     const int64_t tile = item % num_tiles;
     const int64_t column = tile * kTileColumns;
-    const int64_t first = item / num_tiles * kItemRows;
-    const int64_t last = std::min(first + kItemRows, k_);
+    const int64_t first = item / num_tiles * item_rows;
+    const int64_t last = std::min(first + item_rows, k_);
     if (wanted == Wanted::kLowerHalf && column >= last) return;
     const int64_t count = std::min<int64_t>(kTileColumns, num_columns - column);
     Out& out = outs[thread];
