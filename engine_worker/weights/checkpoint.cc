@@ -116,12 +116,7 @@ absl::StatusOr<HostMatrix> MappedCheckpoint::LoadEmbedding() const {
       whole = std::move(rows);
       continue;
     }
-    if (rows.format != whole.format) {
-      return absl::DataLossError(
-          fmt::format("{}: tensor {}.weight: found another type than in the other rank* "
-                      "directories, expected the same",
-                      set.dir().string(), described.parts.front().stored.name));
-    }
+    CHECK(rows.format == whole.format, "{}", set.dir().string());  // CheckRanksAgree
     whole.k += rows.k;
     whole.values_bf16.insert(whole.values_bf16.end(), rows.values_bf16.begin(),
                              rows.values_bf16.end());
@@ -145,7 +140,12 @@ absl::StatusOr<HostMatrix> MappedCheckpoint::LoadMatrix(const MatrixRef& ref, in
   if (ref.role == MatrixRole::kEmbedding) return LoadEmbedding();
   const LogicalMatrix matrix = DescribeMatrix(layout_, stored_config_, ref);
   const bool as_float32 = ref.role == MatrixRole::kRouter;
-  if (is_presharded) return LoadMatrixSlice(sets_[rank], matrix, 0, 1, k_order_, as_float32);
+  if (is_presharded) {
+    // Of what every rank has a copy of, all take the same: ranks that route otherwise compute
+    // nonsense together.
+    const TensorSet& set = matrix.split == Split::kNone ? sets_.front() : sets_[rank];
+    return LoadMatrixSlice(set, matrix, 0, 1, k_order_, as_float32);
+  }
   return LoadMatrixSlice(sets_.front(), matrix, rank, world_size, k_order_, as_float32);
 }
 
@@ -259,6 +259,7 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::filesyst
     }
     RETURN_IF_ERROR(ToStatus(check.problems));
   }
+  RETURN_IF_ERROR(ToStatus(CheckRanksAgree(files)));
   auto checkpoint = std::make_unique<MappedCheckpoint>(std::move(files), config);
   RETURN_IF_ERROR(checkpoint->DecideKOrder(k_order));
   return checkpoint;

@@ -360,6 +360,19 @@ TEST(CheckpointErrors, RankDirectoriesMustBeNumberedAndFitTheModel) {
               HasSubstr("found 3 directories named rank*, but tensor parallel size 3"));
 }
 
+TEST(CheckpointErrors, AnEmbeddingInTwoTypesIsRefusedWhenOpened) {
+  const ModelConfig config = SmallConfig();
+  TestTensors tensors = MakeTensors(ConfigOfShard(config, 2), TestLayout::kPaddle, kSeed);
+  const TempDir dir;
+  testing::WriteFile(dir.path() / "rank0/model.safetensors", testing::SafetensorsBytes(tensors));
+  auto& embedding = tensors.at("ernie.embed_tokens.weight");
+  embedding = testing::ConvertFloats(embedding, "F32");
+  testing::WriteFile(dir.path() / "rank1/model.safetensors", testing::SafetensorsBytes(tensors));
+  EXPECT_THAT(ErrorOf(dir.path(), config),
+              HasSubstr("rank1/model.safetensors: tensor ernie.embed_tokens.weight: found F32, "
+                        "expected BF16 as in "));
+}
+
 TEST(CheckpointErrors, APreShardedRankWithHalfANibblePairIsRefused) {
   // 256 rows over four ranks leave one 64-group, whose nibble would have no partner.
   ModelConfig config = SmallWint2Config();

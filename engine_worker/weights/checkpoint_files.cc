@@ -204,6 +204,22 @@ TensorCheck CheckTensors(const TensorSet& set, const Layout& layout,
   return Checker(set, layout, stored_config).Run();
 }
 
+std::vector<std::string> CheckRanksAgree(const CheckpointFiles& files) {
+  // Every worker puts the whole table together.
+  const std::string name = files.layout.prefix + ".embed_tokens.weight";
+  const TensorSet::Entry* first = files.sets.front().Find(name);
+  std::vector<std::string> problems;
+  for (const TensorSet& set : files.sets) {
+    const TensorSet::Entry* entry = set.Find(name);
+    if (first == nullptr || entry == nullptr || entry->view->type == first->view->type) continue;
+    problems.push_back(
+        fmt::format("{}: tensor {}: found {}, expected {} as in {}", entry->file->path().string(),
+                    name, TensorTypeName(entry->view->type), TensorTypeName(first->view->type),
+                    files.sets.front().dir().string()));
+  }
+  return problems;
+}
+
 absl::Status ToStatus(const std::vector<std::string>& problems) {
   if (problems.empty()) return absl::OkStatus();
   return absl::DataLossError(

@@ -53,6 +53,10 @@ struct TensorCheck {
 TensorCheck CheckTensors(const TensorSet& set, const Layout& layout,
                          const ModelConfig& stored_config);
 
+// What CheckTensors, which sees one set, cannot: lines for tensors that the ranks of a pre-sharded
+// checkpoint must have alike.
+std::vector<std::string> CheckRanksAgree(const CheckpointFiles& files);
+
 // DATA_LOSS with the first problem in full and the number of others; OK if there is none.
 absl::Status ToStatus(const std::vector<std::string>& problems);
 

@@ -371,8 +371,10 @@ TEST(Checkpoint, APreShardedDirectoryGivesEveryRankItsOwnFiles) {
     for (const MatrixRef& ref : AllMatrices(config)) {
       if (ref.role == MatrixRole::kEmbedding) continue;
       for (int rank = 0; rank < kRanks; ++rank) {
+        // Routers are the first one's: ranks must route alike.
+        const int owner = ref.role == MatrixRole::kRouter ? 0 : rank;
         EXPECT_EQ(DecodeToFloat(Load(*checkpoint, ref, rank, kRanks)),
-                  DecodeToFloat(Load(*alone[rank], ref)))
+                  DecodeToFloat(Load(*alone[owner], ref)))
             << Show(ref) << " rank " << rank;
       }
     }

@@ -70,8 +70,9 @@ void Verify(const Arguments& arguments, Report& report) {
                               ? arguments.threads
                               : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   Progress progress({.label = "verifying", .total = report.total_file_bytes()});
-  report.verified =
-      VerifyTensors(*report.opened, num_threads, [&](int64_t bytes) { progress.Add(bytes); });
+  AddVerified(
+      VerifyTensors(*report.opened, num_threads, [&](int64_t bytes) { progress.Add(bytes); }),
+      report);
 }
 
 int Fail(const absl::Status& status) {

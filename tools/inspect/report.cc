@@ -41,6 +41,9 @@ void CheckFiles(Report& report) {
       it->num_bytes += count.num_bytes;
     }
   }
+  for (std::string& problem : CheckRanksAgree(*report.opened)) {
+    report.problems.push_back(std::move(problem));
+  }
   report.head_is_tied = report.opened->layout.head_is_tied;
 }
 
@@ -82,6 +85,18 @@ int64_t Report::total_file_bytes() const {
   int64_t sum = 0;
   for (const FileFacts& file : files) sum += file.num_bytes;
   return sum;
+}
+
+void AddVerified(Verified verified, Report& report) {
+  // "file: tensor name", which is how both begin.
+  const auto place = [](std::string_view problem) {
+    return problem.substr(0, problem.find(": found "));
+  };
+  std::erase_if(report.problems, [&](const std::string& problem) {
+    return std::any_of(verified.problems.begin(), verified.problems.end(),
+                       [&](const auto& other) { return place(other) == place(problem); });
+  });
+  report.verified = std::move(verified);
 }
 
 absl::StatusOr<Report> Inspect(const InspectOptions& options) {

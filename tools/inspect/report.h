@@ -35,8 +35,9 @@ struct Report {
   ModelConfig config;
   std::optional<CheckpointFiles> opened;  // none: config.json alone is there
   std::vector<FileFacts> files;
-  std::vector<std::string> problems;  // of names, shapes and types
-  SkippedTensors skipped;             // of all files
+  // Of names, shapes and types, and of values where the K order could not be told for them.
+  std::vector<std::string> problems;
+  SkippedTensors skipped;  // of all files
   bool head_is_tied = false;
   std::optional<KOrderEvidence> k_order;  // none without WINT2, or if there are problems
 
@@ -58,6 +59,10 @@ struct Report {
 // not split over so many ranks. Tensors that are missing or not as they must be are problems of the
 // report, not errors.
 absl::StatusOr<Report> Inspect(const InspectOptions& options);
+
+// What --verify found: `report` then has each problem once, also those of values that Inspect came
+// upon itself.
+void AddVerified(Verified verified, Report& report);
 
 // For people. styled: with the escape sequences of a terminal.
 std::string ToText(const Report& report, bool styled);

@@ -17,6 +17,7 @@ namespace wintserve::inspect {
 namespace {
 
 using ::testing::AllOf;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using testing::MakeTensors;
@@ -290,6 +291,22 @@ TEST(Inspect, OnePartOfAMatrixInAnotherFloatIsTold) {
   EXPECT_EQ(report.layers[1].first, 1);
   EXPECT_EQ(report.layers[1].last, 1);
   EXPECT_TRUE(report.sizes.has_float32_matrices);
+}
+
+TEST(Inspect, AValueThatHidesTheKOrderIsToldOnce) {
+  const ModelConfig config = SmallWint2Config();
+  TestTensors tensors = MakeTensors(config, TestLayout::kPaddle, 1);
+  auto& zero_points = tensors.at("ernie.layers.2.mlp.experts.0.down_proj.code_zp");
+  std::fill_n(zero_points.bytes.begin(), 4, uint8_t{0xFF});  // the first float32: not a number
+  const TempDir dir;
+  Write(dir, config, tensors);
+  Report report = MustInspect(dir.path().string());
+  EXPECT_THAT(report.problems, ElementsAre(HasSubstr("down_proj.code_zp: found -nan at index 0")));
+  EXPECT_FALSE(report.is_whole());
+  AddVerified(VerifyTensors(*report.opened, 1, [](int64_t) {}), report);
+  EXPECT_THAT(report.problems, IsEmpty());
+  EXPECT_THAT(report.verified->problems, ElementsAre(HasSubstr("down_proj.code_zp: found 1 of ")));
+  EXPECT_FALSE(report.is_whole());
 }
 
 TEST(Inspect, AKOrderThatNothingTellsIsTheDefaultAndSaysSo) {

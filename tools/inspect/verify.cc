@@ -114,6 +114,11 @@ class ItemCheck {
     if (stored.format == StoredFormat::kWint2) {
       CheckNumbers(name("super_scales"), /*may_be_zero=*/false);
       CheckLocalScales(name("weight_scale"));
+      const size_t num_problems = problems_.size();
+      for (const char* suffix : {"code_scale", "code_zp"}) {
+        CheckNumbers(name(suffix), /*may_be_zero=*/true);
+      }
+      if (problems_.size() > num_problems) return;  // what they make of the codes follows from it
       CheckCodes(stored, name("quant_weight"), name("code_scale"), name("code_zp"));
     } else {
       CheckNumbers(name("weight_scale"), /*may_be_zero=*/false);
@@ -151,7 +156,7 @@ class ItemCheck {
       };
       const float low = std::min(code(least[column]), code(largest[column]));
       const float high = std::max(code(least[column]), code(largest[column]));
-      if (low >= 0 && high <= kLargestCode) continue;  // not so if either is not a number
+      if (low >= 0 && high <= kLargestCode) continue;
       if (num_bad++ == 0) {
         first =
             fmt::format("column {} (code_scale {}, code_zp {}), whose codes are {:.0f} to {:.0f}",
@@ -180,9 +185,11 @@ class ItemCheck {
   void CheckSame() {
     const TensorSet::Entry* other = item_.same_in->Find(item_.name);
     const TensorView& view = View(item_.name);
-    if (other == nullptr || other->view->type != view.type ||
-        other->view->data.size() != view.data.size() ||
-        std::memcmp(other->view->data.data(), view.data.data(), view.data.size()) != 0) {
+    if (other != nullptr && other->view->type != view.type) {
+      Add(item_.name, "found {}, expected {} as in {}", TensorTypeName(view.type),
+          TensorTypeName(other->view->type), item_.same_in->dir().string());
+    } else if (other == nullptr || other->view->data.size() != view.data.size() ||
+               std::memcmp(other->view->data.data(), view.data.data(), view.data.size()) != 0) {
       Add(item_.name, "found other numbers than in {}, expected the same on every rank",
           item_.same_in->dir().string());
     }

@@ -135,7 +135,10 @@ INSTANTIATE_TEST_SUITE_P(
                  "200, "},
         Breakage{"CodesThatAreNoNumbers", "ernie.layers.2.mlp.experts.1.down_proj.code_scale",
                  [](testing::TestTensor& t) { Put<float>(t, 100, NAN); },
-                 "the first column 100 (code_scale nan"}),
+                 "1 of 128 numbers that are not finite or beyond 65536, the first nan at [100]"},
+        Breakage{"OffsetsOfCodesThatAreNoNumbers", "ernie.layers.2.mlp.experts.1.down_proj.code_zp",
+                 [](testing::TestTensor& t) { Put<float>(t, 100, INFINITY); },
+                 "the first inf at [100]"}),
     [](const auto& info) { return info.param.name; });
 
 TEST(VerifyTensors, CodesCountOnlyOfBytesThatAColumnHas) {
@@ -209,6 +212,10 @@ TEST(VerifyTensors, RanksThatDifferInWhatIsReplicatedAreTold) {
       ElementsAre(HasSubstr("rank1/model.safetensors: tensor ernie.layers.2.mlp.gate.weight: "
                             "found other numbers than in "),
                   HasSubstr("tensor ernie.norm.weight: found other numbers")));
+  second = first;
+  second["ernie.norm.weight"] = testing::ConvertFloats(first.at("ernie.norm.weight"), "F32");
+  EXPECT_THAT(problems(),
+              ElementsAre(HasSubstr("ernie.norm.weight: found F32, expected BF16 as in ")));
 }
 
 }  // namespace
