@@ -70,6 +70,8 @@ void OnBusError(int number, siginfo_t* info, void* /*context*/) {
   const auto* place =
       is_read ? MappingPlaces::Find(reinterpret_cast<uintptr_t>(info->si_addr)) : nullptr;
   if (place != nullptr) {
+    static std::atomic_flag is_told;
+    if (is_told.test_and_set()) ::pause();          // another thread says so and ends the process
     if (::isatty(STDERR_FILENO) == 1) Write("\n");  // a progress bar stands there
     Write(place->message);
     ::_exit(kExitCheckpoint);
