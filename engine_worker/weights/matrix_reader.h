@@ -15,8 +15,7 @@ namespace wintserve {
 
 // Threading: one thread calls Next.
 // Memory:    at most one matrix for each of the reader's threads besides the one that the caller
-// has
-//            and will have until its next call; and all of them together, their pages on disk
+//            has and will have until its next call; and all of them together, their pages on disk
 //            included, no more than the model's largest layer on disk, or a single matrix.
 class MatrixReader {
  public:

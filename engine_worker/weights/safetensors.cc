@@ -255,8 +255,11 @@ absl::Status SafetensorsFile::ParseHeader() {
     if (!tensor.error.empty()) return Corrupt(fmt::format("tensor {}: {}", name, tensor.error));
     tensors_.emplace(name, std::move(tensor.view));
   }
+  return CheckTensorsCoverData();
+}
 
-  // Together the tensors cover the data exactly, so no two share a byte and none is cut off.
+// So no two share a byte, and none is cut off.
+absl::Status SafetensorsFile::CheckTensorsCoverData() const {
   std::vector<std::pair<int64_t, std::map<std::string, TensorView, std::less<>>::const_iterator>>
       by_offset;
   for (auto it = tensors_.cbegin(); it != tensors_.cend(); ++it) {

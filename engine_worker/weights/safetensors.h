@@ -84,6 +84,7 @@ class SafetensorsFile {
   SafetensorsFile() = default;
   absl::Status Map();
   absl::Status ParseHeader();
+  absl::Status CheckTensorsCoverData() const;  // exactly
   // `message` prefixed with the file's path.
   absl::Status Corrupt(std::string_view message) const;
 

@@ -113,10 +113,9 @@ int Run(Arguments arguments) {
 int main(int argc, char** argv) {
   CLI::App app(
       "Says what the checkpoint in DIR is: formats, sizes, the order of its WINT2 rows, and "
-      "whether "
-      "every tensor that a model needs is there.\nExit codes: 0 whole, 64 a flag, 66 a problem "
-      "with "
-      "the checkpoint, 69 does not fit --memory-gib.",
+      "whether every tensor that a model needs is there.\n"
+      "Exit codes: 0 whole, 64 a flag, 66 a problem with the checkpoint, 69 does not fit "
+      "--memory-gib.",
       "wintserve inspect");
   wintserve::inspect::Arguments arguments;
   wintserve::inspect::Declare(app, arguments);
