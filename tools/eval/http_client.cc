@@ -11,6 +11,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/strip.h"
+#include "common/json_depth.h"
 #include "tools/text/error_text.h"
 
 namespace wintserve::eval {
@@ -23,9 +24,15 @@ constexpr int kLargestPauseSeconds = 30;
 constexpr size_t kShownBytes = 200;     // of a body that is no message
 constexpr size_t kMessageBytes = 2000;  // of a server's own message
 
+// Discarded: no JSON, or so deep that who walks it might run out of stack.
+json ParseAnswer(const std::string& body) {
+  if (IsNestedTooDeep(body)) return json(json::value_t::discarded);
+  return json::parse(body, nullptr, /*allow_exceptions=*/false);
+}
+
 // As OpenAI, vLLM, FastDeploy and FastAPI put it; else the body's beginning.
 std::string MessageOf(const std::string& body) {
-  const json value = json::parse(body, nullptr, /*allow_exceptions=*/false);
+  const json value = ParseAnswer(body);
   if (value.is_object()) {
     const json error = value.value("error", json());
     for (const json* place : {&error, &value}) {
@@ -62,6 +69,17 @@ absl::StatusCode CodeOf(int status) {
   }
 }
 
+// Of "http://HOST", "http://HOST:PORT" and a path behind it, which begins at path_begin.
+bool IsUrlOfServer(const std::string& url, size_t path_begin) {
+  if (url.find_first_of("@?#\\ \t\r\n") != std::string::npos) return false;
+  const size_t host_begin = url.find("//") + 2;
+  const std::string host = url.substr(host_begin, path_begin - host_begin);
+  const size_t colon = absl::EndsWith(host, "]") ? std::string::npos : host.rfind(':');
+  if (colon == std::string::npos) return !host.empty();
+  int port = 0;
+  return colon > 0 && absl::SimpleAtoi(host.substr(colon + 1), &port) && port >= 1 && port <= 65535;
+}
+
 // Retry-After as a number of seconds; its other form, a date, is not understood.
 std::optional<int> RetryAfterSeconds(const httplib::Response& response) {
   int seconds = 0;
@@ -83,9 +101,10 @@ absl::StatusOr<HttpClient> HttpClient::Create(const Endpoint& endpoint, StopFlag
   }
   const size_t path_begin = std::min(url.find('/', is_http ? 7 : 8), url.size());
   auto client = std::make_unique<httplib::Client>(url.substr(0, path_begin));
-  if (!client->is_valid()) {
-    return absl::InvalidArgumentError(
-        fmt::format("--server: '{}' is no URL of a server", endpoint.url));
+  if (!IsUrlOfServer(url, path_begin) || !client->is_valid()) {
+    return absl::InvalidArgumentError(fmt::format(
+        "--server: '{}' is no URL of a server, as http://HOST:PORT/PATH; a key goes into --api-key",
+        endpoint.url));
   }
   client->set_keep_alive(true);
   client->set_tcp_nodelay(true);
@@ -121,7 +140,16 @@ absl::StatusOr<json> HttpClient::Send(const char* method, const std::string& pat
     request.path = prefix_ + path;
     request.body = body;
     if (!body.empty()) request.set_header("Content-Type", "application/json");
+    std::string answer_body;
+    request.content_receiver = [&](const char* bytes, size_t size, uint64_t, uint64_t) {
+      answer_body.append(bytes, size);
+      return answer_body.size() <= endpoint_.max_answer_bytes;
+    };
     const httplib::Result result = client_->send(request);
+    if (answer_body.size() > endpoint_.max_answer_bytes) {
+      return absl::InternalError(
+          fmt::format("{}: the answer has more than {} bytes", what, endpoint_.max_answer_bytes));
+    }
     absl::Status status;
     int wait_seconds = pause_seconds;
     if (!result) {
@@ -129,14 +157,17 @@ absl::StatusOr<json> HttpClient::Send(const char* method, const std::string& pat
           fmt::format("{}: no answer ({})", what, httplib::to_string(result.error())));
       if (!endpoint_.retry_connecting) return status;
     } else if (result->status == 200) {
-      json answer = json::parse(result->body, nullptr, /*allow_exceptions=*/false);
+      json answer = ParseAnswer(answer_body);
       if (answer.is_object()) return answer;
-      return absl::InternalError(fmt::format("{}: the answer is no JSON object: {}", what,
-                                             tools::OneLine(result->body, kShownBytes)));
+      return absl::InternalError(fmt::format(
+          "{}: the answer is no JSON object{}: {}", what,
+          IsNestedTooDeep(answer_body) ? fmt::format(" of at most {} levels", kMaxJsonDepth)
+                                       : std::string(),
+          answer_body.empty() ? "nothing" : tools::OneLine(answer_body, kShownBytes)));
     } else {
       status = absl::Status(
           CodeOf(result->status),
-          fmt::format("{}: HTTP {}: {}", what, result->status, MessageOf(result->body)));
+          fmt::format("{}: HTTP {}: {}", what, result->status, MessageOf(answer_body)));
       if (!IsWorthRepeating(result->status)) return status;
       wait_seconds = RetryAfterSeconds(*result).value_or(pause_seconds);
     }

@@ -3,6 +3,7 @@
 
 #include <httplib.h>
 
+#include <cstddef>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -20,6 +21,9 @@ struct Endpoint {
   int retry_seconds = 60;        // how long one request is repeated
   int timeout_seconds = 600;     // without a byte
   bool retry_connecting = true;  // also where nobody listens, not only where a server is busy
+  // Of an answer. A million log-probabilities with their tokens, the most that wintserve gives,
+  // take a tenth of it.
+  size_t max_answer_bytes = size_t{1} << 30;
 };
 
 // One connection, kept open. Threading: one thread.
@@ -29,7 +33,9 @@ struct Endpoint {
 // over. Errors carry the
 // server's own message:
 //   INVALID_ARGUMENT    400 or 422, or no URL      PERMISSION_DENIED   401 or 403
-//   NOT_FOUND           404                        INTERNAL            other answers, or no JSON
+//   NOT_FOUND           404                        INTERNAL            other answers, more than
+//   allowed,
+//                                                                      no JSON or nested too deep
 //   UNAVAILABLE         busy or away until the end, at once if `stop` is set
 class HttpClient {
  public:

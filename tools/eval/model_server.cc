@@ -69,6 +69,11 @@ absl::StatusOr<std::vector<double>> ReadLogprobs(const json& answer, std::span<c
           fmt::format("the answer has {} as the log-probability of token {}", values[i].dump(), i));
     }
     result[i] = values[i].get<double>();
+    if (result[i] > 0) {
+      return absl::InternalError(
+          fmt::format("the answer has {} as the log-probability of token {}, which is none",
+                      values[i].dump(), i));
+    }
     if (result[i] <= kLogprobOfZero) {
       return absl::InternalError(fmt::format(
           "the answer has {} as the log-probability of token {} (id {}), as of one that "

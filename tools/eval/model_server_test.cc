@@ -166,7 +166,9 @@ INSTANTIATE_TEST_SUITE_P(
     All, BadAnswers,
     testing::Values(
         BadAnswer{"NoJson", "<html>\n\t<b>", "the answer is no JSON object: <html>  <b>"},
-        BadAnswer{"Empty", "", "the answer is no JSON object"},
+        BadAnswer{"Empty", "", "the answer is no JSON object: nothing"},
+        BadAnswer{"AboveOne", R"({"choices": [{"logprobs": {"token_logprobs": [null,-1,3.5]}}]})",
+                  "3.5 as the log-probability of token 2, which is none"},
         BadAnswer{"NoChoices", "{}", "no choices[0].logprobs.token_logprobs"},
         BadAnswer{"NullLogprobs", R"({"choices": [{"logprobs": null}]})",
                   "no choices[0].logprobs.token_logprobs"},
@@ -264,6 +266,45 @@ TEST(HttpClientUrl, MayEndAsClientsOfTheInterfaceWriteIt) {
     HttpClient client = HttpClient::Create(endpoint, &stop).value();
     EXPECT_TRUE(client.Get("/v1/models").ok()) << end;
   }
+}
+
+TEST(HttpClientUrl, ThatNamesNoServerIsRefused) {
+  StopFlag stop;
+  Endpoint endpoint;
+  for (const char* url :
+       {"http://:80", "http://h:0", "http://h:99999", "http://h:x", "http://u:p@h", "http://h?x=1",
+        "http://h/v1#a", "http:// h", "https://"}) {
+    endpoint.url = url;
+    const auto client = HttpClient::Create(endpoint, &stop);
+    EXPECT_EQ(client.status().code(), absl::StatusCode::kInvalidArgument) << url;
+  }
+  for (const char* url : {"http://h", "http://h:65535/a/b", "http://[::1]", "http://[::1]:80/v1"}) {
+    endpoint.url = url;
+    EXPECT_TRUE(HttpClient::Create(endpoint, &stop).ok()) << url;
+  }
+}
+
+TEST_F(ModelServer, WhoseAnswerHasNoEndIsNotListenedToForEver) {
+  Endpoint endpoint = server_.endpoint();
+  endpoint.max_answer_bytes = 20'000;
+  HttpClient client = HttpClient::Create(endpoint, &stop_).value();
+  server_.AnswerFirst({{200, std::string(20'001, ' '), ""}, {200, std::string(20'000, ' '), ""}});
+  EXPECT_THAT(MessageOf(client.Get("/v1/models").status()),
+              HasSubstr("/v1/models: the answer has more than 20000 bytes"));
+  EXPECT_THAT(MessageOf(client.Get("/v1/models").status()), HasSubstr("no JSON object"));
+  EXPECT_TRUE(client.Get("/v1/models").ok());
+}
+
+// A megabyte of '[' is nothing to a parser, and all of the stack to who prints what it has read.
+TEST_F(ModelServer, WhoseAnswerIsNestedWithoutEndIsNotFollowed) {
+  const std::string deep(1'000'000, '[');
+  const std::string nested = deep + std::string(deep.size(), ']');
+  server_.AnswerFirst(
+      {{200, R"({"choices": [{"logprobs": {"token_logprobs": )" + nested + "}}]}", ""},
+       {400, R"({"error": {"message": )" + nested + "}}", ""}});
+  EXPECT_THAT(MessageOf(Ask().status()),
+              HasSubstr("the answer is no JSON object of at most 64 levels: {\"choices\""));
+  EXPECT_THAT(MessageOf(Ask().status()), HasSubstr("HTTP 400: {\"error\""));
 }
 
 TEST(HttpClientUrl, WithoutASchemeIsRefused) {
