@@ -9,8 +9,8 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
-#include "common/read_file.h"
 #include "common/status_macros.h"
+#include "tools/text/plain_text.h"
 #include "tools/text/records.h"
 
 namespace wintserve::eval {
@@ -89,6 +89,11 @@ absl::StatusOr<ChoiceItem> ParseChoice(const json& object) {
     const std::string name = fmt::format("choices[{}]", i);
     ASSIGN_OR_RETURN(std::string choice, tools::Text((*choices)[i], name));
     if (choice.empty()) return absl::InvalidArgumentError(name + ": must not be empty");
+    const auto same = std::find(item.choices.begin(), item.choices.end(), choice);
+    if (same != item.choices.end()) {
+      return absl::InvalidArgumentError(
+          fmt::format("{}: must differ from choices[{}]", name, same - item.choices.begin()));
+    }
     item.choices.push_back(std::move(choice));
   }
   ASSIGN_OR_RETURN(const json* answer, tools::Field(object, "answer"));
@@ -128,7 +133,7 @@ absl::StatusOr<std::vector<ExactItem>> ReadExactItems(const std::string& path, i
 absl::Status ReadDocuments(const std::string& path,
                            const std::function<bool(const std::string& text)>& take) {
   if (!absl::EndsWith(path, ".jsonl")) {
-    ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+    ASSIGN_OR_RETURN(const std::string text, tools::ReadText(path, tools::kMaxRecordBytes));
     take(text);
     return absl::OkStatus();
   }

@@ -19,7 +19,7 @@ struct ChatItem {
 struct ChoiceItem {
   std::string place;
   std::string prompt;
-  std::vector<std::string> choices;  // at least two, none empty
+  std::vector<std::string> choices;  // at least two, none empty, none like another
   size_t answer = 0;                 // index of the right one
 };
 
@@ -37,7 +37,7 @@ absl::StatusOr<std::vector<ChoiceItem>> ReadChoices(const std::string& path, int
 absl::StatusOr<std::vector<ExactItem>> ReadExactItems(const std::string& path, int64_t limit);
 
 // Calls `take` with each document until it returns false: the field "text" of each line of a file
-// whose name ends in ".jsonl", the whole of another file.
+// whose name ends in ".jsonl", the whole of another file, in UTF-8 and of kMaxRecordBytes at most.
 absl::Status ReadDocuments(const std::string& path,
                            const std::function<bool(const std::string& text)>& take);
 

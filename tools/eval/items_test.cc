@@ -122,6 +122,9 @@ INSTANTIATE_TEST_SUITE_P(
         BadLine{"EmptyChoice", Set::kChoices,
                 R"({"prompt": "p", "choices": ["x", ""], "answer": 0})",
                 ":1: choices[1]: must not be empty"},
+        BadLine{"SameChoice", Set::kChoices,
+                R"({"prompt": "p", "choices": ["x", "y", "x"], "answer": 2})",
+                ":1: choices[2]: must differ from choices[0]"},
         BadLine{"AnswerBeyond", Set::kChoices,
                 R"({"prompt": "p", "choices": ["x", "y"], "answer": 2})",
                 ":1: answer: must be an index from 0 to 1, a letter from A to B, or one of the "

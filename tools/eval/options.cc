@@ -23,7 +23,8 @@ than once. What stands behind "--" are flags of `wintserve serve`, with --model 
   wintserve eval --server http://127.0.0.1:8180 --tokenizer models/poet --chat-loss chats.jsonl
 
 Files, one JSON object a line:
-  --perplexity       {"text"}; a file whose name does not end in .jsonl is one document
+  --perplexity       {"text"}; a file whose name does not end in .jsonl is one document, of 16 MiB
+                     at most
   --chat-loss        {"messages": [{"role", "content"}, ...]}
   --multiple-choice  {"prompt" or "question", "choices": [...], "answer": index, letter or text}
   --exact            {"prompt" or "question", "answer": text or list of texts}
@@ -65,6 +66,24 @@ void TakeTasks(const CLI::App& app, Options* options) {
   }
 }
 
+// Flags of the server that are eval's to choose, and what to do instead.
+std::string CheckServerFlags(const std::vector<std::string>& flags) {
+  static const std::map<std::string, const char*> ours = {
+      {"--model", "give it in front of \"--\""},
+      {"--api-key", "give it in front of \"--\""},
+      {"--host", "eval chooses one"},
+      {"--port", "eval chooses one"},
+      {"--metrics-port", "eval chooses one"},
+      {"--engine-worker-queue-port", "eval chooses one"},
+      {"--cache-queue-port", "eval chooses one"}};
+  for (const std::string& flag : flags) {
+    const auto found = ours.find(flag.substr(0, flag.find('=')));
+    if (found == ours.end()) continue;
+    return fmt::format("{}: must not stand behind \"--\"; {}", found->first, found->second);
+  }
+  return "";
+}
+
 // Empty if nothing is wrong.
 std::string CheckTogether(const Options& options) {
   if (options.tasks.empty()) {
@@ -78,6 +97,7 @@ std::string CheckTogether(const Options& options) {
     return fmt::format("{}: flags behind \"--\" are for the server that --model starts",
                        options.server_flags.front());
   }
+  if (std::string error = CheckServerFlags(options.server_flags); !error.empty()) return error;
   if (!options.server.empty() && !options.server_log.empty()) {
     return "--server-log: is for the server that --model starts";
   }
@@ -94,14 +114,22 @@ std::string CheckTogether(const Options& options) {
 
 void Declare(CLI::App* app, Options* options) {
   app->footer(kFooter);
+  // An unset variable of a script is no choice of a default.
+  const CLI::Validator is_given(
+      [](const std::string& text) {
+        return text.empty() ? std::string("must not be empty") : std::string();
+      },
+      "");
   const CLI::callback_t is_read_later = [](const CLI::results_t&) { return true; };
   app->add_option(
-      "--model", options->model,
-      "Checkpoint directory; `wintserve serve` is started on it, and stopped at the end");
-  app->add_option("--server", options->server, "URL of a running server instead");
+         "--model", options->model,
+         "Checkpoint directory; `wintserve serve` is started on it, and stopped at the end")
+      ->check(is_given);
+  app->add_option("--server", options->server, "URL of a running server instead")->check(is_given);
   for (const auto& [flag, kind] : TaskFlags()) {
     app->add_option(flag, is_read_later, NameOf(kind))
         ->type_name("FILE")
+        ->check(is_given)
         ->allow_extra_args(false)
         ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   }
@@ -111,9 +139,11 @@ void Declare(CLI::App* app, Options* options) {
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
       ->allow_extra_args(false)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
-  app->add_option("--tokenizer", options->tokenizer, "Its directory; default: --model");
+  app->add_option("--tokenizer", options->tokenizer, "Its directory; default: --model")
+      ->check(is_given);
   app->add_option("--served-model-name", options->served_model_name,
-                  "Which of the server's models; default: its only one");
+                  "Which of the server's models; default: its only one")
+      ->check(is_given);
   app->add_option("--api-key", options->api_key,
                   "Of the server; default: FD_API_KEY, which others cannot read");
   app->add_option("--context-tokens", options->context_tokens,
@@ -138,9 +168,10 @@ void Declare(CLI::App* app, Options* options) {
                   "Seconds without a byte after which an answer is given up")
       ->check(CLI::Range(1, 86400))
       ->capture_default_str();
-  app->add_option("--json", options->json_path, "Write the report there");
+  app->add_option("--json", options->json_path, "Write the report there")->check(is_given);
   app->add_option("--server-log", options->server_log,
-                  "Log of the server that --model starts; default: shown if it fails");
+                  "Log of the server that --model starts; default: shown if it fails")
+      ->check(is_given);
 }
 
 }  // namespace

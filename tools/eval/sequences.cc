@@ -52,6 +52,7 @@ absl::StatusOr<std::vector<ScoredSequence>> ReadWindows(const std::string& path,
   };
   const auto window_size = static_cast<size_t>(context_tokens);
   RETURN_IF_ERROR(ReadDocuments(path, [&](const std::string& text) {
+    if (text.empty()) return true;
     const std::vector<int32_t> ids = tools::EncodeDocument(text, tokenizer);
     rest.insert(rest.end(), ids.begin(), ids.end());
     size_t begin = 0;

@@ -21,10 +21,11 @@ struct ScoredSequence {
   int64_t NumScored() const;
 };
 
-// The documents of a file, each encoded as tools::EncodeDocument says, joined and cut into windows
-// of `context_tokens` ids. All ids of a window but its first one are scored, the markers among
-// them. The last window holds the rest; of a single id there is none. limit: that many windows at
-// most, 0: all. INVALID_ARGUMENT: the file (see ReadDocuments), or no document in it.
+// The documents of a file that are not empty, each encoded as tools::EncodeDocument says, joined
+// and cut into windows of `context_tokens` ids. All ids of a window but its first one are scored,
+// the markers among them. The last window holds the rest; of a single id there is none. limit: that
+// many windows at most, 0: all. INVALID_ARGUMENT: the file (see ReadDocuments), or no document in
+// it.
 absl::StatusOr<std::vector<ScoredSequence>> ReadWindows(const std::string& path,
                                                         const Tokenizer& tokenizer,
                                                         int context_tokens, int64_t limit);

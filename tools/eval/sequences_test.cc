@@ -129,9 +129,21 @@ TEST(EvalWindows, AreNoMoreThanTheLimitAndNothingBehindThemIsRead) {
 }
 
 TEST(EvalWindows, OfAFileWithoutTextAreRefused) {
-  const TemporaryFile file("");
+  for (const auto& [content, suffix] : std::vector<std::pair<std::string, std::string>>{
+           {"", ".jsonl"}, {"", ".txt"}, {"{\"text\": \"\"}\n{\"text\": \"\"}\n", ".jsonl"}}) {
+    const TemporaryFile file(content, suffix);
+    // With its two markers a document would be scored.
+    EXPECT_EQ(MessageOf(ReadWindows(file.path(), TokenizerWithBegin(), 4, 0).status()),
+              file.path() + ": holds no text to score");
+  }
+}
+
+TEST(EvalWindows, OfAFileThatIsNoTextAreRefused) {
+  const TemporaryFile file("ab\ncaf\xE9", ".txt");
   EXPECT_EQ(MessageOf(ReadWindows(file.path(), FakeTokenizer(), 4, 0).status()),
-            file.path() + ": holds no text to score");
+            file.path() + ":2: must be text in UTF-8, which byte 0xe9 at offset 6 is not");
+  EXPECT_THAT(MessageOf(ReadWindows("/dev/zero", FakeTokenizer(), 4, 1).status()),
+              HasSubstr("/dev/zero: is longer than the 16777216 bytes"));
 }
 
 }  // namespace
