@@ -53,9 +53,10 @@ def test_offline_recites_as_the_model_was_trained_to(tmp_path):
                               "--json", tmp_path / "report.json", *SERVE_FLAGS)
     assert code == 0, error
     assert measures(tmp_path / "report.json") == {"accuracy": 1.0}
-    header, row = output.splitlines()
-    assert header.split() == ["task", "file", "items", "tokens", "measure", "value", "±", "error"]
-    assert row.split() == ["exact", "answers", "recite.jsonl", "10", "-", "accuracy", "1.0000", "0.0000"]
+    header, row, file = output.splitlines()
+    assert header.split() == ["task", "items", "tokens", "measure", "value", "±", "error"]
+    assert row.split() == ["exact", "answers", "10", "-", "accuracy", "1.0000", "0.0000"]
+    assert file == "recite.jsonl"
 
 
 def test_offline_chat_loss_is_that_of_the_reference(tmp_path):
@@ -123,6 +124,20 @@ def test_a_report_that_cannot_be_written_is_told_before_the_work():
     code, output, error = run("--model", POET, "--exact", EVALS / "recite.jsonl", "--json", "/no-such-directory/report.json")
     assert (code, output) == (64, "")
     assert error == "error: --json: cannot write into /no-such-directory: No such file or directory\n"
+
+
+def test_a_log_that_cannot_be_written_is_told_as_the_flag_that_it_is():
+    code, output, error = run("--model", POET, "--exact", EVALS / "recite.jsonl", "--server-log", "/no-such-directory/log")
+    assert (code, output) == (64, "")
+    assert error == "error: --server-log: cannot write /no-such-directory/log: No such file or directory\n"
+
+
+def test_a_full_disk_behind_its_output_is_an_error_and_no_crash():
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([BIN / "wintserve", "eval", "--exact", "a"], stdout=full, stderr=full, timeout=60)
+        assert result.returncode == 64
+        result = subprocess.run([BIN / "wintserve", "eval", "--help"], stdout=full, stderr=subprocess.PIPE, timeout=60)
+        assert (result.returncode, result.stderr) == (0, b"")
 
 
 def launcher_of(evaluation):

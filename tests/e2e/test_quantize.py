@@ -85,6 +85,14 @@ def test_what_cannot_be_quantised_is_one_line(tmp_path):
         assert not list(tmp_path.glob("out*"))
 
 
+def test_a_full_disk_behind_its_output_is_no_crash(tmp_path):
+    with open("/dev/full", "w") as full:
+        for flags, code in ((("--help",), 0), (("--model", "none", "--output", tmp_path / "out"), 66)):
+            result = subprocess.run([str(BIN / "wintserve"), "quantize", *map(str, flags)], stdout=full, stderr=full,
+                                    timeout=60)
+            assert result.returncode == code
+
+
 def test_an_interrupted_run_goes_on_and_writes_the_same_bytes(tmp_path):
     write_random_model(tmp_path / "model")
     args = ("--model", tmp_path / "model", "--threads", "1", "--output")

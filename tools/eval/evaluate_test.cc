@@ -11,7 +11,6 @@
 
 #include "tests/fakes/fake_tokenizer.h"
 #include "tools/eval/fake_server_test_util.h"
-#include "tools/eval/report.h"
 #include "tools/eval/temporary_file_test_util.h"
 
 namespace wintserve::eval {
@@ -162,59 +161,6 @@ TEST_F(Evaluation, EndsWhenTheServerDies) {
   other.join();
   EXPECT_EQ(report.status().code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(MessageOf(report.status()), HasSubstr("no answer"));
-}
-
-TaskResult SomeResult() {
-  TaskResult result;
-  result.options = {TaskKind::kPerplexity, "dir/诗.jsonl", 0};
-  result.num_items = 1;
-  result.num_tokens = 1023;
-  result.measures = {{"nats per token", {4.5, std::nullopt}}, {"perplexity", {90.01713, 0.5}}};
-  return result;
-}
-
-TEST(EvalReport, IsATableWithAlignedColumns) {
-  Report report;
-  report.tasks = {SomeResult()};
-  EXPECT_EQ(Table(report),
-            "task        file      items  tokens  measure           value  ± error\n"
-            "perplexity  诗.jsonl      1    1023  nats per token   4.5000        -\n"
-            "                                     perplexity      90.0171   0.5000\n");
-}
-
-TEST(EvalReport, IsJsonWithAllDigits) {
-  Report report;
-  report.model.name = "poet";
-  report.tasks = {SomeResult()};
-  Options options;
-  options.model = "models/poet";
-  const auto json = ToJson(report, options);
-  EXPECT_EQ(json["model"], "poet");
-  EXPECT_EQ(json["checkpoint"], "models/poet");
-  const auto& task = json["tasks"][0];
-  EXPECT_EQ(task["task"], "perplexity");
-  EXPECT_EQ(task["context_tokens"], 1024);
-  EXPECT_EQ(task["measures"]["perplexity"]["value"], 90.01713);
-  EXPECT_TRUE(task["measures"]["nats per token"]["standard_error"].is_null());
-}
-
-TEST(EvalReport, OfAPlaceThatCannotBeWrittenIsRefusedBeforeTheWork) {
-  const TemporaryFile file("");
-  EXPECT_TRUE(CheckJsonPlace("report.json").ok());
-  EXPECT_TRUE(CheckJsonPlace(file.path()).ok());
-  for (const auto& [path, error] : std::vector<std::pair<std::string, std::string>>{
-           {"/tmp", "--json: /tmp is a directory, must be a file"},
-           {file.path() + "/r.json",
-            "--json: cannot write into " + file.path() + ": Not a directory"},
-           {"/no-such-directory/r.json",
-            "--json: cannot write into /no-such-directory: No such file or directory"}}) {
-    EXPECT_EQ(std::string(CheckJsonPlace(path).message()), error);
-  }
-}
-
-TEST(EvalReport, ThatCannotBeWrittenNamesItsPlaceAndLeavesNothing) {
-  const absl::Status status = WriteJson({{"a", 1}}, "/no-such-directory/report.json");
-  EXPECT_EQ(MessageOf(status), "--json: cannot write /no-such-directory/report.json");
 }
 
 }  // namespace

@@ -55,8 +55,10 @@ absl::StatusOr<UniqueFd> OpenLog(const std::string& path) {
   UniqueFd log(path.empty() ? ::open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600)
                             : ::open(path.c_str(), O_CREAT | O_TRUNC | O_RDWR | O_CLOEXEC, 0644));
   if (!log.valid()) {
-    return absl::ErrnoToStatus(
-        errno, fmt::format("cannot write the server's log ({})", path.empty() ? directory : path));
+    const std::string what = path.empty()
+                                 ? fmt::format("the server's log: cannot write to {}", directory)
+                                 : fmt::format("--server-log: cannot write {}", path);
+    return absl::ErrnoToStatus(errno, what);
   }
   return log;
 }

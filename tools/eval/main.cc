@@ -33,8 +33,11 @@ namespace {
 constexpr int kReadyPollMs = 200;
 constexpr int kMostStarts = 3;  // of a server whose port somebody else took
 
+// fmt::print ends the program where a disk is full.
+void Tell(const std::string& text) { (void)std::fputs(text.c_str(), stderr); }
+
 int Fail(int exit_code, const std::string& text) {
-  fmt::print(stderr, "error: {}\n", text);
+  Tell(fmt::format("error: {}\n", text));
   return exit_code;
 }
 
@@ -115,12 +118,12 @@ absl::StatusOr<LocalServerOptions> ServerOptions(const Options& options) {
 // What a user does who interrupts: no report, and no server that stays.
 [[noreturn]] void EndBySignal(int number, std::optional<LocalServer>* server) {
   if (server->has_value()) (*server)->Stop();
-  fmt::print(stderr, "error: stopped by signal {}\n", number);
+  Tell(fmt::format("error: stopped by signal {}\n", number));
   std::_Exit(128 + number);  // requests may still be on their way
 }
 
 int TellServerEnd(const std::string& when, const ChildExit& exit, const LocalServer& server) {
-  fmt::print(stderr, "{}", server.LogTail());
+  Tell(server.LogTail());
   return Fail(exit.by_signal || exit.code == kExitOk ? int{kExitInternal} : exit.code,
               fmt::format("`wintserve serve` ended {} with {}", when, exit.ToString()));
 }
@@ -133,7 +136,9 @@ int StartServer(const Options& options, Waiter* waiter, std::optional<LocalServe
   }
   for (int num_starts = 1;; ++num_starts) {
     auto started = LocalServer::Start(*server_options);
-    if (!started.ok()) return Fail(kExitInternal, std::string(started.status().message()));
+    if (!started.ok()) {
+      return Fail(ExitCodeOf(started.status()), std::string(started.status().message()));
+    }
     server->reset();
     server->emplace(*std::move(started));
     while (true) {
@@ -157,13 +162,15 @@ int StartServer(const Options& options, Waiter* waiter, std::optional<LocalServe
 }
 
 int Show(const Report& report, const Options& options) {
-  fmt::print("{}", Table(report));
-  if (std::fflush(stdout) != 0) {
-    return Fail(kExitInternal, fmt::format("cannot write to stdout: {}", std::strerror(errno)));
+  int exit_code = kExitOk;
+  // One of the two is better than none.
+  if (std::fputs(Table(report).c_str(), stdout) < 0 || std::fflush(stdout) != 0) {
+    exit_code =
+        Fail(kExitInternal, fmt::format("cannot write to stdout: {}", std::strerror(errno)));
   }
-  if (options.json_path.empty()) return kExitOk;
+  if (options.json_path.empty()) return exit_code;
   const absl::Status status = WriteJson(ToJson(report, options), options.json_path);
-  return status.ok() ? int{kExitOk} : Fail(kExitInternal, std::string(status.message()));
+  return status.ok() ? exit_code : Fail(kExitInternal, std::string(status.message()));
 }
 
 // The evaluation on a thread of its own, while this one watches signals and the server.
@@ -221,7 +228,7 @@ int Run(const Options& options) {
 
 int Main(int argc, char** argv) {
   const CommandLine command = ParseCommandLine(argc, argv, ::getenv);
-  if (!command.print.empty()) fmt::print("{}", command.print);
+  (void)std::fputs(command.print.c_str(), stdout);
   if (!command.error.empty()) return Fail(command.exit_code, command.error);
   if (!command.print.empty()) return command.exit_code;
   return Run(command.options);

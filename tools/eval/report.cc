@@ -1,5 +1,6 @@
 #include "tools/eval/report.h"
 
+#include <fcntl.h>
 #include <fmt/chrono.h>
 #include <fmt/format.h>
 #include <unistd.h>
@@ -7,25 +8,31 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <ctime>
 #include <filesystem>
-#include <fstream>
+#include <string_view>
 #include <vector>
+
+#include "common/unique_fd.h"
 
 namespace wintserve::eval {
 namespace {
 
 using nlohmann::ordered_json;
 
-constexpr size_t kNumColumns = 7;
+constexpr size_t kNumColumns = 6;
 using Row = std::array<std::string, kNumColumns>;
 
 // Columns of numbers stand at the right.
-constexpr std::array<bool, kNumColumns> kIsNumber = {false, false, true, true, false, true, true};
+constexpr std::array<bool, kNumColumns> kIsNumber = {false, true, true, false, true, true};
+
+// Of a name of a file, so that with the longest measure the table fits a terminal of 80 columns.
+constexpr size_t kMostFileColumns = 19;
 
 // Of UTF-8 on a terminal: from U+3000 on, most characters are two columns wide.
-size_t ColumnsOf(const std::string& text) {
+size_t ColumnsOf(std::string_view text) {
   size_t columns = 0;
   for (const char character : text) {
     const auto byte = static_cast<unsigned char>(character);
@@ -34,25 +41,61 @@ size_t ColumnsOf(const std::string& text) {
   return columns;
 }
 
+// A name's end says what it is.
+std::string ShownName(const std::string& file) {
+  const std::string name = std::filesystem::path(file).filename().string();
+  if (ColumnsOf(name) <= kMostFileColumns) return name;
+  size_t begin = 0;
+  while (ColumnsOf(std::string_view(name).substr(begin)) + 1 > kMostFileColumns) {
+    do {
+      ++begin;
+    } while (begin < name.size() && (static_cast<unsigned char>(name[begin]) & 0xC0) == 0x80);
+  }
+  return "…" + name.substr(begin);
+}
+
+std::string ShownNumber(double value) {
+  return value < 10000 ? fmt::format("{:.4f}", value) : fmt::format("{:.3e}", value);
+}
+
+// A row for each measure, the file below the task.
 std::vector<Row> RowsOf(const Report& report) {
-  std::vector<Row> rows = {{"task", "file", "items", "tokens", "measure", "value", "± error"}};
+  std::vector<Row> rows = {{"task", "items", "tokens", "measure", "value", "± error"}};
   for (const TaskResult& task : report.tasks) {
-    for (const Measure& measure : task.measures) {
-      const auto& error = measure.estimate.standard_error;
-      const bool is_first = &measure == &task.measures.front();
-      const auto once = [is_first](const std::string& text) {
-        return is_first ? text : std::string();
-      };
-      rows.push_back({once(NameOf(task.options.kind)),
-                      once(std::filesystem::path(task.options.file).filename().string()),
-                      once(fmt::format("{}", task.num_items)),
-                      once(task.num_tokens > 0 ? fmt::format("{}", task.num_tokens) : "-"),
-                      measure.name, fmt::format("{:.4f}", measure.estimate.value),
-                      error.has_value() ? fmt::format("{:.4f}", *error) : "-"});
+    const size_t first = rows.size();
+    rows.resize(first + std::max<size_t>(2, task.measures.size()));
+    rows[first][0] = NameOf(task.options.kind);
+    rows[first][1] = fmt::format("{}", task.num_items);
+    rows[first][2] = task.num_tokens > 0 ? fmt::format("{}", task.num_tokens) : "-";
+    rows[first + 1][0] = ShownName(task.options.file);
+    for (size_t i = 0; i < task.measures.size(); ++i) {
+      const Estimate& estimate = task.measures[i].estimate;
+      const auto& error = estimate.standard_error;
+      Row& row = rows[first + i];
+      row[3] = task.measures[i].name;
+      row[4] = ShownNumber(estimate.value);
+      row[5] = error.has_value() ? ShownNumber(*error) : "-";
     }
   }
   return rows;
 }
+
+// A file is written beside its place and moved there; what a link leads to is replaced, not the
+// link. What is no file, as a terminal or /dev/null, is written to.
+struct JsonPlace {
+  explicit JsonPlace(const std::string& path) : target(path), written(path) {
+    std::error_code error;
+    const auto status = std::filesystem::status(path, error);
+    if (std::filesystem::exists(status) && !std::filesystem::is_regular_file(status)) return;
+    const auto resolved = std::filesystem::weakly_canonical(path, error);
+    if (!error) target = resolved;
+    written = target.string() + ".partial";
+  }
+  bool is_renamed() const { return written != target; }
+
+  std::filesystem::path target;
+  std::filesystem::path written;
+};
 
 std::string UtcNow() {
   return fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr)));
@@ -119,24 +162,40 @@ absl::Status CheckJsonPlace(const std::string& path) {
     return absl::InvalidArgumentError(
         fmt::format("--json: {} is a directory, must be a file", path));
   }
+  const JsonPlace place(path);
+  // What permissions promise, a file system need not keep.
+  const UniqueFd file(::open(place.written.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666));
+  if (file.valid()) {
+    if (place.is_renamed()) ::unlink(place.written.c_str());
+    return absl::OkStatus();
+  }
+  const int reason = errno;
   const std::filesystem::path parent = std::filesystem::path(path).parent_path();
-  const std::string directory = parent.empty() ? "." : parent.string();
-  // With the slash a file is not taken for a directory.
-  if (::access((directory + "/").c_str(), W_OK) == 0) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      fmt::format("--json: cannot write into {}: {}", directory, std::strerror(errno)));
+  return absl::InvalidArgumentError(fmt::format("--json: cannot write into {}: {}",
+                                                parent.empty() ? "." : parent.string(),
+                                                std::strerror(reason)));
 }
 
 absl::Status WriteJson(const ordered_json& report, const std::string& path) {
-  const std::string temporary = path + ".partial";
-  std::ofstream file(temporary, std::ios::trunc);
-  file << report.dump(1, ' ', false, ordered_json::error_handler_t::replace) << "\n";
-  file.close();
-  std::error_code error;
-  if (file) std::filesystem::rename(temporary, path, error);
-  if (file && !error) return absl::OkStatus();
-  std::filesystem::remove(temporary, error);
-  return absl::UnknownError(fmt::format("--json: cannot write {}", path));
+  const std::string text =
+      report.dump(1, ' ', false, ordered_json::error_handler_t::replace) + "\n";
+  const JsonPlace place(path);
+  std::FILE* const file = std::fopen(place.written.c_str(), "we");
+  bool is_written =
+      file != nullptr && std::fwrite(text.data(), 1, text.size(), file) == text.size();
+  int reason = errno;
+  if (file != nullptr && std::fclose(file) != 0 && is_written) {
+    is_written = false;
+    reason = errno;
+  }
+  if (is_written && place.is_renamed()) {
+    is_written = std::rename(place.written.c_str(), place.target.c_str()) == 0;
+    reason = errno;
+  }
+  if (is_written) return absl::OkStatus();
+  if (place.is_renamed()) ::unlink(place.written.c_str());
+  return absl::UnknownError(
+      fmt::format("--json: cannot write {}: {}", path, std::strerror(reason)));
 }
 
 }  // namespace wintserve::eval

@@ -10,7 +10,8 @@
 
 namespace wintserve::eval {
 
-// One row a measure, values with standard errors; columns are aligned.
+// One row a measure, values with standard errors; columns are aligned, and fit 80 columns. A long
+// name of a file lacks its beginning.
 std::string Table(const Report& report);
 
 // {"model", "server" or "checkpoint", …, "tasks": [{"task", "file", "items", "tokens",
@@ -18,10 +19,11 @@ std::string Table(const Report& report);
 // known is null.
 nlohmann::ordered_json ToJson(const Report& report, const Options& options);
 
-// INVALID_ARGUMENT: WriteJson will not be able to write there, as far as can be known before.
+// INVALID_ARGUMENT: WriteJson will not be able to write there, as far as trying tells.
 absl::Status CheckJsonPlace(const std::string& path);
 
-// Writes the report beside its place and moves it there, so that what is there is whole.
+// Writes the report beside its place and moves it there, so that what is there is whole; to a
+// device or a pipe as it is.
 absl::Status WriteJson(const nlohmann::ordered_json& report, const std::string& path);
 
 }  // namespace wintserve::eval

@@ -1,5 +1,4 @@
 // The program of `wintserve quantize`.
-#include <fmt/format.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -44,6 +43,7 @@ void OnUnreadablePage(int /*number*/) {
 
 // fmt::print ends the program where a disk is full. The checkpoint matters more than this.
 void Show(const std::string& text) { (void)std::fputs(text.c_str(), stdout); }
+void Tell(const std::string& line) { (void)std::fputs((line + "\n").c_str(), stderr); }
 
 void InstallHandlers() {
   struct sigaction action = {};
@@ -61,12 +61,12 @@ int Main(int argc, char** argv) {
   const QuantizeCommand command = ParseQuantizeCommand(
       {argv + 1, argv + argc}, static_cast<int>(std::thread::hardware_concurrency()));
   Show(command.print);
-  if (!command.error.empty()) fmt::print(stderr, "{}\n", command.error);
+  if (!command.error.empty()) Tell(command.error);
   if (!command.run) return command.error.empty() ? kExitOk : kExitUsage;
   InstallHandlers();
   InitLog("quantize", "warning");
   const QuantizeResult result = Quantize(command.options, &stop);
-  if (!result.error.empty()) fmt::print(stderr, "error: {}\n", result.error);
+  if (!result.error.empty()) Tell("error: " + result.error);
   Show(result.summary);
   if (result.stopped) {
     // Whoever waits for us shall see that we were stopped.
