@@ -127,16 +127,18 @@ def test_a_report_that_cannot_be_written_is_told_before_the_work():
 
 
 def test_a_log_that_cannot_be_written_is_told_as_the_flag_that_it_is():
-    code, output, error = run("--model", POET, "--exact", EVALS / "recite.jsonl", "--server-log", "/no-such-directory/log")
+    log = "/no-such-directory/log"
+    code, output, error = run("--model", POET, "--exact", EVALS / "recite.jsonl", "--server-log", log)
     assert (code, output) == (64, "")
-    assert error == "error: --server-log: cannot write /no-such-directory/log: No such file or directory\n"
+    assert error == f"error: --server-log: cannot write {log}: No such file or directory\n"
 
 
 def test_a_full_disk_behind_its_output_is_an_error_and_no_crash():
     with open("/dev/full", "w") as full:
         result = subprocess.run([BIN / "wintserve", "eval", "--exact", "a"], stdout=full, stderr=full, timeout=60)
         assert result.returncode == 64
-        result = subprocess.run([BIN / "wintserve", "eval", "--help"], stdout=full, stderr=subprocess.PIPE, timeout=60)
+        result = subprocess.run([BIN / "wintserve", "eval", "--help"], stdout=full, stderr=subprocess.PIPE,
+                                timeout=60)
         assert (result.returncode, result.stderr) == (0, b"")
 
 
