@@ -87,6 +87,12 @@ int64_t Report::total_file_bytes() const {
   return sum;
 }
 
+bool Report::all_matrices_are_quantized() const {
+  const bool experts_are =
+      config.expert_quantization != ExpertQuantization::kNone && !config.first_experts_are_plain;
+  return config.dense_is_wint8 && (config.num_experts == 0 || experts_are);
+}
+
 void AddVerified(Verified verified, Report& report) {
   // "file: tensor name", which is how both begin.
   const auto place = [](std::string_view problem) {

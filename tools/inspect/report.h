@@ -51,6 +51,9 @@ struct Report {
   std::optional<Verified> verified;
 
   int64_t total_file_bytes() const;
+  // But for tables and routers. Quantised matrices have layouts of their own, neither [in, out] nor
+  // [out, in].
+  bool all_matrices_are_quantized() const;
   bool is_whole() const { return problems.empty() && (!verified || verified->problems.empty()); }
 };
 

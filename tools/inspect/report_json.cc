@@ -62,12 +62,15 @@ Json FilesJson(const Report& report) {
                        {"tensors", count.num_tensors},
                        {"bytes", count.num_bytes}});
   }
+  const Json orientation = report.all_matrices_are_quantized() ? Json(nullptr)
+                           : layout.is_out_in                  ? Json("out_in")
+                                                               : Json("in_out");
   return {{"files", files},
           {"presharded_for", report.opened->is_presharded() ? report.opened->sets.size() : 0},
           {"prefix", layout.prefix},
           {"fused_qkv", layout.has_fused_qkv},
           {"fused_gate_up", layout.has_fused_gate_up},
-          {"orientation", layout.is_out_in ? "out_in" : "in_out"},
+          {"orientation", orientation},
           {"skipped", skipped}};
 }
 

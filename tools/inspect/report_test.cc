@@ -346,7 +346,7 @@ TEST(Text, OfTheDemoModelSaysWhatItIs) {
   for (const char* piece :
        {"models/poet\n", "42.1 M parameters, 17.4 M of them for a token",
         "experts     16 of width 256, 4 for a token\n", "3 files of 22.0 MiB with 1,092 tensors\n",
-        "layout      ernie.*, fused matrices as [in, out], head tied to the embedding\n",
+        "layout      ernie.*, fused matrices in quantised layouts, head tied to the embedding\n",
         "K order     mma64, by 64 experts of 6 layers\n", "norms of neurons ",
         "norms of hidden dimensions ", "  2-7         attention wint8, 16 experts wint2\n",
         "Verified: all 1,092 tensors of 21.9 MiB are sound\n"}) {
@@ -366,6 +366,9 @@ TEST(Json, HasWhatTheTextHas) {
   EXPECT_EQ(json["sizes"]["parts"]["experts"]["cpu_bytes"],
             report.sizes.parts.at(Part::kExperts).on_cpu);
   EXPECT_EQ(json["checkpoint"]["files"].size(), 3u);
+  EXPECT_TRUE(json["checkpoint"]["orientation"].is_null());
+  const nlohmann::json plain = nlohmann::json::parse(ToJson(MustInspect("tests/data/tiny-bf16")));
+  EXPECT_EQ(plain["checkpoint"]["orientation"], "out_in");
   EXPECT_EQ(json["k_order"]["verdict"], "mma64");
   EXPECT_NEAR(json["k_order"]["neurons"]["mma64"].get<double>(), report.k_order->neurons.mma64,
               1e-12);

@@ -114,11 +114,13 @@ class TextWriter {
     const Layout& layout = opened.layout;
     const bool all = layout.has_fused_qkv && layout.has_fused_gate_up;
     const bool none = !layout.has_fused_qkv && !layout.has_fused_gate_up;
-    Row("layout", fmt::format("{}.*, {} matrices as {}, head {}", layout.prefix,
+    Row("layout", fmt::format("{}.*, {} matrices {}, head {}", layout.prefix,
                               all    ? "fused"
                               : none ? "separate"
                                      : "partly fused",
-                              layout.is_out_in ? "[out, in]" : "[in, out]",
+                              report_.all_matrices_are_quantized() ? "in quantised layouts"
+                              : layout.is_out_in                   ? "as [out, in]"
+                                                                   : "as [in, out]",
                               layout.head_is_tied ? "tied to the embedding" : "of its own"));
     for (const SkippedTensors::Count& count : report_.skipped.counts) {
       Row("skipped", fmt::format("{} of {}: {}", Counted(count.num_tensors, "tensor"),
