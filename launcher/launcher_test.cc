@@ -114,7 +114,8 @@ TEST_F(LauncherTest, ASecondSignalStopsAtOnce) {
   launcher_.Signal(SIGINT);
   const auto before = std::chrono::steady_clock::now();
   EXPECT_EQ(ExitCode(), kExitOk);
-  EXPECT_LT(std::chrono::steady_clock::now() - before, std::chrono::seconds(2));
+  // Less than the patience with those who stop in order.
+  EXPECT_LT(std::chrono::steady_clock::now() - before, std::chrono::milliseconds(4500));
   ExpectNothingLeft();
 }
 

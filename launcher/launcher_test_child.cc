@@ -126,6 +126,7 @@ int main(int argc, char** argv) {
   }
   if (behaviour.starts_with("exit:")) return std::atoi(behaviour.c_str() + 5);
   start.Started();
+  ::close(::open((path + ".started").c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600));
   if (behaviour.starts_with("exit_after:")) {
     ::usleep(1000 * std::atoi(behaviour.c_str() + 11));
     return 0;

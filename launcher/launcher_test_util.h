@@ -29,7 +29,7 @@ namespace fs = std::filesystem;
 
 inline std::string g_wintserve;   // NOLINT: set once, in main
 inline std::string g_test_child;  // NOLINT
-inline constexpr int64_t kTimeoutMs = 20'000;
+inline constexpr int64_t kTimeoutMs = 60'000;
 
 inline const char* const kChildren[] = {"wintserve-api-server", "wintserve-cache-manager",
                                         "wintserve-engine-worker"};
@@ -110,7 +110,7 @@ class LauncherTest : public ::testing::Test {
   std::map<std::string, std::string> Reports() const {
     std::map<std::string, std::string> reports;
     for (const auto& file : fs::directory_iterator(dir_ / "reports")) {
-      if (file.path().extension() != ".new") {
+      if (const auto kind = file.path().extension(); kind != ".new" && kind != ".started") {
         reports[file.path().filename()] = ReadFile(file.path());
       }
     }
@@ -124,6 +124,10 @@ class LauncherTest : public ::testing::Test {
     if (at == std::string::npos) return "";
     const size_t begin = at + key.size() + 2;
     return report.substr(begin, report.find_first_of(" \n", begin) - begin);
+  }
+  // Whether it, or one before it, has told the launcher that it has started.
+  bool HasStarted(const std::string& child) const {
+    return fs::exists(dir_ / "reports" / ("wintserve-" + child + ".started"));
   }
   pid_t PidOf(const std::string& child) const { return std::stoi(Reported(child, "pid")); }
 

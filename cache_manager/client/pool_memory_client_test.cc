@@ -289,7 +289,8 @@ TEST_F(PoolMemorySocket, ServesOthersWhilePeersSayNothingAndDropsThose) {
   }
   const auto start = std::chrono::steady_clock::now();
   EXPECT_TRUE(Fetch(0).ok());
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(1));
+  // Before the server gives up on any of them.
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::milliseconds(1'900));
   for (const UniqueFd& socket : silent) {
     EXPECT_EQ(ReceivePacket(socket.get(), kTimeoutMs).status().code(),
               absl::StatusCode::kOutOfRange);

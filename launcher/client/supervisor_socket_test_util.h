@@ -41,7 +41,8 @@ class TestSupervisorSocket {
     proto::SupervisorReply reply;
     reply.set_status_code(status_code);
     reply.set_text(status_code == 0 ? "ok" : "a reason");
-    EXPECT_TRUE(SendPacket(peer->get(), reply.SerializeAsString()).ok());
+    // On a slow machine who asks may have given up by now.
+    (void)SendPacket(peer->get(), reply.SerializeAsString());
     return {*std::move(peer), request};
   }
   bool SomebodyCalls(std::chrono::milliseconds within) const {

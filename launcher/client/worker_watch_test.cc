@@ -14,7 +14,7 @@ namespace {
 
 using testing::ElementsAre;
 
-constexpr int64_t kTimeoutMs = 10'000;
+constexpr int64_t kTimeoutMs = 60'000;
 
 class WorkerWatchTest : public testing::Test {
  protected:
@@ -98,7 +98,7 @@ TEST_F(WorkerWatchTest, ALauncherThatIsNotThereIsWaitedForAndStoppingIsQuick) {
   }
   const auto start = std::chrono::steady_clock::now();
   { WorkerWatch watch(launcher_.path() + ".nobody", "secret", Events()); }
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(30));
 }
 
 TEST_F(WorkerWatchTest, WhatIsNoExitEndsTheConnection) {

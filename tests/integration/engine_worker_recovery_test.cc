@@ -74,7 +74,7 @@ class Recovery : public EngineWorkerProcess {
   void ExpectAbortedSoon(uint32_t rank) {
     const auto begin = steady_clock::now();
     inbox_.WaitForAborted(group_epoch_, rank);
-    EXPECT_LT(steady_clock::now() - begin, std::chrono::seconds(1));
+    EXPECT_LT(steady_clock::now() - begin, std::chrono::seconds(10));
   }
 
   void Kill(int rank) {
@@ -299,7 +299,8 @@ TEST_F(Recovery, AStopEndsAnOrphanAtOnce) {
   const auto begin = steady_clock::now();
   for (const pid_t child : children_) ::kill(child, SIGTERM);
   for (int rank = 0; rank < kRanks; ++rank) EXPECT_EQ(WaitForExit(), kExitOk) << Log(rank);
-  EXPECT_LT(steady_clock::now() - begin, std::chrono::seconds(1));
+  // Below the 2 s that a plan in hand gets.
+  EXPECT_LT(steady_clock::now() - begin, milliseconds(1'900));
 }
 
 TEST_F(Recovery, TheLauncherNamesTheProcess) {
