@@ -71,16 +71,25 @@ absl::StatusOr<OutputDir> OutputDir::Open(const fs::path& output, const OutputPl
   dir.num_steps_ = static_cast<int64_t>(plan.steps.size());
   for (const PlannedFile& file : plan.files) dir.file_bytes_.push_back(file.size_bytes);
   std::error_code error;
-  if (fs::exists(fs::symlink_status(dir.output_, error))) {
-    return absl::AlreadyExistsError(fmt::format(
-        "{}: is there already; remove it or name another output", dir.output_.string()));
-  }
+  RETURN_IF_ERROR(dir.CheckOutputIsFree());
   if (fs::exists(fs::symlink_status(dir.partial_, error))) {
     RETURN_IF_ERROR(dir.Resume(overwrite_partial));
   }
   if (!dir.lock_.valid()) RETURN_IF_ERROR(dir.Begin(plan));
+  // Another process may have finished it until we had the lock.
+  if (const absl::Status status = dir.CheckOutputIsFree(); !status.ok()) {
+    dir.RemoveIfNothingIsDone();
+    return status;
+  }
   RETURN_IF_ERROR(dir.WithNeeds(dir.OpenFiles(plan)));
   return dir;
+}
+
+absl::Status OutputDir::CheckOutputIsFree() const {
+  std::error_code error;
+  if (!fs::exists(fs::symlink_status(output_, error))) return absl::OkStatus();
+  return absl::AlreadyExistsError(
+      fmt::format("{}: is there already; remove it or name another output", output_.string()));
 }
 
 // Leaves lock_ empty where the directory is removed.
@@ -142,12 +151,20 @@ absl::Status OutputDir::Begin(const OutputPlan& plan) {
 absl::Status OutputDir::Lock() {
   lock_.Reset(::open(partial_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!lock_.valid()) return SystemError(errno, partial_, "cannot be opened");
-  if (::flock(lock_.get(), LOCK_EX | LOCK_NB) == 0) return absl::OkStatus();
-  if (errno == EWOULDBLOCK) {
+  const auto is_taken = [&] {
     return absl::FailedPreconditionError(
         fmt::format("{}: another process is writing it", partial_.string()));
+  };
+  if (::flock(lock_.get(), LOCK_EX | LOCK_NB) != 0) {
+    return errno == EWOULDBLOCK ? is_taken() : SystemError(errno, partial_, "cannot be locked");
   }
-  return SystemError(errno, partial_, "cannot be locked");
+  // Between the two calls whoever had the lock may have renamed or removed what it was on.
+  struct stat locked = {};
+  struct stat found = {};
+  if (::fstat(lock_.get(), &locked) != 0) return SystemError(errno, partial_, "cannot be read");
+  const bool is_there = ::stat(partial_.c_str(), &found) == 0 && found.st_dev == locked.st_dev &&
+                        found.st_ino == locked.st_ino;
+  return is_there ? absl::OkStatus() : is_taken();
 }
 
 absl::Status OutputDir::OpenFiles(const OutputPlan& plan) {

@@ -71,6 +71,7 @@ class OutputDir {
 
  private:
   OutputDir() = default;
+  absl::Status CheckOutputIsFree() const;
   absl::Status Resume(bool overwrite_partial);
   absl::Status Begin(const OutputPlan& plan);
   absl::Status OpenFiles(const OutputPlan& plan);

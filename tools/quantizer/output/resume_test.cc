@@ -1,6 +1,7 @@
 // Runs that end before their time, and those that go on from what they leave.
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -8,15 +9,24 @@
 
 #include <atomic>
 #include <cerrno>
+#include <functional>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tools/quantizer/output/output_test_util.h"
 
 namespace {
 std::atomic<bool> next_fsync_fails = false;
+std::function<void()> before_next_flock;
 }  // namespace
+
+// Stands in for the C library's: what another process does just before it.
+extern "C" int flock(int fd, int operation) {
+  if (before_next_flock) std::exchange(before_next_flock, nullptr)();
+  return static_cast<int>(::syscall(SYS_flock, fd, operation));
+}
 
 // Stands in for the C library's: a disk whose errors are told once, as Linux does.
 extern "C" int fsync(int fd) {
@@ -176,6 +186,24 @@ TEST_F(Resume, TwoProcessesDoNotWriteOneOutput) {
     EXPECT_FALSE(RunJob(Model(), Output(), {.overwrite_partial = true}).ok());
   });
   EXPECT_TRUE(result.ok()) << result.status();
+}
+
+// The lock would be one on the directory of the process that has just ended.
+TEST_F(Resume, ADirectoryThatIsNotThereAnyMoreIsNotLocked) {
+  RunAndKill(9);
+  before_next_flock = [&] {
+    std::filesystem::rename(Partial(), dir_.path() / "ended");
+    std::filesystem::copy(dir_.path() / "ended", Partial());
+  };
+  EXPECT_THAT(ErrorOf(Run()), HasSubstr("another process is writing it"));
+  EXPECT_TRUE(Run().ok());
+}
+
+TEST_F(Resume, AnOutputThatWasFinishedMeanwhileIsNotMadeAgain) {
+  before_next_flock = [&] { std::filesystem::create_directory(Output()); };
+  EXPECT_THAT(ErrorOf(Run()), HasSubstr(Output().string() + ": is there already"));
+  EXPECT_EQ(num_made_, 0);
+  EXPECT_FALSE(std::filesystem::exists(Partial()));
 }
 
 TEST_F(Resume, ADamagedPartialOutputIsRefused) {
