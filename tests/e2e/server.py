@@ -28,6 +28,9 @@ DEVICE_FLAGS = [] if DEVICE == "cpu" else ["--num-gpu-blocks-override", 8192]
 # more than their tolerance; tests/accuracy says by how much they may.
 compares_with_goldens = pytest.mark.skipif(DEVICE != "cpu", reason="the goldens are the CPU's")
 
+# How long to wait for what is sure to come, on any machine. Shorter waits are claims.
+PATIENCE_S = 60
+
 PROCESS_NAMES = ("wintserve-api-server", "wintserve-engine-worker", "wintserve-cache-manager")
 
 
@@ -155,7 +158,7 @@ class Server:
         assert values, f"no metric {name}"
         return sum(values)
 
-    def wait_ready(self, timeout_s=60):
+    def wait_ready(self, timeout_s=PATIENCE_S):
         def ready():
             assert self.process.poll() is None, f"exited with {self.process.returncode}:\n{self.log()}"
             return self.get("/health")[0] == 200
@@ -168,14 +171,14 @@ class Server:
     def pids_of(self, name):
         return sorted(pid for pid, found in self.processes().items() if found == name)
 
-    def stop(self, sig=signal.SIGTERM, timeout_s=30):
+    def stop(self, sig=signal.SIGTERM, timeout_s=PATIENCE_S):
         if self.process.poll() is None:
             self.process.send_signal(sig)
         code = self.process.wait(timeout_s)
         self.log_file.close()
         return code
 
-    def assert_nothing_left(self, timeout_s=5):
+    def assert_nothing_left(self, timeout_s=20):
         # A killed process has no environment, by which it is known, before its files are closed; with a
         # GPU's memory to give back that takes it a moment.
         def left():

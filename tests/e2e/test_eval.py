@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from server import BIN, DEVICE, DEVICE_FLAGS, POET, ROOT, Server, wait_for
+from server import BIN, DEVICE, DEVICE_FLAGS, PATIENCE_S, POET, ROOT, Server, wait_for
 
 EVALS = ROOT / "tests/data/poet-eval"
 SERVE_FLAGS = ["--", "--device", DEVICE, "--max-model-len", 2048, *DEVICE_FLAGS]
@@ -37,7 +37,7 @@ class Eval:
         return self.process.returncode, output, error
 
     def assert_nothing_left(self):
-        wait_for(lambda: not self.processes(), 10, "every process has ended")
+        wait_for(lambda: not self.processes(), PATIENCE_S, "every process has ended")
 
 
 def run(*flags):
@@ -144,7 +144,7 @@ def test_a_full_disk_behind_its_output_is_an_error_and_no_crash():
 
 def launcher_of(evaluation):
     """Its process id, once the server is at work."""
-    wait_for(lambda: "wintserve-engine-worker" in evaluation.processes().values(), 60, "a server has started")
+    wait_for(lambda: "wintserve-engine-worker" in evaluation.processes().values(), PATIENCE_S, "a server has started")
     return next(pid for pid, name in evaluation.processes().items() if name == "wintserve")
 
 

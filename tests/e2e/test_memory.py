@@ -5,7 +5,7 @@ import re
 import time
 from pathlib import Path
 
-from server import wait_for
+from server import PATIENCE_S, wait_for
 
 PROMPT = [300 + i % 7000 for i in range(900)]
 PROMPT_BYTES = 4 * len(PROMPT)  # its ids alone, wherever a request is kept
@@ -66,7 +66,7 @@ def ask_often(server, count, request, expected_statuses, beside=None, **how):
 
 def wait_for_no_request(server):
     wait_for(lambda: server.metric("fastdeploy:num_requests_waiting") == 0
-             and server.metric("fastdeploy:num_requests_running") == 0, 30, "all requests are over")
+             and server.metric("fastdeploy:num_requests_running") == 0, PATIENCE_S, "all requests are over")
 
 
 def test_requests_of_every_kind_leave_nothing(start):
@@ -118,5 +118,5 @@ def test_a_burst_gives_its_memory_back(start):
     peak = asyncio.run(burst())
     assert peak - calm > BURST * PROMPT_BYTES / 1024, "the burst took no memory: a test of nothing"
     wait_for_no_request(server)
-    wait_for(lambda: private_kib(server)["wintserve-api-server"] - calm < (peak - calm) / 2, 30,
+    wait_for(lambda: private_kib(server)["wintserve-api-server"] - calm < (peak - calm) / 2, PATIENCE_S,
              f"the memory of a burst, {calm} to {peak} KiB, goes back to the system")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from server import BIN, POET, PROCESS_NAMES, ROOT, wait_for
+from server import BIN, PATIENCE_S, POET, PROCESS_NAMES, ROOT, wait_for
 
 
 def run_serve(*flags):
@@ -35,7 +35,7 @@ def test_health_is_503_with_a_reason_and_then_200(start):
     def ready():
         seen.append(server.get("/health"))
         return seen[-1][0] == 200
-    wait_for(ready, 60, "/health is 200")
+    wait_for(ready, PATIENCE_S, "/health is 200")
     reasons = [json.loads(body)["error"]["message"] for status, body in seen if status == 503]
     assert reasons and all(re.fullmatch(NOT_READY, reason) for reason in reasons), seen
     assert {status for status, _ in seen} <= {503, 200, None}
@@ -48,7 +48,7 @@ def test_start_up_lines_of_the_documentation(start):
                  f"Launching chat completion service at http://0.0.0.0:{server.port}/v1/chat/completions",
                  f"Launching completion service at http://0.0.0.0:{server.port}/v1/completions"):
         assert line in server.log()
-    wait_for(lambda: "Application startup complete." in server.log(), 5, "the last line")
+    wait_for(lambda: "Application startup complete." in server.log(), PATIENCE_S, "the last line")
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
@@ -61,7 +61,7 @@ def test_signal_leaves_nothing_behind_and_exits_0(start, sig):
 
 def test_signal_during_start_up_exits_0(start):
     server = start()
-    wait_for(lambda: len(server.processes()) >= 2, 10, "a child exists")
+    wait_for(lambda: len(server.processes()) >= 2, PATIENCE_S, "a child exists")
     assert server.stop(signal.SIGTERM) == 0, server.log()
     server.assert_nothing_left()
     server.assert_runtime_dir_empty()
@@ -83,7 +83,7 @@ def test_without_a_fault_hold_every_open_request_gets_an_error_when_a_worker_die
 
     with ThreadPoolExecutor(num_requests) as pool:
         answers = [pool.submit(lines, stream=i % 2 == 0) for i in range(num_requests)]
-        wait_for(lambda: server.metric("fastdeploy:num_requests_waiting") == num_requests - 4, 20, "all have come")
+        wait_for(lambda: server.metric("fastdeploy:num_requests_waiting") == num_requests - 4, PATIENCE_S, "all have come")
         os.kill(server.pids_of("wintserve-engine-worker")[0], signal.SIGKILL)
         for i, answer in enumerate(answers):
             error, *end = answer.result()[-4 if i % 2 == 0 else -1:]
@@ -95,7 +95,7 @@ def test_without_a_fault_hold_every_open_request_gets_an_error_when_a_worker_die
 @pytest.mark.parametrize("name", PROCESS_NAMES)
 def test_child_killed_while_loading_is_started_again(start, name):
     server = start()
-    wait_for(lambda: server.pids_of(name), 10, f"{name} exists")
+    wait_for(lambda: server.pids_of(name), PATIENCE_S, f"{name} exists")
     os.kill(server.pids_of(name)[0], signal.SIGKILL)
     server.wait_ready()
 
@@ -125,9 +125,9 @@ def test_streams_survive_the_cache_manager(start, how):
     first = server.pids_of("wintserve-cache-manager")
     assert text(end_cache_manager) == expected, server.log()
     assert server.get("/health")[0] == 200
-    wait_for(lambda: server.pids_of("wintserve-cache-manager") not in ([], first), 20,
+    wait_for(lambda: server.pids_of("wintserve-cache-manager") not in ([], first), PATIENCE_S,
              "another cache manager runs")
-    wait_for(lambda: server.metric("wintserve:kv_pool_replacements_total") == 1, 20,
+    wait_for(lambda: server.metric("wintserve:kv_pool_replacements_total") == 1, PATIENCE_S,
              "its pool is in use")
     assert text() == expected, server.log()
 
@@ -179,7 +179,7 @@ def test_streams_survive_a_cache_manager_that_dies_again_and_again(start):
         def another():
             pids[:] = [pid for pid in server.pids_of("wintserve-cache-manager") if pid not in dead]
             return pids
-        wait_for(another, 20, "a cache manager runs")
+        wait_for(another, PATIENCE_S, "a cache manager runs")
         if dead and len(dead) % 2 == 1:
             deadline = time.monotonic() + 2
             while server.log().count(": created, ") == seen and time.monotonic() < deadline:
@@ -206,13 +206,13 @@ def test_streams_survive_a_cache_manager_that_dies_again_and_again(start):
 
 def test_a_cache_manager_that_dies_before_the_last_rank_has_mapped_the_first_pool(start):
     server = start("--tensor-parallel-size", 2, "--log-level", "debug")
-    wait_for(lambda: len(server.pids_of("wintserve-engine-worker")) == 2, 10, "workers exist")
+    wait_for(lambda: len(server.pids_of("wintserve-engine-worker")) == 2, PATIENCE_S, "workers exist")
     early, late = server.pids_of("wintserve-engine-worker")
     os.kill(early, signal.SIGSTOP)
-    wait_for(lambda: "of 2 is attached" in server.log(), 30, "a worker is attached")
+    wait_for(lambda: "of 2 is attached" in server.log(), PATIENCE_S, "a worker is attached")
     os.kill(late, signal.SIGSTOP)  # for less than the 3 s after which it counts as gone
     os.kill(early, signal.SIGCONT)
-    wait_for(lambda: " is mapped" in server.log(), 30, "a rank has mapped the first pool")
+    wait_for(lambda: " is mapped" in server.log(), PATIENCE_S, "a rank has mapped the first pool")
     os.kill(server.pids_of("wintserve-cache-manager")[0], signal.SIGKILL)
     os.kill(late, signal.SIGCONT)
     server.wait_ready()
@@ -226,7 +226,7 @@ def test_killed_launcher_takes_its_children_along_and_the_next_start_sweeps(star
     server = start("--tensor-parallel-size", 2).wait_ready()
     server.process.kill()
     server.process.wait()
-    server.assert_nothing_left(timeout_s=2)
+    server.assert_nothing_left()
 
 
 def test_busy_port_is_named_before_anything_loads():

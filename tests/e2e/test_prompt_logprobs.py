@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from server import ROOT, compares_with_goldens, golden_cases, wait_for
+from server import PATIENCE_S, ROOT, compares_with_goldens, golden_cases, wait_for
 from test_recovery import worker_of_rank
 
 CASES = golden_cases("poet-prompt-logprobs")
@@ -200,7 +200,7 @@ def test_a_worker_that_dies_in_mid_prompt_changes_nothing(start, how):
     thread = threading.Thread(target=lambda: answers.append(score(client, ids)), daemon=True)
     before = server.metric("wintserve:step_seconds_count")
     thread.start()
-    wait_for(lambda: server.metric("wintserve:step_seconds_count") >= before + 20, 60, "part of the prompt is computed")
+    wait_for(lambda: server.metric("wintserve:step_seconds_count") >= before + 20, PATIENCE_S, "part of the prompt is computed")
     os.kill(worker_of_rank(server, 0), how)
     assert not answers, "it was answered before the worker died"
     thread.join(120)

@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from server import Server, wait_for
+from server import PATIENCE_S, Server, wait_for
 
 MAX_QUEUE_REQUESTS = 3
 LONG = {"prompt": "床前明月光", "max_tokens": 8000, "temperature": 0, "ignore_eos": True}
@@ -38,7 +38,7 @@ def http(server):
 def nothing_stays_in_the_queue(server):
     yield
     wait_for(lambda: server.metric("fastdeploy:num_requests_waiting") == 0
-             and server.metric("fastdeploy:num_requests_running") == 0, 5, "all requests are over")
+             and server.metric("fastdeploy:num_requests_running") == 0, PATIENCE_S, "all requests are over")
 
 
 class Stream:
@@ -67,7 +67,7 @@ class Stream:
         return "data: [DONE]" in self.lines[-2:]
 
     def wait(self):
-        self._thread.join(30)
+        self._thread.join(PATIENCE_S)
         assert self.lines[-2:] == ["data: [DONE]", ""], self.lines[-4:]
 
     def close(self):
@@ -97,7 +97,7 @@ def streams(server):
 def running(streams):
     """A stream that takes longer than any test: what comes after it waits."""
     stream = streams(LONG)
-    wait_for(lambda: stream.has_begun, 10, "the first request runs")
+    wait_for(lambda: stream.has_begun, PATIENCE_S, "the first request runs")
     return stream
 
 
@@ -135,20 +135,22 @@ def test_priority_overtakes_in_the_queue(running, streams):
 def test_a_stream_that_waits_gets_comments_and_leaves_the_queue_with_its_client(server, streams):
     # No request is long on a fast device: whenever the one that runs ends, another is ahead of this.
     ahead = [streams({**LONG, "priority": -1}) for _ in range(2)]
-    wait_for(lambda: ahead[0].has_begun, 10, "the first request runs")
+    wait_for(lambda: ahead[0].has_begun, PATIENCE_S, "the first request runs")
     waiting = streams(SHORT)
 
     def has_comment():
         if ahead[-2].has_ended:
             ahead.append(streams({**LONG, "priority": -1}))
         return ": keep-alive" in waiting.lines
-    wait_for(has_comment, 8, "a comment after 5 s")
+    wait_for(has_comment, PATIENCE_S, "a comment after 5 s")
     assert not waiting.has_begun
     assert server.metric("fastdeploy:num_requests_waiting") == 2
     waiting.close()
-    wait_for(lambda: server.metric("fastdeploy:num_requests_waiting") == 1, 1, "the request is cancelled at once")
+    wait_for(lambda: server.metric("fastdeploy:num_requests_waiting") == 1, 4,
+             "the request is cancelled before another comment is due")
     num_lines = sum(len(stream.lines) for stream in ahead)
-    wait_for(lambda: sum(len(stream.lines) for stream in ahead) > num_lines, 2, "the other streams go on")
+    wait_for(lambda: sum(len(stream.lines) for stream in ahead) > num_lines, PATIENCE_S,
+             "the other streams go on")
 
 
 def test_timeout_while_it_runs(server, http):
@@ -167,10 +169,13 @@ def test_timeout_while_it_runs(server, http):
         assert server.metric("fastdeploy:request_failure_total") == failures + 1  # it has not tried again
 
         num_chunks = 0
-        with pytest.raises(openai.APIError, match="the timeout of 0.5 s is over"):
-            for _ in client.completions.create(model="null", prompt="床前明月光", max_tokens=8000, stream=True,
-                                               extra_body={"ignore_eos": True, "timeout": 0.5}):
-                num_chunks += 1
+        for timeout_s in (0.5, 2, 8):  # a slow machine has nothing to show for the shorter ones
+            with pytest.raises(openai.APIError, match=f"the timeout of {timeout_s} s is over"):
+                for _ in client.completions.create(model="null", prompt="床前明月光", max_tokens=8000, stream=True,
+                                                   extra_body={"ignore_eos": True, "timeout": timeout_s}):
+                    num_chunks += 1
+            if num_chunks > 0:
+                break
         assert num_chunks > 0
 
 
@@ -220,12 +225,12 @@ def test_a_client_that_does_not_read_is_given_up_and_holds_up_nobody(start):
         silent.connect(("127.0.0.1", server.port))
         silent.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                        b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
-        wait_for(lambda: server.metric("fastdeploy:num_requests_running") == 1, 5, "the silent client's request runs")
+        wait_for(lambda: server.metric("fastdeploy:num_requests_running") == 1, PATIENCE_S, "the silent client's request runs")
         with httpx.Client(base_url=server.url, timeout=10) as other:
             reply = other.post("/v1/completions", json={**LONG, "max_tokens": 300})
         assert reply.json()["usage"]["completion_tokens"] == 300
-        wait_for(lambda: server.metric("fastdeploy:request_aborted_total") == 1, 10, "the request is cancelled")
-        wait_for(lambda: server.metric("fastdeploy:num_requests_running") == 0, 5, "it leaves its slot")
+        wait_for(lambda: server.metric("fastdeploy:request_aborted_total") == 1, PATIENCE_S, "the request is cancelled")
+        wait_for(lambda: server.metric("fastdeploy:num_requests_running") == 0, PATIENCE_S, "it leaves its slot")
 
         silent.settimeout(5)
         received = b""

@@ -8,7 +8,7 @@ import urllib.request
 
 import pytest
 
-from server import DEVICE, POET, PROCESS_NAMES, wait_for
+from server import DEVICE, PATIENCE_S, POET, PROCESS_NAMES, wait_for
 
 WORKER = "wintserve-engine-worker"
 API_SERVER = "wintserve-api-server"
@@ -54,7 +54,7 @@ def texts(server, prompts=PROMPTS):
 
 def streams_under_way(server, num_pieces=20):
     streams = [Stream(server, prompt) for prompt in PROMPTS]
-    wait_for(lambda: all(len(stream.pieces) >= num_pieces for stream in streams), 60, "every stream has tokens")
+    wait_for(lambda: all(len(stream.pieces) >= num_pieces for stream in streams), PATIENCE_S, "every stream has tokens")
     return streams
 
 
@@ -76,7 +76,7 @@ def test_streams_survive_a_killed_rank(start, rank):
         assert [stream.text() for stream in streams] == expected, server.log()
         others.discard(dead)
         # A fast device has answered before the other rank has joined.
-        wait_for(lambda: server.metric("wintserve:recovery_seconds_count") == kill + 1, 30, f"{kill + 1} recoveries")
+        wait_for(lambda: server.metric("wintserve:recovery_seconds_count") == kill + 1, PATIENCE_S, f"{kill + 1} recoveries")
     assert server.get("/health")[0] == 200
     assert len(others & set(server.pids_of(WORKER))) == 1, "the other rank was replaced, too"
     assert server.metric("wintserve:kv_pool_replacements_total") == 0
@@ -125,10 +125,10 @@ def test_readiness_says_why_requests_wait(start):
     def unready():
         seen.append(server.get("/health"))
         return seen[-1][0] == 503
-    wait_for(unready, 10, "/health is 503")
+    wait_for(unready, PATIENCE_S, "/health is 503")
     assert "engine worker 0 " in json.loads(seen[-1][1])["error"]["message"]
     assert texts(server, PROMPTS[:1]) == expected  # taken, and answered when the rank is back
-    wait_for(lambda: server.get("/health")[0] == 200, 30, "/health is 200")
+    wait_for(lambda: server.get("/health")[0] == 200, PATIENCE_S, "/health is 200")
 
 
 def test_a_worker_that_hangs_while_it_loads_is_replaced(start, tmp_path):
@@ -142,7 +142,7 @@ def test_a_worker_that_hangs_while_it_loads_is_replaced(start, tmp_path):
     weights.unlink()
     os.mkfifo(weights)
     server = start("--stall-timeout", 1, model=model)
-    wait_for(lambda: "has got no further for 1 s (--stall-timeout)" in server.log(), 30, "the hang is noticed")
+    wait_for(lambda: "has got no further for 1 s (--stall-timeout)" in server.log(), PATIENCE_S, "the hang is noticed")
     (hidden := model / "hidden").symlink_to(there)
     hidden.rename(weights)
     server.wait_ready()
@@ -152,10 +152,10 @@ def test_a_worker_that_hangs_while_it_loads_is_replaced(start, tmp_path):
 
 def test_a_rank_that_hangs_before_it_is_ready_is_replaced_and_the_other_stays(start):
     server = start("--tensor-parallel-size", 2, "--stall-timeout", 1)
-    wait_for(lambda: len(server.pids_of(WORKER)) == 2, 20, "workers exist")
+    wait_for(lambda: len(server.pids_of(WORKER)) == 2, PATIENCE_S, "workers exist")
     first, second = server.pids_of(WORKER)  # they are started in the order of their ranks
     os.kill(first, signal.SIGSTOP)  # so that the other one can be stopped between its Hello and the group's start
-    wait_for(lambda: "engine worker 1 of 2 is attached" in server.log(), 60, "the second is attached")
+    wait_for(lambda: "engine worker 1 of 2 is attached" in server.log(), PATIENCE_S, "the second is attached")
     os.kill(second, signal.SIGSTOP)
     os.kill(first, signal.SIGCONT)
     server.wait_ready()
@@ -197,8 +197,8 @@ def test_another_api_server_takes_over_workers_and_cache(start):
     for stream in streams:
         stream.join(10)
         assert not stream.is_alive()
-    wait_for(lambda: server.pids_of(API_SERVER) not in ([], [dead]), 20, "another API server runs")
-    wait_for(lambda: server.get("/health")[0] == 200, 30, "/health is 200")
+    wait_for(lambda: server.pids_of(API_SERVER) not in ([], [dead]), PATIENCE_S, "another API server runs")
+    wait_for(lambda: server.get("/health")[0] == 200, PATIENCE_S, "/health is 200")
     assert texts(server) == expected, server.log()
     assert server.metric("fastdeploy:prefix_gpu_cache_token_num_total") > 0, "the cache is cold"
     assert kept == [server.pids_of(name) for name in PROCESS_NAMES if name != API_SERVER]

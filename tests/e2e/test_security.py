@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from server import BIN, ROOT, Server, wait_for
+from server import BIN, PATIENCE_S, ROOT, Server, wait_for
 
 TOKEN = "00ff81" + "5c" * 28 + "7e"
 UNAUTHENTICATED = ("16", "the queue demands the instance token")
@@ -125,7 +125,7 @@ def test_the_token_is_in_no_log_argument_or_environment(tmp_path, monkeypatch, t
                 assert not any(secret in content for secret in secrets), (name, file)
         # A cache manager that is started anew has it from the same place.
         os.kill(server.pids_of("wintserve-cache-manager")[0], signal.SIGKILL)
-        wait_for(lambda: grpc_call(f"127.0.0.1:{server.cache_port}", STATS, TOKEN)[0] == "0", 20, "a new one")
+        wait_for(lambda: grpc_call(f"127.0.0.1:{server.cache_port}", STATS, TOKEN)[0] == "0", PATIENCE_S, "a new one")
     finally:
         server.stop()
     log = server.log_path.read_bytes()
@@ -256,12 +256,12 @@ def test_a_flood_of_silent_connections_passes(start):
     assert answer(server)
     # The launcher and the cache manager still serve: a new cache manager needs both.
     os.kill(server.pids_of("wintserve-cache-manager")[0], signal.SIGKILL)
-    wait_for(lambda: "starting it again" in server.log(), 10, "the launcher noticed")
+    wait_for(lambda: "starting it again" in server.log(), PATIENCE_S, "the launcher noticed")
     assert answer(server)
 
     def settled():  # a few dozen may wait on the launcher's socket, where only newer ones take their place
         return all(num_descriptors(pid) < before[pid] + 80 for pid in pids if Path(f"/proc/{pid}/fd").exists())
-    wait_for(settled, 20, "the connections have been dropped")
+    wait_for(settled, PATIENCE_S, "the connections have been dropped")
     for s in silent:
         s.close()
     assert server.stop() == 0, server.log()
@@ -272,7 +272,7 @@ def test_http_connections_take_no_descriptor_that_a_worker_needs(start):
     silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(400)]
     assert server.get("/live")[0] == 200
     os.kill(server.pids_of("wintserve-engine-worker")[0], signal.SIGKILL)
-    wait_for(lambda: "recovered within" in server.log(), 30, "the new worker is attached")
+    wait_for(lambda: "recovered within" in server.log(), PATIENCE_S, "the new worker is attached")
     assert answer(server)
     assert num_descriptors(server.pids_of("wintserve-api-server")[0]) < 256 - 64
     for s in silent:
@@ -302,7 +302,7 @@ def test_mutual_tls_beyond_loopback(start, token_file, certificates):
             for tls in ((), nameless, stranger):
                 assert grpc_call(f"{host}:{port}", STATS, TOKEN, tls=tls)[0] is None, (port, tls)
     os.kill(server.pids_of("wintserve-cache-manager")[0], signal.SIGKILL)
-    wait_for(lambda: grpc_call(f"127.0.0.1:{server.cache_port}", STATS, TOKEN, tls=ours)[0] == "0", 20, "TLS again")
+    wait_for(lambda: grpc_call(f"127.0.0.1:{server.cache_port}", STATS, TOKEN, tls=ours)[0] == "0", PATIENCE_S, "TLS again")
     assert grpc_call(f"127.0.0.1:{server.cache_port}", STATS, TOKEN)[0] is None
     assert answer(server)
     assert server.stop() == 0, server.log()
