@@ -26,7 +26,7 @@ Failure FailureOf(const absl::StatusOr<T>& result) {
 }
 
 TEST(ModelFiles, TextIsReadWhole) {
-  const testing::TempDir dir;
+  const TempDir dir;
   const std::string text(1 << 20, 'x');
   std::ofstream(dir.path() / "f") << text;
   fs::create_symlink("f", dir.path() / "link");
@@ -36,7 +36,7 @@ TEST(ModelFiles, TextIsReadWhole) {
 
 // Without a writer, opening a pipe to read it would wait for ever.
 TEST(ModelFiles, APipeIsRefusedAtOnce) {
-  const testing::TempDir dir;
+  const TempDir dir;
   ASSERT_EQ(::mkfifo((dir.path() / "f").c_str(), 0600), 0);
   const Failure failure = FailureOf(ReadModelText(dir.path() / "f"));
   EXPECT_EQ(failure.code, absl::StatusCode::kDataLoss);
@@ -44,7 +44,7 @@ TEST(ModelFiles, APipeIsRefusedAtOnce) {
 }
 
 TEST(ModelFiles, ALinkToNothingIsToldFromNothing) {
-  const testing::TempDir dir;
+  const TempDir dir;
   fs::create_symlink("../blobs/abc", dir.path() / "link");
   const Failure link = FailureOf(OpenModelFile(dir.path() / "link"));
   EXPECT_EQ(link.code, absl::StatusCode::kNotFound);
@@ -55,7 +55,7 @@ TEST(ModelFiles, ALinkToNothingIsToldFromNothing) {
 }
 
 TEST(ModelFiles, ALinkToItselfIsRefused) {
-  const testing::TempDir dir;
+  const TempDir dir;
   fs::create_symlink("f", dir.path() / "f");
   const Failure failure = FailureOf(OpenModelFile(dir.path() / "f"));
   EXPECT_EQ(failure.code, absl::StatusCode::kDataLoss);
@@ -63,7 +63,7 @@ TEST(ModelFiles, ALinkToItselfIsRefused) {
 }
 
 TEST(ModelFiles, TextBeyondItsBoundIsNotRead) {
-  const testing::TempDir dir;
+  const TempDir dir;
   std::ofstream(dir.path() / "f") << "{";
   fs::resize_file(dir.path() / "f", uintmax_t{1} << 40);
   const Failure failure = FailureOf(ReadModelText(dir.path() / "f"));
@@ -73,7 +73,7 @@ TEST(ModelFiles, TextBeyondItsBoundIsNotRead) {
 }
 
 TEST(ModelFiles, ADirectoryIsListedByName) {
-  const testing::TempDir dir;
+  const TempDir dir;
   for (const char* name : {"b", "c", "a"}) std::ofstream(dir.path() / name) << "";
   const auto entries = ListModelDir(dir.path());
   ASSERT_TRUE(entries.ok()) << entries.status();
@@ -82,7 +82,7 @@ TEST(ModelFiles, ADirectoryIsListedByName) {
 }
 
 TEST(ModelFiles, WhatIsNoDirectoryIsToldFromNothing) {
-  const testing::TempDir dir;
+  const TempDir dir;
   std::ofstream(dir.path() / "f") << "";
   const Failure file = FailureOf(ListModelDir(dir.path() / "f"));
   EXPECT_EQ(file.code, absl::StatusCode::kDataLoss);

@@ -102,7 +102,7 @@ TEST(EvalReport, ThatCannotBeWrittenNamesItsPlaceAndLeavesNothing) {
 
 // As root, a report to /dev/null would have taken its place.
 TEST(EvalReport, GoesThroughLinksAndIntoWhatIsNoFile) {
-  const wintserve::testing::TempDir dir;
+  const TempDir dir;
   const std::string file = (dir.path() / "r.json").string();
   const std::string link = (dir.path() / "link").string();
   const std::string null = (dir.path() / "null").string();

@@ -17,10 +17,10 @@ using ::testing::HasSubstr;
 class LineReaderTest : public ::testing::Test {
  protected:
   LineReader Open(const std::string& content) {
-    testing::WriteFile(dir_.path() / "lines", content);
+    WriteFile(dir_.path() / "lines", content);
     return LineReader::Open(dir_.path() / "lines").value();
   }
-  testing::TempDir dir_;
+  TempDir dir_;
 };
 
 std::vector<std::string> Pieces(LineReader reader, size_t max_bytes) {

@@ -11,7 +11,7 @@ namespace {
 class PlainTextTest : public ::testing::Test {
  protected:
   absl::StatusOr<std::string> Read(const std::string& content, size_t max_bytes = 1000) const {
-    testing::WriteFile(path_, content);
+    WriteFile(path_, content);
     return ReadText(path_, max_bytes);
   }
   // With FILE in place of its path.
@@ -23,7 +23,7 @@ class PlainTextTest : public ::testing::Test {
     return message.replace(0, path_.size(), "FILE");
   }
 
-  const testing::TempDir dir_;
+  const TempDir dir_;
   const std::string path_ = (dir_.path() / "a.txt").string();
 };
 

@@ -19,7 +19,7 @@ class RecordsTest : public ::testing::Test {
  protected:
   std::string Write(const std::string& content) const {
     const std::string path = (dir_.path() / "a.jsonl").string();
-    testing::WriteFile(path, content);
+    WriteFile(path, content);
     return path;
   }
   // Of reading all of it, with FILE in place of its path.
@@ -38,7 +38,7 @@ class RecordsTest : public ::testing::Test {
     EXPECT_EQ(message.find(path), 0u) << message;
     return message.replace(0, path.size(), "FILE");
   }
-  testing::TempDir dir_;
+  TempDir dir_;
 };
 
 TEST_F(RecordsTest, AreReadWithTheirPlacesUntilTheCallerHasEnough) {

@@ -35,10 +35,10 @@ class CalibrationTextTest : public ::testing::Test {
  protected:
   absl::StatusOr<CalibrationText> Load(const std::string& name, const std::string& content,
                                        const CalibrationLimits& limits = {}) {
-    wintserve::testing::WriteFile(dir_.path() / name, content);
+    WriteFile(dir_.path() / name, content);
     return LoadCalibrationText(dir_.path() / name, DemoTokenizer(), limits);
   }
-  wintserve::testing::TempDir dir_;
+  TempDir dir_;
 };
 
 TEST_F(CalibrationTextTest, ATextIsADocumentBetweenItsMarkers) {
