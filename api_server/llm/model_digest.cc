@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <system_error>
 
 namespace wintserve {
 
@@ -20,7 +21,11 @@ std::string ModelDigest(const std::string& model_path, const Tokenizer& tokenize
     XXH3_128bits_update(&state, &size, sizeof(size));
     XXH3_128bits_update(&state, part.data(), part.size());
   };
-  std::ifstream config(std::filesystem::path(model_path) / "config.json", std::ios::binary);
+  const std::filesystem::path path = std::filesystem::path(model_path) / "config.json";
+  std::error_code error;
+  std::ifstream config;
+  // What is no file (a pipe would wait for its writer) is the worker's to refuse.
+  if (std::filesystem::is_regular_file(path, error)) config.open(path, std::ios::binary);
   add(std::string(std::istreambuf_iterator<char>(config), {}));
   for (int32_t id = 0; id < tokenizer.vocab_size(); ++id) add(tokenizer.Bytes(id));
   const XXH128_hash_t digest = XXH3_128bits_digest(&state);

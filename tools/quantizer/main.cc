@@ -33,14 +33,6 @@ void OnStop(int number) {
   errno = error;
 }
 
-// The source is mapped, so what cannot be read of it arrives as a signal.
-void OnUnreadablePage(int /*number*/) {
-  Write(
-      "error: a part of the source checkpoint cannot be read: an input/output error, or a file "
-      "was shortened\n");
-  ::_exit(kExitCheckpoint);
-}
-
 // fmt::print ends the program where a disk is full. The checkpoint matters more than this.
 void Show(const std::string& text) { (void)std::fputs(text.c_str(), stdout); }
 void Tell(const std::string& line) { (void)std::fputs((line + "\n").c_str(), stderr); }
@@ -50,8 +42,6 @@ void InstallHandlers() {
   action.sa_handler = OnStop;
   action.sa_flags = SA_RESTART | static_cast<int>(SA_RESETHAND);
   for (const int number : {SIGINT, SIGTERM, SIGHUP}) ::sigaction(number, &action, nullptr);
-  action.sa_handler = OnUnreadablePage;
-  ::sigaction(SIGBUS, &action, nullptr);
   // A limit on the size of files is a full disk to us.
   ::signal(SIGXFSZ, SIG_IGN);
   ::signal(SIGPIPE, SIG_IGN);
