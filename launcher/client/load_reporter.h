@@ -37,7 +37,8 @@ class LoadReporter {
   LoadReporter(const LoadReporter&) = delete;
   LoadReporter& operator=(const LoadReporter&) = delete;
 
-  // Bytes of the files; done_bytes == total_bytes: loaded. REQUIRES: total_bytes > 0.
+  // Bytes of the files, or of dummy weights; done_bytes == total_bytes: loaded. REQUIRES:
+  // total_bytes > 0.
   void Set(int64_t done_bytes, int64_t total_bytes) EXCLUDES(mu_);
 
  private:
