@@ -14,6 +14,7 @@ serial_time = importlib.util.module_from_spec(importlib.util.spec_from_loader("s
 LOADER.exec_module(serial_time)
 
 RUN = "wintserve::kernels::cpu::ThreadPool::Run(long, long, absl::FunctionRef<void (long, int)>)"
+ITEM = "wintserve::quantizer::Multiply(float const*)"
 ITEMS = "wintserve::kernels::cpu::ThreadPool::RunItems(int)"
 FIRST = 100
 
@@ -29,8 +30,13 @@ def times(*found):
 
 class SerialTime(unittest.TestCase):
     def test_items_of_a_loop_are_not_serial_on_any_thread(self):
-        found = times(sample(FIRST, "Multiply", ITEMS, RUN, "main"), sample(FIRST + 1, "Multiply", ITEMS))
+        found = times(sample(FIRST, ITEM, ITEMS, RUN, "main"), sample(FIRST + 1, ITEM, ITEMS))
         self.assertEqual((found.all, found.alone), (2, 0))
+
+    def test_items_are_known_where_the_function_that_runs_them_is_inlined(self):
+        found = times(sample(FIRST, "__memset_avx512", "wintserve::Fill(long)", "absl::functional_internal::InvokeObject",
+                             RUN, "main"))
+        self.assertEqual((found.all, found.alone), (1, 0))
 
     def test_what_the_first_thread_does_outside_is_serial_by_its_innermost_functions(self):
         found = times(sample(FIRST, "__memset_avx512", "wintserve::quantizer::Copy(int)", "wintserve::Make<int>(long)"),
@@ -38,12 +44,13 @@ class SerialTime(unittest.TestCase):
         self.assertEqual(found.all, 3)
         self.assertEqual(dict(found.serial), {"quantizer::Copy < Make": 1, "[unknown]": 1})
 
-    def test_waking_the_pool_and_loops_without_it_are_serial(self):
-        found = times(sample(FIRST, "futex", RUN, "wintserve::Make()"), sample(FIRST, "Small", RUN, "wintserve::Make()"))
+    def test_waking_the_pool_and_waiting_for_it_are_serial(self):
+        found = times(sample(FIRST, "futex_wake", "do_syscall_64", "syscall", RUN, "wintserve::Make()"),
+                      sample(FIRST, RUN.split("(")[0], "wintserve::Make()"))
         self.assertEqual((found.calling, found.alone), (2, 2))
 
     def test_the_report_predicts_by_the_serial_share(self):
-        found = times(sample(FIRST, "wintserve::Copy()"), *[sample(FIRST + 1, "Multiply", ITEMS)] * 8)
+        found = times(sample(FIRST, "wintserve::Copy()"), *[sample(FIRST + 1, ITEM, ITEMS)] * 8)
         report = serial_time.report(found, top=5)
         self.assertIn("(11.1 %)", report)
         self.assertIn("at best on  8 cores       2.0 s, 4.5 times one core", report)
