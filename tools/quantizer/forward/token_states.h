@@ -36,8 +36,10 @@ TokenRows AllTokens(int64_t num_tokens);
 // Memory, T tokens, H hidden size, A = heads * head_dim, float32:
 //   4 T H   the residual, always
 //   4 T A   what attention gives, from Attend to AddAttentionOutput
-//   4 T H   what the MLPs of a MoE layer give, from Route to FinishMlp; and 8 T top_k of routing
-// and the KV blocks and operands of one batch during Attend.
+//   4 T H   what the MLPs of a MoE layer give, from Route to FinishMlp; and 8 T top_k of routing,
+//           at most twice that
+// and the KV blocks and operands of one batch during Attend, else ChunkRows of what an operator
+// takes and gives.
 // Ownership: config, batches, backend and pool outlive it. Threading: one thread.
 // Errors of every method that returns a Status: RESOURCE_EXHAUSTED, no memory.
 class TokenStates {
