@@ -18,6 +18,7 @@
 namespace wintserve {
 namespace {
 
+using ::testing::AnyOf;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
 using Clock = std::chrono::steady_clock;
@@ -182,7 +183,8 @@ TEST(LineSink, OfRowsThatNobodyReadsOnlyTheLastIsKept) {
   reader.join();
   text = text.substr(filling.size());
   EXPECT_LT(std::ranges::count(text, '\r'), 10) << text;
-  EXPECT_THAT(text, HasSubstr("\r\033[Ka line\n"));
+  // Unless the writer has not run until the end, when there is no row any more.
+  EXPECT_THAT(text, AnyOf(HasSubstr("\r\033[Ka line\n"), "a line\n"));
 }
 
 TEST(LineSink, ARowDoesNotBreakALineThatIsHalfWrittenNorCountAsOne) {

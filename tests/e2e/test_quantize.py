@@ -77,7 +77,7 @@ def test_what_cannot_be_quantised_is_one_line(tmp_path):
                                 "which cannot be stored as wint2; allowed: multiples of 128 inputs"),
             (POET, "wint2", 66, "models/poet: is quantised already, to wint2; allowed: a checkpoint in bfloat16, "
                                 "float16 or float32"),
-            (tmp_path / "none", "wint8", 66, "none/config.json: No such file"),
+            (tmp_path / "none", "wint8", 66, "none/config.json: no such file"),
             (TINY, "int3", 64, "--scheme: int3 not in {wint2,wint4,wint8}")):
         result = quantize("--model", model, "--output", tmp_path / "out", "--scheme", scheme)
         assert result.returncode == code, result
