@@ -32,16 +32,19 @@ absl::Status NoSuchFile(const std::filesystem::path& path) {
 }  // namespace
 
 absl::StatusOr<ModelFile> OpenModelFile(const std::filesystem::path& path) {
-  // Nonblocking, as a pipe would wait for its writer. Of regular files it changes nothing.
-  ModelFile file = {UniqueFd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK))};
+  const auto cannot_open = [&path] {
+    return errno == ENOENT
+               ? NoSuchFile(path)
+               : DataLoss(path, fmt::format("cannot be opened: {}", std::strerror(errno)));
+  };
+  // Looked at first, as opening a pipe would wait for its writer.
+  const UniqueFd place(::open(path.c_str(), O_PATH | O_CLOEXEC));
   struct stat info = {};
-  if (!file.fd.valid() || ::fstat(file.fd.get(), &info) != 0) {
-    const int error = errno;
-    if (error == ENOENT) return NoSuchFile(path);
-    return DataLoss(path, fmt::format("cannot be opened: {}", std::strerror(error)));
-  }
+  if (!place.valid() || ::fstat(place.get(), &info) != 0) return cannot_open();
   if (!S_ISREG(info.st_mode)) return DataLoss(path, "not a regular file");
-  file.size_bytes = info.st_size;
+  const std::string same_file = fmt::format("/proc/self/fd/{}", place.get());
+  ModelFile file = {UniqueFd(::open(same_file.c_str(), O_RDONLY | O_CLOEXEC)), info.st_size};
+  if (!file.fd.valid()) return cannot_open();
   return file;
 }
 

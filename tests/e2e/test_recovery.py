@@ -1,7 +1,9 @@
 """What clients see when a process dies under them: nothing but a pause, and the text of a run without faults."""
+import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import urllib.request
@@ -132,7 +134,7 @@ def test_readiness_says_why_requests_wait(start):
 
 
 def test_a_worker_that_hangs_while_it_loads_is_replaced(start, tmp_path):
-    """A file that never comes, as of a network disk that is gone: opening it blocks for good."""
+    """A file that does not come, as of a network disk that is gone: under a lease of ours, opening it waits for us."""
     model = tmp_path / "model"
     model.mkdir()
     for file in POET.iterdir():
@@ -140,11 +142,14 @@ def test_a_worker_that_hangs_while_it_loads_is_replaced(start, tmp_path):
     weights = model / "model-00002-of-00003.safetensors"
     there = weights.readlink()
     weights.unlink()
-    os.mkfifo(weights)
-    server = start("--stall-timeout", 1, model=model)
-    wait_for(lambda: "has got no further for 1 s (--stall-timeout)" in server.log(), PATIENCE_S, "the hang is noticed")
-    (hidden := model / "hidden").symlink_to(there)
-    hidden.rename(weights)
+    shutil.copy(there, weights)
+    previous = signal.signal(signal.SIGIO, signal.SIG_IGN)  # "somebody waits"
+    with open(weights, "rb") as leased:
+        fcntl.fcntl(leased, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        server = start("--stall-timeout", 1, model=model)
+        wait_for(lambda: "has got no further for 1 s (--stall-timeout)" in server.log(), PATIENCE_S,
+                 "the hang is noticed")
+    signal.signal(signal.SIGIO, previous)
     server.wait_ready()
     assert "engine worker 0 died of exit code 70; starting it again" in server.log()
     assert texts(server, PROMPTS[:1])
